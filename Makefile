@@ -1,0 +1,30 @@
+# Every target builds .venv first if it is not there. Needs python 3.11 and make, nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup demo test lab bench readme
+setup: .venv/.done
+
+.venv/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"python 3.11 or later is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup  # train six models on three data sets, compare them, say what it means
+	$(BIN)/modelfactory demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lab: setup  # JupyterLab at nbs/index.ipynb
+	-$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+bench: setup  # the benchmark notebooks, executed in place
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m modelfactory.runs.bench
+
+readme: setup  # README.md from nbs/index.ipynb
+	$(BIN)/python -c 'from modelfactory.runs.compare import write_readme; write_readme()'
