@@ -5,10 +5,10 @@
 # %% ../nbs/00_settings.ipynb #65609d92
 from __future__ import annotations
 import configparser, os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
@@ -55,6 +55,8 @@ def build_config(
     valid = {f.name for f in fields(cls) if f.init}
     for key in values:
         if key not in valid: raise error(f"{where}: unknown key {key!r}, {did_you_mean(key, valid)}")
+    nested = {k: h for k, h in get_type_hints(cls).items() if is_dataclass(h) and isinstance(values.get(k), dict)}
+    values = values | {k: build_config(h, values[k], f"{where}: {k}", error) for k, h in nested.items()}
     try: return TypeAdapter(cls).validate_python(values)
     except ValidationError as e: raise error(f"{where}: {_first_problem(e)}") from None
 

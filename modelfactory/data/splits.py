@@ -210,6 +210,7 @@ def _check_columns(schema, horizons, file):
     for key in ("datetime", "symbol"):
         if key not in schema.names: raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {did_you_mean(key, schema.names)}")
     there = _horizons(schema.names)
+    if horizons == (): return []
     if not there: raise MissingColumn(f"{file}: no label column, expected label_h<bars> such as label_h5")
     for h in horizons or ():
         if h not in there: raise UnknownHorizon(f"{file}: no column label_h{h}; horizons in this file: {', '.join(map(str, there))}")
@@ -219,7 +220,7 @@ def _check_columns(schema, horizons, file):
 def read_split(
     source: Path | pd.DataFrame,  # one parquet file or frame
     name: str = "train",  # train, val or test
-    horizons: tuple | None = None,  # None: all there are
+    horizons: tuple | None = None,  # None: all there are; (): labels are not needed
     features: list | None = None,  # the F columns, in order; None: by their roles
     classes: tuple = (-1, 0, 1),  # label values that are targets
     nan: str | None = None,  # None refuses NaN
@@ -228,6 +229,7 @@ def read_split(
     reader, file = _open(source, name)
     horizons = _check_columns(reader.schema_arrow, horizons, file)
     if features is None: features = column_roles(reader.schema_arrow).query("role == 'feature'").column.tolist()
+    if absent := [f for f in features if f not in reader.schema_arrow.names]: raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; every feature the model knows is needed")
     if not features: raise EmptySplit(f"{file}: no feature column; {len(reader.schema_arrow.names)} columns, all keys, labels, market or future columns")
     try: return _assemble(reader, file, name, horizons, list(features), classes, nan)
     except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
@@ -306,6 +308,7 @@ class SplitsReport:
     labels: pd.DataFrame  # a row a split and horizon: class shares, rows without target
     roles: pd.DataFrame  # column, role, reason
     warnings: list  # sentences
+    fills: dict = field(default_factory=dict)  # feature -> value that stands for NaN, fitted on the first split
 
     @property
     def excluded(self): return self.roles.query("role != 'feature'").reset_index(drop=True)
@@ -313,7 +316,7 @@ class SplitsReport:
     def to_dict(self) -> dict:
         "Plain data, as a run stores it."
         table = lambda t: json.loads(t.to_json(orient="records", date_format="iso"))
-        return dict(splits=table(self.splits), labels=table(self.labels), excluded=table(self.excluded), n_features=int((self.roles.role == "feature").sum()), warnings=self.warnings)
+        return dict(splits=table(self.splits), labels=table(self.labels), excluded=table(self.excluded), n_features=int((self.roles.role == "feature").sum()), warnings=self.warnings, fills=self.fills)
 
     def _parts(self):
         by_reason = self.excluded.groupby(["role", "reason"], sort=False).column.agg(["count", lambda c: ", ".join(c[:4]) + (" …" if len(c) > 4 else "")])
@@ -380,7 +383,7 @@ def _fill(read, nan):
 def _report(read, roles, classes, fills):
     splits = pd.DataFrame([dict(split=s.name, rows=len(s), symbols=len(s.symbols), first=s.datetimes.min(), last=s.datetimes.max()) for s in read.values()])
     labels = pd.DataFrame([dict(split=s.name, horizon=h, **_shares(y, classes), no_target=int((y == NO_TARGET).sum())) for s in read.values() for h, y in s.labels.items()])
-    return SplitsReport(splits, labels, roles, _warnings(read, classes, fills))
+    return SplitsReport(splits, labels, roles, _warnings(read, classes, fills), fills)
 
 def _shares(y, classes):
     defined = y[y != NO_TARGET]

@@ -14,8 +14,8 @@ from .base import BaseModel, FeatureMismatch, NotFittedError
 from .registry import ModelRegistry
 
 # %% auto #0
-__all__ = ['HEADER', 'DATA_SUFFIXES', 'CheckpointError', 'code_in', 'save_header', 'read_header', 'load_header', 'reading',
-           'load_model']
+__all__ = ['HEADER', 'DATA_SUFFIXES', 'CheckpointError', 'code_in', 'library_version', 'save_header', 'read_header',
+           'load_header', 'reading', 'load_model']
 
 # %% ../../nbs/models/02_persistence.ipynb #30c65cbc
 class CheckpointError(ValueError):
@@ -38,8 +38,11 @@ def code_in(
     pickles = [f"{name}: a pickle" for f in files for name, head in _members(f) if head[:1] == b"\x80" and head[1:2] <= b"\x05"]
     return unknown + pickles
 
-# %% ../../nbs/models/02_persistence.ipynb #f954ec85
-def _version(library):
+# %% ../../nbs/models/02_persistence.ipynb #c82bf532
+def library_version(
+    library: str,  # import name
+) -> str | None:
+    "Installed version of a library, None where there is none."
     try: return version({"sklearn": "scikit-learn"}.get(library, library))
     except PackageNotFoundError: return None
 
@@ -54,7 +57,7 @@ def save_header(
     Path(path).mkdir(parents=True, exist_ok=True)
     header = dict(format=1, name=model.name, family=model.family, horizon=model.horizon, classes=list(model.classes),
                   sequence_length=model.config.sequence_length, feature_columns=model.feature_columns, config=asdict(model.config),
-                  versions={lib: _version(lib) for lib in ("modelfactory", "numpy", *model.requires)}, **extra)
+                  versions={lib: library_version(lib) for lib in ("modelfactory", "numpy", *model.requires)}, **extra)
     (Path(path) / HEADER).write_text(json.dumps(header, indent=1))
     return Path(path)
 
