@@ -24,7 +24,8 @@ lab: setup  # JupyterLab at nbs/index.ipynb
 
 bench: setup  # the benchmark notebooks, executed in place
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
-	$(BIN)/python -m modelfactory.runs.bench
+	$(BIN)/jupyter execute --inplace --timeout=3600 nbs/benchmarks/*.ipynb
+	$(BIN)/nbdev-clean
 
 readme: setup  # README.md from nbs/index.ipynb
-	$(BIN)/python -c 'from modelfactory.runs.compare import write_readme; write_readme()'
+	cd tests && ../$(BIN)/python -c 'from test_house import readme; print(readme(), end="")' > ../README.md

@@ -32,7 +32,7 @@ class Progress:
         label: str = "",  # stands in front
     ):
         self.total, self.label, self.done, self.note = max(1, total), label, 0, ""
-        self.start, self._drawn, self._handle = time.monotonic(), -1., None
+        self.start, self._drawn, self._handle, self._last = time.monotonic(), -1., None, None
 
     def text(self) -> str:
         "The line: label, pieces, share, seconds and what is left."
@@ -54,6 +54,8 @@ class Progress:
         if not in_kernel(): print(flush=True)
 
     def _draw(self):
+        if self._last == (self.done, self.note): return
+        self._last = self.done, self.note
         if in_kernel(): return self._draw_html()
         if sys.stdout.isatty(): print(f"\r\x1b[K{self.text()}"[:180], end="", flush=True)
         elif self.done >= self.total: print(self.text(), end="", flush=True)

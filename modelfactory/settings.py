@@ -32,8 +32,9 @@ def did_you_mean(
 ) -> str:
     "The tail of an error: the nearest valid name, or all of them."
     valid = sorted(map(str, valid))
-    near = get_close_matches(str(name), valid, n=1, cutoff=.5)
-    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid) or 'none'}"
+    folded = {v.lower(): v for v in valid}
+    near = get_close_matches(str(name).lower(), folded, n=1, cutoff=.5)
+    return f"did you mean {folded[near[0]]!r}?" if near else f"valid: {', '.join(valid) or 'none'}"
 
 # %% ../nbs/00_settings.ipynb #e91bac5a
 Positive = Annotated[int, Gt(0)]  # a count of at least one

@@ -305,7 +305,7 @@ def _rank(x, n): return x.rolling(n).rank(pct=True) - .5
 
 def _variance_ratio(b, n):
     five, one = (b.ret.rolling(k).sum().rolling(n).std() for k in (5, 1))
-    return _over(five ** 2, 5 * one.clip(lower=1e-7) ** 2)
+    return _over(five ** 2, 5 * one.clip(lower=1e-7) ** 2).clip(0, 5)
 
 FEATURES["statistics"] = {
     **_each("autocorr_{}", (20, 60), lambda b, n: _corr(b.ret, b.ret.shift(), n)), "autocorr5_60": lambda b: _corr(b.ret, b.ret.shift(5), 60),
@@ -457,13 +457,14 @@ def overreaching(
     embargo: pd.Timedelta = pd.Timedelta(0),  # distance that a label's last bar keeps from the next split
 ) -> np.ndarray:  # (rows,) mask
     "Labels decided at or after the start of the next split, less the embargo."
+    if not (isinstance(embargo, pd.Timedelta) and embargo >= pd.Timedelta(0)): raise BarsError(f"embargo = {embargo!r}, expected a pd.Timedelta of at least 0")
     times, hit = _nanoseconds(table), table[f"bars_to_hit_h{horizon}"].to_numpy()
     last = np.full(len(table), np.iinfo(np.int64).max)
     for lo, hi in _spans(table):
         end = np.arange(lo, hi) + hit[lo:hi]
         last[lo:hi] = np.where(end < hi, times[np.minimum(end, hi - 1)], last[lo:hi])
     over = np.zeros(len(table), bool)
-    for early, late in zip(SPLITS, SPLITS[1:]): over |= (split == early) & (last >= times[split == late].min() - pd.Timedelta(embargo).value)
+    for early, late in zip(SPLITS, SPLITS[1:]): over |= (split == early) & (last >= times[split == late].min() - embargo.as_unit("ns").value)
     return over & (table[f"label_h{horizon}"] != UNDEFINED).to_numpy()
 
 # %% ../../nbs/data/03_bars.ipynb #7f718180

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'BATCH', 'NO_TARGET', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit',
-           'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
+__all__ = ['ROLES', 'BATCH', 'NO_TARGET', 'LINE', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
            'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between', 'reaching_over',
            'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler', 'fingerprint']
 
@@ -76,9 +76,11 @@ def column_roles(
     roles = pd.DataFrame([(n, *_role(n, t)) for n, t in zip(schema.names, schema.types)], columns=["column", "role", "reason"]).set_index("column")
     if locked := [n for n in features if roles.role[n] in ("key", "target", "other")]:
         raise SplitsError(f"features: {locked[0]!r} is a {roles.role[locked[0]]} column ({roles.reason[locked[0]]}), it can never be a feature")
-    roles.loc[list(features), ["role", "reason"]] = "feature", "asked for"
-    roles.loc[list(exclude), ["role", "reason"]] = "excluded", "asked for"
+    for names, role in [(features, "feature"), (exclude, "excluded")]:
+        if names: roles.loc[list(names), ["role", "reason"]] = role, "asked for"
     return roles.reset_index()
+
+def _features(roles): return roles.column[roles.role == "feature"].tolist()
 
 # %% ../../nbs/data/00_splits.ipynb #5d7e46b5
 BATCH = 16_384  # rows read at a time
@@ -118,7 +120,7 @@ def _datetimes(column, file):
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type): times = column.to_pandas()
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type): times = _parse_text(column.to_pandas(), file)
     else: raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps")
-    times = pd.to_datetime(times)
+    times = pd.to_datetime(times, cache=False)
     if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), 'with no time')}; drop or mend these rows")
     return times.dt.as_unit("ns")
 
@@ -169,7 +171,13 @@ class Split:
         "Raw closes, where the file has them."
         if self.close is not None: return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes], close=self.close))
 
-# %% ../../nbs/data/00_splits.ipynb #bcbf7d85
+# %% ../../nbs/data/00_splits.ipynb #696c7cc1
+LINE = 16  # columns turned into rows at a time: as many float32 as a cache line holds
+
+def _fill_rows(batch, columns, block):
+    for j in range(0, len(columns), LINE):
+        block[:, j:j + LINE] = np.array([batch.column(c).to_numpy(zero_copy_only=False) for c in columns[j:j + LINE]], np.float32).T
+
 def _read_matrix(source, columns, n, order):
     matrix = np.empty((n, len(columns)), np.float32)
     where = None if order is None else np.argsort(order)
@@ -177,14 +185,14 @@ def _read_matrix(source, columns, n, order):
     for batch in source.iter_batches(batch_size=BATCH, columns=columns):
         hi = lo + batch.num_rows
         block = matrix[lo:hi] if where is None else np.empty((hi - lo, len(columns)), np.float32)
-        for j, name in enumerate(columns): block[:, j] = batch.column(name).to_numpy(zero_copy_only=False)
+        _fill_rows(batch, columns, block)
         if where is not None: matrix[where[lo:hi]] = block
         lo = hi
     return matrix
 
 # %% ../../nbs/data/00_splits.ipynb #50c2ad4c
 def _check_finite(split, nan):
-    if np.isfinite(split.matrix.sum(dtype=np.float64)): return
+    if np.isfinite(np.vdot(split.matrix, split.matrix)): return
     for j, name in enumerate(split.features):
         column = split.matrix[:, j]
         for bad, what, mend in [(np.isinf(column), "with infinity (or more than float32 can)", "mend upstream"),
@@ -227,10 +235,11 @@ def read_split(
 ) -> Split:
     "Reads one split into one float32 matrix; raises `SplitsError`. Nothing is fitted here."
     reader, file = _open(source, name)
-    horizons = _check_columns(reader.schema_arrow, horizons, file)
-    if features is None: features = column_roles(reader.schema_arrow).query("role == 'feature'").column.tolist()
-    if absent := [f for f in features if f not in reader.schema_arrow.names]: raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; every feature the model knows is needed")
-    if not features: raise EmptySplit(f"{file}: no feature column; {len(reader.schema_arrow.names)} columns, all keys, labels, market or future columns")
+    horizons = _check_columns(schema := reader.schema_arrow, horizons, file)
+    if features is None: features = _features(column_roles(schema))
+    there = set(schema.names)
+    if absent := [f for f in features if f not in there]: raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; every feature the model knows is needed")
+    if not features: raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns")
     try: return _assemble(reader, file, name, horizons, list(features), classes, nan)
     except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
 
@@ -242,7 +251,7 @@ def _assemble(reader, file, name, horizons, features, classes, nan):
     if small.num_rows == 0: raise EmptySplit(f"{file}: no row, expected at least one bar")
     if small["symbol"].null_count: raise MissingColumn(f"{file}: symbol: {_rows(small['symbol'].is_null().to_numpy(), 'with none')}; name the symbol of every row")
     times = _datetimes(small["datetime"], file)
-    codes, symbols = pd.factorize(small["symbol"].to_pandas().astype(object))
+    codes, symbols = pd.factorize(small["symbol"].to_pandas())
     order = _order(codes, times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy(), file, symbols)
     pick = (lambda a: a) if order is None else (lambda a: a[order])
     numbers = lambda c, kind: pick(small[c].to_numpy().astype(kind)) if c in small.column_names else None
@@ -355,7 +364,7 @@ def read_splits(
     first, file = readers[splits[0]]
     _check_columns(first.schema_arrow, horizons, file)
     roles = column_roles(first.schema_arrow, features, exclude)
-    names = roles.query("role == 'feature'").column.tolist()
+    names = _features(roles)
     for reader, other in readers.values(): _check_same(names, column_roles(reader.schema_arrow, features, exclude), file, other)
     read = {name: read_split(source, name, horizons, names, classes, nan) for name, source in files.items()}
     fills = _fill(read, nan)
@@ -365,7 +374,7 @@ def read_splits(
 
 # %% ../../nbs/data/00_splits.ipynb #d33d180b
 def _check_same(names, roles, file, other):
-    there = set(roles.query("role == 'feature'").column)
+    there = set(_features(roles))
     for missing, what in [(set(names) - there, f"in {file}, not in {other}"), (there - set(names), f"in {other}, not in {file}")]:
         if missing: raise FeatureSetsDiffer(f"{other}: {len(missing)} features {what}: {', '.join(sorted(missing)[:5])}; all splits need the same features, or name them in exclude=")
 

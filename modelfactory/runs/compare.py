@@ -16,7 +16,7 @@ from ..settings import settings
 from ..training.evaluator import METRICS, better, directional_interval
 
 # %% auto #0
-__all__ = ['SHOWN', 'FAMILY_STYLE', 'leaderboard', 'leaderboard_html', 'direction_tests', 'best_per_horizon',
+__all__ = ['SHOWN', 'SIGNAL', 'FAMILY_STYLE', 'leaderboard', 'leaderboard_html', 'direction_tests', 'best_per_horizon',
            'prediction_correlations', 'ceiling_direction', 'attained', 'conclusion', 'family_style', 'plot_forest',
            'plot_correlations', 'plot_time_against_score', 'comparison_markdown', 'to_html', 'compare']
 
@@ -124,14 +124,16 @@ def _direction_of(known, who):
     both = (called != 0) & (known.y_true != 0)
     return float((called == known.y_true)[both].mean()) if both.any() else math.nan
 
-# %% ../../nbs/runs/03_compare.ipynb #5f4e6738
+# %% ../../nbs/runs/03_compare.ipynb #a661abc8
+SIGNAL = .52  # a ceiling at or below it is a market without a direction: ties of its probabilities are broken by rounding
+
 def attained(runs: RunList) -> pd.DataFrame:
-    "Each model's directional accuracy beside the ceilings, where the answer is known, and its share of the one-row ceiling."
+    "Each model's directional accuracy beside the ceilings, where the answer is known, and its share of the full-history ceiling; NaN where there is nothing to attain."
     rows = []
     for r in runs.latest():
         if ceiling := ceiling_direction(r.data, r.horizon, r.predictions()):
-            found, top = r.metrics["directional_accuracy"], ceiling["row"]
-            rows.append(dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], accuracy=found, one_row=top, full_history=ceiling["full"], share=(found - .5) / (top - .5) if top > .52 else math.nan))
+            found, top = r.metrics["directional_accuracy"], ceiling["full"]
+            rows.append(dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], accuracy=found, one_row=ceiling["row"], full_history=top, share=(found - .5) / (top - .5) if top > SIGNAL else math.nan))
     return pd.DataFrame(rows, columns=["data", "horizon", "model", "accuracy", "one_row", "full_history", "share"])
 
 # %% ../../nbs/runs/03_compare.ipynb #ffb83610
@@ -139,7 +141,7 @@ def _names(rows): return ", ".join(f"{m} h{h}" for m, h in zip(rows.model, rows.
 
 def _of_planted(rows, tests):
     low, high = rows.share.min(), rows.share.max()
-    return f"{rows.data.iloc[0]}: where a signal was planted, {tests.knows.sum()} of {len(tests)} models found the direction, and they attained {low:.0%} to {high:.0%} of what the last row allows (best {rows.accuracy.max():.3f}, ceiling {rows.one_row.max():.3f} from one row, {rows.full_history.max():.3f} from the full history)."
+    return f"{rows.data.iloc[0]}: where a signal was planted, {tests.knows.sum()} of {len(tests)} models found the direction, and they attained {low:.0%} to {high:.0%} of what the full history allows (best {rows.accuracy.max():.3f}, ceiling {rows.one_row.max():.3f} from one row, {rows.full_history.max():.3f} from the full history)."
 
 def _of_null(tests):
     found = tests[tests.knows]

@@ -32,12 +32,14 @@ def check_parameters(notebook: Path, parameters: dict):
     for name in parameters:
         if name not in known: raise ConfigError(f"{notebook.name}: no parameter {name!r}, {did_you_mean(name, known)}")
 
-# %% ../../nbs/runs/01_engine.ipynb #6ed52e7a
-def _kernel_manager():
+# %% ../../nbs/runs/01_engine.ipynb #df681e8d
+def _kernel_manager(runtime):
+    "A kernel manager whose sockets are files in folder `runtime`, where no other run's are."
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode
+    if os.name != "posix": return AsyncKernelManager
     class IPCKernelManager(AsyncKernelManager):
-        transport = Unicode("ipc" if os.name == "posix" else "tcp")
+        transport, ip = Unicode("ipc"), Unicode(f"{runtime}/kernel")
     return IPCKernelManager
 
 # %% ../../nbs/runs/01_engine.ipynb #0486c635
@@ -51,7 +53,7 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="mf") as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime
         papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False, autosave_cell_every=1,
-                                   coalesce_streams=True, kernel_manager_class=_kernel_manager())
+                                   start_timeout=180, coalesce_streams=True, kernel_manager_class=_kernel_manager(runtime))
     _sign(output)
 
 def _sign(output):

@@ -342,14 +342,15 @@ class ModelEvaluator:
 
     def backtest(self,
         predictions: PredictionOutput,
-        y_true: np.ndarray,  # (n,) class values, traded where there are no prices
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
+        y_true: np.ndarray | None = None,  # (n,) class values, traded where there are no prices
         returns_source: str | None = None,  # close or file, where the prices come from
     ) -> Backtest | None:  # None for classes without a sign
         "The book that trades the sign of the predictions."
         if not has_direction(self.classes): return None
         signs = dict(datetime=predictions.timestamps, symbol=predictions.symbols, prediction=np.sign(predictions.predictions))
         rules = dict(horizon=self.horizon, cost_bps=self.cost_bps, trading_days=self.trading_days)
+        if prices is None and y_true is None: raise EvaluationError("nothing to trade on: expected prices or y_true")
         if prices is None: return label_payoff(signs, np.sign(y_true), **rules)
         return tranche_backtest(signs, prices, returns_source=returns_source or "close", **rules)
 
@@ -357,13 +358,12 @@ class ModelEvaluator:
         predictions: PredictionOutput,
         y_true: np.ndarray,  # (n,) class values
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        fit_seconds: float | None = None,
-        predict_seconds: float | None = None,
+        fit_seconds: float | None = None, predict_seconds: float | None = None,
         returns_source: str | None = None,  # close or file, where the prices come from
     ) -> dict:  # name -> number; NaN where undefined
         "All metrics of `METRICS` with their intervals; raises `EvaluationError`, or `BacktestError` where a bar has no price."
         scores = classification_metrics(*_checked(predictions, y_true, self.classes), self.classes)
-        book = self.backtest(predictions, y_true, prices, returns_source)
+        book = self.backtest(predictions, prices, y_true, returns_source)
         scores |= book.metrics() if book else dict.fromkeys(_TRADING, np.nan)
         scores |= dict(n_samples=len(y_true), returns_source=book.returns_source if book else None, fit_seconds=_seconds(fit_seconds), predict_seconds=_seconds(predict_seconds))
         return {k: v.item() if isinstance(v, np.generic) else v for k, v in scores.items()} | self._intervals(predictions, y_true, book)

@@ -48,7 +48,7 @@ class XGBoostModel(TabularModel):
         notify(self, "on_fit_start", c.n_rounds)
         data = xgb.QuantileDMatrix(train.X, train.y, weight=train.weight, max_bin=c.max_bin, nthread=n_threads(c))
         held = xgb.QuantileDMatrix(val.X, val.y, weight=val.weight, ref=data, max_bin=c.max_bin, nthread=n_threads(c))
-        stop = [xgb.callback.EarlyStopping(c.patience, save_best=True)] if c.early_stopping else []
+        stop = [xgb.callback.EarlyStopping(rounds=c.patience, save_best=True)] if c.early_stopping else []
         self.booster = xgb.train(self.parameters(), data, c.n_rounds, evals=[(data, "train"), (held, "val")], evals_result=losses, verbose_eval=False, callbacks=[_adapter(self), *stop])
         history = {f"{k}_loss": v["mlogloss"] for k, v in losses.items()} | dict(best_round=self.booster.num_boosted_rounds() - 1)
         notify(self, "on_fit_end", history)

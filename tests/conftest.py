@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    "Registry, environment and working folder are after a test what they were before."
+    from modelfactory.models.registry import ModelRegistry
+    monkeypatch.chdir(ROOT)
+    models, broken, environment = dict(ModelRegistry._models), dict(ModelRegistry._broken), dict(os.environ)
+    yield
+    ModelRegistry._models.clear(), ModelRegistry._models.update(models)
+    ModelRegistry._broken.clear(), ModelRegistry._broken.update(broken)
+    os.environ.clear(), os.environ.update(environment)

@@ -1,0 +1,78 @@
+"The rules of the house: notebooks are the source, clean, and each module has one."
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
+MODULES = sorted(f for f in (ROOT / "modelfactory").rglob("*.py") if f.name not in ("__init__.py", "_modidx.py"))
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "The sources in another folder, exported and cleaned there."
+    there = tmp_path_factory.mktemp("house")
+    for name in ("nbs", "modelfactory", "pyproject.toml", "settings.ini"):
+        source = ROOT / name
+        shutil.copytree(source, there / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")) if source.is_dir() else shutil.copy(source, there / name)
+    shutil.rmtree(there / "modelfactory")
+    (there / "modelfactory").mkdir()
+    shutil.copy(ROOT / "modelfactory/__init__.py", there / "modelfactory")
+    subprocess.run([BIN / "nbdev-export"], cwd=there, check=True, capture_output=True)
+    subprocess.run([BIN / "nbdev-clean"], cwd=there, check=True, capture_output=True)
+    return there
+
+
+def test_the_exported_package_is_what_the_notebooks_say(copy):
+    exported = {f.relative_to(copy): f.read_text() for f in (copy / "modelfactory").rglob("*.py")}
+    stored = {f.relative_to(ROOT): f.read_text() for f in (ROOT / "modelfactory").rglob("*.py")}
+    assert exported.keys() == stored.keys(), "run nbdev-export; remove modules whose notebook is gone"
+    assert [str(f) for f in stored if stored[f] != exported[f]] == [], "run nbdev-export"
+
+
+def test_notebooks_are_clean(copy):
+    dirty = [str(f.relative_to(ROOT)) for f in NOTEBOOKS if json.loads(f.read_text()) != json.loads((copy / f.relative_to(ROOT)).read_text())]
+    assert dirty == [], "run nbdev-clean"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_module_has_a_notebook(module):
+    named = re.search(r"File to edit: (\S+\.ipynb)", module.read_text())
+    assert named and (module.parent / named[1]).resolve().is_file()
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_notebook_is_fit_to_read(file):
+    nb = nbformat.read(file, 4)
+    nbformat.validate(nb)
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
+    source = "\n".join(c.source for c in nb.cells)
+    assert "import *" not in source and "TODO" not in source and not re.search(r"(/home/|/root/|/work/|/Users/)\w", source)
+    large = [c.id for c in nb.cells if c.cell_type == "code" and len(json.dumps(c.outputs)) > 100_000]
+    assert large == [], "an output above 100 KB"
+    assert not any(o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_readme_is_the_index_notebook():
+    assert (ROOT / "README.md").read_text() == readme(), "run make readme"
+
+
+def readme():
+    from nbconvert import MarkdownExporter
+    nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
+    nb.metadata["language_info"] = dict(name="python")
+    return MarkdownExporter().from_notebook_node(nb)[0].strip() + "\n"
+
+
+def test_listing_models_loads_no_heavy_library():
+    heavy = "torch sklearn xgboost lightgbm catboost lightning neuralforecast pytorch_forecasting transformers mlflow pandas".split()
+    code = f"from modelfactory.models.registry import ModelRegistry; import sys; print(len(ModelRegistry.list_models())); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.splitlines() == ["6", "[]"]

@@ -1,0 +1,133 @@
+"Runs in real processes: killed at any moment, made by a model from outside, failing beside others."
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from modelfactory.cli import main
+from modelfactory.data.bundled import resolve_data
+from modelfactory.runs.engine import run_notebook
+from modelfactory.runs.store import PARTIAL, clear_partial, list_runs, load_run
+
+MODELFACTORY = Path(sys.executable).with_name("modelfactory")
+PARAMETERS = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
+
+
+def call(*args, cwd=ROOT, **env):
+    return subprocess.run([MODELFACTORY, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
+    "30 runs killed at random moments, from before the kernel starts to after the run is published."
+    resolve_data("planted")
+    start = time.monotonic()
+    assert run_notebook(PARAMETERS, tmp_path / "first").status == "ok"
+    whole = (time.monotonic() - start) * 2.2  # two run side by side below
+    moments = random.Random(7)
+
+    def killed(i):
+        started, runs = [], tmp_path / "runs"
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, None, 2, started)
+            deadline = time.monotonic() + moments.uniform(.1, whole)
+            while time.monotonic() < deadline and not future.done(): time.sleep(.02)
+            for process in started:
+                if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+            return future.result().status
+
+    with ThreadPoolExecutor(2) as pool: statuses = list(pool.map(killed, range(30)))
+    visible = [f for f in (tmp_path / "runs").iterdir() if not f.name.startswith(".")]
+    assert len(visible) == len(list_runs(tmp_path / "runs")) == statuses.count("ok")
+    for folder in visible: load_run(folder).verify(); load_run(folder).model()
+    assert statuses.count("killed") >= 10, statuses
+
+
+def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):
+    code = f"from modelfactory.runs.engine import run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
+    runner = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    time.sleep(4)
+    for attempt in (tmp_path / PARTIAL).iterdir(): os.killpg(int((attempt / "pid").read_text()), signal.SIGKILL)
+    runner.kill(), runner.wait()
+    time.sleep(.5)
+    assert list_runs(tmp_path) == [] and len(clear_partial(tmp_path)) <= 1
+    assert list((tmp_path / PARTIAL).iterdir()) == []
+
+
+def test_a_model_from_outside_the_package(tmp_path):
+    "`new` writes a model in a folder of its own; the grid trains it; no file of the package changes."
+    before = {f: sha256(f.read_bytes()).hexdigest() for f in ROOT.rglob("*") if f.is_file() and f.parts[len(ROOT.parts)] in ("modelfactory", "nbs", "params") and f.suffix in (".py", ".ipynb", ".yaml")}
+    made = call("new", "mymodel", "--family", "myfamily", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "grid.yaml").write_text(f"data: {resolve_data('planted')}\nmodels: [mymodel, logistic_regression]\nhorizons: [5]\npreset: quick\n")
+    done = call("experiment", "grid.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = list_runs(tmp_path / "runs")
+    assert {r.manifest["model"] for r in runs} == {"mymodel", "logistic_regression"}
+    mine = next(r for r in runs if r.manifest["model"] == "mymodel")
+    assert mine.family == "myfamily" and (mine.path / "train.ipynb").is_file()
+    assert "mymodel" in call("models", cwd=tmp_path).stdout and call("compare", cwd=tmp_path).returncode == 0
+    assert before == {f: sha256(f.read_bytes()).hexdigest() for f in before}
+
+
+def test_the_same_run_is_not_trained_twice_and_runs_from_its_config_alone(tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("data: planted\nmodels: [lightgbm]\nhorizons: [5]\npreset: quick\n")
+    first, second = (call("experiment", grid, "--output", tmp_path / "runs") for _ in range(2))
+    assert first.returncode == second.returncode == 0 and "1 ok" in first.stdout and "1 skipped" in second.stdout
+    run = list_runs(tmp_path / "runs")[0]
+    from modelfactory.training.trainer import Trainer
+    trainer = Trainer(run.path / "config.yaml")
+    trainer.run_full_pipeline()
+    assert (trainer.predictions["val"].probabilities == run.predictions()[["p_down", "p_flat", "p_up"]].to_numpy()).all()
+    assert trainer.metrics["val"]["sharpe_net"] == pytest.approx(run.metrics["sharpe_net"])
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("data: planted\nmodels: [svm, logistic_regression]\nhorizons: [5]\npreset: quick\noverrides: {svm: {exact: true, max_exact_rows: 10}}\n")
+    done = call("experiment", grid, "--output", tmp_path / "runs")
+    assert done.returncode == 1 and "1 ok, 1 failed" in done.stdout.replace("1 failed, 1 ok", "1 ok, 1 failed")
+    assert "at most 10" in done.stdout and len(list_runs(tmp_path / "runs")) == 1
+
+
+def test_train_and_predict_by_command(tmp_path):
+    done = call("train", "--model", "xgboost", "--horizon", "20", "--data", "planted", "--preset", "quick", "--set", "n_rounds=20", "--output", tmp_path / "runs", "--test")
+    assert done.returncode == 0, done.stderr
+    run = list_runs(tmp_path / "runs")[0]
+    assert run.config["config"]["n_rounds"] == 20 and run.manifest["splits"] == ["val", "test"]
+    with pytest.raises(SystemExit) as end: main(["predict", str(run.path), "planted", "--output", str(tmp_path / "p.parquet")])
+    assert end.value.code == 0
+    import pandas as pd
+    both = run.predictions("test").merge(pd.read_parquet(tmp_path / "p.parquet"), on=["datetime", "symbol"], suffixes=("", "_again"))
+    assert len(both) == len(run.predictions("test")) and (both.p_up - both.p_up_again).abs().max() < 1e-6
+
+
+def test_training_never_opens_the_test_split(tmp_path):
+    "Without test_scaled.parquet a training works; asked for by name, it is missed."
+    for f in resolve_data("planted").iterdir():
+        if f.is_file() and "test" not in f.name: shutil.copy(f, tmp_path)
+    from modelfactory.data.splits import MissingFile
+    from modelfactory.training.trainer import Trainer
+    trainer = Trainer(dict(model="logistic_regression", horizon=5, data=str(tmp_path), preset="quick"))
+    assert trainer.run_full_pipeline()["n_samples"] > 1000
+    with pytest.raises(MissingFile): trainer.evaluate("test")
+
+
+def test_demo_says_what_it_means(capsys, tmp_path):
+    "A small grid over the three kinds of data ends in three sentences."
+    from modelfactory.runs.compare import compare, conclusion
+    from modelfactory.runs.grid import run_grid
+    result = run_grid(dict(data=["eurusd", "planted", "null"], models=["logistic_regression"], horizons=[5], preset="quick"), tmp_path)
+    assert result.ok
+    said = conclusion(list_runs(tmp_path))
+    assert [s.split(":")[0] for s in said] == ["planted", "null", "eurusd"]
+    assert compare(tmp_path).is_file() and (tmp_path / "model_comparison.md").read_text().count("logistic_regression") >= 6
