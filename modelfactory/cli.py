@@ -20,7 +20,10 @@ __all__ = ['app', 'models', 'check', 'parse_set', 'train', 'experiment', 'compar
 def models(family: Annotated[Optional[str], typer.Option(help="only this family")] = None):
     "List the models.\n\nExample: modelfactory models --family boosting"
     from modelfactory.models.registry import ModelRegistry
-    for m in ModelRegistry.list_models(family): print(f"{m['name']:22} {m['family']:12} {m['summary'] if m['available'] else 'unavailable: ' + m['reason']}")
+    from modelfactory.settings import ConfigError, did_you_mean
+    every = ModelRegistry.list_models()
+    if family and family not in (known := {m["family"] for m in every}): raise ConfigError(f"--family {family!r}: {did_you_mean(family, known)}")
+    for m in [m for m in every if family in (None, m["family"])]: print(f"{m['name']:22} {m['family']:12} {m['summary'] if m['available'] else 'unavailable: ' + m['reason']}")
 
 # %% ../nbs/cli.ipynb #9efd9f66
 @app.command()
@@ -36,11 +39,16 @@ def parse_set(
     pairs: list[str],  # "key=value"
 ) -> dict:
     "Overrides from `--set`; raises `ConfigError` on what is no pair."
-    import yaml
     from modelfactory.settings import ConfigError
     for p in pairs:
         if not p.partition("=")[0].strip() or "=" not in p: raise ConfigError(f"--set {p!r}: expected key=value")
-    return {k.strip(): yaml.safe_load(v) for k, _, v in (p.partition("=") for p in pairs)}
+    return {p.partition("=")[0].strip(): _value(p) for p in pairs}
+
+def _value(pair):
+    import yaml
+    from modelfactory.settings import ConfigError
+    try: return yaml.safe_load(pair.partition("=")[2])
+    except yaml.YAMLError as e: raise ConfigError(f"--set {pair!r}: the value is not plain YAML: {' '.join(str(e).split())[:200]}") from None
 
 # %% ../nbs/cli.ipynb #d5905801
 @app.command()
@@ -51,16 +59,17 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
           preset: Annotated[Optional[str], typer.Option(help="preset of the model's YAML")] = None,
           set_: Annotated[list[str], typer.Option("--set", help="key=value, stronger than everything else")] = [],
           seed: Annotated[Optional[int], typer.Option(help="settings.ini's without it")] = None,
-          output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it")] = None,
+          output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
           test: Annotated[bool, typer.Option(help="also score the test split")] = False):
     "Train one model in its own executed notebook.\n\nExample: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4"
     from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.splits import split_files
     from modelfactory.runs.engine import run_notebook
     from modelfactory.runs.grid import trainer_of
     from modelfactory.settings import read_yaml, settings
     overrides = (read_yaml(config) if config else {}) | parse_set(set_)
     parameters = dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=overrides, seed=seed)
-    resolve_data(parameters["data"]), trainer_of(parameters)
+    trainer_of(parameters).prepare_data(), split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
     outcome = run_notebook(parameters | dict(evaluate_test=test), output)
     if outcome.status != "ok": raise typer.Exit(_say(f"{outcome.status}: {outcome.reason} (see {outcome.path})"))
     from modelfactory.runs.store import load_run
@@ -71,7 +80,7 @@ def _say(text): print(text, file=sys.stderr); return 1
 # %% ../nbs/cli.ipynb #b6cda597
 @app.command()
 def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
-               output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it")] = None,
+               output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
                workers: Annotated[Optional[int], typer.Option(min=1, help="runs at a time")] = None,
                timeout: Annotated[Optional[float], typer.Option(min=1, help="seconds a run may take")] = None,
                force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
@@ -95,7 +104,7 @@ def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; se
 
 # %% ../nbs/cli.ipynb #7a93606a
 @app.command()
-def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it")] = None):
+def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
     "Six models, two horizons, three data sets, and what it means.\n\nExample: modelfactory demo"
     from modelfactory.runs.grid import run_grid
     result = run_grid("demo", output)
@@ -108,7 +117,7 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
 def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
             data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
             split: Annotated[str, typer.Option(help="which split of a folder")] = "test",
-            output: Annotated[Path, typer.Option(help="parquet file to write")] = Path("predictions.parquet")):
+            output: Annotated[Path, typer.Option(help="parquet file to write", dir_okay=False)] = Path("predictions.parquet")):
     "Predict labelled bars with a finished run.\n\nExample: modelfactory predict runs/xgboost_h5_… data/splits/scaled --output p.parquet"
     from modelfactory.runs.predict import predict_run
     frame = predict_run(run, data, split)
@@ -119,7 +128,7 @@ def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="of the model: a lower-case word")],
         family: Annotated[str, typer.Option(help="existing or your own")],
-        output: Annotated[Path, typer.Option(help="folder of your work")] = Path(".")):
+        output: Annotated[Path, typer.Option(help="folder of your work", file_okay=False)] = Path(".")):
     "Write the notebook and YAML of a working tiny model.\n\nExample: modelfactory new mymodel --family myfamily"
     from modelfactory.models.template import new_model
     for file in new_model(name, family, output): print(f"wrote {file}")
@@ -131,11 +140,19 @@ def main(
 ):
     "Runs the command line; a user's mistake prints one line and exits with 2."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try: app(args)
-    except KeyboardInterrupt: sys.exit(_say("interrupted; the same command goes on where it stopped") + 129)
-    except (ValueError, ImportError, FileExistsError, KeyError) as e:
-        if type(e).__module__.split(".")[0] != "modelfactory" and not _ours(e): raise
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr); sys.exit(2)
+    args = sys.argv[1:] if args is None else args
+    try: code = app(args or ["--help"], standalone_mode=False) or 0
+    except Exception as e:
+        if not (mistake := _mistake(e)): raise
+        code = _say(f"error: {mistake}") + 1
+    if code == 130: _say("interrupted; the same command goes on where it stopped")
+    sys.exit(code)
+
+def _mistake(e):
+    "What the user did wrong, in one line; empty when the defect is ours."
+    if hasattr(e, "format_message"): return " ".join(e.format_message().split())
+    known = isinstance(e, OSError) or type(e).__module__.startswith("modelfactory.") or (isinstance(e, (ValueError, ImportError, KeyError)) and _ours(e))
+    return " ".join(str(e).split()) if known else ""
 
 def _ours(e):
     "Whether the innermost frame that raised stands in this package."

@@ -111,7 +111,7 @@ def _find_file():
 def _read_file(file):
     ini = configparser.ConfigParser(interpolation=None)
     try: ini.read_string(file.read_text(), source=str(file))
-    except (OSError, UnicodeDecodeError, configparser.Error) as e: raise SettingsError(f"{file}: {str(e).splitlines()[0]}") from None
+    except (OSError, UnicodeDecodeError, configparser.Error) as e: raise SettingsError(f"{file}: {' '.join(str(e).split())[:200]}") from None
     return dict(ini["modelfactory"]) if ini.has_section("modelfactory") else {}
 
 def _read_environment():

@@ -70,7 +70,7 @@ def house(tmp_path_factory):
     (work / "data/feature_scaler.json").write_text('{"version": "2.0", "features": {}}')
     (work / "settings.ini").write_text("[modelfactory]\ndata = data\nhorizons = 5\n")
     (work / "params/models/xgboost.yaml").write_text("model_name: xgboost\nmodel_family: boosting\npresets:\n  quick: {n_rounds: 5}\nsearch:\n  max_depth: {type: int, low: 2, high: 8}\n")
-    (work / "params/grids/small.yaml").write_text("data: data\nmodels: [logistic_regression]\nhorizons: [5]\n")
+    for name in ("small", "demo"): (work / f"params/grids/{name}.yaml").write_text("data: data\nmodels: [logistic_regression]\nhorizons: [5]\n")
     with pytest.MonkeyPatch.context() as at:
         at.chdir(work)
         trainer = Trainer(dict(model="logistic_regression", horizon=5, data="data"))
@@ -346,7 +346,7 @@ settings_ini("an unknown setting", "'horizon'", "did you mean 'horizons'", text=
 settings_ini("a setting that is no number", "trading_days = 'many'", "integer", text="[modelfactory]\ntrading_days = many\n")
 settings_ini("horizons that are no numbers", "horizons", "'five'", text="[modelfactory]\nhorizons = five\n")
 settings_ini("a setting out of range", "gap = '2'", text="[modelfactory]\ngap = 2\n")
-settings_ini("malformed settings", "[modelfactory", text="[modelfactory]\nno sign of equality\n")
+settings_ini("malformed settings", "no sign of equality", text="[modelfactory]\nno sign of equality\n")
 settings_ini("a setting twice", "'seed'", text="[modelfactory]\nseed = 1\nseed = 2\n")
 settings_ini("malformed settings while models are listed", "settings.ini", text="[modelfactory]\nno sign of equality\n", call=ModelRegistry.list_models)
 
@@ -437,7 +437,7 @@ def _(work): return lambda: new("neural:svm")
 @kind("a model named as a path", UnknownModel, "'../x'")
 def _(work): return lambda: new("../x")
 
-@kind("a run named as a path", UnknownModel, "'../x'")
+@kind("a run named as a path", ValueError, "'../x'", "lower-case")
 def _(work): return lambda: run_notebook(dict(model="../x", horizon=5), work / "runs")
 
 @kind("an attempt named as a path", ValueError, "'../x'", "lower-case")
@@ -652,6 +652,8 @@ COMMANDS = {  # what was typed: what the line says
     "compare nowhere": "nowhere",
     "predict nowhere data": "nowhere",
     "predict .. data": "manifest.json",
+    "train --model svm --horizon 5 --test --data untested": "test_scaled.parquet",
+    "compare settings.ini": "settings.ini",
     "predict runs/first nowhere": "nowhere",
     "predict runs/first data --split tset": "tset",
     "predict runs/first data --output nowhere/p.parquet": "nowhere",
@@ -671,6 +673,7 @@ def desk(work):
     "The working folder with what the commands stumble over."
     shutil.copytree(work / "data", work / "broken")
     put("trend", np.nan)(bars("train")).to_parquet(work / "broken/train_scaled.parquet")
+    shutil.copytree(work / "data", work / "untested", ignore=shutil.ignore_patterns("test*"))
     (work / "bad.yaml").write_text("horizon: [5]")
     (work / "taken.ipynb").write_text("")
     return work

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'BATCH', 'NO_TARGET', 'LINE', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+__all__ = ['ROLES', 'BATCH', 'NO_TARGET', 'STRIP', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
            'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
            'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between', 'reaching_over',
            'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler', 'fingerprint']
@@ -61,8 +61,9 @@ ROLES = [(re.compile(pattern), role, why) for pattern, role, why in [
 def _role(name, kind):
     for pattern, role, why in ROLES:
         if pattern.fullmatch(name): return role, why
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind): return "feature", ""
-    return "other", f"not a number ({kind})"
+    return ("feature", "") if _is_number(kind) else ("other", f"not a number ({kind})")
+
+def _is_number(kind): return any(is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
 
 # %% ../../nbs/data/00_splits.ipynb #db8cdb8e
 def column_roles(
@@ -95,6 +96,7 @@ class _Table:
 # %% ../../nbs/data/00_splits.ipynb #0777557b
 def _open(source, name):
     if isinstance(source, pd.DataFrame):
+        _check_unique(source.columns, f"{name} frame")
         try: return _Table(source), f"{name} frame"
         except (pa.ArrowException, TypeError) as e: raise UnreadableFile(f"{name} frame: {str(e).splitlines()[0]}") from None
     if not Path(source).is_file(): raise MissingFile(f"{source}: no such file; expected a parquet file with the {name} split")
@@ -122,6 +124,7 @@ def _datetimes(column, file):
     else: raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps")
     times = pd.to_datetime(times, cache=False)
     if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), 'with no time')}; drop or mend these rows")
+    if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
     return times.dt.as_unit("ns")
 
 def _parse_text(text, file):
@@ -171,12 +174,13 @@ class Split:
         "Raw closes, where the file has them."
         if self.close is not None: return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes], close=self.close))
 
-# %% ../../nbs/data/00_splits.ipynb #696c7cc1
-LINE = 16  # columns turned into rows at a time: as many float32 as a cache line holds
+# %% ../../nbs/data/00_splits.ipynb #082cdacd
+STRIP = 1024  # rows turned at a time: they stay in the cache until the last of their columns is there
 
-def _fill_rows(batch, columns, block):
-    for j in range(0, len(columns), LINE):
-        block[:, j:j + LINE] = np.array([batch.column(c).to_numpy(zero_copy_only=False) for c in columns[j:j + LINE]], np.float32).T
+def _fill_rows(columns, block):
+    for i in range(0, len(block), STRIP):
+        strip = block[i:i + STRIP]
+        for j, column in enumerate(columns): strip[:, j] = column[i:i + STRIP]
 
 def _read_matrix(source, columns, n, order):
     matrix = np.empty((n, len(columns)), np.float32)
@@ -185,7 +189,7 @@ def _read_matrix(source, columns, n, order):
     for batch in source.iter_batches(batch_size=BATCH, columns=columns):
         hi = lo + batch.num_rows
         block = matrix[lo:hi] if where is None else np.empty((hi - lo, len(columns)), np.float32)
-        _fill_rows(batch, columns, block)
+        _fill_rows([batch.column(name).to_numpy(zero_copy_only=False) for name in columns], block)
         if where is not None: matrix[where[lo:hi]] = block
         lo = hi
     return matrix
@@ -215,6 +219,7 @@ def _horizons(names, prefix="label_h"): return sorted(int(n[len(prefix):]) for n
 
 # %% ../../nbs/data/00_splits.ipynb #c7be4065
 def _check_columns(schema, horizons, file):
+    _check_unique(schema.names, file)
     for key in ("datetime", "symbol"):
         if key not in schema.names: raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {did_you_mean(key, schema.names)}")
     there = _horizons(schema.names)
@@ -223,6 +228,10 @@ def _check_columns(schema, horizons, file):
     for h in horizons or ():
         if h not in there: raise UnknownHorizon(f"{file}: no column label_h{h}; horizons in this file: {', '.join(map(str, there))}")
     return list(horizons or there)
+
+def _check_unique(names, file):
+    names = pd.Index(names)
+    if (twice := names[names.duplicated()]).size: raise UnreadableFile(f"{file}: column {twice[0]!r} is there more than once; keep one")
 
 # %% ../../nbs/data/00_splits.ipynb #60e4d853
 def read_split(
@@ -254,12 +263,16 @@ def _assemble(reader, file, name, horizons, features, classes, nan):
     codes, symbols = pd.factorize(small["symbol"].to_pandas())
     order = _order(codes, times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy(), file, symbols)
     pick = (lambda a: a) if order is None else (lambda a: a[order])
-    numbers = lambda c, kind: pick(small[c].to_numpy().astype(kind)) if c in small.column_names else None
-    by_horizon = lambda prefix, kind: {h: a for h in horizons if (a := numbers(f"{prefix}_h{h}", kind)) is not None}
+    numbers = lambda c: pick(_numbers(small[c], c, file)) if c in small.column_names else None
+    by_horizon = lambda prefix: {h: a for h in horizons if (a := numbers(f"{prefix}_h{h}")) is not None}
     split = Split(name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)), pick(codes), list(symbols),
-                  {h: pick(_label(small[f"label_h{h}"], classes)) for h in horizons}, by_horizon("bars_to_hit", float), by_horizon("sample_weight", float), numbers("close", float), order)
+                  {h: pick(_label(small[f"label_h{h}"], classes)) for h in horizons}, by_horizon("bars_to_hit"), by_horizon("sample_weight"), numbers("close"), order)
     _check_finite(split, nan)
     return split
+
+def _numbers(column, name, file):
+    if not (_is_number(column.type) or pa.types.is_null(column.type)): raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
+    return column.to_numpy().astype(float)
 
 # %% ../../nbs/data/00_splits.ipynb #e34dbe59
 WEEK = 7 * 86_400 * 10**9  # in nanoseconds

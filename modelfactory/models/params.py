@@ -32,13 +32,18 @@ def read_params(
     file = Path(folder or settings().params / "models") / f"{model.name}.yaml"
     if not file.is_file(): return ModelParams()
     values = read_yaml(file)
-    parts = {k: values.pop(k, None) or {} for k in ("presets", "resources", "search")}
+    parts = {k: _mapping(values.pop(k, None), f"{file}: {k}") for k in ("presets", "resources", "search")}
     for key, mine in [("model_name", model.name), ("model_family", model.family)]:
         if values.pop(key, mine) != mine: raise ConfigError(f"{file}: {key} is not {mine!r}, which this file is about")
     params = ModelParams(values, **parts)
-    for overrides in [values, *params.presets.values()]: build_config(model.Config, overrides, str(file))
+    build_config(model.Config, values, str(file))
+    for preset, overrides in params.presets.items(): build_config(model.Config, overrides, f"{file}: presets: {preset}")
     for key in params.search: _check_key(key, model, file)
     return params
+
+def _mapping(part, where):
+    if not isinstance(part or {}, dict): raise ConfigError(f"{where}: found a {type(part).__name__}, expected key: value pairs")
+    return part or {}
 
 def _check_key(key, model, file):
     keys = asdict(model.Config())

@@ -65,16 +65,19 @@ class TabularModel(BaseModel):
 
     def _rows(self, X, y, metadata):
         codes = check_y(self, y, len(check_X(self, X)))
+        return Rows(self._flat(X), codes, training_weights(self, codes, metadata))
+
+    def _flat(self, X):
         flat = flatten(X)
         if not self.accepts_nan and not np.isfinite(flat.sum(dtype=np.float64)) and np.isnan(flat).any():
-            raise ValueError(f"{self.name}: X holds NaN, which it cannot learn from; set nan='median' or 'zero' for the data, or use a model that accepts NaN")
-        return Rows(flat, codes, training_weights(self, codes, metadata))
+            raise ValueError(f"{self.name}: X holds NaN, which it does not take; set nan='median' or 'zero' for the data, or use a model that accepts NaN")
+        return flat
 
     def predict(self, X, metadata):
         if not self.fitted: raise NotFittedError(f"{self.name}: predict before fit or load")
         n = len(check_X(self, X))
         check_metadata(self, metadata, n)
-        parts = [self.predict_rows(flatten(X[i:i + self.rows_at_once])) for i in range(0, n, self.rows_at_once)]
+        parts = [self.predict_rows(self._flat(X[i:i + self.rows_at_once])) for i in range(0, n, self.rows_at_once)]
         return to_output(np.concatenate(parts) if parts else np.empty((0, len(self.classes))), metadata, self.classes)
 
     def save(self, path):

@@ -41,8 +41,8 @@ def grid_config(
     values: dict | Path,  # keys of `GridConfig`, or a YAML file with them
 ) -> GridConfig:
     "A `GridConfig` with settings for what is not given; raises `ConfigError` on an unknown key or model."
-    where = "grid" if isinstance(values, dict) else str(values)
-    values, s = values if isinstance(values, dict) else read_yaml(_grid_file(values)), settings()
+    where = "grid" if isinstance(values, dict) else str(_grid_file(values))
+    values, s = values if isinstance(values, dict) else read_yaml(where), settings()
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
     grid = build_config(GridConfig, dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed]) | given, where)
     for empty in [k for k in ("data", "models", "horizons", "seeds") if not getattr(grid, k)]: raise ConfigError(f"{where}: {empty} is empty, expected at least one")
@@ -85,7 +85,9 @@ def plan(
     "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start."
     reasons = {m["name"]: m["reason"] for m in ModelRegistry.list_models()}
     prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
-    return [_job(grid, *which, prints, reasons) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+    jobs = [_job(grid, *which, prints, reasons) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+    for job in {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs}.values(): trainer_of(job.parameters).prepare_data()
+    return jobs
 
 def _job(grid, data, horizon, model, seed, prints, reasons):
     parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)

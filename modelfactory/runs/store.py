@@ -13,8 +13,6 @@ import numpy as np
 import pandas as pd
 
 import modelfactory
-from ..data.bundled import resolve_data
-from ..data.splits import fingerprint
 from ..models.base import probability_columns
 from ..models.persistence import library_version, load_model
 from ..models.registry import ModelRegistry, check_name
@@ -102,7 +100,7 @@ def write_run(
     folder: Path,  # an attempt
     figures: dict | None = None,  # name -> matplotlib Figure
 ):
-    "Writes a trainer's results into `folder`, `result.json` last."
+    "Writes a trainer's results into `folder`, `result.json` last; the figures are closed."
     import yaml
     folder, c = Path(folder), trainer.config
     resolved = json.loads(json.dumps(trainer.resolved()))
@@ -112,7 +110,7 @@ def write_run(
     write_json(folder / "metrics/history.json", trainer.history)
     write_json(folder / "splits.json", trainer.report.to_dict())
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
-    data = fingerprint(trainer.frames or resolve_data(c.data.data))
+    data = trainer.fingerprint()
     write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
                                      code=code_version(c.model), splits=list(trainer.predictions), seconds=trainer.seconds, versions=_versions(trainer.model)))
 
@@ -126,8 +124,10 @@ def _write_predictions(trainer, split, predictions, folder):
     write_json(folder / f"metrics/{prefix}baseline.json", trainer.baseline("prior", split))
 
 def _write_figure(figure, file):
+    from matplotlib import pyplot as plt
     file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, dpi=110, facecolor="white", bbox_inches="tight")
+    figure.savefig(file, facecolor="white")
+    plt.close(figure)
 
 def _versions(model):
     libraries = ("modelfactory", "numpy", "pandas", "pyarrow", *model.requires)
@@ -165,7 +165,10 @@ class Run:
         if not isinstance(manifest, dict) or not {"model", "horizon", "files", "identity"} <= set(manifest): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
         return manifest
 
-    def _json(self, name): return json.loads((self.path / "metrics" / name).read_text())
+    def _json(self, name):
+        file = self.path / "metrics" / name
+        try: return json.loads(file.read_text())
+        except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
     def _numbers(self, name): return {k: math.nan if v is None else v for k, v in self._json(name).items()}
     metrics = cached_property(lambda self: self._numbers("metrics.json"))  # of validation, NaN where undefined
     baseline = cached_property(lambda self: self._numbers("baseline.json"))  # of the class shares of train

@@ -13,6 +13,7 @@ from annotated_types import Ge
 
 from ..data.bundled import resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
+from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, build_config, read_yaml, settings
@@ -68,6 +69,10 @@ class Trainer:
         c = self.config
         folder = c.data if self.frames is not None else _at(c.data, resolve_data(c.data.data))
         return load_datasets(folder, c.horizon, self.model_config["sequence_length"], splits, self.frames)
+
+    def fingerprint(self) -> str:
+        "Hash of the splits that train and validate this."
+        return fingerprint(resolve_data(self.config.data.data) if self.frames is None else self.frames)
 
     def prepare_data(self):
         "Reads and checks train and val, and cuts them into samples: `datasets`, `report`."

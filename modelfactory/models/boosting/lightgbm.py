@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #72bbb871
 from __future__ import annotations
+import re
 from dataclasses import dataclass
 
 from ..callbacks import notify
@@ -62,10 +63,15 @@ class LightGBMModel(TabularModel):
         import lightgbm as lgb
         with reading(folder / "model.txt", "a lightgbm model") as file:
             text = file.read_text()
-            if not text.startswith("tree\n"): raise ValueError("no lightgbm text")
+            if not _is_whole(text): raise ValueError("no whole lightgbm text")
             self.booster = lgb.Booster(model_str=text)
 
     def feature_importance(self): return self.by_feature(self.booster.feature_importance("gain"))
+
+def _is_whole(text):
+    "Whether the trees are as long as the text says: lightgbm ends the process when they are not."
+    sizes = re.search(r"^tree_sizes=(.*)$", text, re.M)
+    return text.startswith("tree\n") and bool(sizes) and sum(map(int, sizes[1].split())) == text.find("\nend of trees\n") - text.find("\nTree=0\n")
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #ea47558b
 def _adapter(model):
