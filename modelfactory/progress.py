@@ -33,11 +33,12 @@ class Progress:
     ):
         self.total, self.label, self.done, self.note = max(1, total), label, 0, ""
         self.start, self._drawn, self._handle, self._last = time.monotonic(), -1., None, None
+        self.closed = False
 
     def text(self) -> str:
         "The line: label, pieces, share, seconds and what is left."
         spent = time.monotonic() - self.start
-        left = f", {duration(spent / self.done * (self.total - self.done))} left" if 0 < self.done < self.total else ""
+        left = f", {duration(spent / self.done * (self.total - self.done))} left" if 0 < self.done < self.total and not self.closed else ""
         return f"{self.label} {self.done}/{self.total} {100 * self.done // self.total:3}% {duration(spent)}{left} {self.note}".strip()
 
     def update(self,
@@ -49,19 +50,21 @@ class Progress:
         if now - self._drawn >= .2 or done >= self.total: self._drawn = now; self._draw()
 
     def close(self):
-        "Ends the line."
+        "Ends the line, also where fewer pieces were needed than there could have been."
+        self.closed = True
         self._draw()
         if not in_kernel(): print(flush=True)
 
     def _draw(self):
-        if self._last == (self.done, self.note): return
-        self._last = self.done, self.note
+        state = self.done, self.note, self.closed and self.done < self.total
+        if state == self._last: return
+        self._last = state
         if in_kernel(): return self._draw_html()
         if sys.stdout.isatty(): print(f"\r\x1b[K{self.text()}"[:180], end="", flush=True)
-        elif self.done >= self.total: print(self.text(), end="", flush=True)
+        elif self.done >= self.total or self.closed: print(self.text(), end="", flush=True)
 
     def _draw_html(self):
         from IPython.display import HTML, display
-        html = HTML(f"<progress value='{self.done}' max='{self.total}' style='width:240px;vertical-align:middle'></progress> <span style='font-size:12px'>{self.text()}</span>")
+        html = HTML(f"<progress value='{self.done}' max='{self.done if self.closed else self.total}' style='width:240px;vertical-align:middle'></progress> <span style='font-size:12px'>{self.text()}</span>")
         if self._handle: self._handle.update(html)
         else: self._handle = display(html, display_id=True)

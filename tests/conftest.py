@@ -15,6 +15,7 @@ def as_it_was(monkeypatch):
     "Registry, environment and working folder are after a test what they were before."
     from modelfactory.models.registry import ModelRegistry
     monkeypatch.chdir(ROOT)
+    ModelRegistry.discover()
     models, broken, environment = dict(ModelRegistry._models), dict(ModelRegistry._broken), dict(os.environ)
     yield
     ModelRegistry._models.clear(), ModelRegistry._models.update(models)

@@ -177,6 +177,7 @@ class Split:
 # %% ../../nbs/data/00_splits.ipynb #082cdacd
 STRIP = 1024  # rows turned at a time: they stay in the cache until the last of their columns is there
 
+@np.errstate(over="ignore")  # what float32 cannot hold becomes infinity, which is refused by name
 def _fill_rows(columns, block):
     for i in range(0, len(block), STRIP):
         strip = block[i:i + STRIP]

@@ -20,8 +20,8 @@ __all__ = ['SHOWN', 'SIGNAL', 'FAMILY_STYLE', 'leaderboard', 'leaderboard_html',
            'prediction_correlations', 'ceiling_direction', 'attained', 'conclusion', 'family_style', 'plot_forest',
            'plot_correlations', 'plot_time_against_score', 'comparison_markdown', 'to_html', 'compare']
 
-# %% ../../nbs/runs/03_compare.ipynb #82052455
-SHOWN = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "turnover", "fit_seconds")
+# %% ../../nbs/runs/03_compare.ipynb #6f39b0df
+SHOWN = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
 
 def leaderboard(
     runs: RunList,
@@ -141,15 +141,15 @@ def _names(rows): return ", ".join(f"{m} h{h}" for m, h in zip(rows.model, rows.
 
 def _of_planted(rows, tests):
     low, high = rows.share.min(), rows.share.max()
-    return f"{rows.data.iloc[0]}: where a signal was planted, {tests.knows.sum()} of {len(tests)} models found the direction, and they attained {low:.0%} to {high:.0%} of what the full history allows (best {rows.accuracy.max():.3f}, ceiling {rows.one_row.max():.3f} from one row, {rows.full_history.max():.3f} from the full history)."
+    return f"{rows.data.iloc[0]}: where a signal was planted, {tests.knows.sum()} of {len(tests)} runs found the direction, and they attained {low:.0%} to {high:.0%} of what the full history allows (best {rows.accuracy.max():.3f}, ceiling {rows.one_row.max():.3f} from one row, {rows.full_history.max():.3f} from the full history)."
 
 def _of_null(tests):
     found = tests[tests.knows]
-    return f"{tests.data.iloc[0]}: where there is no signal, " + (f"none of {len(tests)} models claims one." if found.empty else f"{len(found)} of {len(tests)} models claim one ({_names(found)}): do not trust this pipeline before you know why.")
+    return f"{tests.data.iloc[0]}: where there is no signal, " + (f"none of {len(tests)} runs claims one." if found.empty else f"{len(found)} of {len(tests)} runs claim one ({_names(found)}): do not trust this pipeline before you know why.")
 
 def _of_real(tests):
     found, best = tests[tests.knows], tests.loc[tests.accuracy.idxmax()]
-    head = f"{tests.data.iloc[0]}: on {len(tests)} models x horizons, "
+    head = f"{tests.data.iloc[0]}: in {len(tests)} runs, "
     if found.empty: return head + f"none is better than a coin at the direction once it is counted how many were tried (best {best.model} h{best.horizon}: {best.accuracy:.3f} [{best.low:.3f}, {best.high:.3f}])."
     return head + f"{len(found)} know the direction better than a coin ({_names(found)}; best {best.accuracy:.3f} [{best.low:.3f}, {best.high:.3f}])."
 
@@ -196,7 +196,7 @@ def _forest(ax, rows, metric, title):
     if len(models) and models[metric].notna().any(): ax.axvspan(models.iloc[-1].get(f"{metric}_ci_low"), models.iloc[-1].get(f"{metric}_ci_high"), color="#0072B2", alpha=.07, lw=0)
     base = .5 if metric == "directional_accuracy" else rows[rows.family == "baseline"][metric].mean()
     ax.axvline(base, ls="--", color="#7f7f7f", lw=.9)
-    ax.set_yticks(range(len(rows)), rows.model, fontsize=9)
+    ax.set_yticks(range(len(rows)), rows.model, fontsize=9); ax.set_ylim(-.6, len(rows) - .4)
     ax.set_title(title, fontsize=9); ax.set_xlabel(metric.replace("_", " "), fontsize=9); ax.tick_params(axis="x", labelsize=9)
 
 # %% ../../nbs/runs/03_compare.ipynb #071e83ea
@@ -251,7 +251,7 @@ def to_html(
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, 4)
     page, _ = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#111;background:#fff}table{border-collapse:collapse}td,th{padding:2px 10px 2px 0;text-align:left}img{max-width:100%}a.anchor-link{display:none}div.jp-OutputArea,div.output_area{overflow-x:auto}"
+    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#111;background:#fff}table{border-collapse:collapse}td,th{padding:2px 10px 2px 0;text-align:left}img{max-width:100%}a.anchor-link{display:none}div.jp-OutputArea,div.output_area{overflow-x:auto}"
     Path(output).write_text(f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>Model comparison</title><style>{style}</style></head><body>{page}</body></html>")
 
 # %% ../../nbs/runs/03_compare.ipynb #bc563eb8

@@ -143,8 +143,9 @@ def trainer_plots(
     "Confusion, reliability, precision and recall, equity, learning curve, importance, predictions over time."
     from modelfactory.training import plots
     predictions, y = trainer.predictions[split], trainer.datasets[split].y
-    figures = dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
-    if (book := trainer.evaluator.backtest(predictions, read_prices(trainer.datasets[split], trainer.config.data.prices)[0], y)) is not None: figures["equity"] = plots.plot_equity(book)
+    prices, figures = read_prices(trainer.datasets[split], trainer.config.data.prices)[0], {}
     if trainer.history.get("val_loss"): figures["learning_curve"] = plots.plot_learning_curve(trainer.history)
+    figures |= dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
+    if book := trainer.evaluator.backtest(predictions, prices, y): figures["equity"] = plots.plot_equity(book)
     if importance := trainer.model.feature_importance(): figures["importance"] = plots.plot_importance(importance)
     return figures | dict(predictions=plots.plot_probabilities(predictions))
