@@ -55,7 +55,7 @@ def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):
     code = f"from modelfactory.runs.engine import run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
     runner = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     time.sleep(4)
-    for attempt in (tmp_path / PARTIAL).iterdir(): os.killpg(int((attempt / "pid").read_text()), signal.SIGKILL)
+    for attempt in (tmp_path / PARTIAL).iterdir(): os.killpg(int((attempt / "pid").read_text().split()[0]), signal.SIGKILL)
     runner.kill(), runner.wait()
     time.sleep(.5)
     assert list_runs(tmp_path) == [] and len(clear_partial(tmp_path)) <= 1

@@ -50,9 +50,10 @@ class Windows:
         return out
 
     def __getitem__(self, i):
-        if isinstance(i, tuple): return self[i[0]][i[1:]] if isinstance(i[0], (int, np.integer)) else self[i[0]][(slice(None), *i[1:])] if isinstance(i[0], slice) else np.asarray(self)[i]
+        if isinstance(i, tuple) and i: return self[i[0]][i[1:]] if isinstance(i[0], (int, np.integer)) else self[i[0]][(slice(None), *i[1:])] if isinstance(i[0], slice) else np.asarray(self)[i]
         if isinstance(i, (int, np.integer)): return self.take([range(len(self))[i]])[0]
-        return self.take(np.arange(len(self))[i])
+        rows = np.arange(len(self))[i]
+        return self.take(rows.ravel()).reshape(*rows.shape, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None):
         if copy is False: raise ValueError("windows are gathered: asking for them as an array makes a copy")
@@ -92,7 +93,7 @@ class TimeSeriesDataset:
 
     def _metadata(self):
         s, rows = self.split, self.rows
-        columns = dict(datetime=s.datetimes[rows], symbol=np.asarray(s.symbols, object)[s.codes[rows]], horizon=self.horizon)
+        columns = dict(datetime=s.datetimes[rows], symbol=pd.Index(s.symbols)[s.codes[rows]], horizon=self.horizon)
         if self.horizon in s.weights: columns["sample_weight"] = s.weights[self.horizon][rows]
         if s.close is not None: columns["close"] = s.close[rows]
         return pd.DataFrame(columns)

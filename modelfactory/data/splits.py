@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'BATCH', 'NO_TARGET', 'STRIP', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+__all__ = ['ROLES', 'BATCH', 'NO_TARGET', 'STRIP', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
            'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
            'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between', 'reaching_over',
            'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler', 'fingerprint']
@@ -275,8 +275,9 @@ def _numbers(column, name, file):
     if not (_is_number(column.type) or pa.types.is_null(column.type)): raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
     return column.to_numpy().astype(float)
 
-# %% ../../nbs/data/00_splits.ipynb #e34dbe59
-WEEK = 7 * 86_400 * 10**9  # in nanoseconds
+# %% ../../nbs/data/00_splits.ipynb #dd847431
+DAY = 86_400 * 10**9  # in nanoseconds
+WEEK = 7 * DAY
 
 def bars_between(
     times: np.ndarray,  # (n,) int64 nanoseconds, sorted: when this symbol traded
@@ -284,14 +285,17 @@ def bars_between(
     end: int,  # exclusive
 ) -> int:
     "How many bars of a symbol with these habits lie strictly between two times."
-    usual = np.median(np.diff(times)) if len(times) > 1 else WEEK
-    by_distance = max(0, int(np.ceil((end - start) / usual)) - 1)
-    slots, seen = np.unique(times % WEEK, return_counts=True)
-    weeks = len(np.unique(times // WEEK))
-    regular = slots[seen >= weeks / 2]
-    if weeks < 2 or seen[np.isin(slots, regular)].sum() < .9 * len(times): return by_distance
-    before = lambda t: t // WEEK * len(regular) + np.searchsorted(regular, t % WEEK)
-    return min(by_distance, int(before(end) - before(start + 1)))
+    ago = np.arange(max(1, -((times[-1] - end) // WEEK)), (start - times[0]) // WEEK + 1)[:5] * WEEK
+    if not len(ago): return _bars_due(times, start, end)
+    return int(np.median(np.searchsorted(times, end - ago) - np.searchsorted(times, start - ago, "right")))
+
+def _bars_due(times, start, end):
+    "`bars_between` by the hours of the days that were seen."
+    days, (hours, seen) = np.unique(times // DAY), np.unique(times % DAY, return_counts=True)
+    if len(days) < 2: return max(0, -int((start - end) // np.median(np.diff(times))) - 1) if len(times) > 1 else 0
+    due = (np.arange(start // DAY, end // DAY + 1)[:, None] * DAY + hours[seen >= len(days) / 2]).ravel()
+    due = due[(due > start) & (due < end)]
+    return int(((due // DAY % 7 < 2) | (due // DAY % 7 > 3) | np.isin(due % WEEK, times % WEEK)).sum())
 
 # %% ../../nbs/data/00_splits.ipynb #f83e3da3
 def reaching_over(

@@ -4,12 +4,12 @@
 
 # %% ../../nbs/runs/01_engine.ipynb #57c3e027
 from __future__ import annotations
-import contextlib, json, os, shutil, signal, subprocess, sys, tempfile, time
+import contextlib, json, os, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import modelfactory
-from .store import FAILED, RESULT, RunError, publish, start_attempt, write_json
+from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
@@ -68,7 +68,7 @@ def main(
     "What the process of a run does: execute, publish; or leave `error.json` and end with 1."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     attempt = Path(attempt)
-    (attempt / "pid").write_text(str(os.getpid()))
+    claim(attempt)
     job = json.loads((attempt / "job.json").read_text())
     try: execute(Path(job["notebook"]), attempt / "train.ipynb", job["parameters"])
     except Exception as e: write_json(attempt / "error.json", _error(e)); sys.exit(1)

@@ -19,7 +19,7 @@ from ..models.registry import ModelRegistry, check_name
 from ..settings import read_yaml, settings
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'RunError', 'code_version', 'run_identity', 'start_attempt',
+__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim',
            'clear_partial', 'write_json', 'prediction_frame', 'write_run', 'publish', 'Run', 'load_run', 'RunList',
            'list_runs']
 
@@ -61,8 +61,13 @@ def start_attempt(
     name = f"{check_name(model)}_h{int(horizon)}_{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     attempt = Path(runs) / PARTIAL / name
     attempt.mkdir(parents=True)
-    (attempt / "pid").write_text(str(os.getpid()))
+    claim(attempt)
     return attempt
+
+def claim(attempt: Path):
+    "Says that this process works on `attempt`: its number, and when it started, since numbers are used again."
+    import psutil
+    (attempt / "pid").write_text(f"{os.getpid()} {psutil.Process().create_time()}")
 
 # %% ../../nbs/runs/00_store.ipynb #14a7fff3
 def clear_partial(runs: Path) -> list[str]:  # names of what was removed
@@ -72,9 +77,12 @@ def clear_partial(runs: Path) -> list[str]:  # names of what was removed
     return [a.name for a in dead]
 
 def _alive(pid_file):
-    try: os.kill(int(pid_file.read_text()), 0); return True
-    except PermissionError: return True
-    except (OSError, ValueError): return False
+    import psutil
+    try:
+        pid, started = pid_file.read_text().split()
+        process = psutil.Process(int(pid))
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(started)) < 1
+    except (OSError, ValueError, psutil.Error): return False
 
 # %% ../../nbs/runs/00_store.ipynb #c0e35b4c
 def write_json(file: Path, values):
