@@ -133,6 +133,17 @@ def test_leaving_the_horizon_between_mends_it():
         assert refused(train[train.datetime <= bars[-1]], val, horizon) == leaks(train, val, horizon).sum()
 
 
+@pytest.mark.parametrize("sessions", [("day_session",), ("weekdays_around_the_clock", "day_session")], ids=name)
+def test_a_holiday_in_train_changes_nothing(sessions):
+    "A weekday without bars, one to four weeks before the cut."
+    rng = np.random.default_rng(11)
+    for horizon, train, val in cases(11, sessions, 6, False, 15):
+        off = train.datetime.max().normalize() - pd.Timedelta(days=int(rng.integers(7, 28)))
+        closed = train[train.datetime.dt.normalize() != off]
+        over = leaks(closed, val, horizon)
+        assert refused(closed, val, horizon) == over.sum()
+
+
 def test_splits_out_of_order_are_refused():
     for horizon, train, val in itertools.islice(cases(9, ("day_session", "daily"), 2, False, 10), 10):
         with pytest.raises(SplitOverlap, match="at or after the first"): read_splits(dict(train=val.drop(columns="end"), val=train.drop(columns="end")), (horizon,))

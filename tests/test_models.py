@@ -1,0 +1,19 @@
+"The same suite on every registered model, on windows of eight rows (the notebooks run it on single rows)."
+import pytest
+
+from modelfactory.models.conformance import check_model
+from modelfactory.models.params import read_params
+from modelfactory.models.registry import ModelRegistry
+
+SMALL = dict(svm=dict(C=1.0), random_forest=dict(n_estimators=60, max_features=0.3), catboost=dict(n_rounds=120), lightgbm=dict(n_rounds=80), xgboost=dict(n_rounds=80))
+
+
+@pytest.mark.parametrize("name", [m["name"] for m in ModelRegistry.list_models()])
+def test_conformance_on_windows(name):
+    assert all(r["result"] == "ok" for r in check_model(name, SMALL.get(name, {}), seq_len=8))
+
+
+@pytest.mark.parametrize("name", [m["name"] for m in ModelRegistry.list_models()])
+def test_a_model_has_a_yaml_with_a_quick_preset_and_a_search_space(name):
+    params = read_params(name)
+    assert params.presets["quick"] and params.search and params.resources
