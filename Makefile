@@ -15,8 +15,9 @@ setup: .venv/.done
 demo: setup  # train six models on three data sets, compare them, say what it means
 	$(BIN)/modelfactory demo
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup  # the notebooks' own cells, then pytest over the exported package, at least 90% of its lines
+	$(BIN)/nbdev-test --n-workers 2 --skip-folder-re '^[_.]|benchmarks|checkpoints' --skip-file-re '^[_.]|^(train|compare)\.ipynb'
+	$(BIN)/python -m pytest --cov --cov-fail-under=90 --cov-report=term:skip-covered
 
 lab: setup  # JupyterLab at nbs/index.ipynb
 	-$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements
