@@ -15,8 +15,8 @@ setup: .venv/.done
 demo: setup  # train six models on three data sets, compare them, say what it means
 	$(BIN)/modelfactory demo
 
-test: setup  # the notebooks' own cells, then pytest over the exported package, at least 90% of its lines
-	$(BIN)/nbdev-test --n-workers 2 --skip-folder-re '^[_.]|benchmarks|checkpoints' --skip-file-re '^[_.]|^(train|compare)\.ipynb'
+test: setup  # the notebooks' own cells, each in a process of its own, then pytest over the exported package, at least 90% of its lines
+	find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/benchmarks/*' -not -name train.ipynb -not -name compare.ipynb | sort | xargs -n 1 -P 2 $(BIN)/nbdev-test
 	$(BIN)/python -m pytest --cov --cov-fail-under=90 --cov-report=term:skip-covered
 
 lab: setup  # JupyterLab at nbs/index.ipynb
