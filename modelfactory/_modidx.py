@@ -315,8 +315,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'modelfactory.data.splits._is_number': ( 'data/splits.html#_is_number',
                                                                                    'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._label': ('data/splits.html#_label', 'modelfactory/data/splits.py'),
-                                          'modelfactory.data.splits._lean_reader': ( 'data/splits.html#_lean_reader',
-                                                                                     'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._numbers': ('data/splits.html#_numbers', 'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._open': ('data/splits.html#_open', 'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._order': ('data/splits.html#_order', 'modelfactory/data/splits.py'),

@@ -76,13 +76,13 @@ def test_long_windows(frame, seq_len, gap): same_as_naive(frame, frame, seq_len,
 
 
 @examples(60)
-@given(tables(), st.integers(1, 12), st.integers(0, 1), st.integers(1, 9), st.integers(1, 20))
-def test_batches_and_row_groups_do_not_show(tmp_path_factory, frame, seq_len, gap, batch, group):
-    "Read from a file, in batches that end anywhere."
+@given(tables(), st.integers(1, 12), st.integers(0, 1), st.integers(1, 6), st.integers(1, 20))
+def test_column_batches_and_row_groups_do_not_show(tmp_path_factory, frame, seq_len, gap, at_once, group):
+    "Read from a file, in pieces that end anywhere."
     file = tmp_path_factory.mktemp("rows") / "train_scaled.parquet"
     frame.to_parquet(file, index=False, row_group_size=group)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("BATCH", "STRIP"): patch.setattr(splits, name, batch, raising=False)
+        patch.setattr(splits, "AT_ONCE", at_once)
         same_as_naive(frame, file, seq_len, gap)
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'NO_TARGET', 'LINE', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+__all__ = ['ROLES', 'NO_TARGET', 'AT_ONCE', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
            'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
            'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between', 'reaching_over',
            'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler', 'fingerprint']
@@ -90,21 +90,14 @@ class _Table:
     schema_arrow = property(lambda self: self.table.schema)
     def read(self, columns): return self.table.select(columns)
 
-# %% ../../nbs/data/00_splits.ipynb #6be1e7bd
-def _lean_reader(file):
-    "A parquet reader that gives memory back at once: arrow's own allocator keeps several times what it uses."
-    usual = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
-    try: return pq.ParquetFile(file)
-    finally: pa.set_memory_pool(usual)
-
+# %% ../../nbs/data/00_splits.ipynb #0777557b
 def _open(source, name):
     if isinstance(source, pd.DataFrame):
         _check_unique(source.columns, f"{name} frame")
         try: return _Table(source), f"{name} frame"
         except (pa.ArrowException, TypeError) as e: raise UnreadableFile(f"{name} frame: {str(e).splitlines()[0]}") from None
     if not Path(source).is_file(): raise MissingFile(f"{source}: no such file; expected a parquet file with the {name} split")
-    try: return _lean_reader(source), Path(source).name
+    try: return pq.ParquetFile(source), Path(source).name
     except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{source}: not a whole parquet file ({str(e).splitlines()[0][:120]}); write it again") from None
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
@@ -178,15 +171,16 @@ class Split:
         "Raw closes, where the file has them."
         if self.close is not None: return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes], close=self.close))
 
-# %% ../../nbs/data/00_splits.ipynb #8ed2c519
-LINE = 8  # columns read at a time: as many float32 as a cache line holds
+# %% ../../nbs/data/00_splits.ipynb #c4b61539
+AT_ONCE = 8  # columns read at a time: fewer need less memory, more need less time
 
+@np.errstate(over="ignore")  # what float32 cannot hold becomes infinity, which is refused by name
 def _read_matrix(source, columns, n, order):
     matrix = np.empty((n, len(columns)), np.float32)
-    for j in range(0, len(columns), LINE):
-        part = source.read(columns=columns[j:j + LINE])
-        rows = np.array([part[name].to_numpy() for name in columns[j:j + LINE]], np.float32).T
-        matrix[:, j:j + LINE] = rows if order is None else rows[order]
+    for j in range(0, len(columns), AT_ONCE):
+        part = source.read(columns=columns[j:j + AT_ONCE])
+        rows = np.array([part[name].to_numpy() for name in columns[j:j + AT_ONCE]], np.float32).T
+        matrix[:, j:j + AT_ONCE] = rows if order is None else rows[order]
     return matrix
 
 # %% ../../nbs/data/00_splits.ipynb #50c2ad4c

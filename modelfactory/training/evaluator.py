@@ -182,11 +182,11 @@ def mean_block(
     symbols: np.ndarray,  # (n,)
     horizon: int,  # bars ahead of the label
 ) -> float:  # timestamps
-    "Mean block: twice the horizon or the cube root of the timestamps, whichever is longer."
+    "Mean block: four times the horizon or the cube root of the timestamps, whichever is longer."
     T = stamps.max() + 1
     span = pd.Series(stamps).groupby(np.asarray(symbols)).agg(["min", "max", "count"])
     per_bar = ((span["max"] - span["min"] + 1) / span["count"]).max()
-    return min(max(2 * horizon * per_bar, T ** (1 / 3), 1), T)
+    return min(max(4 * horizon * per_bar, T ** (1 / 3), 1), T)
 
 # %% ../../nbs/training/01_evaluator.ipynb #44da8958
 def _row_sums(y, guessed, p, n_bins=15):
