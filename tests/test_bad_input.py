@@ -34,7 +34,7 @@ from modelfactory.runs.engine import check_parameters, find_notebook, run_notebo
 from modelfactory.runs.grid import grid_config, run_grid
 from modelfactory.runs.predict import predict_run
 from modelfactory.runs.store import RunError, list_runs, load_run, publish, start_attempt, write_run
-from modelfactory.settings import ConfigError, SettingsError, read_yaml, settings
+from modelfactory.settings import ConfigError, SettingsError, settings
 from modelfactory.training.trainer import Trainer, trainer_config
 
 MODELS = dict(xgboost=("model.ubj", dict(n_rounds=5)), lightgbm=("model.txt", dict(n_rounds=5)), catboost=("model.cbm", dict(n_rounds=5)),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import hashlib, json, re
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Mapping
 

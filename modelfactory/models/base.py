@@ -5,14 +5,14 @@
 # %% ../../nbs/models/00_base.ipynb #f9e25d4b
 from __future__ import annotations
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from annotated_types import Len
 
-from ..settings import NonNegative, Positive, build_config, did_you_mean
+from ..settings import NonNegative, Positive, build_config
 
 if TYPE_CHECKING: import pandas as pd
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import Windows
-from .base import BaseModel, FeatureMismatch, NotFittedError, PredictionOutput
+from .base import FeatureMismatch, NotFittedError, PredictionOutput
 from .persistence import code_in, load_model
 from .registry import ModelRegistry
 from ..settings import ConfigError

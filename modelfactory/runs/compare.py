@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..data.bundled import BUNDLED, resolve_data
-from .store import Run, RunList, list_runs
+from ..data.bundled import resolve_data
+from .store import RunList, list_runs
 from ..settings import settings
 from ..training.evaluator import METRICS, better, directional_interval
 

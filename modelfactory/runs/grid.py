@@ -4,18 +4,18 @@
 
 # %% ../../nbs/runs/02_grid.ipynb #5ced9d9e
 from __future__ import annotations
-import os, threading
+import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from ..data.bundled import resolve_data
-from ..data.splits import SplitsError, fingerprint
+from ..data.splits import fingerprint
 from ..models.registry import ModelRegistry
-from ..progress import Progress, duration
+from ..progress import Progress
 from .engine import Outcome, end_process, run_notebook
 from .store import clear_partial, list_runs, run_identity
 from ..settings import ConfigError, NonNegative, Positive, build_config, did_you_mean, read_yaml, settings

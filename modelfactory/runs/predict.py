@@ -13,7 +13,6 @@ import pandas as pd
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import Windows, labelled_rows
 from ..data.splits import BadValue, read_split, split_files
-from ..models.base import probability_columns
 from .store import load_run, prediction_frame
 
 # %% auto #0

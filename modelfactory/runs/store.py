@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/00_store.ipynb #c11a3576
 from __future__ import annotations
-import hashlib, html, json, math, os, re, secrets, shutil, sys
+import hashlib, html, json, math, os, secrets, shutil, sys
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
