@@ -10,7 +10,7 @@ from pathlib import Path
 from ..progress import Progress
 
 # %% auto #0
-__all__ = ['Callback', 'notify', 'ShowProgress', 'Checkpoint']
+__all__ = ['Callback', 'notify', 'ShowProgress', 'EarlyStopping', 'Checkpoint']
 
 # %% ../../nbs/models/03_callbacks.ipynb #434e660b
 class Callback:
@@ -24,9 +24,10 @@ def notify(
     model,  # whose `callbacks` are told
     moment: str,  # on_fit_start, on_epoch_end or on_fit_end
     *args,
+    to=None,  # other callbacks than the model's own
 ) -> bool:  # whether one of them wants to stop
-    "Tells every callback of `model`; none is skipped because another wants to stop."
-    return any([bool(getattr(c, moment)(model, *args)) for c in model.callbacks])
+    "Tells every callback; none is skipped because another wants to stop."
+    return any([bool(getattr(c, moment)(model, *args)) for c in (model.callbacks if to is None else to)])
 
 # %% ../../nbs/models/03_callbacks.ipynb #c263ab8f
 class ShowProgress(Callback):
@@ -35,19 +36,43 @@ class ShowProgress(Callback):
     def on_epoch_end(self, model, epoch, logs): self.bar.update(epoch + 1, ", ".join(f"{k} {v:.4f}" for k, v in logs.items()))
     def on_fit_end(self, model, history): self.bar.close()
 
+# %% ../../nbs/models/03_callbacks.ipynb #7bb9ad16
+def _so_far(model): return list(model.training.losses["val_loss"]) if getattr(model, "training", None) else []
+
+class EarlyStopping(Callback):
+    "Stops when the validation loss has not fallen for `patience` rounds."
+    def __init__(self, patience: int = 10): self.patience = patience
+    def on_fit_start(self, model, n_rounds): self.losses = _so_far(model)
+    def on_epoch_end(self, model, epoch, logs):
+        self.losses.append(logs["val_loss"])
+        return epoch - self.losses.index(min(self.losses)) >= self.patience
+
 # %% ../../nbs/models/03_callbacks.ipynb #b102bd8b
 class Checkpoint(Callback):
-    "Saves the model into `folder` every `every` rounds, for models that can be saved while they are fitted."
+    "Saves the model under `folder` as `round_<n>`, for models that can be saved while they are fitted."
     def __init__(self,
         folder: Path,  # holds the latest checkpoint
         every: int = 50,  # rounds or epochs
-    ): self.folder, self.every = Path(folder), every
+        best: bool = False,  # only when the validation loss was never lower
+        resume: bool = False,  # start from the checkpoint that is there
+    ): self.folder, self.every, self.best, self.resume = Path(folder), every, best, resume
+
+    def latest(self) -> Path | None:
+        "The newest checkpoint."
+        return max(self.folder.glob("round_*"), key=lambda f: int(f.name[6:]), default=None)
+
+    def on_fit_start(self, model, n_rounds):
+        if self.resume and (last := self.latest()):
+            if not hasattr(model, "resume"): raise ValueError(f"{model.name}: Checkpoint(resume=True): this model cannot go on with a fit; leave resume away")
+            model.resume(last)
+        self.losses = _so_far(model)
 
     def on_epoch_end(self, model, epoch, logs):
-        if (epoch + 1) % self.every: return
-        aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        self.losses.append(logs.get("val_loss", 0.))
+        if (epoch + 1) % self.every or (self.best and self.losses[-1] > min(self.losses)): return
+        older, aside = list(self.folder.glob("round_*")), self.folder / f".{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         model.save(aside)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        aside.rename(self.folder)
+        aside.rename(self.folder / f"round_{epoch + 1}")
+        for folder in older: shutil.rmtree(folder, ignore_errors=True)

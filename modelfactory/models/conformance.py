@@ -13,17 +13,20 @@ import pandas as pd
 
 from ..data.dataset import Windows
 from .base import FeatureMismatch, NotFittedError, PredictionOutput
+from .params import read_params
 from .persistence import code_in, load_model
 from .registry import ModelRegistry
 from ..settings import ConfigError
 
 # %% auto #0
-__all__ = ['CHECKS', 'FRESH', 'Task', 'planted', 'ConformanceError', 'check', 'Subject', 'require', 'output_is_whole',
-           'no_row_is_no_error', 'history_is_plain', 'rows_are_independent', 'predicting_twice_is_the_same',
-           'seed_decides', 'windows_or_arrays', 'unfitted_refuses', 'wrong_shapes_refused', 'unknown_config_refused',
-           'nan_policy', 'predict_in_fresh_process', 'saves_data_only', 'loads_in_a_fresh_process',
-           'load_restores_everything', 'other_features_refused', 'any_class_count', 'any_width', 'window_lengths',
-           'learns_what_is_there', 'learns_nothing_from_nothing', 'weights_count', 'Report', 'check_model']
+__all__ = ['CHECKS', 'NETWORK_CHECKS', 'FRESH', 'Task', 'planted', 'ConformanceError', 'check', 'network_check', 'Subject',
+           'require', 'output_is_whole', 'no_row_is_no_error', 'history_is_plain', 'rows_are_independent',
+           'predicting_twice_is_the_same', 'seed_decides', 'windows_or_arrays', 'unfitted_refuses',
+           'wrong_shapes_refused', 'unknown_config_refused', 'nan_policy', 'predict_in_fresh_process',
+           'saves_data_only', 'loads_in_a_fresh_process', 'load_restores_everything', 'other_features_refused',
+           'any_class_count', 'any_width', 'window_lengths', 'learns_what_is_there', 'learns_nothing_from_nothing',
+           'weights_count', 'window_task', 'reach', 'whole_window_counts', 'learns_levels_trends_and_orders', 'Report',
+           'check_model']
 
 # %% ../../nbs/models/06_conformance.ipynb #9dec540d
 @dataclass
@@ -66,11 +69,16 @@ def _metadata(n, start): return pd.DataFrame(dict(datetime=pd.date_range(start, 
 class ConformanceError(AssertionError):
     "A model that breaks a promise of the interface."
 
-CHECKS = {}
+CHECKS, NETWORK_CHECKS = {}, {}
 
 def check(f):
-    "Registers a check; its docstring is the promise."
+    "Registers a check of every model; its docstring is the promise."
     CHECKS[f.__name__] = f
+    return f
+
+def network_check(f):
+    "Registers a check of models that have a `backbone`."
+    NETWORK_CHECKS[f.__name__] = f
     return f
 
 # %% ../../nbs/models/06_conformance.ipynb #1059ffde
@@ -82,7 +90,8 @@ class Subject:
         seq_len: int,  # rows in a window
     ):
         self.name, self.seq_len = name, seq_len
-        self.config = config | dict(sequence_length=seq_len)
+        self.config, self.is_network = config | dict(sequence_length=seq_len), hasattr(ModelRegistry.get(name), "backbone")
+        self.glance = dict(max_epochs=1) if self.is_network else {}  # where only shapes matter
         self.task = planted(seq_len=seq_len)
         self.model = self.fitted(self.task)
 
@@ -186,7 +195,7 @@ def unknown_config_refused(s):
 def nan_policy(s):
     "NaN is learnt from where the model says it accepts it, and refused where it does not"
     X = np.array(s.task.X); X[::7, ..., 1] = np.nan
-    model, rest = s.new(s.task), (s.task.y, s.task.X_val, s.task.y_val, s.task.meta, s.task.meta_val)
+    model, rest = s.new(s.task, **s.glance), (s.task.y, s.task.X_val, s.task.y_val, s.task.meta, s.task.meta_val)
     if not model.accepts_nan: return require("NaN" in s.raises(ValueError, model.fit, X, *rest), "the message does not speak of NaN")
     model.fit(X, *rest)
     require(np.isfinite(s.probabilities(model=model)).all(), "NaN in, NaN out")
@@ -258,7 +267,7 @@ def any_class_count(s):
         require(p.probabilities.shape[1] == len(classes), f"{p.probabilities.shape} for {len(classes)} classes")
         require((p.predictions == task.y_val).mean() > 1.5 / len(classes), f"{len(classes)} classes are not learnt")
     t, keep = s.task, s.task.y != 0
-    model = s.new(t); model.fit(t.X[keep], t.y[keep], t.X_val, t.y_val, t.meta[keep], t.meta_val)
+    model = s.new(t, **s.glance); model.fit(t.X[keep], t.y[keep], t.X_val, t.y_val, t.meta[keep], t.meta_val)
     require(s.probabilities(model=model).shape[1] == 3, "the absent class lost its column")
 
 @check
@@ -267,15 +276,15 @@ def any_width(s):
     for task in (planted(F=1, seq_len=s.seq_len), planted(F=3, seq_len=s.seq_len)):
         X, X_val = task.X[:], task.X_val[:]
         X[..., 1:2] = X_val[..., 1:2] = 3.
-        model = s.new(task); model.fit(X, task.y, X_val, task.y_val, task.meta, task.meta_val)
+        model = s.new(task, **s.glance); model.fit(X, task.y, X_val, task.y_val, task.meta, task.meta_val)
         require(np.isfinite(model.predict(X_val, task.meta_val).probabilities).all(), f"F = {len(task.features)}: probabilities are not finite")
 
 @check
 def window_lengths(s):
     "Other window lengths work, or are refused with a reason"
-    for T in {8, 3} - {s.seq_len}:
-        task = planted(n=300, seq_len=T)
-        try: out = s.fitted(task, sequence_length=T).predict(task.X_val, task.meta_val)
+    for T in {8, 60, 200} - {s.seq_len} if s.is_network else {8, 3} - {s.seq_len}:
+        task = planted(n=90, seq_len=T)
+        try: out = s.fitted(task, sequence_length=T, **s.glance).predict(task.X_val, task.meta_val)
         except ValueError as e: require(str(T) in str(e), f"refused without a reason: {e}"); continue
         require(len(out) == len(task.y_val), f"seq_len {T}: {len(out)} rows")
 
@@ -302,9 +311,67 @@ def weights_count(s):
     require(s.probabilities(model=model)[:, 2].mean() < s.probabilities()[:, 2].mean() - .05, "rows of weight 0.001 count as others do")
     s.raises(ValueError, s.new(t, sample_weight="column").fit, t.X, t.y, t.X_val, t.y_val, t.meta.drop(columns="sample_weight"), t.meta_val)
     rare = (t.y != 1) | (np.arange(len(t.y)) % 8 == 0)
-    plain, balanced = s.new(t), s.new(t, class_weight="balanced")
+    plain, balanced = s.new(t, early_stopping=False), s.new(t, early_stopping=False, class_weight="balanced")
     for m in (plain, balanced): m.fit(t.X[rare], t.y[rare], t.X_val, t.y_val, t.meta[rare], t.meta_val)
     require(s.probabilities(model=balanced)[:, 2].mean() > s.probabilities(model=plain)[:, 2].mean(), "class_weight='balanced' changes nothing")
+
+# %% ../../nbs/models/06_conformance.ipynb #d6a664f2
+def window_task(
+    kind: str,  # level, trend or order
+    n: int = 1200,  # samples of train; a third of that for validation
+    F: int = 5,  # features, two of which may matter
+    seq_len: int = 16,  # rows in a window
+    seed: int = 0,
+) -> Task:
+    "Windows that share no row; the label is the tercile of a level or a slope, or the order of two events."
+    rng = np.random.default_rng(seed)
+    (X, y), (X_val, y_val) = [_window_part(rng, kind, size, F, seq_len) for size in (n, n // 3)]
+    return Task(X, y, X_val, y_val, _metadata(len(y), "2024-01-01"), _metadata(len(y_val), "2024-06-01"), [f"feature_{j}" for j in range(F)])
+
+def _window_part(rng, kind, n, F, T):
+    x, time = rng.normal(0, .5, (n, T, F)).astype(np.float32), np.linspace(-1, 1, T)
+    score = rng.normal(size=n)
+    if kind == "level": x[..., 0] += score[:, None]
+    elif kind == "trend": x[..., 0] += score[:, None] * time + rng.normal(size=(n, 1))
+    else:
+        first, second = np.sort(np.argsort(rng.random((n, T)), 1)[:, :2], 1).T
+        which = rng.integers(0, 3, n)  # 0: event of feature 0 first, 2: last, 1: one of them is missing
+        x[np.arange(n), first, np.where(which == 2, 1, 0)] += 4
+        keep = which != 1
+        x[np.arange(n)[keep], second[keep], np.where(which == 2, 0, 1)[keep]] += 4
+        return Windows(x.reshape(-1, F), np.arange(1, n + 1) * T - 1, T), (which - 1).astype(np.int8)
+    return Windows(x.reshape(-1, F), np.arange(1, n + 1) * T - 1, T), (np.argsort(np.argsort(score)) * 3 // n - 1).astype(np.int8)
+
+# %% ../../nbs/models/06_conformance.ipynb #a018d462
+def reach(
+    model,  # of `SequenceClassifier`
+) -> np.ndarray:  # (T, F)
+    "Mean absolute gradient of the logits by step and feature, over 32 random windows."
+    import torch
+    T, F = model.config.sequence_length, len(model.feature_columns)
+    x = torch.randn(32, T, F, generator=torch.Generator().manual_seed(0)).to(model.device).requires_grad_()
+    model.net.eval()
+    logits = model.net(x)
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)).sum().backward()
+    return x.grad.abs().mean(0).cpu().numpy()
+
+@network_check
+def whole_window_counts(s):
+    "The gradient of the logits reaches every step and every feature, at this window and at 60 rows"
+    wide = s.new(s.task, sequence_length=60)
+    wide.build()
+    for model in (s.model, wide):
+        r = reach(model)
+        dead = np.argwhere(r <= 1e-6 * r.max())
+        require(not len(dead), f"{len(dead)} of {r.size} inputs have no gradient at T={r.shape[0]}, first step {dead[0][0] if len(dead) else ''} feature {dead[0][1] if len(dead) else ''}")
+
+@network_check
+def learns_levels_trends_and_orders(s):
+    "Level, trend and order of events in a window are learnt well above chance"
+    for kind in ("level", "trend", "order"):
+        task = window_task(kind, seq_len=s.seq_len)
+        accuracy = (s.fitted(task).predict(task.X_val, task.meta_val).predictions == task.y_val).mean()
+        require(accuracy > .55, f"{kind}: accuracy {accuracy:.2f}, chance is .33")
 
 # %% ../../nbs/models/06_conformance.ipynb #61e6934a
 class Report(list):
@@ -324,12 +391,12 @@ def _run(f, subject):
 def check_model(
     name: str,  # of any registered model
     config: dict | None = None,  # overrides that make it small enough to fit many times
-    seq_len: int | None = None,  # rows in a window; None: 1 for tabular models, 8 for others
+    seq_len: int | None = None,  # rows in a window; None: 1 for tabular models, 16 for others
 ) -> Report:
-    "Runs every check on a plugin; raises `ConformanceError` that names the promises it breaks."
+    "Runs every check on a plugin, with its YAML's preset `tiny` where there is one; raises `ConformanceError` that names the promises it breaks."
     default = ModelRegistry.get(name).Config().sequence_length
-    subject = Subject(name, config or {}, seq_len or min(default, 8))
-    report = Report(_run(f, subject) for f in CHECKS.values())
+    subject = Subject(name, read_params(name).presets.get("tiny", {}) | (config or {}), seq_len or min(default, 16))
+    report = Report(_run(f, subject) for f in (CHECKS | (NETWORK_CHECKS if subject.is_network else {})).values())
     if broken := [r for r in report if r["result"].startswith("FAILED")]:
         raise ConformanceError(f"{name} breaks {len(broken)} of {len(report)} promises:\n" + "\n".join(f"  {r['check']}: {r['result'][8:]}" for r in broken))
     return report

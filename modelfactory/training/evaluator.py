@@ -17,9 +17,9 @@ from .backtest import Backtest, label_payoff, tranche_backtest, trading_stats
 # %% auto #0
 __all__ = ['METRICS', 'BASELINES', 'better', 'EvaluationError', 'f1_names', 'has_direction', 'confidence_bins',
            'expected_calibration_error', 'directional_accuracy', 'classification_metrics', 'stationary_blocks',
-           'block_indices', 'block_sums', 'mean_block', 'classification_stats', 'classification_draws', 'trading_draws',
-           'expanded_level', 'percentile_interval', 'bootstrap_metrics', 'directional_interval', 'ModelEvaluator',
-           'baseline_predictions']
+           'block_indices', 'block_sums', 'stamps_per_bar', 'mean_block', 'classification_stats',
+           'classification_draws', 'trading_draws', 'expanded_level', 'percentile_interval', 'bootstrap_metrics',
+           'cosine_transforms', 'fieller', 'directional_interval', 'ModelEvaluator', 'baseline_predictions']
 
 # %% ../../nbs/training/01_evaluator.ipynb #0c80e293
 METRICS = dict(
@@ -176,7 +176,15 @@ def block_sums(
     chunks = np.array_split(np.arange(len(starts)), max(1, starts.size * x.shape[1] // 2 ** 21))
     return np.concatenate([(running[starts[c] + lengths[c]] - running[starts[c]]).sum(1) for c in chunks])
 
-# %% ../../nbs/training/01_evaluator.ipynb #67c1eb05
+# %% ../../nbs/training/01_evaluator.ipynb #f11a2d8a
+def stamps_per_bar(
+    stamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
+    symbols: np.ndarray,  # (n,)
+) -> float:  # at least 1
+    "Timestamps between two rows of a symbol, for the symbol that has the fewest."
+    span = pd.Series(stamps).groupby(np.asarray(symbols)).agg(["min", "max", "count"])
+    return ((span["max"] - span["min"] + 1) / span["count"]).max()
+
 def mean_block(
     stamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
     symbols: np.ndarray,  # (n,)
@@ -184,9 +192,7 @@ def mean_block(
 ) -> float:  # timestamps
     "Mean block: four times the horizon or the cube root of the timestamps, whichever is longer."
     T = stamps.max() + 1
-    span = pd.Series(stamps).groupby(np.asarray(symbols)).agg(["min", "max", "count"])
-    per_bar = ((span["max"] - span["min"] + 1) / span["count"]).max()
-    return min(max(4 * horizon * per_bar, T ** (1 / 3), 1), T)
+    return min(max(4 * horizon * stamps_per_bar(stamps, symbols), T ** (1 / 3), 1), T)
 
 # %% ../../nbs/training/01_evaluator.ipynb #44da8958
 def _row_sums(y, guessed, p, n_bins=15):
@@ -307,22 +313,44 @@ def bootstrap_metrics(
     "Block bootstrap intervals of the class metrics."
     return percentile_interval(*classification_draws(predictions, y_true, horizon, classes, n_boot, seed, block), level)
 
+# %% ../../nbs/training/01_evaluator.ipynb #b6c42ea1
+def cosine_transforms(
+    x: np.ndarray,  # (T, S) series
+    n: int,  # lowest frequencies to use
+) -> np.ndarray:  # (n, S); the mean of squares is the long-run variance
+    "The first cosine transforms (type II) of series, without the mean."
+    from scipy.fft import dct
+    return dct(x, axis=0, norm="ortho")[1:n + 1]
+
+# %% ../../nbs/training/01_evaluator.ipynb #e07dc7bd
+def fieller(
+    means: np.ndarray,  # (2,) of numerator and denominator
+    cov: np.ndarray,  # (2, 2) of these means
+    q: float,  # Student quantile
+) -> tuple[float, float]:  # -inf, inf where the denominator is not told from 0
+    "Interval of a ratio of two means (Fieller 1954): the ratios that the data do not refuse."
+    (aa, ab), (_, bb) = np.outer(means, means) - q ** 2 * cov
+    if bb <= 0: return -np.inf, np.inf
+    reach = max(ab ** 2 - aa * bb, 0) ** .5
+    return (ab - reach) / bb, (ab + reach) / bb
+
 # %% ../../nbs/training/01_evaluator.ipynb #561e277a
 def directional_interval(
     predictions: pd.DataFrame,  # datetime, symbol, y_true, prediction
     horizon: int,  # bars ahead of the label
     level: float = .95,  # probability inside
-    n_boot: int | None = None,  # draws, None: at least 1,000 and ten in either tail
-    seed: int = 42,
 ) -> tuple[float, float, float]:  # directional accuracy, low, high; NaN when no row has two signs
-    "Directional accuracy of a table of predictions with its block bootstrap interval."
+    "Directional accuracy of a table of predictions with its interval, right also at levels beyond 99%."
+    from scipy.special import stdtrit
+    if not 0 < level < 1: raise EvaluationError(f"level is {level}, expected a probability between 0 and 1, such as 0.95")
     sign = np.sign(predictions["y_true"].to_numpy()) * np.sign(predictions["prediction"].to_numpy())
     sums, stamps = _per_stamp(np.column_stack([sign > 0, sign != 0]).astype(float), predictions["datetime"].to_numpy())
-    block = mean_block(stamps, predictions["symbol"], horizon)
-    n_boot = n_boot or max(1000, round(20 / (1 - expanded_level(level, len(sums) / block))))
-    draws = _share(*block_sums(sums, *stationary_blocks(len(sums), block, n_boot, seed)).T)
-    ends = percentile_interval(dict(a=draws), len(sums) / block, level)
-    return float(_share(*sums.sum(0))), *ends.values()
+    if not sums[:, 1].any(): return np.nan, np.nan, np.nan
+    T = len(sums)
+    nu = int(max(min(.4 * T ** (2 / 3), T / (8 * horizon * stamps_per_bar(stamps, predictions["symbol"]))), 1))
+    c = cosine_transforms(sums, nu)
+    ends = (0, 1) if T < 2 else fieller(sums.mean(0), c.T @ c / len(c) / T, stdtrit(nu, (1 + level) / 2))
+    return float(_share(*sums.sum(0))), *np.clip(ends, 0, 1).tolist()
 
 # %% ../../nbs/training/01_evaluator.ipynb #31f14d40
 _TRADING = list(METRICS)[list(METRICS).index("sharpe"):list(METRICS).index("exposure") + 1]
