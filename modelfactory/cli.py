@@ -121,7 +121,9 @@ def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")
     "Predict labelled bars with a finished run.\n\nExample: modelfactory predict runs/xgboost_h5_… data/splits/scaled --output p.parquet"
     from modelfactory.runs.predict import predict_run
     frame = predict_run(run, data, split)
-    frame.to_parquet(output, index=False)
+    aside = output.with_name(f".{output.name}.partial")
+    frame.to_parquet(aside, index=False)
+    aside.replace(output)
     print(f"{output}: {len(frame):,} predictions")
 
 # %% ../nbs/cli.ipynb #5a196097

@@ -18,7 +18,7 @@ from .splits import SplitsError, check_splits, column_roles
 # %% auto #0
 __all__ = ['OHLCV', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'UNDEFINED', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd',
            'check_bars', 'true_range', 'atr', 'bar_features', 'peeking', 'default_barriers', 'triple_barrier',
-           'read_barriers', 'split_by_time', 'overreaching', 'write_splits', 'bars_to_splits']
+           'read_barriers', 'split_by_time', 'overreaching', 'write_splits', 'publish_folder', 'bars_to_splits']
 
 # %% ../../nbs/data/03_bars.ipynb #154024c7
 class BarsError(SplitsError): "Bars, or a table made of them, that cannot become splits."
@@ -535,7 +535,7 @@ def write_splits(
     if not scale: kind, centre, width = np.full(len(names), "none"), 0 * centre, width ** 0
     matrix = ((matrix - centre) / width).astype(np.float32)
     about = _scaler_json(names, int(train.sum()), (kind, centre, width, stats), _statistics(matrix[train]))
-    return _publish(out, lambda folder: _write(folder, table, names, matrix, horizons, about))
+    return publish_folder(out, lambda folder: _write(folder, table, names, matrix, horizons, about))
 
 def _ready(table, horizons, shares, extra):
     "The table with clean keys, its features and its splits, once all of it has been checked."
@@ -568,8 +568,11 @@ def _free(out, overwrite):
     if not out.is_dir() or any(out.iterdir()) and not (out / "train_scaled.parquet").is_file(): raise BarsError(f"{out}: holds no splits, so it is not overwritten; choose another folder")
     return out
 
-def _publish(out, write):
-    "Lets `write` fill a folder beside `out`, checks it, and renames it to `out`."
+def publish_folder(
+    out: Path,  # where the splits shall be
+    write,  # fills the folder it is given
+) -> Path:  # out
+    "Lets `write` fill a folder beside `out`, checks its splits, and renames it to `out`; whatever is raised, nothing changes."
     fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{what}") for what in ("partial", "old"))
     made = [p for p in out.parents if not p.exists()]
     fresh.mkdir(parents=True)

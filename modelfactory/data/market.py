@@ -4,12 +4,12 @@
 
 # %% ../../nbs/data/04_market.ipynb #ed62a617
 from __future__ import annotations
-import json, os, tempfile, time
+import json, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from .splits import SplitsError
-from .bars import SPLITS, atr, bar_features, triple_barrier, write_splits
+from .bars import SPLITS, atr, bar_features, publish_folder, triple_barrier, write_splits
 
 # %% auto #0
 __all__ = ['NEWS_LAGS', 'SUBSTEPS', 'PRESETS', 'LAW', 'MarketError', 'MarketConfig', 'state_effect', 'news_kernel', 'news_effect',
@@ -391,7 +391,7 @@ def _write_rows(market, folder, horizons):
     import pyarrow.parquet as pq
     c = market.config
     table = market_table(market, horizons)
-    write_splits(table, folder, horizons, extra_features=tuple(name for name in table if name.startswith("pub_")))
+    write_splits(table, folder, horizons, extra_features=tuple(name for name in table if name.startswith("pub_")), overwrite=True)
     found = [pq.read_metadata(folder / f"{split}_scaled.parquet") for split in SPLITS]
     if [f.num_rows for f in found] != list(c.rows) or c.columns not in (None, found[0].num_columns):
         raise MarketError(f"market: wrote {[f.num_rows for f in found]} rows x {found[0].num_columns} columns; expected {list(c.rows)} x {c.columns}")
@@ -428,16 +428,6 @@ def _finished(out, asked, overwrite):
     if other and not overwrite: raise MarketError(f"{out}: holds another market (differs in {', '.join(other)}); pass overwrite=True or choose another place")
     return not other
 
-# %% ../../nbs/data/04_market.ipynb #6bde73e7
-def _publish(folder, out):
-    "Move a finished folder to its place; the one it replaces goes aside first, and comes back if that fails."
-    old = folder.with_name(folder.name + ".old")
-    if out.exists(): os.rename(out, old)
-    try: os.rename(folder, out)
-    except OSError:
-        if old.exists(): os.rename(old, out)
-        raise
-
 # %% ../../nbs/data/04_market.ipynb #87c0c4bf
 def build_market(
     out: Path | str,                         # folder to make
@@ -454,11 +444,7 @@ def build_market(
     for horizon in asked["horizons"]: _check_ceiling(c, "val", horizon, gap, paths)
     if not asked["horizons"] or max(asked["horizons"]) > c.tail: raise MarketError(f"market: horizons={horizons}; expected at least one, none above tail={c.tail}")
     if _finished(out, asked, overwrite): return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        _write_market(simulate(c), folder := Path(beside) / out.name, asked)
-        _publish(folder, out)
-    return out
+    return publish_folder(out.absolute(), lambda folder: _write_market(simulate(c), folder, asked))
 
 # %% ../../nbs/data/04_market.ipynb #dd15d4fb
 def read_ceiling(

@@ -23,7 +23,8 @@ from ..settings import Fraction, NonNegative, Positive, Rate, settings
 
 # %% auto #0
 __all__ = ['LIMIT', 'Batches', 'epoch_order', 'SequenceConfig', 'network', 'covered', 'as_windows', 'column_stats',
-           'standardised', 'own_threads_and_seed', 'pick_device', 'weighted_loss', 'Training', 'SequenceClassifier']
+           'standardised', 'own_threads_and_seed', 'pick_device', 'weighted_loss', 'forward', 'all_logits', 'Training',
+           'on_cpu', 'write_training', 'read_training', 'NetworkModel', 'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #76c5e1ad
 class Batches:
@@ -154,47 +155,100 @@ def weighted_loss(
     if weight is None: return cross_entropy(logits.float(), codes, label_smoothing=smoothing)
     return (cross_entropy(logits.float(), codes, label_smoothing=smoothing, reduction="none") * weight).mean()
 
+# %% ../../nbs/models/08_sequence.ipynb #12449d3d
+def forward(
+    net,
+    x,  # (B, T, F) standardised
+):  # -> logits (B, n_classes)
+    "What the network says; in bfloat16 on a GPU."
+    import torch
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda): return net(x)
+
+def all_logits(
+    net,
+    batches: Batches,
+    batch_size: int,
+):  # -> (n, n_classes) float32
+    "Logits of all windows in their order, without gradients, dropout off."
+    import torch
+    net.eval()
+    with torch.no_grad(): return torch.cat([forward(net, batches.take(idx)).float() for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // batch_size))])
+
 # %% ../../nbs/models/08_sequence.ipynb #b0419125
 class Training:
     "A training under way."
-    def __init__(self, net, config: SequenceConfig, n_steps: int):
+    def __init__(self,
+        net,  # module (B, T, F) -> logits
+        config: SequenceConfig,
+        n_steps: int,  # steps of the whole cycle
+    ):
         import torch
-        self.net, self.losses, self.best = net, dict(train_loss=[], val_loss=[]), None
+        self.net, self.config, self.losses, self.best = net, config, dict(train_loss=[], val_loss=[]), None
+        self.run = torch.compile(net) if config.compile else net
         self.optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, config.learning_rate, n_steps, pct_start=config.warmup)
 
-    def state(self): return {k: v.detach().to("cpu", copy=True) for k, v in self.net.state_dict().items()}
+    def step(self, x, y, w=None):  # -> loss
+        "One step on a batch."
+        import torch
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = weighted_loss(forward(self.run, x), y, w, self.config.label_smoothing)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        self.optimiser.step(), self.schedule.step()
+        return loss.detach()
 
-    def record(self, train_loss, val_loss):
-        "Appends an epoch; keeps the state when validation was never lower."
+    def epoch(self, number, batches, y, w=None) -> float:  # mean loss
+        "Every window once; order and generator depend on seed and number alone."
+        import torch
+        c, total = self.config, 0.
+        torch.manual_seed(c.random_seed + 7919 * (number + 1))
+        self.net.train()
+        for idx in epoch_order(len(batches), c.batch_size, c.random_seed, number):
+            rows = torch.as_tensor(idx, device=y.device)
+            total += self.step(batches.take(idx), y[rows], None if w is None else w[rows]) * len(idx)
+        return float(total) / len(batches)
+
+    def record(self, train_loss: float, val_loss: float):
+        "Appends an epoch's losses; keeps the state when validation was never lower."
         self.losses["train_loss"].append(train_loss), self.losses["val_loss"].append(val_loss)
-        if val_loss <= min(self.losses["val_loss"]) or self.best is None: self.best = self.state()
+        if self.best is None or val_loss <= min(self.losses["val_loss"]): self.best = on_cpu(self.net.state_dict())
 
-    def write(self, folder: Path, key: dict):
-        "Writes `training.safetensors` and `training.json`; `key` says whose training it is."
-        from safetensors.torch import save_file
-        opt = self.optimiser.state_dict()
-        moments = {f"moments.{i}.{k}": v for i, s in opt["state"].items() for k, v in s.items()}
-        nets = {f"{part}.{k}": v for part, state in [("net", self.state()), ("best", self.best)] for k, v in state.items()}
-        save_file({k: v.detach().cpu().contiguous() for k, v in (nets | moments).items()}, folder / "training.safetensors")
-        (folder / "training.json").write_text(json.dumps(dict(key=key, losses=self.losses, groups=opt["param_groups"], schedule=self.schedule.state_dict())))
+def on_cpu(tensors: dict) -> dict: return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
-    def read(self, folder: Path, key: dict):
-        "Goes on where `write` left off; raises `CheckpointError` when that was another training."
-        from safetensors.torch import load_file
-        with reading(folder / "training.json", "the state of a training") as file: said = json.loads(file.read_text())
-        if said["key"] != key: raise CheckpointError(f"{folder}: holds a training with other {', '.join(k for k in key if said['key'].get(k) != key[k])}; remove the folder or give another one")
-        with reading(folder / "training.safetensors", "the state of a training") as file: tensors = load_file(file)
-        def part(name): return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
-        moments = {}
-        for k, v in part("moments").items(): moments.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
-        self.net.load_state_dict(part("net"))
-        self.optimiser.load_state_dict(dict(state=moments, param_groups=said["groups"])), self.schedule.load_state_dict(said["schedule"])
-        self.losses, self.best = said["losses"], part("best")
+# %% ../../nbs/models/08_sequence.ipynb #b18ad4a0
+def write_training(t: Training, folder: Path, key: dict):
+    "Writes `training.safetensors` and `training.json`; `key` says whose training it is."
+    from safetensors.torch import save_file
+    opt = t.optimiser.state_dict()
+    moments = {f"moments.{i}.{k}": v for i, s in opt["state"].items() for k, v in s.items()}
+    nets = {f"{part}.{k}": v for part, state in [("net", t.net.state_dict()), ("best", t.best)] for k, v in state.items()}
+    save_file(on_cpu(nets | moments), folder / "training.safetensors")
+    (folder / "training.json").write_text(json.dumps(dict(key=key, losses=t.losses, groups=opt["param_groups"], schedule=t.schedule.state_dict())))
 
-# %% ../../nbs/models/08_sequence.ipynb #01445f37
-class SequenceClassifier(BaseModel):
-    "A classifier of windows by a torch network: subclasses implement `backbone`."
+# %% ../../nbs/models/08_sequence.ipynb #497746ad
+def read_training(t: Training, folder: Path, key: dict):
+    "Lets `t` go on where the written one was; raises `CheckpointError` when that was another training."
+    from safetensors.torch import load_file
+    with reading(folder / "training.json", "the state of a training") as file: said = json.loads(file.read_text())
+    other = [k for k in key if said["key"].get(k) != key[k]]
+    if other: raise CheckpointError(f"{folder}: holds a training with other {', '.join(other)}; remove the folder or give another one")
+    with reading(folder / "training.safetensors", "the state of a training") as file: parts = _by_part(load_file(file))
+    moments = {int(i): v for i, v in _by_part(parts["moments"]).items()}
+    t.net.load_state_dict(parts["net"])
+    t.optimiser.load_state_dict(dict(state=moments, param_groups=said["groups"])), t.schedule.load_state_dict(said["schedule"])
+    t.losses, t.best = said["losses"], parts["best"]
+
+def _by_part(tensors):
+    parts = {}
+    for name, tensor in tensors.items():
+        part, rest = name.split(".", 1)
+        parts.setdefault(part, {})[rest] = tensor
+    return parts
+
+# %% ../../nbs/models/08_sequence.ipynb #0ec0f75e
+class NetworkModel(BaseModel):
+    "A classifier of windows by a torch network."
     Config, requires = SequenceConfig, ("torch", "safetensors")
     training = None  # a `Training` while `fit` runs
 
@@ -207,89 +261,32 @@ class SequenceClassifier(BaseModel):
         torch.manual_seed(self.config.random_seed)
         self.device = pick_device(self.config.device)
         self.net = self.backbone(self.config.sequence_length, len(self.feature_columns), len(self.classes), self.config).to(self.device)
-        self.run = torch.compile(self.net) if self.config.compile else self.net
 
-    def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
-        parts = [self._part(*p) for p in ((X_train, y_train, metadata_train), (X_val, y_val, metadata_val))]
-        if len(np.unique(parts[0][1])) < 2: raise ValueError(f"{self.name}: train holds one class only, expected at least two of {self.classes}")
-        self.mean, self.scale = column_stats(parts[0][0])
-        with own_threads_and_seed(self.config):
-            self.build()
-            return self._train(*[self._tensors(*p) for p in parts])
+    def n_parameters(self) -> int:
+        "Trainable parameters of the network."
+        return sum(p.numel() for p in self.net.parameters() if p.requires_grad)
 
-    def _part(self, X, y, metadata):
-        codes, windows = check_y(self, y, len(check_X(self, X))), self._finite(as_windows(X))
-        return windows, codes, training_weights(self, codes, metadata)
-
-    def _finite(self, windows):
+    def batches(self, X) -> Batches:
+        "Standardised windows on the device; raises `ValueError` on NaN."
+        windows = as_windows(X)
         if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[covered(windows)]).any():
             raise ValueError(f"{self.name}: X holds NaN, which it does not take; set nan='median' or 'zero' for the data, or use a model that accepts NaN")
-        return windows
-
-    def _tensors(self, windows, codes, weight):
-        import torch
-        batches = Batches(standardised(windows, self.mean, self.scale), self.device, self.config.batch_size)
-        return batches, torch.as_tensor(codes, device=self.device), None if weight is None else torch.as_tensor(weight, device=self.device)
-
-    def _train(self, train, val):
-        c, n = self.config, len(train[0])
-        self.training = Training(self.net, c, c.max_epochs * -(-n // c.batch_size))
-        self.key = dict(config=json.loads(json.dumps(asdict(c))), features=self.feature_columns, data=_digest(train, val))
-        watching = [*self.callbacks, *([EarlyStopping(c.patience)] if c.early_stopping else [])]
-        notify(self, "on_fit_start", c.max_epochs, to=watching)
-        try: self._epochs(train, val, watching)
-        finally: t, self.training = self.training, None
-        if c.early_stopping: self.net.load_state_dict(t.best)
-        history = t.losses | dict(best_round=int(np.argmin(t.losses["val_loss"])) if c.early_stopping else len(t.losses["val_loss"]) - 1)
-        notify(self, "on_fit_end", history, to=watching)
-        return history
-
-    def _epochs(self, train, val, watching):
-        t, self.fitted = self.training, True
-        for epoch in range(len(t.losses["val_loss"]), self.config.max_epochs):
-            t.record(self._train_epoch(epoch, *train), self._mean_loss(*val))
-            if notify(self, "on_epoch_end", epoch, {k: v[-1] for k, v in t.losses.items()}, to=watching): break
-
-    def _train_epoch(self, epoch, batches, y, w):
-        import torch
-        t, c, total = self.training, self.config, 0.
-        torch.manual_seed(c.random_seed + 7919 * (epoch + 1))
-        self.net.train()
-        for idx in epoch_order(len(batches), c.batch_size, c.random_seed, epoch):
-            rows = torch.as_tensor(idx, device=self.device)
-            t.optimiser.zero_grad(set_to_none=True)
-            loss = weighted_loss(self.logits(batches.take(idx)), y[rows], None if w is None else w[rows], c.label_smoothing)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), c.clip)
-            t.optimiser.step(), t.schedule.step()
-            total += loss.detach() * len(idx)
-        return float(total) / len(batches)
-
-    def _mean_loss(self, batches, y, w): return float(weighted_loss(self._all_logits(batches), y, w))
-
-    def logits(self, x):  # (B, T, F) standardised -> (B, n_classes)
-        "What the network says; in bfloat16 on a GPU."
-        import torch
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"): return self.run(x)
-
-    def _all_logits(self, batches):
-        import torch
-        self.net.eval()
-        with torch.no_grad(): return torch.cat([self.logits(batches.take(idx)).float() for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // self.config.batch_size))])
+        return Batches(standardised(windows, self.mean, self.scale), self.device, self.config.batch_size)
 
     def predict(self, X, metadata):
         if not self.fitted: raise NotFittedError(f"{self.name}: predict before fit or load")
         n = len(check_X(self, X))
         check_metadata(self, metadata, n)
         if n == 0: return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
-        batches = Batches(standardised(self._finite(as_windows(X)), self.mean, self.scale), self.device, self.config.batch_size)
-        with own_threads_and_seed(self.config): return to_output(self._all_logits(batches).double().softmax(1).cpu().numpy(), metadata, self.classes)
+        with own_threads_and_seed(self.config): logits = all_logits(self.net, self.batches(X), self.config.batch_size)
+        return to_output(logits.double().softmax(1).cpu().numpy(), metadata, self.classes)
 
     def save(self, path):
         from safetensors.torch import save_model
-        save_header(self, path, mean=self.__dict__.get("mean", np.zeros(0)).tolist(), scale=self.__dict__.get("scale", np.zeros(0)).tolist())
+        if self.fitted: save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist())
+        else: raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         save_model(self.net, str(Path(path) / "network.safetensors"))
-        if self.training: self.training.write(Path(path), self.key)
+        if self.training: write_training(self.training, Path(path), self.key)
 
     def load(self, path):
         from safetensors.torch import load_model
@@ -298,13 +295,46 @@ class SequenceClassifier(BaseModel):
         with own_threads_and_seed(self.config): self.build()
         with reading(Path(path) / "network.safetensors", "the weights of this network") as file: load_model(self.net, str(file), strict=True)
 
+# %% ../../nbs/models/08_sequence.ipynb #614acf4a
+class SequenceClassifier(NetworkModel):
+    "A network trained by the loop above: subclasses implement `backbone`."
+    def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
+        codes, codes_val = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
+        weights, weights_val = training_weights(self, codes, metadata_train), training_weights(self, codes_val, metadata_val)
+        if len(np.unique(codes)) < 2: raise ValueError(f"{self.name}: train holds one class only, expected at least two of {self.classes}")
+        self.mean, self.scale = column_stats(as_windows(X_train))
+        with own_threads_and_seed(self.config):
+            self.build()
+            return self._train((self.batches(X_train), *self._on_device(codes, weights)), (self.batches(X_val), *self._on_device(codes_val, weights_val)))
+
+    def _on_device(self, *arrays):
+        import torch
+        return [None if a is None else torch.as_tensor(a, device=self.device) for a in arrays]
+
+    def _train(self, train, val):
+        c = self.config
+        self.training = t = Training(self.net, c, c.max_epochs * -(-len(train[0]) // c.batch_size))
+        self.key = dict(config=json.loads(json.dumps(asdict(c))), features=self.feature_columns, data=_digest(train, val))
+        watching = [*self.callbacks, *([EarlyStopping(c.patience)] if c.early_stopping else [])]
+        try:
+            notify(self, "on_fit_start", c.max_epochs, to=watching)
+            self._epochs(t, train, val, watching)
+        finally: self.training = None
+        if c.early_stopping: self.net.load_state_dict(t.best)
+        history = t.losses | dict(best_round=int(np.argmin(t.losses["val_loss"])) if c.early_stopping else len(t.losses["val_loss"]) - 1)
+        notify(self, "on_fit_end", history, to=watching)
+        return history
+
+    def _epochs(self, t, train, val, watching):
+        for number in range(len(t.losses["val_loss"]), self.config.max_epochs):
+            train_loss = t.epoch(number, *train)
+            t.record(train_loss, float(weighted_loss(all_logits(t.run, val[0], self.config.batch_size), *val[1:])))
+            self.fitted = True
+            if notify(self, "on_epoch_end", number, {k: v[-1] for k, v in t.losses.items()}, to=watching): break
+
     def resume(self, path):
         "Goes on with the training that was saved in `path` while it ran; called at the start of a fit."
-        self.training.read(Path(path), self.key)
-
-    def n_parameters(self) -> int:
-        "Trainable parameters of the network."
-        return sum(p.numel() for p in self.net.parameters() if p.requires_grad)
+        read_training(self.training, Path(path), self.key)
 
 def _digest(*parts):
     crc = 0

@@ -81,12 +81,13 @@ class Job:
 # %% ../../nbs/runs/02_grid.ipynb #39932249
 def plan(
     grid: GridConfig,
+    finished: set = frozenset(),  # identities of runs that are there: their data is not read again
 ) -> list[Job]:
     "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start."
     reasons = {m["name"]: m["reason"] for m in ModelRegistry.list_models()}
     prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
     jobs = [_job(grid, *which, prints, reasons) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
-    for job in {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs}.values(): trainer_of(job.parameters).prepare_data()
+    for job in {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}.values(): trainer_of(job.parameters).prepare_data()
     return jobs
 
 def _job(grid, data, horizon, model, seed, prints, reasons):
@@ -125,9 +126,9 @@ def run_grid(
 ) -> GridResult:
     "Trains what is not finished; one failed run does not stop the others."
     runs = Path(runs or settings().runs)
-    jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid))
-    clear_partial(runs)
     finished = set() if force else {r.identity for r in list_runs(runs)}
+    jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished)
+    clear_partial(runs)
     result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
