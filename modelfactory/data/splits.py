@@ -177,11 +177,11 @@ AT_ONCE = 8  # columns read at a time: fewer need less memory, more need less ti
 
 @np.errstate(over="ignore")  # what float32 cannot hold becomes infinity, which is refused by name
 def _read_matrix(source, columns, n, order):
-    matrix = np.empty((n, len(columns)), np.float32)
+    matrix, rows = np.empty((n, len(columns)), np.float32), np.empty((AT_ONCE, n), np.float32)
     for j in range(0, len(columns), AT_ONCE):
         part = source.read(columns=columns[j:j + AT_ONCE])
-        rows = np.array([part[name].to_numpy() for name in columns[j:j + AT_ONCE]], np.float32).T
-        matrix[:, j:j + AT_ONCE] = rows if order is None else rows[order]
+        for row, column in zip(rows, part.columns): np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
+        matrix[:, j:j + AT_ONCE] = (rows if order is None else rows[:, order])[:part.num_columns].T
     return matrix
 
 # %% ../../nbs/data/00_splits.ipynb #50c2ad4c

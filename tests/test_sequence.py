@@ -1,0 +1,106 @@
+"The training loop of networks: killed and gone on with, on another device's path, compiled, beside a caller's own generator."
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from modelfactory.models.conformance import window_task
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.models.sequence import Batches, standardised
+
+SMALL = dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=6, batch_size=32, learning_rate=1e-2)
+TASK = window_task("trend", n=600)
+
+FIT = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from modelfactory.models.callbacks import Checkpoint
+from modelfactory.models.conformance import window_task
+from modelfactory.models.registry import ModelRegistry
+config, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+t = window_task("trend", n=600)
+model = ModelRegistry.create("gru", config, 5, t.features)
+model.callbacks = [Checkpoint(folder, every=1, resume=True)]
+print("ready", flush=True)
+history = model.fit(t.X, t.y, t.X_val, t.y_val)
+np.savez(out, probabilities=model.predict(t.X_val, t.meta_val).probabilities, **history)
+"""
+
+
+def fitted(**config):
+    model = ModelRegistry.create("gru", SMALL | config, 5, TASK.features)
+    return model, model.fit(TASK.X, TASK.y, TASK.X_val, TASK.y_val)
+
+
+def fit_in_a_process(folder, out, kill_after=None):
+    process = subprocess.Popen([sys.executable, "-c", FIT, json.dumps(SMALL), str(folder), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    if kill_after is None: assert process.wait(120) == 0, process.stderr.read().decode()
+    else:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_fit_killed_at_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path):
+    fit_in_a_process(tmp_path / "whole", tmp_path / "whole.npz")
+    chance = random.Random(1)
+    for _ in range(5): fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz", chance.uniform(.02, .6))
+    fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz")
+    whole, killed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
+    for name in whole: np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
+    assert [f.name for f in (tmp_path / "killed").glob("round_*")] == ["round_6"]
+
+
+def test_batches_of_a_device_are_those_of_the_buffer():
+    windows = standardised(TASK.X, np.zeros(5, np.float32), np.ones(5, np.float32))
+    idx = np.array([5, 599, 0, 5])
+    assert torch.equal(Batches(windows, "cpu:0").take(idx), Batches(windows, "cpu").take(idx))
+
+
+def test_one_row_is_a_window_too():
+    rows = TASK.X[:][:, -1]
+    model = ModelRegistry.create("gru", SMALL | dict(sequence_length=1), 5, TASK.features)
+    model.fit(rows, TASK.y, rows, TASK.y)
+    assert len(model.predict(rows, TASK.meta)) == 600
+
+
+def test_a_compiled_network_learns_the_same(monkeypatch):
+    used, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: used.append(net) or compile(net, backend="eager"))
+    (_, plain), (model, compiled) = fitted(), fitted(compile=True)
+    np.testing.assert_allclose(plain["val_loss"], compiled["val_loss"], rtol=1e-5)
+    assert used and not any("_orig_mod" in name for name in model.net.state_dict())
+
+
+def test_a_fit_leaves_generator_and_threads_as_they_were():
+    torch.manual_seed(7)
+    expected, threads = torch.rand(1), torch.get_num_threads()
+    torch.manual_seed(7)
+    fitted(max_epochs=1, threads=threads + 1)
+    assert torch.equal(torch.rand(1), expected) and torch.get_num_threads() == threads
+
+
+def test_the_batch_size_of_prediction_does_not_matter():
+    model, _ = fitted(max_epochs=2)
+    whole = model.predict(TASK.X_val, TASK.meta_val).probabilities
+    model.config.batch_size = 7
+    np.testing.assert_allclose(model.predict(TASK.X_val, TASK.meta_val).probabilities, whole, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="device: cuda, but torch sees no GPU"): fitted(device="cuda")
+
+
+def test_label_smoothing_keeps_a_network_less_sure():
+    (sure, _), (less, _) = fitted(early_stopping=False), fitted(early_stopping=False, label_smoothing=.4)
+    top = [m.predict(TASK.X_val, TASK.meta_val).probabilities.max(1).mean() for m in (sure, less)]
+    assert top[1] < top[0] - .05
