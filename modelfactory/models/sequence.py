@@ -22,9 +22,9 @@ from .tabular import n_threads
 from ..settings import Fraction, NonNegative, Positive, Rate, settings
 
 # %% auto #0
-__all__ = ['LIMIT', 'Batches', 'epoch_order', 'SequenceConfig', 'network', 'covered', 'as_windows', 'column_stats',
-           'standardised', 'own_threads_and_seed', 'pick_device', 'weighted_loss', 'forward', 'all_logits', 'Training',
-           'on_cpu', 'write_training', 'read_training', 'NetworkModel', 'SequenceClassifier']
+__all__ = ['LIMIT', 'Batches', 'epoch_order', 'SequenceConfig', 'network', 'last_and_mean', 'covered', 'as_windows',
+           'column_stats', 'standardised', 'own_threads_and_seed', 'pick_device', 'weighted_loss', 'forward',
+           'all_logits', 'Training', 'on_cpu', 'write_training', 'read_training', 'NetworkModel', 'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #76c5e1ad
 class Batches:
@@ -89,6 +89,14 @@ def network(
     for name, part in parts.items(): net.register_buffer(name, part) if isinstance(part, Tensor) else setattr(net, name, part)
     net.forward = types.MethodType(forward, net)
     return net
+
+# %% ../../nbs/models/08_sequence.ipynb #586059a2
+def last_and_mean(
+    states,  # (B, T, H)
+):  # -> (B, 2H)
+    "The last state joined with the mean state."
+    import torch
+    return torch.cat([states[:, -1], states.mean(1)], 1)
 
 # %% ../../nbs/models/08_sequence.ipynb #d052d100
 def covered(
@@ -186,7 +194,8 @@ class Training:
         self.net, self.config, self.losses, self.best = net, config, dict(train_loss=[], val_loss=[]), None
         self.run = torch.compile(net) if config.compile else net
         self.optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, config.learning_rate, n_steps, pct_start=config.warmup)
+        n = max(n_steps, 4)  # the library divides by nothing where a phase is shorter than a step and a half
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, config.learning_rate, n, pct_start=min(max(config.warmup, 1.5 / n), 1 - 1.5 / n))
 
     def step(self, x, y, w=None):  # -> loss
         "One step on a batch."

@@ -7,11 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
+from ..sequence import SequenceClassifier, SequenceConfig, last_and_mean, network
 from ...settings import Positive
 
 # %% auto #0
-__all__ = ['RecurrentConfig', 'last_and_mean', 'recurrent', 'LSTMModel']
+__all__ = ['RecurrentConfig', 'read_window', 'recurrent', 'LSTMModel']
 
 # %% ../../../nbs/models/neural/lstm.ipynb #5cfaf82e
 @dataclass
@@ -20,12 +20,10 @@ class RecurrentConfig(SequenceConfig):
     hidden_size: Positive = 128  # width of the state
     n_layers: Positive = 2  # stacked layers
 
-# %% ../../../nbs/models/neural/lstm.ipynb #88af006b
-def last_and_mean(net, x):  # (B, T, F) -> (B, n_classes)
+# %% ../../../nbs/models/neural/lstm.ipynb #6824b75d
+def read_window(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the last state joined with the mean state."
-    import torch
-    states = net.rnn(x)[0]
-    return net.head(net.drop(torch.cat([states[:, -1], states.mean(1)], 1)))
+    return net.head(net.drop(last_and_mean(net.rnn(x)[0])))
 
 def recurrent(
     cell,  # torch.nn.LSTM or torch.nn.GRU
@@ -36,7 +34,7 @@ def recurrent(
     "A recurrent network over the window with a linear head."
     from torch import nn
     rnn = cell(F, c.hidden_size, c.n_layers, batch_first=True, dropout=c.dropout if c.n_layers > 1 else 0.)
-    return network(last_and_mean, rnn=rnn, drop=nn.Dropout(c.dropout), head=nn.Linear(2 * c.hidden_size, n_classes))
+    return network(read_window, rnn=rnn, drop=nn.Dropout(c.dropout), head=nn.Linear(2 * c.hidden_size, n_classes))
 
 # %% ../../../nbs/models/neural/lstm.ipynb #643a0408
 @ModelRegistry.register("lstm", family="neural")

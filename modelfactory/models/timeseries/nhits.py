@@ -29,7 +29,7 @@ class NHITSConfig(SequenceConfig):
     downsampling: tuple[Positive, ...] = (4, 2, 1)  # steps for each knot, block by block
     hidden_size: Positive = 512  # width of the perceptrons
     n_layers: Positive = 2  # hidden layers of a perceptron
-    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.3  # share of activations left out while training
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.5  # share of activations left out while training
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #9ee26c83
 @contextmanager

@@ -10,11 +10,11 @@ from typing import Annotated
 from annotated_types import Ge
 
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
+from ..sequence import SequenceClassifier, SequenceConfig, last_and_mean, network
 from ...settings import Positive
 
 # %% auto #0
-__all__ = ['dilations', 'TCNConfig', 'last_and_mean', 'residual', 'tcn', 'TCNModel']
+__all__ = ['dilations', 'TCNConfig', 'residual', 'tcn', 'TCNModel']
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #5a6dcf77
 def dilations(
@@ -34,12 +34,7 @@ class TCNConfig(SequenceConfig):
     hidden_size: Positive = 128  # channels of every convolution
     kernel_size: Annotated[int, Ge(2)] = 3  # taps of a convolution
 
-# %% ../../../nbs/models/timeseries/tcn.ipynb #73892400
-def last_and_mean(states):  # (B, T, C) -> (B, 2C)
-    "The last state joined with the mean state."
-    import torch
-    return torch.cat([states[:, -1], states.mean(1)], 1)
-
+# %% ../../../nbs/models/timeseries/tcn.ipynb #8822c123
 def residual(net, x):  # (B, T, C_in) -> (B, T, C)
     "A block: two dilated causal convolutions beside a shortcut."
     return (net.drop(net.convs(x)) + net.shortcut(x)).relu()

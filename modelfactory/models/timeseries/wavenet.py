@@ -10,8 +10,8 @@ from typing import Annotated
 from annotated_types import Ge
 
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from .tcn import dilations, last_and_mean
+from ..sequence import SequenceClassifier, SequenceConfig, last_and_mean, network
+from .tcn import dilations
 from ...settings import Positive
 
 # %% auto #0
