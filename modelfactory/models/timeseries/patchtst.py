@@ -5,6 +5,9 @@
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #855e7a09
 from __future__ import annotations
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
 
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, network
@@ -23,7 +26,7 @@ class PatchTSTConfig(SequenceConfig):
     n_heads: Positive = 16  # attention heads
     n_layers: Positive = 3  # encoder layers
     ffn_size: Positive = 256  # hidden width of the feed-forward part
-    dropout: float = 0.2  # share of activations left out while training
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.2  # share of activations left out while training
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #37c50668
 def n_missing(
