@@ -1,9 +1,12 @@
 "The same suite on every tabular model, on windows of eight rows: their notebooks run it on single rows, those of networks on windows of sixteen."
+from dataclasses import replace
+
 import pytest
 
 from modelfactory.models.conformance import check_model
 from modelfactory.models.params import read_params
 from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs.grid import grid_config, plan
 
 SMALL = dict(svm=dict(C=1.0), random_forest=dict(n_estimators=60, max_features=0.3), catboost=dict(n_rounds=120), lightgbm=dict(n_rounds=80), xgboost=dict(n_rounds=80))
 
@@ -17,3 +20,10 @@ def test_conformance_on_windows(name):
 def test_a_model_has_a_yaml_with_a_quick_preset_and_a_search_space(name):
     params = read_params(name)
     assert params.presets["quick"] and params.search and params.resources
+
+
+@pytest.mark.parametrize("grid", ["all", "quick"])
+def test_a_grid_of_all_models_is_planned(grid):
+    asked = grid_config(grid)
+    jobs = plan(replace(asked, data=("planted",)))
+    assert len(jobs) == 2 * len(ModelRegistry.list_models()) and not any(j.unavailable for j in jobs)
