@@ -86,7 +86,9 @@ def network(
     "A module whose children are `parts` and whose forward is a plain function."
     from torch import Tensor, nn
     net = nn.Module()
-    for name, part in parts.items(): net.register_buffer(name, part) if isinstance(part, Tensor) else setattr(net, name, part)
+    for name, part in parts.items():
+        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter): net.register_buffer(name, part)
+        else: setattr(net, name, part)
     net.forward = types.MethodType(forward, net)
     return net
 
