@@ -1,3 +1,4 @@
+import logging
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
-    "Registry, environment and working folder are after a test what they were before."
+    "Registry, environment, logging and working folder are after a test what they were before."
     from modelfactory.models.registry import ModelRegistry
     monkeypatch.chdir(ROOT)
     ModelRegistry.discover()
@@ -21,3 +22,4 @@ def as_it_was(monkeypatch):
     ModelRegistry._models.clear(), ModelRegistry._models.update(models)
     ModelRegistry._broken.clear(), ModelRegistry._broken.update(broken)
     os.environ.clear(), os.environ.update(environment)
+    logging.disable(logging.NOTSET)
