@@ -13,6 +13,7 @@ from conftest import ROOT
 NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 MODULES = sorted(f for f in (ROOT / "modelfactory").rglob("*.py") if f.name not in ("__init__.py", "_modidx.py"))
 BIN = Path(sys.executable).parent
+MACHINE = r"(/home/|/root/|/work/|/Users/)\w"
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,12 @@ def test_a_notebook_is_fit_to_read(file):
     nbformat.validate(nb)
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
     source = "\n".join(c.source for c in nb.cells)
-    assert "import *" not in source and "TODO" not in source and not re.search(r"(/home/|/root/|/work/|/Users/)\w", source)
+    assert "import *" not in source and "TODO" not in source and not re.search(MACHINE, source)
     large = [c.id for c in nb.cells if c.cell_type == "code" and len(json.dumps(c.outputs)) > 100_000]
     assert large == [], "an output above 100 KB"
-    assert not any(o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    assert not any(o.output_type == "error" for o in outputs)
+    assert not re.search(MACHINE, json.dumps([{k: v for k, v in o.get("data", o).items() if k != "image/png"} for o in outputs])), "an output shows a path of a machine"
 
 
 def test_readme_is_the_index_notebook():
