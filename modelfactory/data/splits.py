@@ -228,7 +228,7 @@ def _check_unique(names, file):
 def _giving_back():
     "While this lasts, freed memory goes back to the system, where the allocators can be told."
     pool, tune = pa.default_memory_pool(), _glibc_option()
-    pa.set_memory_pool(pa.system_memory_pool()), tune(-3, 1 << 17), tune(-1, 1 << 17)
+    pa.set_memory_pool(pa.system_memory_pool()), tune(-3, 1 << 17), tune(-1, 1 << 21)
     try: yield
     finally: pa.set_memory_pool(pool), tune(-3, 1 << 25), tune(-1, 1 << 26)
 
