@@ -4,12 +4,11 @@
 
 # %% ../../nbs/data/00_splits.ipynb #6242023f
 from __future__ import annotations
-import ctypes, hashlib, json, os, re
-from contextlib import contextmanager
+import hashlib, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Mapping
-os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # heard only where arrow is not imported yet
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # arrow's own keeps what is freed; heard only where arrow is not imported yet
 
 import numpy as np
 import pandas as pd
@@ -223,22 +222,7 @@ def _check_unique(names, file):
     names = pd.Index(names)
     if (twice := names[names.duplicated()]).size: raise UnreadableFile(f"{file}: column {twice[0]!r} is there more than once; keep one")
 
-# %% ../../nbs/data/00_splits.ipynb #73770ea5
-@contextmanager
-def _giving_back():
-    "While this lasts, freed memory goes back to the system, where the allocators can be told."
-    pool, tune = pa.default_memory_pool(), _glibc_option()
-    pa.set_memory_pool(pa.system_memory_pool()), tune(-3, 1 << 17), tune(-1, 1 << 21)
-    try: yield
-    finally: pa.set_memory_pool(pool), tune(-3, 1 << 25), tune(-1, 1 << 26)
-
-def _glibc_option():
-    "glibc's `mallopt(option, value)`: -3 is the size from which a block is the system's own, -1 how much is kept at the top."
-    try: return ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return lambda option, value: None
-
-# %% ../../nbs/data/00_splits.ipynb #60ff7997
-@_giving_back()
+# %% ../../nbs/data/00_splits.ipynb #60e4d853
 def read_split(
     source: Path | pd.DataFrame,  # one parquet file or frame
     name: str = "train",  # train, val or test

@@ -4,27 +4,29 @@
 
 # %% ../../nbs/models/08_sequence.ipynb #a534729d
 from __future__ import annotations
-import json, types, zlib
+import ctypes, json, types, zlib
 from abc import abstractmethod
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from ..data.dataset import Windows
 from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_X, check_y, to_output, training_weights
 from .callbacks import EarlyStopping, notify
 from .persistence import CheckpointError, load_header, reading, save_header
 from .tabular import n_threads
-from ..settings import Fraction, NonNegative, Positive, Rate, settings
+from ..settings import NonNegative, Positive, Rate, settings
+
+if TYPE_CHECKING: from modelfactory.data.dataset import Windows
 
 # %% auto #0
 __all__ = ['LIMIT', 'Batches', 'epoch_order', 'SequenceConfig', 'network', 'last_and_mean', 'covered', 'as_windows',
-           'column_stats', 'standardised', 'own_threads_and_seed', 'pick_device', 'weighted_loss', 'forward',
-           'all_logits', 'Training', 'on_cpu', 'write_training', 'read_training', 'NetworkModel', 'SequenceClassifier']
+           'column_stats', 'standardised', 'keep_freed_memory', 'own_threads_and_seed', 'pick_device', 'weighted_loss',
+           'forward', 'all_logits', 'Training', 'on_cpu', 'write_training', 'read_training', 'NetworkModel',
+           'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #76c5e1ad
 class Batches:
@@ -112,6 +114,7 @@ def covered(
 # %% ../../nbs/models/08_sequence.ipynb #67ee4a0d
 def as_windows(X) -> Windows:
     "Windows, or an array (n, T, F) or (n, F) as windows."
+    from modelfactory.data.dataset import Windows
     if isinstance(X, Windows): return X
     X = np.asarray(X)
     T = X.shape[1] if X.ndim == 3 else 1
@@ -130,17 +133,24 @@ def column_stats(
 
 def standardised(windows: Windows, mean: np.ndarray, scale: np.ndarray) -> Windows:
     "Windows over a standardised copy of the base matrix."
+    from modelfactory.data.dataset import Windows
     base = windows.base - mean
     base /= scale
     return Windows(np.clip(base, -LIMIT, LIMIT, out=base), windows.ends, windows.seq_len)
 
-# %% ../../nbs/models/08_sequence.ipynb #74554d78
+# %% ../../nbs/models/08_sequence.ipynb #4cadbb0e
+def keep_freed_memory():
+    "Sets glibc's thresholds to 32 MB (a block of its own) and 64 MB (kept at the top); nothing where there is no glibc."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    mallopt(-3, 1 << 25), mallopt(-1, 1 << 26)
+
 @contextmanager
 def own_threads_and_seed(config: SequenceConfig):
     "Threads of the config, and a generator that leaves the caller's where it was."
     import torch
     before = torch.get_num_threads()
-    torch.set_num_threads(n_threads(config))
+    keep_freed_memory(), torch.set_num_threads(n_threads(config))
     with torch.random.fork_rng():
         try: yield
         finally: torch.set_num_threads(before)

@@ -94,9 +94,10 @@ class Outcome:
 def environment(
     workers: int = 1,  # runs at a time
 ) -> dict:
-    "The environment of a run: its share of the cores, an allocator for arrow that gives memory back, this process's settings."
+    "The environment of a run: its share of the cores, allocators that give memory back, this process's settings."
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
-    return dict(ARROW_DEFAULT_MEMORY_POOL="system") | os.environ | dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore", PYDEVD_DISABLE_FILE_VALIDATION="1", MPLBACKEND="agg")
+    lean = dict(ARROW_DEFAULT_MEMORY_POOL="system", MALLOC_MMAP_THRESHOLD_="131072")
+    return lean | os.environ | dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore", PYDEVD_DISABLE_FILE_VALIDATION="1", MPLBACKEND="agg")
 
 # %% ../../nbs/runs/01_engine.ipynb #41809d31
 def run_notebook(
