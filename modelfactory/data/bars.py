@@ -535,7 +535,8 @@ def write_splits(
     if not scale: kind, centre, width = np.full(len(names), "none"), 0 * centre, width ** 0
     matrix = ((matrix - centre) / width).astype(np.float32)
     about = _scaler_json(names, int(train.sum()), (kind, centre, width, stats), _statistics(matrix[train]))
-    return publish_folder(out, lambda folder: _write(folder, table, names, matrix, horizons, about))
+    def fill(folder): _write(folder, table, names, matrix, horizons, about), check_splits(folder)
+    return publish_folder(out, fill)
 
 def _ready(table, horizons, shares, extra):
     "The table with clean keys, its features and its splits, once all of it has been checked."
@@ -572,12 +573,12 @@ def publish_folder(
     out: Path,  # where the splits shall be
     write,  # fills the folder it is given
 ) -> Path:  # out
-    "Lets `write` fill a folder beside `out`, checks its splits, and renames it to `out`; whatever is raised, nothing changes."
+    "Lets `write` fill a folder beside `out` and renames it to `out`; whatever is raised, nothing changes."
     fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{what}") for what in ("partial", "old"))
     made = [p for p in out.parents if not p.exists()]
     fresh.mkdir(parents=True)
     try:
-        write(fresh); check_splits(fresh)
+        write(fresh)
         if out.exists(): os.rename(out, old)
         os.rename(fresh, out)
     except BaseException:

@@ -18,7 +18,8 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['NotFittedError', 'FeatureMismatch', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output',
-           'BaseModel', 'expected_shape', 'check_X', 'check_y', 'check_metadata', 'training_weights']
+           'BaseModel', 'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'refuse_nan', 'check_metadata',
+           'training_weights']
 
 # %% ../../nbs/models/00_base.ipynb #01b7aa30
 class NotFittedError(RuntimeError):
@@ -139,6 +140,18 @@ def check_y(
     codes = pd.Index(model.classes).get_indexer(y)
     if (codes < 0).any(): raise ValueError(f"{model.name}: y holds {y[codes < 0][0]}, expected one of {tuple(model.classes)}")
     return codes
+
+# %% ../../nbs/models/00_base.ipynb #b100079f
+def check_two_classes(
+    model: BaseModel,
+    codes: np.ndarray,  # (n,) class codes of train
+):
+    "Raises `ValueError` when train holds a single class."
+    if len(np.unique(codes)) < 2: raise ValueError(f"{model.name}: train holds one class only, expected at least two of {model.classes}")
+
+def refuse_nan(model: BaseModel):
+    "Raises the `ValueError` of a model that was given NaN and does not take it."
+    raise ValueError(f"{model.name}: X holds NaN, which it does not take; set nan='median' or 'zero' for the data, or use a model that accepts NaN")
 
 # %% ../../nbs/models/00_base.ipynb #f0fcd5e5
 def check_metadata(model: BaseModel, metadata: pd.DataFrame, n: int) -> pd.DataFrame:

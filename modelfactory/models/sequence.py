@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_X, check_y, to_output, training_weights
+from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, refuse_nan, to_output, training_weights
 from .callbacks import EarlyStopping, notify
 from .persistence import CheckpointError, load_header, reading, save_header
 from .tabular import n_threads
@@ -291,7 +291,7 @@ class NetworkModel(BaseModel):
         "Standardised windows on the device; raises `ValueError` on NaN."
         windows = as_windows(X)
         if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[covered(windows)]).any():
-            raise ValueError(f"{self.name}: X holds NaN, which it does not take; set nan='median' or 'zero' for the data, or use a model that accepts NaN")
+            refuse_nan(self)
         return Batches(standardised(windows, self.mean, self.scale), self.device, self.config.batch_size)
 
     def predict(self, X, metadata):
@@ -322,7 +322,7 @@ class SequenceClassifier(NetworkModel):
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         codes, codes_val = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
         weights, weights_val = training_weights(self, codes, metadata_train), training_weights(self, codes_val, metadata_val)
-        if len(np.unique(codes)) < 2: raise ValueError(f"{self.name}: train holds one class only, expected at least two of {self.classes}")
+        check_two_classes(self, codes)
         self.mean, self.scale = column_stats(as_windows(X_train))
         with own_threads_and_seed(self.config):
             self.build()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_X, check_y, to_output, training_weights
+from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, refuse_nan, to_output, training_weights
 from .persistence import load_header, save_header
 from ..settings import NonNegative
 
@@ -58,7 +58,7 @@ class TabularModel(BaseModel):
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         train = self._rows(X_train, y_train, metadata_train)
-        if len(np.unique(train.y)) < 2: raise ValueError(f"{self.name}: train holds one class only, expected at least two of {self.classes}")
+        check_two_classes(self, train.y)
         history = self.fit_rows(train, self._rows(X_val, y_val, metadata_val))
         self.fitted = True
         return history
@@ -70,7 +70,7 @@ class TabularModel(BaseModel):
     def _flat(self, X):
         flat = flatten(X)
         if not self.accepts_nan and not np.isfinite(flat.sum(dtype=np.float64)) and np.isnan(flat).any():
-            raise ValueError(f"{self.name}: X holds NaN, which it does not take; set nan='median' or 'zero' for the data, or use a model that accepts NaN")
+            refuse_nan(self)
         return flat
 
     def predict(self, X, metadata):
