@@ -15,7 +15,8 @@ from annotated_types import Interval
 from .splits import NO_TARGET, MissingFile, Split, SplitsError, UnreadableFile, read_splits
 
 # %% auto #0
-__all__ = ['Windows', 'labelled_rows', 'TimeSeriesDataset', 'DatasetConfig', 'load_datasets', 'read_prices']
+__all__ = ['Windows', 'History', 'left_padded', 'context', 'labelled_rows', 'TimeSeriesDataset', 'DatasetConfig', 'load_datasets',
+           'read_prices']
 
 # %% ../../nbs/data/01_dataset.ipynb #2c6c8c8a
 class Windows:
@@ -26,7 +27,9 @@ class Windows:
         base: np.ndarray,  # (N, F) float32, rows of one symbol together and in time order
         ends: np.ndarray,  # (n,) last row of each window, inclusive
         seq_len: int,  # rows in a window
+        history: History | None = None,  # raw columns by the same rows
     ):
+        self.history = history
         self.base, self.ends, self.seq_len = np.ascontiguousarray(base, np.float32), np.asarray(ends, np.int64), seq_len
         self._steps = np.arange(1 - seq_len, 1)
         if len(self.ends) and not (self.ends.min() >= seq_len - 1 and self.ends.max() < len(base)): raise ValueError(f"windows of {seq_len} rows end at rows {self.ends.min()} to {self.ends.max()}, expected {seq_len - 1} to {len(base) - 1}")
@@ -61,7 +64,45 @@ class Windows:
 
     def subset(self, idx: np.ndarray) -> Windows:  # samples `idx`, over the same matrix
         "Some of the windows, without copying any."
-        return Windows(self.base, self.ends[idx], self.seq_len)
+        return Windows(self.base, self.ends[idx], self.seq_len, self.history)
+
+# %% ../../nbs/data/01_dataset.ipynb #0b91a207
+@dataclass
+class History:
+    "Raw columns of a split, by its rows."
+    columns: dict  # name -> (N,) float64
+    codes: np.ndarray  # (N,) symbol of each row, equal codes together
+
+    @property
+    def starts(self): return np.searchsorted(self.codes, self.codes)  # (N,) first row of each row's symbol
+
+    def __getitem__(self, name):
+        if name not in self.columns: raise KeyError(f"no raw column {name!r} beside the windows; there are: {', '.join(self.columns) or 'none'}")
+        return self.columns[name]
+
+# %% ../../nbs/data/01_dataset.ipynb #e40885cc
+def left_padded(
+    values: np.ndarray,  # (N,), NaN where nothing is known
+    starts: np.ndarray,  # (N,) first row of each row's symbol
+    length: int,  # rows of the past, the last one included
+) -> tuple[np.ndarray, np.ndarray]:  # (M, 2) value and padding, and the row (N,) of each value there
+    "Values with `length - 1` padded rows before each symbol."
+    rows = np.arange(len(values))
+    rows += np.cumsum(rows == starts) * (length - 1)
+    padded = np.zeros((rows[-1] + 1, 2), np.float32)
+    padded[:, 1] = 1
+    padded[rows] = np.c_[np.nan_to_num(values), ~np.isfinite(values)]
+    return padded, rows
+
+def context(
+    windows: Windows,
+    values: str | np.ndarray,  # a raw column, or (N,) values by the rows of the matrix
+    length: int,  # rows up to the last one of each window
+) -> Windows:  # (n, length, 2): value, and 1 where it is padding
+    "A longer past of one column; raises `ValueError` when these windows carry none."
+    if windows.history is None: raise ValueError("these windows carry no history: give the windows of a TimeSeriesDataset, not an array")
+    padded, rows = left_padded(windows.history[values] if isinstance(values, str) else values, windows.history.starts, length)
+    return Windows(padded, rows[windows.ends], length)
 
 # %% ../../nbs/data/01_dataset.ipynb #754a8f6d
 def labelled_rows(
@@ -88,7 +129,7 @@ class TimeSeriesDataset:
         labels = split.labels[horizon]
         self.rows = labelled_rows(split.codes, labels != NO_TARGET, seq_len, gap)
         if not len(self.rows): raise SplitsError(f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, {int((labels != NO_TARGET).sum()):,} with a target, none with {seq_len + gap - 1} rows of its symbol before it")
-        self.X, self.y = Windows(split.matrix, self.rows - gap, seq_len), labels[self.rows]
+        self.X, self.y = Windows(split.matrix, self.rows - gap, seq_len, History(split.market, split.codes)), labels[self.rows]
         self.feature_columns, self.metadata = list(split.features), self._metadata()
 
     def _metadata(self):
@@ -105,7 +146,7 @@ class TimeSeriesDataset:
         return f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of {self.X.shape[1:]}, classes {shares}, {len(self.split) - len(self):,} rows are context only"
     def _repr_html_(self): return f"<p>{self!r}</p>{self.metadata.head(3).to_html(index=False, border=0)}"
 
-# %% ../../nbs/data/01_dataset.ipynb #0b91a207
+# %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass
 class DatasetConfig:
     "Which data, and what of it."

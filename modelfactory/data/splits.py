@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'NO_TARGET', 'AT_ONCE', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
-           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
-           'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between', 'reaching_over',
-           'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler', 'fingerprint']
+__all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile',
+           'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer',
+           'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split',
+           'bars_between', 'reaching_over', 'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler',
+           'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -146,6 +147,7 @@ def _order(codes, times, file, symbols):
 
 # %% ../../nbs/data/00_splits.ipynb #37fc5fc5
 NO_TARGET = np.int8(-128)  # label of a row that is never a sample
+MARKET = ("high", "low", "close")  # raw columns that are kept beside the features
 
 @dataclass
 class Split:
@@ -160,11 +162,12 @@ class Split:
     labels: dict  # horizon -> (N,) int8, NO_TARGET where undefined
     bars_to_hit: dict  # horizon -> (N,) bars until the label is decided, where the file says it
     weights: dict  # horizon -> (N,) sample weights, where the file has them
-    close: np.ndarray | None  # (N,) raw close, where the file has it
+    market: dict  # raw high, low, close: (N,), where the file has them
     order: np.ndarray | None = None  # row of the file each row came from; None = same order
 
     def __len__(self): return len(self.matrix)
     def __repr__(self): return f"Split({self.name}: {len(self):,} rows, {len(self.symbols)} symbols, {len(self.features)} features, horizons {sorted(self.labels)}, {self.datetimes.min()} to {self.datetimes.max()})"
+    close = property(lambda self: self.market.get("close"))  # (N,) raw, or None
     def file_row(self, i): return int(i if self.order is None else self.order[i])
 
     def prices(self) -> pd.DataFrame | None:  # datetime, symbol, close of every row
@@ -243,7 +246,7 @@ def read_split(
 
 # %% ../../nbs/data/00_splits.ipynb #0bb9ecbc
 def _assemble(reader, file, name, horizons, features, classes, nan):
-    extra = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + ["close"]
+    extra = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [*MARKET]
     wanted = ["datetime", "symbol", *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema_arrow.names)]
     small = reader.read(columns=wanted)
     if small.num_rows == 0: raise EmptySplit(f"{file}: no row, expected at least one bar")
@@ -255,7 +258,7 @@ def _assemble(reader, file, name, horizons, features, classes, nan):
     numbers = lambda c: pick(_numbers(small[c], c, file)) if c in small.column_names else None
     by_horizon = lambda prefix: {h: a for h in horizons if (a := numbers(f"{prefix}_h{h}")) is not None}
     split = Split(name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)), pick(codes), list(symbols),
-                  {h: pick(_label(small[f"label_h{h}"], classes)) for h in horizons}, by_horizon("bars_to_hit"), by_horizon("sample_weight"), numbers("close"), order)
+                  {h: pick(_label(small[f"label_h{h}"], classes)) for h in horizons}, by_horizon("bars_to_hit"), by_horizon("sample_weight"), {c: a for c in MARKET if (a := numbers(c)) is not None}, order)
     _check_finite(split, nan)
     return split
 
