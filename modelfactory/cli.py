@@ -64,12 +64,16 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
     "Train one model in its own executed notebook.\n\nExample: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4"
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.splits import split_files
+    from modelfactory.models.base import ModelUnavailable
+    from modelfactory.models.registry import ModelRegistry
     from modelfactory.runs.engine import run_notebook
     from modelfactory.runs.grid import trainer_of
     from modelfactory.settings import read_yaml, settings
     overrides = (read_yaml(config) if config else {}) | parse_set(set_)
     parameters = dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=overrides, seed=seed)
-    trainer_of(parameters).prepare_data(), split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
+    trainer = trainer_of(parameters)
+    if reason := ModelRegistry.reason(model, trainer.model_config): raise ModelUnavailable(f"{model}: {reason}")
+    trainer.prepare_data(), split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
     outcome = run_notebook(parameters | dict(evaluate_test=test), output)
     if outcome.status != "ok": raise typer.Exit(_say(f"{outcome.status}: {outcome.reason} (see {outcome.path})"))
     from modelfactory.runs.store import load_run

@@ -16,7 +16,7 @@ import modelfactory
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
-           'read_yaml', 'Settings', 'settings', 'plugin_files']
+           'read_yaml', 'Settings', 'settings', 'plugin_files', 'params_folder']
 
 # %% ../nbs/00_settings.ipynb #198bfcc1
 class ConfigError(ValueError):
@@ -86,6 +86,7 @@ class Settings:
     root: Path  # folder of settings.ini: relative paths start here
     data: Path = Path("data/splits/scaled")  # Phase 1 splits
     bundled: Path = Path("data/bundled")  # where bundled data sets are built
+    cache: Path = Path("data/cache")  # what pretrained models computed once
     params: Path = Path("params")  # models/*.yaml and grids/*.yaml
     runs: Path = Path("runs")  # finished runs
     notebooks: Path = Path("nbs")  # train.ipynb and compare.ipynb
@@ -138,3 +139,8 @@ def plugin_files() -> tuple:  # paths of `settings().plugins`
     "Files with models of the user's own, read without filling the other settings: listing models has to be cheap."
     _, root, given = _given()
     return tuple(root / p for p in given.get("plugins", ()))
+
+def params_folder() -> Path:
+    "`settings().params`, read as cheaply."
+    _, root, given = _given()
+    return root / given.get("params", Settings.params)

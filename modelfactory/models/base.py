@@ -17,9 +17,9 @@ from ..settings import NonNegative, Positive, build_config
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['NotFittedError', 'FeatureMismatch', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output',
-           'BaseModel', 'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'refuse_nan', 'check_metadata',
-           'training_weights']
+__all__ = ['NotFittedError', 'FeatureMismatch', 'ModelUnavailable', 'ModelConfig', 'PredictionOutput', 'probability_columns',
+           'to_output', 'BaseModel', 'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'refuse_nan',
+           'check_metadata', 'training_weights']
 
 # %% ../../nbs/models/00_base.ipynb #01b7aa30
 class NotFittedError(RuntimeError):
@@ -27,6 +27,9 @@ class NotFittedError(RuntimeError):
 
 class FeatureMismatch(ValueError):
     "The model was fitted on other feature columns than those it is asked about."
+
+class ModelUnavailable(ImportError):
+    "Something that the model needs is not on this machine: a library, a pretrained checkpoint."
 
 # %% ../../nbs/models/00_base.ipynb #0b158247
 @dataclass
@@ -92,6 +95,11 @@ class BaseModel(ABC):
         self.horizon, self.feature_columns = self.config.horizon, list(feature_columns)
         self.classes = self.config.classes
         self.callbacks, self.fitted = [], False
+
+    @classmethod
+    def lacks(cls, config: dict) -> str:
+        "Why it cannot work here with this config, in one line, beyond libraries that are missing; empty when it can. Has to be cheap."
+        return ""
 
     @abstractmethod
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:

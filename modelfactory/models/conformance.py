@@ -77,7 +77,7 @@ def check(f):
     return f
 
 def network_check(f):
-    "Registers a check of models that have a `backbone`."
+    "Registers a check of networks that see the whole window."
     NETWORK_CHECKS[f.__name__] = f
     return f
 
@@ -396,7 +396,7 @@ def check_model(
     "Runs every check on a plugin, with its YAML's preset `tiny` where there is one; raises `ConformanceError` that names the promises it breaks."
     default = ModelRegistry.get(name).Config().sequence_length
     subject = Subject(name, read_params(name).presets.get("tiny", {}) | (config or {}), seq_len or min(default, 16))
-    report = Report(_run(f, subject) for f in (CHECKS | (NETWORK_CHECKS if subject.is_network else {})).values())
+    report = Report(_run(f, subject) for f in (CHECKS | (NETWORK_CHECKS if getattr(subject.model, "reads_window", False) else {})).values())
     if broken := [r for r in report if r["result"].startswith("FAILED")]:
         raise ConformanceError(f"{name} breaks {len(broken)} of {len(report)} promises:\n" + "\n".join(f"  {r['check']}: {r['result'][8:]}" for r in broken))
     return report

@@ -8,8 +8,8 @@ import importlib, importlib.util, json, pkgutil, re, sys, types
 from pathlib import Path
 
 import modelfactory.models
-from .base import BaseModel
-from ..settings import did_you_mean, plugin_files
+from .base import BaseModel, ModelUnavailable
+from ..settings import did_you_mean, params_folder, plugin_files
 
 # %% auto #0
 __all__ = ['UnknownModel', 'check_name', 'load_plugin', 'ModelList', 'ModelRegistry']
@@ -60,8 +60,16 @@ def _missing(cls):
     absent = [lib for lib in cls.requires if importlib.util.find_spec(lib) is None]
     return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}" if absent else ""
 
+def _own_config(cls):
+    "What the model's YAML says, read without checking it: listing has to be cheap."
+    file = params_folder() / "models" / f"{cls.name}.yaml"
+    if cls.lacks.__func__ is BaseModel.lacks.__func__ or not file.is_file(): return {}
+    import yaml
+    try: return dict(yaml.safe_load(file.read_text()) or {})
+    except (OSError, ValueError, yaml.YAMLError): return {}
+
 def _describe(cls):
-    reason = _missing(cls)
+    reason = _missing(cls) or cls.lacks(_own_config(cls))
     return dict(name=cls.name, family=cls.family, summary=(cls.__doc__ or "").strip().split("\n")[0], available=not reason, reason=reason)
 
 # %% ../../nbs/models/01_registry.ipynb #39c88111
@@ -102,11 +110,17 @@ class ModelRegistry:
         raise UnknownModel(f"unknown model {name!r}: {did_you_mean(short, cls._models)}")
 
     @classmethod
+    def reason(cls, name: str, config: dict) -> str:
+        "Why the model cannot work here with this config, in one line; empty when it can."
+        model = cls.get(name)
+        return _missing(model) or model.lacks(config)
+
+    @classmethod
     def create(cls, model_name: str, config: dict, horizon: int, feature_columns: list) -> BaseModel:
-        "A new, unfitted model; raises `ImportError` when a library it needs is missing."
-        model = cls.get(model_name)
-        if reason := _missing(model): raise ImportError(f"{model.name}: {reason}")
-        return model(config, horizon, feature_columns)
+        "A new, unfitted model; raises `ModelUnavailable` when a library or a checkpoint it needs is missing."
+        model = cls.get(model_name)(config, horizon, feature_columns)
+        if reason := cls.reason(model.name, vars(model.config)): raise ModelUnavailable(f"{model.name}: {reason}")
+        return model
 
     @classmethod
     def list_models(cls, family: str | None = None) -> ModelList:

@@ -25,8 +25,8 @@ if TYPE_CHECKING: from modelfactory.data.dataset import Windows
 # %% auto #0
 __all__ = ['LIMIT', 'Batches', 'epoch_order', 'SequenceConfig', 'network', 'last_and_mean', 'covered', 'as_windows',
            'column_stats', 'standardised', 'keep_freed_memory', 'own_threads_and_seed', 'pick_device', 'weighted_loss',
-           'forward', 'all_logits', 'Training', 'on_cpu', 'write_training', 'read_training', 'NetworkModel',
-           'SequenceClassifier']
+           'forward', 'all_logits', 'own_state', 'load_own_state', 'Training', 'write_training', 'read_training',
+           'NetworkModel', 'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #76c5e1ad
 class Batches:
@@ -42,6 +42,7 @@ class Batches:
         else: self.base, self.steps, self.ends = (torch.as_tensor(a, device=device) for a in (windows.base, windows._steps, windows.ends))
 
     def __len__(self): return len(self.windows)
+    def arrays(self): return self.windows.base, self.windows.ends  # what decides the batches
 
     def take(self, idx: np.ndarray):  # -> (b, T, F) float32 tensor
         "Gathers the windows `idx`."
@@ -194,6 +195,18 @@ def all_logits(
     net.eval()
     with torch.no_grad(): return torch.cat([forward(net, batches.take(idx)).float() for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // batch_size))])
 
+# %% ../../nbs/models/08_sequence.ipynb #576fbbf4
+def own_state(net) -> dict:  # name -> tensor on the CPU
+    "A copy of the network's state, parameters that are frozen left out."
+    frozen = {k for k, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in net.state_dict().items() if k not in frozen}
+
+def load_own_state(net, state: dict):
+    "The reverse; raises `ValueError` when names differ."
+    missing, unknown = net.load_state_dict(state, strict=False)
+    lost = [*unknown, *(set(missing) & set(own_state(net)))]
+    if lost: raise ValueError(f"{len(lost)} tensors are missing or unknown, {lost[0]} first")
+
 # %% ../../nbs/models/08_sequence.ipynb #b0419125
 class Training:
     "A training under way."
@@ -233,9 +246,7 @@ class Training:
     def record(self, train_loss: float, val_loss: float):
         "Appends an epoch's losses; keeps the state when validation was never lower."
         self.losses["train_loss"].append(train_loss), self.losses["val_loss"].append(val_loss)
-        if self.best is None or val_loss <= min(self.losses["val_loss"]): self.best = on_cpu(self.net.state_dict())
-
-def on_cpu(tensors: dict) -> dict: return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        if self.best is None or val_loss <= min(self.losses["val_loss"]): self.best = own_state(self.net)
 
 # %% ../../nbs/models/08_sequence.ipynb #b18ad4a0
 def write_training(t: Training, folder: Path, key: dict):
@@ -243,8 +254,8 @@ def write_training(t: Training, folder: Path, key: dict):
     from safetensors.torch import save_file
     opt = t.optimiser.state_dict()
     moments = {f"moments.{i}.{k}": v for i, s in opt["state"].items() for k, v in s.items()}
-    nets = {f"{part}.{k}": v for part, state in [("net", t.net.state_dict()), ("best", t.best)] for k, v in state.items()}
-    save_file(on_cpu(nets | moments), folder / "training.safetensors")
+    nets = {f"{part}.{k}": v for part, state in [("net", own_state(t.net)), ("best", t.best)] for k, v in state.items()}
+    save_file(nets | {k: v.cpu().contiguous() for k, v in moments.items()}, folder / "training.safetensors")
     (folder / "training.json").write_text(json.dumps(dict(key=key, losses=t.losses, groups=opt["param_groups"], schedule=t.schedule.state_dict())))
 
 # %% ../../nbs/models/08_sequence.ipynb #497746ad
@@ -256,7 +267,7 @@ def read_training(t: Training, folder: Path, key: dict):
     if other: raise CheckpointError(f"{folder}: holds a training with other {', '.join(other)}; remove the folder or give another one")
     with reading(folder / "training.safetensors", "the state of a training") as file: parts = _by_part(load_file(file))
     moments = {int(i): v for i, v in _by_part(parts["moments"]).items()}
-    t.net.load_state_dict(parts["net"])
+    load_own_state(t.net, parts["net"])
     t.optimiser.load_state_dict(dict(state=moments, param_groups=said["groups"])), t.schedule.load_state_dict(said["schedule"])
     t.losses, t.best = said["losses"], parts["best"]
 
@@ -272,6 +283,7 @@ class NetworkModel(BaseModel):
     "A classifier of windows by a torch network."
     Config, requires = SequenceConfig, ("torch", "safetensors")
     training = None  # a `Training` while `fit` runs
+    reads_window = True  # whether the network sees every step of the window and every feature
 
     @abstractmethod
     def backbone(self, T: int, F: int, n_classes: int, c: SequenceConfig): "A module (B, T, F) -> logits (B, n_classes)."
@@ -287,11 +299,13 @@ class NetworkModel(BaseModel):
         "Trainable parameters of the network."
         return sum(p.numel() for p in self.net.parameters() if p.requires_grad)
 
+    def facts(self) -> dict: "What else `load` needs to build the network, as plain data."; return {}
+    def take_facts(self, facts: dict): "Takes what `facts` gave."
+
     def batches(self, X) -> Batches:
         "Standardised windows on the device; raises `ValueError` on NaN."
         windows = as_windows(X)
-        if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[covered(windows)]).any():
-            refuse_nan(self)
+        if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[covered(windows)]).any(): refuse_nan(self)
         return Batches(standardised(windows, self.mean, self.scale), self.device, self.config.batch_size)
 
     def predict(self, X, metadata):
@@ -303,18 +317,19 @@ class NetworkModel(BaseModel):
         return to_output(logits.double().softmax(1).cpu().numpy(), metadata, self.classes)
 
     def save(self, path):
-        from safetensors.torch import save_model
-        if self.fitted: save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist())
-        else: raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
-        save_model(self.net, str(Path(path) / "network.safetensors"))
+        from safetensors.torch import save_file
+        if not self.fitted: raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
+        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), facts=self.facts())
+        save_file(own_state(self.net), Path(path) / "network.safetensors")
         if self.training: write_training(self.training, Path(path), self.key)
 
     def load(self, path):
-        from safetensors.torch import load_model
+        from safetensors.torch import load_file
         header = load_header(self, path)
         self.mean, self.scale = (np.asarray(header[k], np.float32) for k in ("mean", "scale"))
+        self.take_facts(header["facts"])
         with own_threads_and_seed(self.config): self.build()
-        with reading(Path(path) / "network.safetensors", "the weights of this network") as file: load_model(self.net, str(file), strict=True)
+        with reading(Path(path) / "network.safetensors", "the weights of this network") as file: load_own_state(self.net, load_file(file))
 
 # %% ../../nbs/models/08_sequence.ipynb #614acf4a
 class SequenceClassifier(NetworkModel):
@@ -341,7 +356,7 @@ class SequenceClassifier(NetworkModel):
             notify(self, "on_fit_start", c.max_epochs, to=watching)
             self._epochs(t, train, val, watching)
         finally: self.training = None
-        if c.early_stopping: self.net.load_state_dict(t.best)
+        if c.early_stopping: load_own_state(self.net, t.best)
         history = t.losses | dict(best_round=int(np.argmin(t.losses["val_loss"])) if c.early_stopping else len(t.losses["val_loss"]) - 1)
         notify(self, "on_fit_end", history, to=watching)
         return history
@@ -360,5 +375,5 @@ class SequenceClassifier(NetworkModel):
 def _digest(*parts):
     crc = 0
     for batches, y, w in parts:
-        for a in (batches.windows.base, batches.windows.ends, y.cpu().numpy(), *([] if w is None else [w.cpu().numpy()])): crc = zlib.crc32(np.ascontiguousarray(a), crc)
+        for a in (*batches.arrays(), y.cpu().numpy(), *([] if w is None else [w.cpu().numpy()])): crc = zlib.crc32(np.ascontiguousarray(a), crc)
     return crc

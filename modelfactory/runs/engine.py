@@ -133,6 +133,7 @@ def _why(code, attempt):
     "Status and reason of a process that did not publish."
     with contextlib.suppress(OSError, ValueError):
         error = json.loads((attempt / "error.json").read_text())
+        if error["error"].startswith("ModelUnavailable: "): return "unavailable", error["error"].partition(": ")[2]
         return "failed", f"{error['error']} (cell {error['cell']})" if error["cell"] else error["error"]
     if code < 0 or code == 143: return "killed", f"signal {-code if code < 0 else 15}{' (out of memory?)' if code == -9 else ''}"
     log = (attempt / "run.log").read_text().strip().splitlines() if (attempt / "run.log").is_file() else []

@@ -84,15 +84,15 @@ def plan(
     finished: set = frozenset(),  # identities of runs that are there: their data is not read again
 ) -> list[Job]:
     "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start."
-    reasons = {m["name"]: m["reason"] for m in ModelRegistry.list_models()}
     prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
-    jobs = [_job(grid, *which, prints, reasons) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+    jobs = [_job(grid, *which, prints) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
     for job in {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}.values(): trainer_of(job.parameters).prepare_data()
     return jobs
 
-def _job(grid, data, horizon, model, seed, prints, reasons):
+def _job(grid, data, horizon, model, seed, prints):
     parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)
-    return Job(parameters, run_identity(trainer_of(parameters).resolved(), prints[data]), reasons[model])
+    resolved = trainer_of(parameters).resolved()
+    return Job(parameters, run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"]))
 
 # %% ../../nbs/runs/02_grid.ipynb #ed192ff5
 def trainer_of(
@@ -109,7 +109,7 @@ class GridResult(list):
     "Outcomes of a grid."
     def count(self, status): return sum(o.status == status for o in self)
     @property
-    def ok(self): return all(o.status in ("ok", "skipped") for o in self)
+    def ok(self): return all(o.status in ("ok", "skipped", "unavailable") for o in self)
     def to_frame(self): return pd.DataFrame([dict(run=o.name, status=o.status, seconds=round(o.seconds, 1), reason=o.reason) for o in self])
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))

@@ -120,7 +120,7 @@ def write_run(
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
-                                     code=code_version(c.model), splits=list(trainer.predictions), seconds=trainer.seconds, versions=_versions(trainer.model)))
+                                     code=code_version(c.model), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, versions=_versions(trainer.model)))
 
 # %% ../../nbs/runs/00_store.ipynb #cb1e739f
 def _write_predictions(trainer, split, predictions, folder):
