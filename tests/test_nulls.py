@@ -1,0 +1,125 @@
+"Moved predictions on markets with a known answer: the size and power of the test, and that symbols stay together."
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from modelfactory.models.base import to_output
+from modelfactory.training.backtest import tranche_backtest
+from modelfactory.training.evaluator import EvaluationError, ModelEvaluator
+from modelfactory.training.nulls import NullError, draw_shifts, last_rows, persistence_predictions, shift_test, volatility_floor
+
+
+def market(bars=700, horizon=5, skill=0., seed=0, symbols=2, shared=.7):
+    "Symbols that move together in part, labels that overlap, and a model with slow opinions that it shares over symbols, right as far as `skill` goes."
+    rng = np.random.default_rng(seed)
+    slow = lambda k: np.stack([np.convolve(x, np.ones(k) / k ** .5, "same") for x in shared * rng.normal(size=bars) + (1 - shared ** 2) ** .5 * rng.normal(size=(symbols, bars))])
+    returns = 1e-3 * (shared * rng.normal(size=bars) + (1 - shared ** 2) ** .5 * rng.normal(size=(symbols, bars)))
+    ahead = np.stack([np.convolve(r, np.ones(horizon))[horizon:] for r in np.pad(returns, [(0, 0), (0, 1)])]) / horizon ** .5 * 1e3
+    lean = skill * ahead + slow(3 * horizon)
+    p = np.exp(np.stack([-lean, 0 * lean + .3, lean], -1)).reshape(-1, 3)
+    meta = pd.DataFrame(dict(datetime=np.tile(pd.date_range("2024-01-02", periods=bars, freq="h"), symbols), symbol=np.repeat([f"S{i}" for i in range(symbols)], bars), horizon=horizon))
+    return to_output(p, meta, (-1, 0, 1)), np.digitize(ahead, [-.4, .4]).ravel() - 1, meta.assign(close=100 * np.exp(returns.cumsum(1)).ravel())
+
+
+def rows_of(predictions, keep): return replace(predictions, **{k: getattr(predictions, k)[keep] for k in ("predictions", "probabilities", "timestamps", "symbols", "horizons")})
+
+
+def p_values(n, **kw):
+    return pd.DataFrame([shift_test(*market(seed=s, **kw), kw.get("horizon", 5), n_draws=99, seed=s).p_values for s in range(n)])
+
+
+@pytest.mark.parametrize("horizon, symbols", [(5, 2), (20, 2), (5, 4)])
+def test_without_skill_a_p_value_of_5_percent_comes_up_5_percent_of_the_time(horizon, symbols):
+    p = p_values(100, horizon=horizon, symbols=symbols)
+    assert ((p <= .05).mean() <= .1).all() and (abs((p <= .5).mean() - .5) < .16).all()
+
+
+def test_near_places_count():
+    predictions, y, prices = market(skill=1.)
+    test = shift_test(predictions, y, prices, 5, n_draws=99)
+    assert np.isclose(test.p_values["log_loss"], 9 / 700 + (1 - 9 / 700) / 100)
+    assert np.isclose(shift_test(predictions, y, prices, 5, step=7).near, 1 / 100)
+
+
+def test_a_planted_skill_is_found(): assert ((p_values(40, skill=.25) <= .05).mean() > .8).all()
+
+
+def test_a_shift_of_symbols_together_is_a_shift_of_the_frame():
+    predictions, y, prices = market()
+    keep = np.sort(np.random.default_rng(0).permutation(len(y))[:1200])
+    some = rows_of(predictions, keep)
+    test = shift_test(some, y[keep], prices, 5, n_draws=5)
+    stamps = np.unique(some.timestamps)
+    for k in test.draws.index:
+        source = pd.DataFrame(dict(datetime=some.timestamps, symbol=some.symbols, prediction=some.predictions))
+        wide = source.pivot(index="datetime", columns="symbol", values="prediction").reindex(stamps)
+        wide = pd.concat([wide, wide]).ffill().iloc[len(stamps):]
+        moved = pd.DataFrame(np.roll(wide.to_numpy(), k, 0), stamps, wide.columns).stack().rename("prediction").reset_index().set_axis(["datetime", "symbol", "prediction"], axis=1)
+        asked = source[["datetime", "symbol"]].merge(moved, on=["datetime", "symbol"])
+        assert len(asked) == len(keep)
+        book = tranche_backtest(asked, prices, 5)
+        assert np.isclose(book.metrics()["sharpe_net"], test.draws.sharpe_net[k]) and np.allclose(book.daily.net, test.pnl[k])
+
+
+def test_the_order_of_rows_changes_nothing():
+    predictions, y, prices = market()
+    order = np.random.default_rng(1).permutation(len(y))
+    a, b = shift_test(predictions, y, prices, 5, 50), shift_test(rows_of(predictions, order), y[order], prices, 5, 50)
+    assert np.allclose(a.draws.loc[b.draws.index], b.draws) and all(np.isclose(a.observed[k], b.observed[k]) for k in a.observed)
+
+
+def test_observed_scores_are_those_of_the_evaluator():
+    for horizon, cost in [(1, 0.), (5, 2.), (20, 1.)]:
+        predictions, y, prices = market(horizon=horizon)
+        for close in (prices, None):
+            scores = ModelEvaluator(horizon, cost, n_boot=0).compute_all_metrics(predictions, y, close)
+            observed = shift_test(predictions, y, close, horizon, 19, cost_bps=cost).observed
+            assert all(np.isclose(observed[k], scores[k]) for k in observed)
+
+
+def test_every_row_has_a_source_whatever_is_missing():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        T, S = rng.integers(2, 30), rng.integers(1, 5)
+        there = rng.random((T, S)) < .5
+        there[:, 0], there[rng.integers(T), :] = True, True
+        stamps, symbols = np.nonzero(there)
+        table = last_rows(stamps, symbols)
+        for u, s in np.ndindex(table.shape):
+            back = next(k for k in range(T) if there[(u - k) % T, s])
+            assert stamps[table[u, s]] == (u - back) % T and symbols[table[u, s]] == s
+
+
+def test_the_floor_holds_what_shuffling_gives_and_no_direction_stays_on_it():
+    above = [volatility_floor(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
+    missed = np.mean([not f["f1_above_floor_ci_low"] <= 0 <= f["f1_above_floor_ci_high"] for f in above])
+    assert missed < .11
+    assert np.mean([volatility_floor(*market(seed=s, skill=.25)[:2], n_boot=300)["f1_above_floor_ci_low"] > 0 for s in range(30)]) > .8
+
+
+def test_persistence_pays_where_labels_persist_and_never_looks_ahead():
+    rng, n = np.random.default_rng(0), 2000
+    meta = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=n, freq="h"), symbol="A", horizon=5))
+    slow = np.digitize(np.convolve(rng.normal(size=n + 299), np.ones(300), "valid"), [-7, 7]) - 1
+    said = persistence_predictions(slow[:1000], meta[:1000], slow[1000:], meta[1000:])
+    assert (said.predictions == slow[1000:]).mean() > .85
+    for t in rng.integers(20, 1000, 30):
+        other = slow.copy(); other[1000 + t - 5:] = rng.integers(-1, 2, 1000 - t + 5)
+        again = persistence_predictions(other[:1000], meta[:1000], other[1000:], meta[1000:])
+        assert (again.predictions[:t + 1] == said.predictions[:t + 1]).all() and np.array_equal(again.probabilities[:t + 1], said.probabilities[:t + 1])
+
+
+def test_persistence_of_a_symbol_that_train_never_saw_is_the_most_frequent_class():
+    meta = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=20, freq="h"), symbol="A", horizon=2))
+    said = persistence_predictions(np.ones(20, int), meta, -np.ones(20, int), meta.assign(symbol="B"))
+    assert said.predictions.tolist() == [1] * 3 + [-1] * 17
+
+
+def test_what_is_refused():
+    predictions, y, prices = market()
+    with pytest.raises(NullError, match="expected 19 or more"): shift_test(predictions, y, prices, horizon=90)
+    with pytest.raises(NullError, match="smaller step"): draw_shifts(1000, 20, step=100)
+    with pytest.raises(NullError, match="no direction"): volatility_floor(predictions, y, classes=(0, 1))
+    with pytest.raises(EvaluationError, match="shape"): shift_test(predictions, y[:-1], prices, 5)
