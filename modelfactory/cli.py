@@ -13,7 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'check', 'parse_set', 'train', 'experiment', 'compare', 'demo', 'predict', 'new', 'main']
+__all__ = ['app', 'models', 'check', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track', 'demo', 'predict',
+           'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -77,6 +78,8 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
     outcome = run_notebook(parameters | dict(evaluate_test=test), output)
     if outcome.status != "ok": raise typer.Exit(_say(f"{outcome.status}: {outcome.reason} (see {outcome.path})"))
     from modelfactory.runs.store import load_run
+    from modelfactory.runs.tracking import Tracker
+    Tracker(settings().tracking, settings().experiment)(outcome.path)
     print(load_run(outcome.path), outcome.path / "train.ipynb", sep="\n")
 
 def _say(text): print(text, file=sys.stderr); return 1
@@ -87,14 +90,27 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
                output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
                workers: Annotated[Optional[int], typer.Option(min=1, help="runs at a time")] = None,
                timeout: Annotated[Optional[float], typer.Option(min=1, help="seconds a run may take")] = None,
+               memory: Annotated[Optional[float], typer.Option(min=.1, help="GB a run may use")] = None,
+               engine: Annotated[Optional[str], typer.Option(help="local or ray; settings.ini's without it")] = None,
+               address: Annotated[Optional[str], typer.Option(help="of a Ray cluster; settings.ini's without it")] = None,
                force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
     "Run a grid of models x horizons; what is finished is skipped.\n\nExample: modelfactory experiment demo"
     from modelfactory.runs.grid import run_grid
-    result = run_grid(grid, output, workers, timeout, force)
+    from modelfactory.settings import settings
+    s = settings()
+    result = run_grid(grid, output, workers, timeout, force, memory, engine or s.engine, address or (s.address or None if engine in (None, s.engine) else None))
     print(result)
     if not result.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #92b03f48
+@app.command()
+def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
+           output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
+    "How far a grid is: done, running, failed, waiting.\n\nExample: modelfactory status demo"
+    from modelfactory.runs.grid import grid_status
+    print(grid_status(grid, output))
+
+# %% ../nbs/cli.ipynb #7a93606a
 @app.command()
 def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None):
     "Compare all finished runs: notebook, markdown, page.\n\nExample: modelfactory compare runs"
@@ -106,7 +122,56 @@ def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; se
     print(*conclusion(list_runs(runs)), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
-# %% ../nbs/cli.ipynb #7a93606a
+# %% ../nbs/cli.ipynb #4ee4ac21
+@app.command()
+def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
+         horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
+         data: Annotated[Optional[str], typer.Option(help="folder or bundled name; settings.ini's without it")] = None,
+         config: Annotated[Optional[Path], typer.Option(help="YAML with overrides of the model's config: these keys are not searched")] = None,
+         preset: Annotated[Optional[str], typer.Option(help="preset of the model's YAML")] = None,
+         set_: Annotated[list[str], typer.Option("--set", help="key=value, not searched")] = [],
+         seed: Annotated[Optional[int], typer.Option(help="settings.ini's without it")] = None,
+         trials: Annotated[int, typer.Option(min=1, help="of the study in all, those of earlier calls included")] = 50,
+         objective: Annotated[str, typer.Option(help="log_loss, f1_macro or sharpe_net")] = "log_loss",
+         folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
+         on: Annotated[str, typer.Option(help="train, or val: then val is no longer unseen, and the result says so")] = "train",
+         storage: Annotated[Optional[str], typer.Option(help="URL of a database that machines share; sqlite in the runs folder without it")] = None,
+         output: Annotated[Optional[Path], typer.Option(help="YAML to write; params/tuned without it", dir_okay=False)] = None):
+    "Search a model's settings; the same command goes on with the same study.\n\nExample: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"
+    from modelfactory.runs.grid import trainer_of
+    from modelfactory.settings import read_yaml, settings
+    from modelfactory.training.tuner import OptunaModelTuner
+    overrides = (read_yaml(config) if config else {}) | parse_set(set_)
+    parameters = dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=overrides, seed=seed)
+    tuner = OptunaModelTuner(trainer_of(parameters).config, trials, objective, folds, on=on, storage=storage)
+    result = tuner.run()
+    print(result, result.save(output), sep="\n")
+    print(_study_page(parameters, dict(trials=trials, objective=objective, folds=folds, on=on, storage=storage, output=output and str(output.resolve()))))
+
+def _study_page(parameters, study):
+    "The study's notebook, executed: by now there is nothing left to try."
+    from modelfactory.runs.engine import execute, find_notebook
+    from modelfactory.settings import settings
+    page = settings().runs / f"study_{parameters['model']}_h{parameters['horizon']}.ipynb"
+    aside = page.with_name(f".{page.stem}_{os.getpid()}.ipynb")
+    if storage := study.pop("storage"): os.environ["MODELFACTORY_STORAGE"] = storage  # not a parameter: it may hold a password
+    execute(find_notebook("study.ipynb"), aside, parameters | study)
+    return aside.replace(page)
+
+# %% ../nbs/cli.ipynb #5a196097
+@app.command()
+def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None,
+          rebuild: Annotated[bool, typer.Option("--rebuild", help="write everything anew, take away what has no folder")] = False,
+          uri: Annotated[Optional[str], typer.Option(help="settings.ini's without it, else sqlite")] = None):
+    "Show finished runs in MLflow.\n\nExample: modelfactory track --rebuild"
+    from modelfactory.runs import tracking
+    from modelfactory.settings import settings
+    where = uri or settings().tracking or "sqlite"
+    done = (tracking.rebuild if rebuild else tracking.track_runs)(runs, where, settings().experiment)
+    print(done, f"see: mlflow ui --backend-store-uri {tracking.tracking_store(where, runs)}", sep="\n")
+    if done.failed: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #b6f0fbde
 @app.command()
 def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
     "Six models, two horizons, three data sets, and what it means.\n\nExample: modelfactory demo"
@@ -116,7 +181,7 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
     compare(output)
     if not result.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #4ee4ac21
+# %% ../nbs/cli.ipynb #abb3824f
 @app.command()
 def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
             data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
@@ -130,7 +195,7 @@ def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")
     aside.replace(output)
     print(f"{output}: {len(frame):,} predictions")
 
-# %% ../nbs/cli.ipynb #5a196097
+# %% ../nbs/cli.ipynb #89d7dad1
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="of the model: a lower-case word")],
         family: Annotated[str, typer.Option(help="existing or your own")],

@@ -4,11 +4,11 @@
 
 # %% ../nbs/00_settings.ipynb #65609d92
 from __future__ import annotations
-import configparser, os
+import configparser, os, re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
@@ -16,7 +16,7 @@ import modelfactory
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
-           'read_yaml', 'Settings', 'settings', 'plugin_files', 'params_folder']
+           'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files', 'params_folder']
 
 # %% ../nbs/00_settings.ipynb #198bfcc1
 class ConfigError(ValueError):
@@ -79,6 +79,14 @@ def read_yaml(
     if not isinstance(values or {}, dict): raise ConfigError(f"{path}: found a {type(values).__name__}, expected key: value pairs")
     return values or {}
 
+# %% ../nbs/00_settings.ipynb #9c4a318d
+def redact(
+    text,  # anything that may hold an address
+) -> str:
+    "`text` with what stands before the @ of an address, and passwords, tokens and keys of its query, as ***."
+    text = re.sub(r"//[^/\s]*@", "//***@", str(text))
+    return re.sub(r"(?i)([?&;][\w-]*(?:passw(?:or)?d|pwd|token|secret|key)[\w-]*=)[^&;\s'\")]+", r"\1***", text)
+
 # %% ../nbs/00_settings.ipynb #ec077464
 @dataclass(frozen=True)
 class Settings:
@@ -96,9 +104,14 @@ class Settings:
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # bars between the window's end and the labelled bar
     cost_bps: Annotated[float, Ge(0)] = 1.0  # cost on each change of position, basis points
     trading_days: Positive = 252  # trading days a year
+    engine: Literal["local", "ray"] = "local"  # where the runs of a grid are made
+    address: str = ""  # of a Ray cluster; empty: one on this machine
+    tracking: str = ""  # MLflow: sqlite for runs/mlflow.db, or an address; empty: off
+    experiment: str = "modelfactory"  # its name in MLflow
+    storage: str = ""  # database of tuning studies that machines share; empty: tuning.db in the runs folder
     plugins: tuple[Path, ...] = ()  # files with models of the user's own
 
-    def __repr__(self): return "\n".join(f"{f.name:16} {getattr(self, f.name)}" for f in fields(self))
+    def __repr__(self): return "\n".join(f"{f.name:16} {redact(getattr(self, f.name))}" for f in fields(self))
 
 # %% ../nbs/00_settings.ipynb #f9deb3dd
 def _is_ours(file): return file.is_file() and "[modelfactory]" in file.read_text(errors="replace")

@@ -1,4 +1,5 @@
 "Runs in real processes: killed at any moment, made by a model from outside, failing beside others."
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ from conftest import ROOT
 
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
-from modelfactory.runs.engine import run_notebook
+from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.store import PARTIAL, clear_partial, list_runs, load_run
 
 MODELFACTORY = Path(sys.executable).with_name("modelfactory")
@@ -24,6 +25,14 @@ PARAMETERS = dict(model="logistic_regression", horizon=5, data="planted", preset
 
 def call(*args, cwd=ROOT, **env):
     return subprocess.run([MODELFACTORY, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+def process_of(runs, seed=None):
+    "The process of a run under way, by its claim; None when there is none but this."
+    for attempt in (runs / PARTIAL).glob("*"):
+        try: job, pid = json.loads((attempt / "job.json").read_text()), int((attempt / "pid").read_text().split()[0])
+        except (OSError, ValueError, IndexError): continue
+        if pid != os.getpid() and seed in (None, job["parameters"].get("seed")): return pid
 
 
 def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
@@ -35,24 +44,24 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
     moments = random.Random(7)
 
     def killed(i):
-        started, runs = [], tmp_path / "runs"
+        runs = tmp_path / f"runs_{i % 2}"
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, None, 2, started)
+            future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, Limits(threads=1))
             deadline = time.monotonic() + moments.uniform(.1, whole)
             while time.monotonic() < deadline and not future.done(): time.sleep(.02)
-            for process in started:
-                if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+            if process := process_of(runs, i): os.killpg(process, signal.SIGKILL)
             return future.result().status
 
     with ThreadPoolExecutor(2) as pool: statuses = list(pool.map(killed, range(30)))
-    visible = [f for f in (tmp_path / "runs").iterdir() if not f.name.startswith(".")]
-    assert len(visible) == len(list_runs(tmp_path / "runs")) == statuses.count("ok")
+    folders = [tmp_path / f"runs_{k}" for k in (0, 1)]
+    visible = [f for runs in folders for f in runs.iterdir() if not f.name.startswith(".")]
+    assert len(visible) == sum(len(list_runs(runs)) for runs in folders) == statuses.count("ok")
     for folder in visible: load_run(folder).verify(); load_run(folder).model()
     assert statuses.count("killed") >= 10, statuses
 
 
 def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):
-    code = f"from modelfactory.runs.engine import run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
+    code = f"from modelfactory.runs.engine import Limits, run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
     runner = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     time.sleep(4)
     for attempt in (tmp_path / PARTIAL).iterdir(): os.killpg(int((attempt / "pid").read_text().split()[0]), signal.SIGKILL)

@@ -4,13 +4,13 @@
 
 # %% ../../nbs/models/03_callbacks.ipynb #9a494a46
 from __future__ import annotations
-import os, shutil
+import json, os, shutil, time
 from pathlib import Path
 
 from ..progress import Progress
 
 # %% auto #0
-__all__ = ['Callback', 'notify', 'ShowProgress', 'EarlyStopping', 'Checkpoint']
+__all__ = ['Callback', 'notify', 'ShowProgress', 'EarlyStopping', 'Live', 'Checkpoint']
 
 # %% ../../nbs/models/03_callbacks.ipynb #434e660b
 class Callback:
@@ -46,6 +46,20 @@ class EarlyStopping(Callback):
     def on_epoch_end(self, model, epoch, logs):
         self.losses.append(logs["val_loss"])
         return epoch - self.losses.index(min(self.losses)) >= self.patience
+
+# %% ../../nbs/models/03_callbacks.ipynb #9f4c5042
+class Live(Callback):
+    "Keeps `progress.json` in `folder`: the round, how many there can be, seconds, losses."
+    def __init__(self, folder: Path): self.file = Path(folder) / "progress.json"
+    def on_fit_start(self, model, n_rounds): self.start, self.n, self.written = time.monotonic(), n_rounds, -9.; self._write(0, {})
+    def on_epoch_end(self, model, epoch, logs):
+        if time.monotonic() - self.written > 1: self._write(epoch + 1, logs)
+
+    def _write(self, done, logs):
+        self.written = time.monotonic()
+        aside = self.file.with_suffix(".partial")
+        aside.write_text(json.dumps(dict(done=done, of=self.n, seconds=round(self.written - self.start, 1), losses={k: float(v) for k, v in logs.items()})))
+        aside.replace(self.file)
 
 # %% ../../nbs/models/03_callbacks.ipynb #b102bd8b
 class Checkpoint(Callback):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/01_engine.ipynb #57c3e027
 from __future__ import annotations
-import contextlib, json, os, signal, subprocess, sys, tempfile, time
+import contextlib, json, os, re, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
-__all__ = ['find_notebook', 'check_parameters', 'execute', 'main', 'Outcome', 'environment', 'run_notebook', 'end_process']
+__all__ = ['MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute', 'main', 'Outcome', 'Limits',
+           'environment', 'gigabytes', 'end_run', 'run_notebook']
 
 # %% ../../nbs/runs/01_engine.ipynb #fe60489e
 def find_notebook(
@@ -61,79 +62,106 @@ def _sign(output):
     from nbformat.sign import NotebookNotary
     with contextlib.suppress(Exception): NotebookNotary().sign(nbformat.read(output, 4))
 
+# %% ../../nbs/runs/01_engine.ipynb #09a5c46b
+def _live(attempt, parent):
+    "Touches the claim, and ends this process and its kernel within seconds when the parent is gone."
+    import psutil
+    while True:
+        time.sleep(1)
+        with contextlib.suppress(OSError): os.utime(attempt / "pid")
+        if os.getppid() == parent: continue
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error): child.kill()
+        os._exit(143)
+
 # %% ../../nbs/runs/01_engine.ipynb #ce1f27ca
 def main(
     attempt: str,  # folder with job.json
+    parent: str,  # number of the process that started this one
 ):
     "What the process of a run does: execute, publish; or leave `error.json` and end with 1."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     attempt = Path(attempt)
     claim(attempt)
+    threading.Thread(target=_live, args=(attempt, int(parent)), daemon=True).start()
     job = json.loads((attempt / "job.json").read_text())
     try: execute(Path(job["notebook"]), attempt / "train.ipynb", job["parameters"])
     except Exception as e: write_json(attempt / "error.json", _error(e)); sys.exit(1)
-    publish(attempt, job["runs"])
+    publish(attempt, job["runs"], job["grid"])
 
 def _error(e):
     cell, kind, text = getattr(e, "exec_count", None), getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e))
     return dict(cell=cell, error=f"{kind}: {' '.join(text.split())[:300]}")
 
-if __name__ == "__main__" and sys.argv[0].endswith("engine.py"): main(sys.argv[1])
+if __name__ == "__main__" and sys.argv[0].endswith("engine.py"): main(*sys.argv[1:])
 
 # %% ../../nbs/runs/01_engine.ipynb #5320967e
 @dataclass
 class Outcome:
     "How a run ended."
     name: str  # of the run
-    status: str  # ok, failed, timeout, killed, interrupted, unavailable
+    status: str  # ok, skipped, failed, timeout, killed, interrupted, unavailable
     reason: str = ""  # one line, when not ok
     path: Path | None = None  # the run, or what is left of it
     seconds: float = 0.
 
-# %% ../../nbs/runs/01_engine.ipynb #65bbbfa3
-def environment(
-    workers: int = 1,  # runs at a time
-) -> dict:
-    "The environment of a run: its share of the cores, allocators that give memory back, this process's settings."
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+@dataclass
+class Limits:
+    "What a run may use."
+    seconds: float | None = None  # wall clock
+    memory_gb: float | None = None  # resident memory of its processes together
+    threads: int | None = None  # of BLAS and the like; None: OMP_NUM_THREADS, else all cores
+
+# %% ../../nbs/runs/01_engine.ipynb #ff8586c6
+def environment(limits: Limits, name: str) -> dict:
+    "The environment of a run: its threads, allocators that give memory back, a mark by which its processes are known, this process's settings."
+    threads = str(limits.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     lean = dict(ARROW_DEFAULT_MEMORY_POOL="system", MALLOC_MMAP_THRESHOLD_="131072")
-    return lean | os.environ | dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore", PYDEVD_DISABLE_FILE_VALIDATION="1", MPLBACKEND="agg")
+    return lean | os.environ | dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore", PYDEVD_DISABLE_FILE_VALIDATION="1", MPLBACKEND="agg") | {MARK: name}
 
-# %% ../../nbs/runs/01_engine.ipynb #41809d31
-def run_notebook(
-    parameters: dict,  # of train.ipynb; model and horizon at least
-    runs: Path | None = None,  # None: settings' runs folder
-    timeout: float | None = None,  # seconds; None: no limit
-    workers: int = 1,  # runs at a time, which share the cores
-    started: list | None = None,  # the process is appended, so that a caller can end it
-) -> Outcome:
-    "Trains in a process of its own and publishes the run."
-    runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
-    check_parameters(notebook, parameters)
-    attempt, start = start_attempt(runs, parameters["model"], parameters["horizon"]), time.monotonic()
-    write_json(attempt / "job.json", dict(notebook=str(notebook), runs=str(runs), parameters=parameters | dict(output=str(attempt))))
-    with open(attempt / "run.log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "modelfactory.runs.engine", str(attempt)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(workers), start_new_session=True)
-    if started is not None: started.append(process)
-    try: process.wait(timeout)
-    except subprocess.TimeoutExpired: end_process(process); return _failed(attempt, runs, "timeout", f"not done after {timeout:g} s", start)
-    except BaseException: end_process(process); _failed(attempt, runs, "interrupted", "interrupted", start); raise
-    if (runs / attempt.name).is_dir(): return Outcome(attempt.name, "ok", "", runs / attempt.name, time.monotonic() - start)
-    return _failed(attempt, runs, *_why(process.returncode, attempt), start)
+MARK = "RUN_OF_MODELFACTORY"
 
-# %% ../../nbs/runs/01_engine.ipynb #f8a78026
-def end_process(process: subprocess.Popen):
-    "Ends a run's process and its kernel: first asked, then killed."
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        try: process.wait(4)
-        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+# %% ../../nbs/runs/01_engine.ipynb #d0c74b5c
+def gigabytes(
+    pid: int,
+) -> float:
+    "Resident memory of a process and all that it started."
+    import psutil
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for p in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error): total += p.memory_info().rss
+    return total / 1e9
 
+# %% ../../nbs/runs/01_engine.ipynb #be59b561
+def _watch(process, limits, stop):
+    "Status and reason when a process had to be ended; empty when it ended by itself."
+    start = time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(.2); return "", ""
+        if stop is not None and stop.is_set(): return "interrupted", "stopped before it was done"
+        if limits.seconds and time.monotonic() - start > limits.seconds: return "timeout", f"not done after {limits.seconds:g} s"
+        if limits.memory_gb and (used := gigabytes(process.pid)) > limits.memory_gb: return "killed", f"out of memory: {used:.2f} GB used, {limits.memory_gb:g} allowed"
+
+# %% ../../nbs/runs/01_engine.ipynb #611eee65
+def end_run(process: subprocess.Popen, name: str):
+    "Ends a run's process, its kernel and whatever they started: first asked, then killed."
+    import psutil
+    for sign, patience in ((signal.SIGTERM, 2), (signal.SIGKILL, 2)):
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(patience); break
+    for p in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if p.environ().get(MARK) == name: p.kill()
+
+# %% ../../nbs/runs/01_engine.ipynb #2af2da76
 def _why(code, attempt):
     "Status and reason of a process that did not publish."
     with contextlib.suppress(OSError, ValueError):
         error = json.loads((attempt / "error.json").read_text())
         if error["error"].startswith("ModelUnavailable: "): return "unavailable", error["error"].partition(": ")[2]
+        if error["error"].startswith("DeadKernelError"): return "killed", "its kernel died (out of memory?)"
         return "failed", f"{error['error']} (cell {error['cell']})" if error["cell"] else error["error"]
     if code < 0 or code == 143: return "killed", f"signal {-code if code < 0 else 15}{' (out of memory?)' if code == -9 else ''}"
     log = (attempt / "run.log").read_text().strip().splitlines() if (attempt / "run.log").is_file() else []
@@ -142,5 +170,39 @@ def _why(code, attempt):
 def _failed(attempt, runs, status, reason, start):
     kept = runs / FAILED / attempt.name
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError): attempt.rename(kept)
+    with contextlib.suppress(OSError):
+        write_json(attempt / "outcome.json", dict(status=status, reason=reason))
+        attempt.rename(kept)
     return Outcome(attempt.name, status, reason, kept, time.monotonic() - start)
+
+# %% ../../nbs/runs/01_engine.ipynb #40051090
+MENDABLE = re.compile(r"Kernel (died before replying|didn't respond)|[Aa]ddress already in use|ZMQError")
+ATTEMPTS = 3
+
+def run_notebook(
+    parameters: dict,  # of train.ipynb; model and horizon at least
+    runs: Path | None = None,  # None: settings' runs folder
+    limits: Limits = Limits(),
+    stop: threading.Event | None = None,  # set by another thread to end it
+    grid: str = "",  # the grid it is made for, kept in the manifest
+) -> Outcome:
+    "Trains in a process of its own and publishes the run."
+    runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
+    check_parameters(notebook, parameters)
+    for _ in range(ATTEMPTS):
+        outcome = _attempt(parameters, runs, notebook, limits, stop, grid)
+        if outcome.status != "failed" or not MENDABLE.search(outcome.reason): break
+    return outcome
+
+# %% ../../nbs/runs/01_engine.ipynb #336f091b
+def _attempt(parameters, runs, notebook, limits, stop, grid):
+    attempt, start = start_attempt(runs, parameters["model"], parameters["horizon"]), time.monotonic()
+    write_json(attempt / "job.json", dict(notebook=str(notebook), runs=str(runs), grid=grid, parameters=parameters | dict(output=str(attempt))))
+    command = [sys.executable, "-m", "modelfactory.runs.engine", str(attempt), str(os.getpid())]
+    with open(attempt / "run.log", "w") as log: process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(limits, attempt.name), start_new_session=True)
+    try: status, reason = _watch(process, limits, stop)
+    except BaseException: end_run(process, attempt.name); _failed(attempt, runs, "interrupted", "interrupted", start); raise
+    if not status and (runs / attempt.name).is_dir(): return Outcome(attempt.name, "ok", "", runs / attempt.name, time.monotonic() - start)
+    end_run(process, attempt.name)
+    if (runs / attempt.name).is_dir(): return Outcome(attempt.name, "ok", "", runs / attempt.name, time.monotonic() - start)
+    return _failed(attempt, runs, *((status, reason) if status else _why(process.returncode, attempt)), start)

@@ -4,8 +4,8 @@
 
 # %% ../../nbs/runs/02_grid.ipynb #5ced9d9e
 from __future__ import annotations
-import os
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import contextlib, json, os, time
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,14 +15,17 @@ import pandas as pd
 from ..data.bundled import resolve_data
 from ..data.splits import fingerprint
 from ..models.registry import ModelRegistry
-from ..progress import Progress
-from .engine import Outcome, end_process, run_notebook
-from .store import clear_partial, list_runs, run_identity
+from ..progress import Progress, duration
+from .engine import Limits, Outcome
+from .executors import Job, make_engine
+from .tracking import Tracker
+from .store import FAILED, PARTIAL, clear_partial, is_alive, list_runs, run_identity
 from ..settings import ConfigError, NonNegative, Positive, build_config, did_you_mean, read_yaml, settings
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['GridConfig', 'grid_config', 'expand_models', 'Job', 'plan', 'trainer_of', 'GridResult', 'run_grid', 'default_workers']
+__all__ = ['GridConfig', 'grid_config', 'expand_models', 'plan', 'trainer_of', 'GridResult', 'run_grid', 'default_workers',
+           'GridStatus', 'grid_status']
 
 # %% ../../nbs/runs/02_grid.ipynb #7765424b
 @dataclass
@@ -35,6 +38,7 @@ class GridConfig:
     preset: str | None = None  # preset of each model's YAML, where it has one of that name
     overrides: dict[str, dict] = field(default_factory=dict)  # model -> config keys
     dataset: dict = field(default_factory=dict)  # further keys of DatasetConfig, for every data set
+    name: str = "grid"  # what its runs say they are part of; the file's name
 
 # %% ../../nbs/runs/02_grid.ipynb #1224e3d1
 def grid_config(
@@ -44,7 +48,7 @@ def grid_config(
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
     values, s = values if isinstance(values, dict) else read_yaml(where), settings()
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
-    grid = build_config(GridConfig, dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed]) | given, where)
+    grid = build_config(GridConfig, dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed]) | dict(name=Path(where).stem) | given, where)
     for empty in [k for k in ("data", "models", "horizons", "seeds") if not getattr(grid, k)]: raise ConfigError(f"{where}: {empty} is empty, expected at least one")
     grid.models = tuple(expand_models(grid.models))
     for name in grid.overrides:
@@ -67,17 +71,6 @@ def expand_models(
     for n in set(names) - families - {"all"}: ModelRegistry.get(n)
     return list(dict.fromkeys(picked))
 
-# %% ../../nbs/runs/02_grid.ipynb #4dd90498
-@dataclass
-class Job:
-    "One run to be made."
-    parameters: dict  # of train.ipynb
-    identity: str
-    unavailable: str = ""  # why it cannot run here
-
-    @property
-    def title(self): return f"{self.parameters['model']} h{self.parameters['horizon']} {Path(self.parameters['data']).name}"
-
 # %% ../../nbs/runs/02_grid.ipynb #39932249
 def plan(
     grid: GridConfig,
@@ -92,7 +85,7 @@ def plan(
 def _job(grid, data, horizon, model, seed, prints):
     parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)
     resolved = trainer_of(parameters).resolved()
-    return Job(parameters, run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"]))
+    return Job(parameters, run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"]), grid.name)
 
 # %% ../../nbs/runs/02_grid.ipynb #ed192ff5
 def trainer_of(
@@ -123,6 +116,9 @@ def run_grid(
     workers: int | None = None,  # runs at a time; None: half the cores, at least 2 where there are two
     timeout: float | None = None,  # seconds a run may take
     force: bool = False,  # train again what is finished
+    memory: float | None = None,  # GB a run may use
+    engine: str = "local",  # local or ray
+    address: str | None = None,  # of a Ray cluster; None: one on this machine
 ) -> GridResult:
     "Trains what is not finished; one failed run does not stop the others."
     runs = Path(runs or settings().runs)
@@ -132,32 +128,80 @@ def run_grid(
     result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
-    if todo: result += _run_all(todo, runs, min(workers or default_workers(), len(todo)), timeout)
+    if todo: result += _run_all(todo, runs, make_engine(engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
     return result
 
 def default_workers() -> int: return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
 
-# %% ../../nbs/runs/02_grid.ipynb #329084bc
-def _run_all(jobs, runs, workers, timeout):
-    bar, outcomes, started = Progress(len(jobs), "runs"), GridResult(), []
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run_notebook, j.parameters, runs, timeout, workers, started): j for j in jobs}
-        bar.update(0, f"{len(jobs)} to go, {workers} at a time")
-        try:
-            for future in as_completed(futures): outcomes.append(_outcome(future, futures[future])); bar.update(len(outcomes), _note(outcomes))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started: end_process(process)
-            raise
+# %% ../../nbs/runs/02_grid.ipynb #9574815a
+def _run_all(jobs, runs, engine, limits, force):
+    bar, outcomes, s = Progress(len(jobs), "runs"), GridResult(), settings()
+    track = Tracker(s.tracking, s.experiment, say=lambda line: None)
+    try:
+        futures = {engine.submit(j, runs, limits, force): j for j in jobs}
+        bar.update(0, f"{len(jobs)} to go")
+        for future in as_completed(futures):
+            outcomes.append(_outcome(future, futures[future]))
+            bar.update(len(outcomes), _note(outcomes))
+            if outcomes[-1].status == "ok": track(outcomes[-1].path)
+    finally: engine.end()
     bar.close()
+    if track.reason: print(f"not tracked: {track.reason}; `modelfactory track` adds it later")
     return outcomes
 
 def _outcome(future, job):
-    try: outcome = future.result()
-    except Exception as e: outcome = Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
-    outcome.name = job.title
-    return outcome
+    try: return future.result()
+    except Exception as e: return Outcome(job.title, "killed", f"its worker was lost ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
 
 def _note(outcomes):
-    bad = [o for o in outcomes if o.status != "ok"]
+    bad = [o for o in outcomes if o.status not in ("ok", "skipped")]
     return f"last: {outcomes[-1].name}" + (f", {len(bad)} failed" if bad else "")
+
+# %% ../../nbs/runs/02_grid.ipynb #3b732dde
+class GridStatus(list):
+    "Dicts `run, status, seconds, note`, a job each."
+    def to_frame(self): return pd.DataFrame(self, columns=["run", "status", "seconds", "note"])
+    def count(self, status): return sum(row["status"] == status for row in self)
+    def __repr__(self): return ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(r["status"] for r in self)) + "\n" + self.to_frame().to_string(index=False, na_rep="")
+    def _repr_html_(self): return self.to_frame().to_html(index=False, border=0, na_rep="")
+
+# %% ../../nbs/runs/02_grid.ipynb #01f0b5ea
+def grid_status(
+    grid: GridConfig | dict | Path,  # see `grid_config`
+    runs: Path | None = None,  # None: settings' runs folder
+) -> GridStatus:
+    "What is done, running, failed or waiting of a grid."
+    runs = Path(runs or settings().runs)
+    done = {r.identity: r for r in list_runs(runs)}
+    jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), done)
+    running, failed = _attempts(runs / PARTIAL), _attempts(runs / FAILED)
+    return GridStatus(dict(run=j.title, **_status(j, done.get(j.identity), running.get(_key(j.parameters)), failed.get(_key(j.parameters)))) for j in jobs)
+
+def _key(parameters): return json.dumps({k: v for k, v in parameters.items() if k != "output"}, sort_keys=True, default=list)
+
+def _attempts(folder):
+    "The newest attempt of each set of parameters."
+    found = {}
+    for attempt in sorted(folder.glob("*"), key=lambda f: f.name[-22:]):
+        with contextlib.suppress(OSError, ValueError): found[_key(json.loads((attempt / "job.json").read_text())["parameters"])] = attempt
+    return found
+
+# %% ../../nbs/runs/02_grid.ipynb #3a69ded1
+def _status(job, run, running, failed):
+    if run: return dict(status="done", seconds=round(sum(run.manifest["seconds"].values()), 1), note=run.path.name)
+    if running and is_alive(running): return dict(status="running", seconds=_age(running), note=_progress(running))
+    if job.unavailable: return dict(status="unavailable", seconds=None, note=job.unavailable)
+    if not failed: return dict(status="waiting", seconds=None, note="")
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads((failed / "outcome.json").read_text())
+        return dict(status=said["status"], seconds=None, note=f"{said['reason']} (see {failed.name})")
+    return dict(status="failed", seconds=None, note=f"see {failed.name}")
+
+def _age(attempt): return round(time.time() - (attempt / "job.json").stat().st_mtime, 1)
+
+def _progress(attempt):
+    with contextlib.suppress(OSError, ValueError):
+        p = json.loads((attempt / "progress.json").read_text())
+        left = f", at most {duration(p['seconds'] / p['done'] * (p['of'] - p['done']))} left" if p["done"] else ""
+        return f"round {p['done']} of {p['of']}{left}" + "".join(f", {k} {v:.4f}" for k, v in p["losses"].items())
+    return ""

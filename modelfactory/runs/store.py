@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/00_store.ipynb #c11a3576
 from __future__ import annotations
-import hashlib, html, json, math, os, secrets, shutil, sys
+import hashlib, html, json, math, os, platform, secrets, shutil, subprocess, sys, time
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ from ..models.registry import ModelRegistry, check_name
 from ..settings import read_yaml, settings
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim',
-           'clear_partial', 'write_json', 'prediction_frame', 'write_run', 'publish', 'Run', 'load_run', 'RunList',
-           'list_runs']
+__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'SILENT', 'RunError', 'code_version', 'run_identity', 'start_attempt',
+           'claim', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame', 'write_run', 'git_commit', 'publish',
+           'Run', 'load_run', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
@@ -65,21 +65,25 @@ def start_attempt(
     return attempt
 
 def claim(attempt: Path):
-    "Says that this process works on `attempt`: its number, and when it started, since numbers are used again."
+    "Says that this process works on `attempt`: its number, when it started, since numbers are used again, and on which machine."
     import psutil
-    (attempt / "pid").write_text(f"{os.getpid()} {psutil.Process().create_time()}")
+    (attempt / "pid").write_text(f"{os.getpid()} {psutil.Process().create_time()} {platform.node()}")
 
 # %% ../../nbs/runs/00_store.ipynb #14a7fff3
 def clear_partial(runs: Path) -> list[str]:  # names of what was removed
     "Removes attempts whose process is gone."
-    dead = [a for a in (Path(runs) / PARTIAL).glob("*") if not _alive(a / "pid")]
+    dead = [a for a in (Path(runs) / PARTIAL).glob("*") if not is_alive(a)]
     for a in dead: shutil.rmtree(a, ignore_errors=True)
     return [a.name for a in dead]
 
-def _alive(pid_file):
+SILENT = 120  # seconds after which an attempt of another machine counts as dead; a living one touches its claim every second
+
+def is_alive(attempt: Path) -> bool:
+    "Whether a process works on an attempt."
     import psutil
     try:
-        pid, started = pid_file.read_text().split()
+        pid, started, *where = (attempt / "pid").read_text().split()
+        if where and where[0] != platform.node(): return abs(time.time() - (attempt / "pid").stat().st_mtime) < SILENT
         process = psutil.Process(int(pid))
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(started)) < 1
     except (OSError, ValueError, psutil.Error): return False
@@ -120,7 +124,13 @@ def write_run(
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
-                                     code=code_version(c.model), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, versions=_versions(trainer.model)))
+                                     code=code_version(c.model), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, versions=_versions(trainer.model)))
+
+def git_commit(folder: Path) -> str | None:
+    "The commit that a folder is at, with a + where files were changed; None where there is no git or no repository."
+    try: done = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError): return None
+    return done.stdout.strip() or None
 
 # %% ../../nbs/runs/00_store.ipynb #cb1e739f
 def _write_predictions(trainer, split, predictions, folder):
@@ -145,14 +155,15 @@ def _versions(model):
 def publish(
     attempt: Path,  # with `result.json`
     runs: Path,  # the runs folder
+    grid: str = "",  # the grid it was made for
 ) -> Path:  # the run
     "Makes a finished attempt a run; raises `RunError` when it is not finished."
     attempt = Path(attempt)
     try: result = json.loads((attempt / RESULT).read_text())
     except (OSError, ValueError): raise RunError(f"{attempt}: no {RESULT}: the training did not reach its end") from None
-    for extra in (RESULT, "pid", "job.json", "run.log"): (attempt / extra).unlink(missing_ok=True)
+    for extra in (RESULT, "pid", "job.json", "run.log", "progress.json"): (attempt / extra).unlink(missing_ok=True)
     files = {str(f.relative_to(attempt)): _sha256(f) for f in sorted(attempt.rglob("*")) if f.is_file()}
-    write_json(attempt / MANIFEST, dict(status="ok", name=attempt.name, created=datetime.now(timezone.utc).isoformat(timespec="seconds"), **result, files=files))
+    write_json(attempt / MANIFEST, dict(status="ok", name=attempt.name, created=datetime.now(timezone.utc).isoformat(timespec="seconds"), grid=grid or None, **result, files=files))
     with open(attempt / MANIFEST) as f: os.fsync(f.fileno())
     return attempt.rename(Path(runs) / attempt.name)
 

@@ -1,0 +1,195 @@
+"Runs that survive: faults injected into real processes, and what a person is told of them."
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from modelfactory.runs import engine
+from modelfactory.runs.engine import MARK, Limits, run_notebook
+from modelfactory.runs.executors import RayEngine
+from modelfactory.runs.grid import grid_config, grid_status, plan, run_grid
+from modelfactory.runs.store import PARTIAL, list_runs
+
+PLUGIN = """
+import os, signal, subprocess, sys, time
+import numpy as np
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.models.classical.logistic_regression import LogisticRegressionConfig, LogisticRegressionModel
+from dataclasses import dataclass
+
+@dataclass
+class FaultyConfig(LogisticRegressionConfig):
+    fault: str = ""
+    flag: str = ""
+
+@ModelRegistry.register("faulty", family="examples")
+class Faulty(LogisticRegressionModel):
+    "Goes wrong in the way it is told to."
+    Config = FaultyConfig
+    def fit(self, *args, **kw):
+        fault = self.config.fault
+        if fault == "hang": time.sleep(600)
+        if fault == "grow":
+            kept = []
+            while True: kept.append(np.ones(4_000_000)); time.sleep(.02)
+        if fault == "kill kernel": os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "children":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+            time.sleep(600)
+        if fault == "once" and not os.path.exists(self.config.flag):
+            open(self.config.flag, "w").close()
+            import psutil
+            os.kill(psutil.Process(os.getppid()).ppid(), signal.SIGKILL)  # a kernel's parent is the run, and its parent the worker
+        return super().fit(*args, **kw)
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    (tmp_path / "faulty.py").write_text(PLUGIN)
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "faulty.py"))
+    return lambda fault, **more: dict(model="faulty", horizon=5, data="planted", preset=None, config=dict(fault=fault) | more)
+
+
+def ours():
+    "Processes of any run of this user that are alive."
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.environ().get(MARK) and p.status() != psutil.STATUS_ZOMBIE: found.append(p.pid)
+        except (psutil.Error, OSError): pass
+    return set(found)
+
+
+def gone(before, seconds=6):
+    "Whether no process of a run is left but those that were there before."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not ours() - before: return True
+        time.sleep(.2)
+    return False
+
+
+@pytest.mark.parametrize("fault, limits, status, reason", [
+    ("hang", Limits(seconds=9), "timeout", "not done after 9 s"),
+    ("children", Limits(seconds=9), "timeout", "not done after 9 s"),
+    ("grow", Limits(memory_gb=.9), "killed", "out of memory"),
+    ("kill kernel", Limits(), "killed", "kernel died"),
+])
+def test_what_goes_wrong_is_named_and_leaves_no_process(faulty, tmp_path, fault, limits, status, reason):
+    before = ours()
+    outcome = run_notebook(faulty(fault), tmp_path / "runs", limits)
+    assert outcome.status == status and reason in outcome.reason and (outcome.path / "run.log").is_file()
+    assert json.loads((outcome.path / "outcome.json").read_text())["status"] == status
+    assert list_runs(tmp_path / "runs") == [] and list((tmp_path / "runs" / PARTIAL).iterdir()) == [] and gone(before)
+
+
+def test_a_kernel_that_does_not_start_is_tried_again_and_a_model_that_fails_is_not(tmp_path, monkeypatch):
+    asked = []
+    def attempt(said):
+        def made(parameters, *args): asked.append(said); return engine.Outcome("x", "failed" if len(asked) < 3 else "ok", said)
+        return made
+    monkeypatch.setattr(engine, "_attempt", attempt("RuntimeError: Kernel died before replying to kernel_info"))
+    assert run_notebook(dict(model="svm", horizon=5), tmp_path).status == "ok" and len(asked) == 3
+    asked.clear()
+    monkeypatch.setattr(engine, "_attempt", attempt("ValueError: C must be positive (cell 4)"))
+    assert run_notebook(dict(model="svm", horizon=5), tmp_path).status == "failed" and len(asked) == 1
+
+
+def test_stopping_takes_seconds(faulty, tmp_path):
+    before, stop = ours(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run_notebook, faulty("children"), tmp_path / "runs", Limits(), stop)
+        time.sleep(8)
+        stop.set(), (start := time.monotonic())
+        assert future.result().status == "interrupted" and time.monotonic() - start < 5
+    assert gone(before, 1)
+
+
+GRID = "data: planted\nmodels: [logistic_regression]\nhorizons: [5, 20]\nseeds: [1, 2]\npreset: quick\n"
+
+
+def start(tmp_path, *args):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    return subprocess.Popen([Path(sys.executable).with_name("modelfactory"), "experiment", str(tmp_path / "grid.yaml"), "--output", str(tmp_path / "runs"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(.1)
+
+
+def test_ctrl_c_stops_in_seconds_and_says_how_to_go_on(tmp_path):
+    before, runner = ours(), start(tmp_path)
+    wait_for(lambda: ours() - before)
+    time.sleep(1)
+    runner.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = runner.communicate(timeout=20)
+    assert time.monotonic() - began < 6 and runner.returncode == 130 and "goes on where it stopped" in err and gone(before, 2)
+
+
+def test_a_killed_runner_takes_its_runs_with_it_and_the_next_one_goes_on(tmp_path):
+    before, runner = ours(), start(tmp_path, "--workers", "1")
+    wait_for(lambda: len(list_runs(tmp_path / "runs")) == 1 if (tmp_path / "runs").is_dir() else False)
+    kept = list_runs(tmp_path / "runs")[0].path
+    runner.kill(), runner.wait()
+    assert gone(before, 8)
+    status = grid_status(tmp_path / "grid.yaml", tmp_path / "runs")
+    assert status.count("done") >= 1 and status.count("running") == 0
+    assert run_grid(tmp_path / "grid.yaml", tmp_path / "runs").ok
+    runs = list_runs(tmp_path / "runs")
+    assert len(runs) == 4 and kept in [r.path for r in runs] and len({r.identity for r in runs}) == 4
+
+
+def test_two_grids_on_one_folder_train_each_run_once(tmp_path):
+    both = [start(tmp_path), start(tmp_path)]
+    said = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert len(list_runs(tmp_path / "runs")) == 4
+
+
+def test_a_corrupt_file_in_mid_grid_costs_its_own_runs(tmp_path):
+    from modelfactory.data.bundled import resolve_data
+    import shutil
+    data = shutil.copytree(resolve_data("planted"), tmp_path / "data")
+    jobs = plan(grid_config(dict(data=str(data), models=["logistic_regression"], horizons=[5], preset="quick")))
+    file = data / "train_scaled.parquet"
+    file.write_bytes(file.read_bytes()[:-2000])
+    outcome = run_notebook(jobs[0].parameters, tmp_path / "runs")
+    assert outcome.status == "failed" and "train_scaled.parquet" in outcome.reason and list_runs(tmp_path / "runs") == []
+
+
+def test_a_runs_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("a file stands where the folder should be")
+    done = subprocess.run([Path(sys.executable).with_name("modelfactory"), "train", "--model", "svm", "--horizon", "5", "--data", "planted", "--output", str(tmp_path / "runs")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_ray_gives_a_lost_worker_s_run_to_another(faulty, tmp_path, monkeypatch):
+    "A real cluster of this machine, whose worker is killed in the middle of a run."
+    monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
+    flag = tmp_path / "once"
+    grid = dict(data="planted", models=["faulty"], horizons=[5], seeds=[1], overrides=dict(faulty=dict(fault="once", flag=str(flag))))
+    result = run_grid(grid, tmp_path / "runs", engine="ray", workers=1)
+    assert result.count("ok") == 1 and flag.is_file() and len(list_runs(tmp_path / "runs")) == 1, result
+
+
+def test_nothing_of_ray_is_imported_with_the_local_engine():
+    code = "import modelfactory.runs.grid, sys; print('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/").stdout.strip() == "False"
+
+
+def test_an_address_without_a_cluster_is_one_line():
+    with pytest.raises(ValueError, match="no cluster at"): RayEngine("127.0.0.1:1")
