@@ -13,8 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'check', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track', 'demo', 'predict',
-           'new', 'main']
+__all__ = ['app', 'models', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track', 'demo',
+           'predict', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -30,10 +30,24 @@ def models(family: Annotated[Optional[str], typer.Option(help="only this family"
 @app.command()
 def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
           nan: Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")] = None):
-    "Check splits: roles of columns, labels, distance in time.\n\nExample: modelfactory check data/splits/scaled"
+    "Check splits: roles of columns, labels, distance in time, and what no column may know.\n\nExample: modelfactory check data/splits/scaled"
+    from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
-    from modelfactory.data.splits import check_splits
-    print(check_splits(resolve_data(data), nan=nan))
+    from modelfactory.data.splits import read_splits
+    splits = read_splits(resolve_data(data), splits=("train", "val", "test"), nan=nan)
+    print(splits.report, report := audit(splits), sep="\n\n")
+    if not report.ok: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #d5905801
+@app.command()
+def selftest(models: Annotated[Optional[str], typer.Option(help="names or families, comma separated; the tabular ones without it")] = None,
+             seed: Annotated[int, typer.Option(min=0, help="of the market: another one is another market")] = 0):
+    "Run the whole pipeline on a market without signal: it must find nothing.\n\nExample: modelfactory selftest --models xgboost,neural"
+    from modelfactory.runs.grid import expand_models
+    from modelfactory.training import selftest as room
+    result = room.selftest(tuple(expand_models(models.split(","))) if models else room.TABULAR, seed=seed)
+    print(result)
+    if not result.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #bc329590
 def parse_set(
@@ -51,7 +65,7 @@ def _value(pair):
     try: return yaml.safe_load(pair.partition("=")[2])
     except yaml.YAMLError as e: raise ConfigError(f"--set {pair!r}: the value is not plain YAML: {' '.join(str(e).split())[:200]}") from None
 
-# %% ../nbs/cli.ipynb #d5905801
+# %% ../nbs/cli.ipynb #b6cda597
 @app.command()
 def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
           horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
@@ -84,7 +98,7 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
 
 def _say(text): print(text, file=sys.stderr); return 1
 
-# %% ../nbs/cli.ipynb #b6cda597
+# %% ../nbs/cli.ipynb #92b03f48
 @app.command()
 def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
                output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
@@ -102,7 +116,7 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
     print(result)
     if not result.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #92b03f48
+# %% ../nbs/cli.ipynb #7a93606a
 @app.command()
 def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
            output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
@@ -110,7 +124,7 @@ def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in p
     from modelfactory.runs.grid import grid_status
     print(grid_status(grid, output))
 
-# %% ../nbs/cli.ipynb #7a93606a
+# %% ../nbs/cli.ipynb #4ee4ac21
 @app.command()
 def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None):
     "Compare all finished runs: notebook, markdown, page.\n\nExample: modelfactory compare runs"
@@ -122,7 +136,7 @@ def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; se
     print(*conclusion(list_runs(runs)), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
-# %% ../nbs/cli.ipynb #4ee4ac21
+# %% ../nbs/cli.ipynb #5a196097
 @app.command()
 def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
          horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
@@ -158,7 +172,7 @@ def _study_page(parameters, study):
     execute(find_notebook("study.ipynb"), aside, parameters | study)
     return aside.replace(page)
 
-# %% ../nbs/cli.ipynb #5a196097
+# %% ../nbs/cli.ipynb #b6f0fbde
 @app.command()
 def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None,
           rebuild: Annotated[bool, typer.Option("--rebuild", help="write everything anew, take away what has no folder")] = False,
@@ -171,7 +185,7 @@ def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; sett
     print(done, f"see: mlflow ui --backend-store-uri {tracking.tracking_store(where, runs)}", sep="\n")
     if done.failed: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #b6f0fbde
+# %% ../nbs/cli.ipynb #abb3824f
 @app.command()
 def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
     "Six models, two horizons, three data sets, and what it means.\n\nExample: modelfactory demo"
@@ -181,7 +195,7 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
     compare(output)
     if not result.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #abb3824f
+# %% ../nbs/cli.ipynb #89d7dad1
 @app.command()
 def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
             data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
@@ -195,7 +209,7 @@ def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")
     aside.replace(output)
     print(f"{output}: {len(frame):,} predictions")
 
-# %% ../nbs/cli.ipynb #89d7dad1
+# %% ../nbs/cli.ipynb #3e5c4547
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="of the model: a lower-case word")],
         family: Annotated[str, typer.Option(help="existing or your own")],

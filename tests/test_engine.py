@@ -118,9 +118,12 @@ def test_stopping_takes_seconds(faulty, tmp_path):
 GRID = "data: planted\nmodels: [logistic_regression]\nhorizons: [5, 20]\nseeds: [1, 2]\npreset: quick\n"
 
 
+def interruptible(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore Ctrl-C
+
+
 def start(tmp_path, *args):
     (tmp_path / "grid.yaml").write_text(GRID)
-    return subprocess.Popen([Path(sys.executable).with_name("modelfactory"), "experiment", str(tmp_path / "grid.yaml"), "--output", str(tmp_path / "runs"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([Path(sys.executable).with_name("modelfactory"), "experiment", str(tmp_path / "grid.yaml"), "--output", str(tmp_path / "runs"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible)
 
 
 def wait_for(condition, seconds=60):

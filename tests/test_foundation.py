@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from modelfactory.data.dataset import History, TimeSeriesDataset, Windows, context
 from modelfactory.data.splits import read_split
 from modelfactory.models.base import ModelUnavailable
-from modelfactory.models.conformance import check_model
 from modelfactory.models.persistence import CheckpointError, load_model
 from modelfactory.models.pretrained import RowCache, load_pretrained, locate, tiny_checkpoint
 from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs.store import list_runs
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
@@ -117,8 +117,14 @@ def test_finetune_saves_the_layers_it_trained_and_no_others(checkpoints, tmp_pat
     names = set(load_file(tmp_path / "network.safetensors"))
     assert any("layers.1" in n for n in names) and not any("layers.0" in n or "input_ff" in n for n in names)
 
-def test_bert_keeps_the_promises_too(checkpoints):
-    assert all(r["result"] == "ok" for r in check_model("timellm", dict(checkpoint=str(checkpoints["bert"]))))
+def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path):
+    ds = TimeSeriesDataset(read_split(market()), 5, seq_len=16)
+    model = ModelRegistry.create("timellm", dict(checkpoint=str(checkpoints["bert"]), sequence_length=16, max_epochs=2, d_ff=16, words=32, prototypes=16, device="cpu"), 5, ds.feature_columns)
+    model.fit(ds.X, ds.y, ds.X, ds.y)
+    p, pick = model.predict(ds.X, ds.metadata).probabilities, np.random.default_rng(0).permutation(len(ds))[:40]
+    assert np.abs(model.predict(ds.X.subset(pick), ds.metadata.iloc[pick]).probabilities - p[pick]).max() < 1e-5
+    model.save(tmp_path)
+    assert np.abs(load_model(tmp_path).predict(ds.X, ds.metadata).probabilities - p).max() < 1e-6
 
 # checkpoints: whole, or named
 
@@ -171,7 +177,7 @@ def test_without_weights_a_grid_says_so_and_goes_on(tmp_path, checkpoints):
     assert done.returncode == 0 and "1 ok" in done.stdout.replace("unavailable", "") and "timesfm h5 planted: unavailable: checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download" in done.stdout
     alone = cli("train", "--model", "timesfm", "--horizon", "5", "--data", "planted", "--output", str(tmp_path / "runs"), HF_HOME=str(tmp_path))
     assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "hf download" in alone.stderr
-    assert len([p for p in (tmp_path / "runs").iterdir() if not p.name.startswith(".")]) == 1
+    assert [r.manifest["model"] for r in list_runs(tmp_path / "runs")] == ["logistic_regression"]
 
 def test_a_run_names_its_checkpoint_by_hash(tmp_path, checkpoints):
     done = cli("train", "--model", "timesfm", "--horizon", "5", "--data", "planted", "--preset", "quick", "--set", f"checkpoint={checkpoints['timesfm']}", "--set", "mode=zero_shot", "--output", str(tmp_path / "runs"),

@@ -36,7 +36,7 @@ def process_of(runs, seed=None):
 
 
 def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
-    "30 runs killed at random moments, from before the kernel starts to after the run is published."
+    "16 runs killed at random moments, from before the kernel starts to after the run is published."
     resolve_data("planted")
     start = time.monotonic()
     assert run_notebook(PARAMETERS, tmp_path / "first").status == "ok"
@@ -52,12 +52,12 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
             if process := process_of(runs, i): os.killpg(process, signal.SIGKILL)
             return future.result().status
 
-    with ThreadPoolExecutor(2) as pool: statuses = list(pool.map(killed, range(30)))
+    with ThreadPoolExecutor(2) as pool: statuses = list(pool.map(killed, range(16)))
     folders = [tmp_path / f"runs_{k}" for k in (0, 1)]
     visible = [f for runs in folders for f in runs.iterdir() if not f.name.startswith(".")]
     assert len(visible) == sum(len(list_runs(runs)) for runs in folders) == statuses.count("ok")
     for folder in visible: load_run(folder).verify(); load_run(folder).model()
-    assert statuses.count("killed") >= 10, statuses
+    assert statuses.count("killed") >= 5, statuses
 
 
 def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):

@@ -19,7 +19,7 @@ DEAD = "http://bob:hunter2@127.0.0.1:9"
 ODD = """<img src=x onerror=alert(1)> "o'clock" ü 100%41"""
 
 
-def make_run(runs, name="xgboost_h5_20260101_000000_abcdef", rounds=3, config=None, extra=None, **manifest):
+def make_run(runs, name="xgboost_h5_20260101_000000_abcdef", rounds=3, config=None, extra=None, grid="", **manifest):
     "A published run of small files, as a training leaves them."
     attempt = runs / ".partial" / name
     attempt.mkdir(parents=True)
@@ -27,12 +27,12 @@ def make_run(runs, name="xgboost_h5_20260101_000000_abcdef", rounds=3, config=No
     (attempt / "train.ipynb").write_text(json.dumps(dict(cells=[], name=name)))
     write_json(attempt / "metrics/metrics.json", dict(log_loss=.98, sharpe=float("nan"), n_samples=100, returns_source="close"))
     write_json(attempt / "metrics/test_metrics.json", dict(log_loss=1.01))
-    write_json(attempt / "metrics/baseline.json", dict(log_loss=1.05))
+    write_json(attempt / "metrics/baselines.json", dict(prior=dict(log_loss=1.05)))
     write_json(attempt / "metrics/history.json", dict(train_loss=[1 / (i + 1) for i in range(rounds)], val_loss=[1 / (i + 2) for i in range(rounds)], best_round=rounds - 1))
     for file in ["plots/equity.png", "predictions/val_predictions.parquet", "checkpoints/model.ubj", ".ipynb_checkpoints/x.ipynb", *(extra or [])]:
         (attempt / file).parent.mkdir(exist_ok=True, parents=True), (attempt / file).write_bytes(file.encode())
     write_json(attempt / RESULT, dict(model="xgboost", family="boosting", horizon=5, data="planted", data_fingerprint="f1", seed=42, identity=f"id of {name}", code="c0de", splits=["val", "test"], seconds=dict(fit=2., predict=.5)) | manifest)
-    return load_run(publish(attempt, runs))
+    return load_run(publish(attempt, runs, grid))
 
 
 def client_of(runs, uri="sqlite"):
@@ -75,7 +75,7 @@ def test_what_was_written_is_read_again(tmp_path, capfd):
     assert client.get_run(shown.data.tags["mlflow.parentRunId"]).info.run_name == "demo 3f"
     assert shown.info.status == "FINISHED" and shown.info.end_time - shown.info.start_time == 2500
     files = snapshot(tmp_path)[run.path.name][-1]
-    assert files == {f: (run.path / f).read_bytes() for f in ("config.yaml", "manifest.json", "train.ipynb", "metrics/metrics.json", "metrics/test_metrics.json", "metrics/baseline.json", "metrics/history.json", "plots/equity.png", "predictions/val_predictions.parquet")}
+    assert files == {f: (run.path / f).read_bytes() for f in ("config.yaml", "manifest.json", "train.ipynb", "metrics/metrics.json", "metrics/test_metrics.json", "metrics/baselines.json", "metrics/history.json", "plots/equity.png", "predictions/val_predictions.parquet")}
     import mlflow
     assert mlflow.active_run() is None
 
@@ -98,7 +98,7 @@ def test_checkpoints_go_only_when_asked_for(tmp_path):
 
 
 def test_rebuilt_from_files_alone_it_is_the_same(tmp_path):
-    runs = [make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="night" if i else None) for i in range(3)]
+    runs = [make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="night" if i else "") for i in range(3)]
     assert track_runs(tmp_path).new == 3
     first = snapshot(tmp_path)
     assert len(first) == 4 and "mlflow.parentRunId" not in first[runs[0].path.name][2]

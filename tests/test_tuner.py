@@ -87,7 +87,7 @@ def at_home(home, monkeypatch):
 
 
 def tuner(home, storage, n=10, config=None, folds=2, **kw): return OptunaModelTuner(dict(model="valley", horizon=5, data=str(home / "data"), config=config or {}), n, folds=folds, storage=storage, heartbeat=1, **kw)
-def process(home, storage, n, config=None, **env): return subprocess.Popen([sys.executable, "-c", RUN, home / "data", storage, str(n), repr(config or {})], cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def process(home, storage, n, config=None, **env): return subprocess.Popen([sys.executable, "-c", RUN, home / "data", storage, str(n), repr(config or {})], cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 def states(result): return sorted(t.state.name for t in result.trials)
 
 

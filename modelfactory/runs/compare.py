@@ -11,26 +11,27 @@ import numpy as np
 import pandas as pd
 
 from ..data.bundled import resolve_data
+from .judge import judge, say
 from .store import RunList, list_runs
 from ..settings import settings
-from ..training.evaluator import METRICS, better, directional_interval
+from ..training.evaluator import METRICS, NULLS, better, directional_interval
 
 # %% auto #0
 __all__ = ['SHOWN', 'SIGNAL', 'FAMILY_STYLE', 'leaderboard', 'leaderboard_html', 'direction_tests', 'best_per_horizon',
            'prediction_correlations', 'ceiling_direction', 'attained', 'conclusion', 'family_style', 'plot_forest',
            'plot_correlations', 'plot_time_against_score', 'comparison_markdown', 'to_html', 'compare']
 
-# %% ../../nbs/runs/03_compare.ipynb #6f39b0df
-SHOWN = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
+# %% ../../nbs/runs/03_compare.ipynb #37b62181
+SHOWN = ("directional_accuracy", "directional_accuracy_p_shift", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
 
 def leaderboard(
     runs: RunList,
     metrics: tuple = SHOWN,  # names in `METRICS`
 ) -> pd.DataFrame:  # data, horizon, model, family, seed, metrics and their interval ends; best log loss first
-    "Every run and its baseline, by data set and horizon."
+    "Every run and the baselines, by data set and horizon."
     rows = [_row(r, r.manifest["model"], r.family, r.metrics, metrics) for r in runs.latest()]
-    priors = {(r.data, r.horizon): _row(r, "prior", "baseline", r.baseline, metrics) for r in runs.latest()}
-    table = pd.DataFrame([*rows, *priors.values()])
+    known = {(r.data, r.horizon, name): _row(r, name, "baseline", values, metrics) for r in runs.latest() for name, values in r.baselines.items()}
+    table = pd.DataFrame([*rows, *known.values()])
     return table.sort_values(["data", "horizon", "log_loss"], kind="stable").reset_index(drop=True) if len(table) else table
 
 def _row(run, model, family, values, metrics):
@@ -53,10 +54,10 @@ def _best(table, metric):
 # %% ../../nbs/runs/03_compare.ipynb #4cc429cb
 def leaderboard_html(table: pd.DataFrame) -> str:
     "The leaderboard as HTML with inline styles."
-    metrics = [c for c in table if c in METRICS]
+    metrics = [c for c in table if c in METRICS | NULLS]
     best = {m: _best(table, m) for m in metrics}
     style = "padding:2px 10px 2px 0;text-align:left;white-space:nowrap;"
-    head = "".join(f"<th style='{style}border-bottom:1px solid #333'>{c.replace('_', ' ')}</th>" for c in ["data", "horizon", "model", *metrics])
+    head = "".join(f"<th style='{style}border-bottom:1px solid #333'>{c.replace('_', ' ').replace('directional accuracy p', 'p')}</th>" for c in ["data", "horizon", "model", *metrics])
     body = ""
     for i, row in table.iterrows():
         rule = "border-top:1px solid #333;" if i and tuple(table.loc[i - 1, ["data", "horizon"]]) != (row.data, row.horizon) else ""
@@ -81,7 +82,7 @@ def best_per_horizon(runs: RunList) -> pd.DataFrame:
     table = leaderboard(runs)
     models = table[table.family != "baseline"]
     best = models.loc[models.groupby(["data", "horizon"]).log_loss.idxmin(), ["data", "horizon", "model", "log_loss", "sharpe_net"]]
-    prior = table[table.family == "baseline"].set_index(["data", "horizon"]).log_loss
+    prior = table[table.model == "prior"].set_index(["data", "horizon"]).log_loss
     best.insert(4, "prior_log_loss", [prior[d, h] for d, h in zip(best.data, best.horizon)])
     return best.merge(direction_tests(runs)[["data", "horizon", "model", "accuracy", "low", "high", "knows"]], on=["data", "horizon", "model"])
 
@@ -194,7 +195,7 @@ def _forest(ax, rows, metric, title):
         ax.plot([r.get(f"{metric}_ci_low"), r.get(f"{metric}_ci_high")], [y, y], color=style["color"], lw=1.5)
         ax.plot(r[metric], y, ms=5, **style)
     if len(models) and models[metric].notna().any(): ax.axvspan(models.iloc[-1].get(f"{metric}_ci_low"), models.iloc[-1].get(f"{metric}_ci_high"), color="#0072B2", alpha=.07, lw=0)
-    base = .5 if metric == "directional_accuracy" else rows[rows.family == "baseline"][metric].mean()
+    base = .5 if metric == "directional_accuracy" else rows[rows.model == "prior"][metric].mean()
     ax.axvline(base, ls="--", color="#7f7f7f", lw=.9)
     ax.set_yticks(range(len(rows)), rows.model, fontsize=9); ax.set_ylim(-.6, len(rows) - .4)
     ax.set_title(title, fontsize=9); ax.set_xlabel(metric.replace("_", " "), fontsize=9); ax.tick_params(axis="x", labelsize=9)
@@ -238,8 +239,8 @@ def comparison_markdown(runs: RunList) -> str:
     table, best = leaderboard(runs), best_per_horizon(runs)
     metrics = [m for m in SHOWN if m in table]
     cells = table.assign(**{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})[["data", "horizon", "model", *metrics]]
-    parts = ["# Model comparison", *(f"- {s}" for s in conclusion(runs)), "\n## Best per horizon, by log loss\n", best.round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
-    return "\n".join([*parts, "\nIntervals: 95%, block bootstrap over time. `knows`: the interval on direction, corrected for the number of models x horizons on that data set, lies above .5.\n", *(f"- `{m}`: {METRICS[m]}" for m in metrics), ""])
+    parts = ["# Model comparison", *(f"- {s}" for s in conclusion(runs)), "\n## How much of it is luck?\n", *(f"- {say(v)}" for v in judge(runs).itertuples()), "\n## Best per horizon, by log loss\n", best.round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
+    return "\n".join([*parts, "\nIntervals: 95%, block bootstrap over time. `knows`: the interval on direction, corrected for the number of models x horizons on that data set, lies above .5.\n", *(f"- `{m}`: {(METRICS | NULLS)[m]}" for m in metrics), ""])
 
 # %% ../../nbs/runs/03_compare.ipynb #c3a860bd
 def to_html(

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..data.audit import audit
 from ..data.bundled import resolve_data
-from ..data.splits import fingerprint
+from ..data.dataset import DatasetConfig
+from ..data.splits import fingerprint, read_splits
 from ..models.registry import ModelRegistry
 from ..progress import Progress, duration
 from .engine import Limits, Outcome
@@ -24,8 +26,8 @@ from ..settings import ConfigError, NonNegative, Positive, build_config, did_you
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['GridConfig', 'grid_config', 'expand_models', 'plan', 'trainer_of', 'GridResult', 'run_grid', 'default_workers',
-           'GridStatus', 'grid_status']
+__all__ = ['GridConfig', 'grid_config', 'expand_models', 'plan', 'audit_data', 'trainer_of', 'GridResult', 'run_grid',
+           'default_workers', 'GridStatus', 'grid_status']
 
 # %% ../../nbs/runs/02_grid.ipynb #7765424b
 @dataclass
@@ -38,6 +40,7 @@ class GridConfig:
     preset: str | None = None  # preset of each model's YAML, where it has one of that name
     overrides: dict[str, dict] = field(default_factory=dict)  # model -> config keys
     dataset: dict = field(default_factory=dict)  # further keys of DatasetConfig, for every data set
+    allow: tuple[str, ...] = ()  # columns that the leak audit is to let pass: those you can vouch for
     name: str = "grid"  # what its runs say they are part of; the file's name
 
 # %% ../../nbs/runs/02_grid.ipynb #1224e3d1
@@ -76,11 +79,18 @@ def plan(
     grid: GridConfig,
     finished: set = frozenset(),  # identities of runs that are there: their data is not read again
 ) -> list[Job]:
-    "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start."
+    "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start, or its data leak."
     prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
     jobs = [_job(grid, *which, prints) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
-    for job in {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}.values(): trainer_of(job.parameters).prepare_data()
+    todo = {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}
+    for job in todo.values(): trainer_of(job.parameters).prepare_data()
+    for data in dict.fromkeys(data for data, _ in todo): audit_data(grid, data)
     return jobs
+
+def audit_data(grid: GridConfig, data: str):
+    "Raises `LeakFound` when a column knows the labels of train better than any past may."
+    c = build_config(DatasetConfig, grid.dataset | dict(data=data), "grid: dataset")
+    audit(read_splits(resolve_data(data), grid.horizons, ("train", "val"), c.features, c.exclude, c.nan, c.classes), grid.allow).raise_if_leaky()
 
 def _job(grid, data, horizon, model, seed, prints):
     parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)

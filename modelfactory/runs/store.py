@@ -124,7 +124,7 @@ def write_run(
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
-                                     code=code_version(c.model), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, versions=_versions(trainer.model)))
+                                     code=code_version(c.model), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, train_shares=_shares(trainer), versions=_versions(trainer.model)))
 
 def git_commit(folder: Path) -> str | None:
     "The commit that a folder is at, with a + where files were changed; None where there is no git or no repository."
@@ -139,13 +139,16 @@ def _write_predictions(trainer, split, predictions, folder):
     frame.to_parquet(folder / f"predictions/{split}_predictions.parquet", index=False)
     prefix = "" if split == "val" else f"{split}_"
     write_json(folder / f"metrics/{prefix}metrics.json", trainer.metrics[split])
-    write_json(folder / f"metrics/{prefix}baseline.json", trainer.baseline("prior", split))
+    write_json(folder / f"metrics/{prefix}baselines.json", trainer.baselines(split))
+    if book := trainer.backtest(split): book.daily.rename_axis("day").reset_index().to_parquet(folder / f"predictions/{split}_daily.parquet", index=False)
 
 def _write_figure(figure, file):
     from matplotlib import pyplot as plt
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, facecolor="white")
     plt.close(figure)
+
+def _shares(trainer): return [float((trainer.datasets["train"].y == c).mean()) for c in trainer.config.data.classes]
 
 def _versions(model):
     libraries = ("modelfactory", "numpy", "pandas", "pyarrow", *model.requires)
@@ -188,9 +191,10 @@ class Run:
         file = self.path / "metrics" / name
         try: return json.loads(file.read_text())
         except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
-    def _numbers(self, name): return {k: math.nan if v is None else v for k, v in self._json(name).items()}
+    def _numbers(self, name): return _nan_for_null(self._json(name))
     metrics = cached_property(lambda self: self._numbers("metrics.json"))  # of validation, NaN where undefined
-    baseline = cached_property(lambda self: self._numbers("baseline.json"))  # of the class shares of train
+    baselines = cached_property(lambda self: {k: _nan_for_null(v) for k, v in self._json("baselines.json").items()})  # name -> metrics
+    baseline = property(lambda self: self.baselines["prior"])  # of the class shares of train
     history = cached_property(lambda self: self._json("history.json"))  # losses by round
     config = cached_property(lambda self: read_yaml(self.path / "config.yaml"))  # everything needed to run it again
 
@@ -199,6 +203,12 @@ class Run:
         file = self.path / f"predictions/{split}_predictions.parquet"
         if not file.is_file(): raise RunError(f"{self.path.name}: no predictions of {split!r}; there are: {', '.join(self.manifest['splits'])}")
         return pd.read_parquet(file)
+
+    def daily(self, split: str = "val") -> pd.DataFrame:
+        "Profit by day of a split, before and after cost; raises `RunError` when there is none."
+        file = self.path / f"predictions/{split}_daily.parquet"
+        if not file.is_file(): raise RunError(f"{self.path.name}: no daily profit of {split!r}")
+        return pd.read_parquet(file).set_index("day")
 
     def verify(self, under: str = ""):
         "Raises `RunError` when a file below `under` is missing or differs from its hash."
@@ -218,6 +228,8 @@ class Run:
         raise AttributeError(name)
     def __repr__(self): return f"Run({self.path.name}: {self.manifest['model']} on {self.data}, horizon {self.horizon}, directional accuracy {self.metrics['directional_accuracy']:.3f}, net Sharpe {self.metrics['sharpe_net']:.2f})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
+
+def _nan_for_null(values): return {k: math.nan if v is None else v for k, v in values.items()}
 
 # %% ../../nbs/runs/00_store.ipynb #f515efcc
 def load_run(path: Path) -> Run:

@@ -15,9 +15,9 @@ from ..settings import did_you_mean
 from .backtest import Backtest, label_payoff, tranche_backtest, trading_stats
 
 # %% auto #0
-__all__ = ['METRICS', 'BASELINES', 'better', 'EvaluationError', 'f1_names', 'has_direction', 'confidence_bins',
+__all__ = ['METRICS', 'NULLS', 'BASELINES', 'better', 'EvaluationError', 'f1_names', 'has_direction', 'confidence_bins',
            'expected_calibration_error', 'directional_accuracy', 'classification_metrics', 'stationary_blocks',
-           'block_indices', 'block_sums', 'stamps_per_bar', 'mean_block', 'classification_stats',
+           'block_indices', 'block_sums', 'stamps_per_bar', 'mean_block', 'share_kept', 'classification_stats',
            'classification_draws', 'trading_draws', 'expanded_level', 'percentile_interval', 'bootstrap_metrics',
            'cosine_transforms', 'fieller', 'directional_interval', 'ModelEvaluator', 'baseline_predictions']
 
@@ -51,12 +51,21 @@ METRICS = dict(
     predict_seconds="wall time of predicting, seconds; lower is better",
 )
 
+# %% ../../nbs/training/01_evaluator.ipynb #8621d9a1
+NULLS = dict(
+    directional_accuracy_p_shift="share of shifts in time at which the same predictions know the direction as well; lower is better",
+    log_loss_p_shift="share of shifts in time at which the same predictions have as low a log loss; lower is better",
+    sharpe_net_p_shift="share of shifts in time at which the same predictions have as high a net Sharpe ratio; lower is better",
+    f1_floor="macro F1 of the predictions with their direction shuffled: what knowing the volatility gives; neither is better",
+    f1_above_floor="macro F1 above that floor; higher is better",
+)
+
 # %% ../../nbs/training/01_evaluator.ipynb #81e9ca8a
 def better(
     name: str,  # of a metric
 ) -> int:  # 1: higher is better, -1: lower is better, 0: neither or unknown
     "Which way a metric improves."
-    text = METRICS.get(name, "")
+    text = (METRICS | NULLS).get(name, "")
     return text.endswith("higher is better") - text.endswith("lower is better")
 
 # %% ../../nbs/training/01_evaluator.ipynb #96d542be
@@ -190,9 +199,18 @@ def mean_block(
     symbols: np.ndarray,  # (n,)
     horizon: int,  # bars ahead of the label
 ) -> float:  # timestamps
-    "Mean block: four times the horizon or the cube root of the timestamps, whichever is longer."
+    "Mean block: four times the horizon or the square root of the timestamps, whichever is longer."
     T = stamps.max() + 1
-    return min(max(4 * horizon * stamps_per_bar(stamps, symbols), T ** (1 / 3), 1), T)
+    return min(max(4 * horizon * stamps_per_bar(stamps, symbols), T ** .5), T)
+
+# %% ../../nbs/training/01_evaluator.ipynb #470b0222
+def share_kept(
+    overlap: float,  # timestamps over which labels overlap
+    block: float,  # mean block in timestamps
+) -> float:
+    "Share of the variance of a mean of overlapping labels that blocks keep."
+    lag = np.arange(1, int(np.ceil(overlap)))
+    return float((1 + 2 * ((1 - lag / overlap) * (1 - 1 / block) ** lag).sum()) / overlap)
 
 # %% ../../nbs/training/01_evaluator.ipynb #44da8958
 def _row_sums(y, guessed, p, n_bins=15):
@@ -279,21 +297,23 @@ def trading_draws(
 def expanded_level(
     level: float,  # probability that is to be inside
     n_blocks: float,  # independent pieces
+    kept: float = 1.,  # share of the variance that the draws keep
 ) -> float:  # probability to ask the draws for
-    "The level whose percentiles hold `level` when a sample is made of few blocks."
+    "The level whose percentiles hold `level` when a sample is made of few blocks that keep a share of the variance."
     from scipy.special import ndtr, stdtrit
     if not 0 < level < 1: raise EvaluationError(f"level is {level}, expected a probability between 0 and 1, such as 0.95")
-    n = max(n_blocks, 2)
-    return float(2 * ndtr((n / (n - 1)) ** .5 * stdtrit(n - 1, (1 + level) / 2)) - 1)
+    n = max(n_blocks, 3)
+    return float(2 * ndtr((n / (n - 2) / kept) ** .5 * stdtrit(n - 1, (1 + level) / 2)) - 1)
 
 # %% ../../nbs/training/01_evaluator.ipynb #94ebbbe2
 def percentile_interval(
     draws: dict[str, np.ndarray],  # name -> (n_boot,)
     n_blocks: float,  # blocks a draw is made of
     level: float = .95,  # probability inside
+    kept: float = 1.,  # share of the variance that the draws keep
 ) -> dict[str, float]:  # <name>_ci_low and <name>_ci_high
     "The middle of the draws; draws in which a metric is undefined are left out."
-    tail = (1 - expanded_level(level, n_blocks)) / 2
+    tail = (1 - expanded_level(level, n_blocks, kept)) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         ends = {k: np.nanquantile(v, [tail, 1 - tail]) for k, v in draws.items()}
@@ -311,7 +331,10 @@ def bootstrap_metrics(
     block: float | None = None,  # mean block in timestamps, None: `mean_block`
 ) -> dict[str, float]:  # <name>_ci_low and <name>_ci_high
     "Block bootstrap intervals of the class metrics."
-    return percentile_interval(*classification_draws(predictions, y_true, horizon, classes, n_boot, seed, block), level)
+    draws, n_blocks = classification_draws(predictions, y_true, horizon, classes, n_boot, seed, block)
+    stamps = np.unique(predictions.timestamps, return_inverse=True)[1]
+    kept = share_kept(horizon * stamps_per_bar(stamps, predictions.symbols), (stamps.max() + 1) / n_blocks)
+    return percentile_interval(draws, n_blocks, level, kept)
 
 # %% ../../nbs/training/01_evaluator.ipynb #b6c42ea1
 def cosine_transforms(

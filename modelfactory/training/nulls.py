@@ -4,6 +4,7 @@
 
 # %% ../../nbs/training/07_nulls.ipynb #0c8e3fac
 from __future__ import annotations
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable
 
@@ -12,7 +13,7 @@ import pandas as pd
 
 from ..models.base import PredictionOutput, to_output
 from .backtest import BacktestError, _signals, _traded_bars, equity_curve, sharpe_ratio, trailing_sum
-from .evaluator import (BASELINES, ModelEvaluator, _checked, _codes, _per_stamp, baseline_predictions, better, block_sums, classification_stats,
+from .evaluator import (BASELINES, NULLS, ModelEvaluator, _checked, _codes, _per_stamp, baseline_predictions, better, block_sums, classification_stats,
     directional_accuracy, has_direction, mean_block, percentile_interval, stamps_per_bar, stationary_blocks)
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['NullError', 'last_rows', 'draw_shifts', 'profit_by_day', 'ShiftTest', 'shift_test', 'plot_shift_test',
            'directionless_cells', 'volatility_floor', 'closed_labels', 'persistence_predictions', 'all_baselines',
-           'baseline_rows']
+           'null_metrics']
 
 # %% ../../nbs/training/07_nulls.ipynb #54249a2b
 class NullError(ValueError):
@@ -249,13 +250,19 @@ def all_baselines(
     return {n: baseline_predictions(n, train.y, val.metadata, classes) for n in simple} | dict(
         persistence=persistence_predictions(train.y, train.metadata, val.y, val.metadata, classes, val.gap))
 
-# %% ../../nbs/training/07_nulls.ipynb #787589b3
-def baseline_rows(
-    evaluator: ModelEvaluator,
-    train, val,  # datasets
-    prices: pd.DataFrame | None = None,  # datetime, symbol, close; None: labels are traded
-    returns_source: str | None = None,  # close or file
-) -> pd.DataFrame:  # a row a baseline, a column a metric and interval end
-    "Every baseline scored as a model is, to stand in the same table."
-    predictions = all_baselines(train, val, evaluator.classes)
-    return pd.DataFrame({n: evaluator.compute_all_metrics(p, val.y, prices, returns_source=returns_source) for n, p in predictions.items()}).T.rename_axis("model")
+# %% ../../nbs/training/07_nulls.ipynb #88fc7a0d
+def null_metrics(
+    predictions: PredictionOutput,
+    y_true: np.ndarray,  # (n,) class values
+    prices: pd.DataFrame | None,  # datetime, symbol, close; None: labels are traded
+    horizon: int,  # bars ahead of the label
+    seed: int = 42,
+    cost_bps: float = 1.,
+    trading_days: int = 252,
+    classes: tuple = (-1, 0, 1),
+) -> dict[str, float]:  # names of `NULLS`, and interval ends of the floor
+    "P-values of the shift test, and the F1 that volatility alone gives."
+    found = dict.fromkeys(NULLS, np.nan)
+    with contextlib.suppress(NullError): found |= shift_test(predictions, y_true, prices, horizon, seed=seed, cost_bps=cost_bps, trading_days=trading_days, classes=classes).metrics()
+    with contextlib.suppress(NullError): found |= volatility_floor(predictions, y_true, classes, seed=seed)
+    return found

@@ -13,14 +13,14 @@ import pandas as pd
 
 from ..models.base import probability_columns, to_output
 from .evaluator import (_codes, _per_stamp, _probabilities, better, block_sums, classification_draws, classification_metrics, expanded_level,
-    stamps_per_bar, stationary_blocks)
+    stamps_per_bar, stationary_blocks, share_kept)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_best', 'deflated_sharpe', 'Overfitting',
-           'backtest_overfitting', 'share_kept', 'superior_ability', 'stacked_models', 'row_losses', 'stamp_sums',
+           'backtest_overfitting', 'superior_ability', 'stacked_models', 'row_losses', 'stamp_sums',
            'long_run_variance', 'diebold_mariano', 'mcnemar', 'holm', 'paired_tests', 'paired_differences',
            'class_differences', 'plot_differences', 'critical_difference', 'Ranks', 'rank_models', 'plot_ranks',
            'undistinguished', 'plot_critical_difference']
@@ -126,15 +126,6 @@ def backtest_overfitting(
     there = np.take_along_axis(outside, winner, 1)
     rank = ((outside < there).sum(1) + ((outside == there).sum(1) + 1) / 2) / (len(pnl) + 1)
     return Overfitting(np.log(rank / (1 - rank)), np.hstack([np.take_along_axis(inside, winner, 1), there]))
-
-# %% ../../nbs/training/08_significance.ipynb #54a3fb06
-def share_kept(
-    overlap: int,  # timestamps over which labels overlap
-    mean_block: float,  # mean block of the stationary bootstrap
-) -> float:
-    "Share of the variance of a mean of overlapping labels that blocks keep."
-    lag = np.arange(1, overlap)
-    return float((1 + 2 * ((1 - lag / overlap) * (1 - 1 / mean_block) ** lag).sum()) / overlap)
 
 # %% ../../nbs/training/08_significance.ipynb #25acebf7
 def superior_ability(

@@ -17,7 +17,8 @@ from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, build_config, read_yaml, settings
-from .evaluator import ModelEvaluator, baseline_predictions
+from .evaluator import ModelEvaluator
+from .nulls import all_baselines, null_metrics
 
 # %% auto #0
 __all__ = ['TrainerConfig', 'trainer_config', 'Trainer', 'trainer_plots']
@@ -104,8 +105,13 @@ class Trainer:
         ds, start = self.datasets[split], time.perf_counter()
         self.predictions[split] = self.model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
-        self.metrics[split] = self.score(self.predictions[split], split)
+        self.metrics[split] = self.score(self.predictions[split], split) | self.nulls(split)
         return self.metrics[split]
+
+    def nulls(self, split="val") -> dict:
+        "What the predictions of a split are worth by chance: p-values of shifts in time, F1 that volatility alone gives."
+        c, ds = self.config, self.datasets[split]
+        return null_metrics(self.predictions[split], ds.y, read_prices(ds, c.data.prices)[0], c.horizon, c.seed, c.cost_bps, c.trading_days, c.data.classes)
 
     def score(self, predictions, split="val") -> dict:
         "Metrics of any predictions of a split: the model's, or a baseline's."
@@ -113,16 +119,22 @@ class Trainer:
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
 
+    def backtest(self, split="val"):
+        "The book of a split's predictions, None where it cannot be traded."
+        ds = self.datasets[split]
+        return self.evaluator.backtest(self.predictions[split], read_prices(ds, self.config.data.prices)[0], ds.y)
+
     @property
     def evaluator(self): return ModelEvaluator(self.config.horizon, self.config.cost_bps, self.config.trading_days, self.config.data.classes, seed=self.config.seed)
 
-    def baseline(self,
-        name: str = "prior",  # prior, flat or long
-        split: str = "val",
-    ) -> dict:
-        "Metrics of a model that knows nothing but train's class shares, to stand beside ours."
-        ds = self.datasets[split]
-        return self.score(baseline_predictions(name, self.datasets["train"].y, ds.metadata, self.config.data.classes), split)
+    def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
+        "Metrics of models that know nothing of the features, to stand beside ours: prior, flat, long, persistence."
+        found = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
+        return {name: self.score(predictions, split) for name, predictions in found.items()}
+
+    def baseline(self, split: str = "val") -> dict:
+        "Metrics of the prior, which knows train's class shares alone."
+        return self.score(all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)["prior"], split)
 
     def run_full_pipeline(self) -> dict:
         "Prepares, builds, trains and evaluates; returns the validation metrics."
@@ -143,9 +155,9 @@ def trainer_plots(
     "Confusion, reliability, precision and recall, equity, learning curve, importance, predictions over time."
     from modelfactory.training import plots
     predictions, y = trainer.predictions[split], trainer.datasets[split].y
-    prices, figures = read_prices(trainer.datasets[split], trainer.config.data.prices)[0], {}
+    figures = {}
     if trainer.history.get("val_loss"): figures["learning_curve"] = plots.plot_learning_curve(trainer.history)
     figures |= dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
-    if book := trainer.evaluator.backtest(predictions, prices, y): figures["equity"] = plots.plot_equity(book)
+    if book := trainer.backtest(split): figures["equity"] = plots.plot_equity(book)
     if importance := trainer.model.feature_importance(): figures["importance"] = plots.plot_importance(importance)
     return figures | dict(predictions=plots.plot_probabilities(predictions))

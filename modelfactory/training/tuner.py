@@ -520,8 +520,8 @@ def n_trials_of(
     storage: str | Path | None = None,  # see `storage_url`
 ) -> int:  # 0 where nothing was tuned
     "Configurations of a model that were looked at for a task, in all its studies."
-    import optuna
     if (file := sqlite_file(storage_url(storage))) and not file.is_file(): return 0
+    import optuna
     asked = dict(model=model, horizon=horizon) | (dict(data_fingerprint=data_fingerprint) if data_fingerprint else {})
     with _quiet():
         base = open_storage(storage)
