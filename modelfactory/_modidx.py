@@ -742,6 +742,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                'modelfactory/models/foundation/timellm.py'),
                                                         'modelfactory.models.foundation.timellm.TimeLLMModel._prompt': ( 'models/foundation/timellm.html#timellmmodel._prompt',
                                                                                                                          'modelfactory/models/foundation/timellm.py'),
+                                                        'modelfactory.models.foundation.timellm.TimeLLMModel._same_random': ( 'models/foundation/timellm.html#timellmmodel._same_random',
+                                                                                                                              'modelfactory/models/foundation/timellm.py'),
                                                         'modelfactory.models.foundation.timellm.TimeLLMModel.backbone': ( 'models/foundation/timellm.html#timellmmodel.backbone',
                                                                                                                           'modelfactory/models/foundation/timellm.py'),
                                                         'modelfactory.models.foundation.timellm.TimeLLMModel.checkpoint': ( 'models/foundation/timellm.html#timellmmodel.checkpoint',

@@ -117,14 +117,22 @@ def test_finetune_saves_the_layers_it_trained_and_no_others(checkpoints, tmp_pat
     names = set(load_file(tmp_path / "network.safetensors"))
     assert any("layers.1" in n for n in names) and not any("layers.0" in n or "input_ff" in n for n in names)
 
-def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path):
+@pytest.mark.parametrize("control", ["none", "random_llm", "no_llm"])
+def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path, control):
     ds = TimeSeriesDataset(read_split(market()), 5, seq_len=16)
-    model = ModelRegistry.create("timellm", dict(checkpoint=str(checkpoints["bert"]), sequence_length=16, max_epochs=2, d_ff=16, words=32, prototypes=16, device="cpu"), 5, ds.feature_columns)
+    model = ModelRegistry.create("timellm", dict(checkpoint=str(checkpoints["bert"]), control=control, sequence_length=16, max_epochs=2, d_ff=16, words=32, prototypes=16, device="cpu"), 5, ds.feature_columns)
     model.fit(ds.X, ds.y, ds.X, ds.y)
     p, pick = model.predict(ds.X, ds.metadata).probabilities, np.random.default_rng(0).permutation(len(ds))[:40]
     assert np.abs(model.predict(ds.X.subset(pick), ds.metadata.iloc[pick]).probabilities - p[pick]).max() < 1e-5
     model.save(tmp_path)
     assert np.abs(load_model(tmp_path).predict(ds.X, ds.metadata).probabilities - p).max() < 1e-6
+    if control == "random_llm":
+        header = json.loads((tmp_path / "model.json").read_text())
+        header["facts"]["pretrained"]["random"] = "0" * 32
+        (tmp_path / "model.json").write_text(json.dumps(header))
+        with pytest.raises(CheckpointError, match="other random weights"):
+            load_model(tmp_path)
+
 
 # checkpoints: whole, or named
 

@@ -4,12 +4,14 @@
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #73aea2ec
 from __future__ import annotations
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from ..base import check_X, check_y
+from ..persistence import CheckpointError
 from ..pretrained import asleep, file_hashes, lacking, load_pretrained, locate, same_checkpoint
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, network
@@ -98,7 +100,7 @@ class TimeLLMModel(SequenceClassifier):
         c, folder = self.config, locate(self.config.checkpoint, self.config.revision)
         found = dict(checkpoint=c.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
         if self.pretrained: same_checkpoint(self.pretrained["sha256"], found["sha256"], c.checkpoint)
-        self.pretrained = found
+        self.pretrained = found | dict(random=(self.pretrained or {}).get("random"))
         return folder
 
     def backbone(self, T, F, n_classes, c):
@@ -106,6 +108,7 @@ class TimeLLMModel(SequenceClassifier):
         from torch import nn
         folder, length = self.checkpoint(), min(c.patch_length, T)
         llm = language_model(folder, c.llm_layers, c.control == "random_llm")
+        if c.control == "random_llm": self._same_random(llm)
         table = llm.get_input_embeddings().weight
         n_patches, d_llm = (T + c.stride - length) // c.stride + 1, table.shape[1]
         d_ff, words, prompt = min(c.d_ff, d_llm), spread_words(table, c.words), self._prompt(folder, table)
@@ -113,6 +116,12 @@ class TimeLLMModel(SequenceClassifier):
         return network(read_by_llm, llm=None if c.control == "no_llm" else llm, prompt=prompt, words=words, length=length, stride=c.stride, d_ff=d_ff,
                        pad=ReplicationPad1d((0, c.stride)), embed=TokenEmbedding(length * F, c.d_model), mapping=nn.Linear(len(words), c.prototypes), dropout=nn.Dropout(c.dropout),
                        reprogram=ReprogrammingLayer(c.d_model, c.n_heads, c.d_ff, d_llm, attention_dropout=c.dropout), norm=nn.LayerNorm(n_patches * d_ff), head=nn.Linear(n_patches * d_ff, n_classes))
+
+    def _same_random(self, llm):
+        "Random weights are not saved either: the seed makes them again, and this says whether it did."
+        digest = hashlib.blake2b(b"".join(p.numpy().tobytes() for p in llm.parameters()), digest_size=16).hexdigest()
+        if self.pretrained["random"] not in (None, digest): raise CheckpointError(f"{self.name}: this version of torch makes other random weights of seed {self.config.random_seed} than the one it was trained with; train it again")
+        self.pretrained["random"] = digest
 
     def _prompt(self, folder, table):  # -> (1, S, d_llm)
         "The prompt in the model's word embeddings."
