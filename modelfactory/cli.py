@@ -13,8 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track', 'demo',
-           'predict', 'new', 'main']
+__all__ = ['app', 'models', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track',
+           'final_score', 'demo', 'predict', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -184,6 +184,14 @@ def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; sett
     done = (tracking.rebuild if rebuild else tracking.track_runs)(runs, where, settings().experiment)
     print(done, f"see: mlflow ui --backend-store-uri {tracking.tracking_store(where, runs)}", sep="\n")
     if done.failed: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #50ed4f98
+@app.command("final")
+def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")]):
+    "Score chosen runs on the test split, and write down that it was opened.\n\nExample: modelfactory final runs/xgboost_h5_…"
+    from modelfactory.runs.final import final, looks
+    print(final(runs).round(4).to_string(index=False))
+    for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*looks(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #abb3824f
 @app.command()

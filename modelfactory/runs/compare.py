@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.bundled import resolve_data
+from .final import looks
 from .judge import judge, say
 from .store import RunList, list_runs
 from ..settings import settings
@@ -239,8 +240,10 @@ def comparison_markdown(runs: RunList) -> str:
     table, best = leaderboard(runs), best_per_horizon(runs)
     metrics = [m for m in SHOWN if m in table]
     cells = table.assign(**{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})[["data", "horizon", "model", *metrics]]
-    parts = ["# Model comparison", *(f"- {s}" for s in conclusion(runs)), "\n## How much of it is luck?\n", *(f"- {say(v)}" for v in judge(runs).itertuples()), "\n## Best per horizon, by log loss\n", best.round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
+    parts = ["# Model comparison", *(f"- {s}" for s in conclusion(runs)), "\n## How much of it is luck?\n", *(f"- {say(v)}" for v in judge(runs).itertuples()), *(f"- {sentence}" for sentence in _looks(runs)), "\n## Best per horizon, by log loss\n", best.round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
     return "\n".join([*parts, "\nIntervals: 95%, block bootstrap over time. `knows`: the interval on direction, corrected for the number of models x horizons on that data set, lies above .5.\n", *(f"- `{m}`: {(METRICS | NULLS)[m]}" for m in metrics), ""])
+
+def _looks(runs): return [sentence for folder in dict.fromkeys(r.path.parent for r in runs) for sentence in looks(folder)]
 
 # %% ../../nbs/runs/03_compare.ipynb #c3a860bd
 def to_html(
