@@ -12,7 +12,7 @@ import pandas as pd
 
 from .store import RunList
 from ..settings import settings
-from ..training.significance import SignificanceError, backtest_overfitting, class_differences, deflated_sharpe, paired_tests, row_losses, stacked_models, stamp_sums, superior_ability
+from ..training.significance import SignificanceError, backtest_overfitting, class_differences, deflated_sharpe, row_losses, stacked_models, stamp_sums, superior_ability
 
 # %% auto #0
 __all__ = ['task_runs', 'stack', 'trials_on', 'gains_over_prior', 'gains_over_coin', 'daily_profit', 'judge_task', 'judge', 'say',
@@ -97,7 +97,7 @@ def judge_task(runs: RunList, data: str, horizon: int) -> dict:
     classes = tuple(first.config["data"]["classes"])
     with contextlib.suppress(SignificanceError): found["p_direction"] = superior_ability(*gains_over_coin(frame, classes, horizon))["consistent"]
     with contextlib.suppress(SignificanceError): found["p_log_loss"] = superior_ability(*gains_over_prior(frame, first, horizon))["consistent"]
-    with contextlib.suppress(SignificanceError): found["as_good"] = int((paired_tests(frame, horizon, best, classes).p_dm_holm > .05).sum())
+    with contextlib.suppress(SignificanceError): found["as_good"] = int(class_differences(frame, horizon, "log_loss", classes).as_good.sum()) - 1
     if profit.shape[1]: found |= _of_profit(models, profit, trials)
     return found
 
