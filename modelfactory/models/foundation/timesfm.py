@@ -20,8 +20,8 @@ from ...progress import Progress
 from ...settings import NonNegative, Positive, Rate, settings
 
 # %% auto #0
-__all__ = ['CONTEXT', 'TimesFMConfig', 'context_of', 'see', 'quantiles_at', 'score_of', 'volatility', 'estimated_width', 'atr_of',
-           'phase_1_widths', 'ContextBatches', 'tuned', 'TimesFMModel', 'teach']
+__all__ = ['CONTEXT', 'TimesFMConfig', 'context_of', 'see', 'quantiles_at', 'Reader', 'score_of', 'volatility', 'estimated_width',
+           'atr_of', 'phase_1_widths', 'Barriers', 'ContextBatches', 'tuned', 'TimesFMModel', 'teach']
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #0a39e80c
 @dataclass
@@ -90,6 +90,52 @@ def quantiles_at(
     steps = model.horizon_ff_layer(seen[:, :-2]).view(len(seen), c.horizon_length, -1)[:, horizon - 1, 1:]
     return (steps * seen[:, -1:] + seen[:, -2:-1]).sort(1).values
 
+# %% ../../../nbs/models/foundation/timesfm.ipynb #f2008754
+class Reader:
+    "A pretrained TimesFM, asleep, and how it reads windows; raises `CheckpointError` when the files are not those of `pretrained`."
+    def __init__(self,
+        config: TimesFMConfig,
+        features: list,  # F names
+        pretrained: dict | None = None,  # which checkpoint it has to be
+    ):
+        from transformers import TimesFmModelForPrediction
+        folder = locate(config.checkpoint, config.revision)
+        self.config, self.features, self.device = config, features, pick_device(config.device)
+        self.pretrained = dict(checkpoint=config.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
+        if pretrained: same_checkpoint(pretrained["sha256"], self.pretrained["sha256"], config.checkpoint)
+        self.timesfm = load_pretrained(TimesFmModelForPrediction, folder, context_length=CONTEXT).to(self.device)
+        assert self.timesfm.context_len == CONTEXT, f"{config.checkpoint}: context of {self.timesfm.context_len}, expected {CONTEXT}"
+        patch, most = self.timesfm.config.patch_length, config.sequence_length if config.series in features else CONTEXT
+        self.length = -(-min(config.context_length, most, CONTEXT) // patch) * patch
+
+    def past(self, windows): return context_of(windows, self.config.series, self.features, self.length)  # -> Windows (n, length, 2)
+
+    def seen(self, past) -> np.ndarray:  # (n, D + 2)
+        "Last state, location and scale of every context, computed once where a cache is kept."
+        net, c = self.timesfm.config, self.config
+        per_row = 4 * (self.length // net.patch_length) * (8 * net.hidden_size + 2 * net.intermediate_size)
+        at_once = c.forecast_batch or batch_from_memory(per_row, self.device)
+        cache, bar = RowCache(self._folder(past) if c.cache else None, net.hidden_size + 2), Progress(len(np.unique(past.ends)), "timesfm")
+        rows = cache.get(past.ends, lambda rows: self._compute(past, rows, at_once), lambda done, total: bar.update(done) if c.cache else None)
+        if c.cache: bar.close()
+        return rows
+
+    def _compute(self, past, rows, at_once):
+        import torch
+        batches = Batches(type(past)(past.base, rows, past.seq_len), self.device, at_once)
+        with torch.no_grad(): return np.concatenate([see(self.timesfm, batches.take(idx), self.config.frequency).cpu().numpy() for idx in np.array_split(np.arange(len(rows)), -(-len(rows) // at_once))])
+
+    def _folder(self, past):
+        key = hashlib.blake2b(past.base.tobytes(), digest_size=12)
+        key.update(json.dumps([self.pretrained["sha256"], self.length, self.config.frequency]).encode())
+        return settings().cache / "timesfm" / key.hexdigest()
+
+    def quantiles(self, past, seen, horizon: int) -> np.ndarray:  # (n, Q), from the last value of the context
+        "Quantile forecasts as changes."
+        import torch
+        with torch.no_grad(): found = quantiles_at(self.timesfm, torch.from_numpy(seen).to(self.device), horizon).cpu().numpy()
+        return found.astype(np.float64) - past.base[past.ends, :1]
+
 # %% ../../../nbs/models/foundation/timesfm.ipynb #c569d998
 def score_of(
     barrier: np.ndarray,  # (n,) in units of the quantiles
@@ -142,6 +188,32 @@ def phase_1_widths(folder: Path, symbol: str, horizon: int) -> tuple:  # up, dow
     try: said = json.loads(file.read_text()); return float(said["best_k_up"]), float(said["best_k_down"])
     except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{file}: expected JSON with best_k_up and best_k_down ({type(e).__name__}: {e})") from None
 
+# %% ../../../nbs/models/foundation/timesfm.ipynb #78bc7431
+class Barriers:
+    "Distances of the barriers: given in ATR(14), or estimated in units of volatility."
+    def __init__(self, config: TimesFMConfig, horizon: int, widths: list | None = None):
+        if (config.barrier_up is None) != (config.barrier_down is None): raise ValueError("barrier_up and barrier_down: found one of them, expected both or none")
+        self.horizon, self.widths, self.folder = horizon, widths, config.barrier_folder
+        self.given = config.barrier_up and (config.barrier_up, config.barrier_down)
+
+    def unit(self, windows, past): return atr_of(windows) if self.folder or self.given else volatility(past, self.horizon)
+
+    def estimate(self, unit, quantiles, levels, down: float, up: float):
+        "Widths at which the forecasts put as much beyond the barriers as train's labels do: shares `down` and `up`."
+        if self.folder or self.given: return
+        beyond = lambda side: lambda width: _phi(-side * score_of(side * width * unit, quantiles, levels))
+        self.widths = [estimated_width(up, beyond(1)), estimated_width(down, beyond(-1))]
+
+    def distances(self, unit, metadata) -> tuple:  # (n,) up and down
+        if not self.folder: return tuple(width * unit for width in self.given or self.widths)
+        if metadata is None: raise ValueError("barrier_folder needs the metadata, whose symbols name the files")
+        by_symbol = {s: phase_1_widths(self.folder, s, self.horizon) for s in metadata["symbol"].unique()}
+        return tuple(np.array([by_symbol[s] for s in metadata["symbol"]]).T * unit)
+
+def _phi(z):
+    from scipy.stats import norm
+    return norm.cdf(z)
+
 # %% ../../../nbs/models/foundation/timesfm.ipynb #90156fcd
 class ContextBatches:
     "Contexts and last bars, flat: (b, 2 L + F)."
@@ -165,94 +237,21 @@ class TimesFMModel(SequenceClassifier):
     "Google's pretrained TimesFM 2.0 on the log close: its forecast, its embedding, or its last layers trained."
     Config, requires = TimesFMConfig, ("torch", "safetensors", "transformers", "sklearn", "skops")
     reads_window = False  # but a longer past of one series, and the last bar
-    pretrained = None  # which checkpoint, by hash
+    pretrained, widths = None, None  # which checkpoint, by hash; estimated distances of the barriers
 
     @classmethod
     def lacks(cls, config): return lacking(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
 
-    def checkpoint(self):
-        "The pretrained network on its device, asleep: `timesfm`, `pretrained`."
-        from transformers import TimesFmModelForPrediction
-        c, folder = self.config, locate(self.config.checkpoint, self.config.revision)
-        found = dict(checkpoint=c.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
-        if self.pretrained: same_checkpoint(self.pretrained["sha256"], found["sha256"], c.checkpoint)
-        self.pretrained, self.device = found, pick_device(c.device)
-        model = load_pretrained(TimesFmModelForPrediction, folder, context_length=CONTEXT).to(self.device)
-        assert model.context_len == CONTEXT, f"{c.checkpoint}: context of {model.context_len}, expected {CONTEXT}"
-        patch = model.config.patch_length
-        self.length = -(-min(c.context_length, CONTEXT) // patch) * patch
-        if c.series in self.feature_columns: self.length = min(self.length, -(-c.sequence_length // patch) * patch)
-        return model
-
-    # the forecast and what it sees
-
-    def _past(self, X): return context_of(as_windows(X), self.config.series, self.feature_columns, self.length)
-
-    def _seen(self, past) -> np.ndarray:  # (n, D + 2)
-        c, width = self.config, self.timesfm.config.hidden_size
-        per_row = 4 * (self.length // self.timesfm.config.patch_length) * (8 * width + 2 * self.timesfm.config.intermediate_size)
-        at_once = c.forecast_batch or batch_from_memory(per_row, self.device)
-        bar = Progress(len(np.unique(past.ends)), self.name) if c.cache else None
-        rows = RowCache(self._cache_folder(past) if c.cache else None, width + 2).get(past.ends, lambda rows: self._compute(past, rows, at_once), lambda done, total: bar and bar.update(done))
-        if bar: bar.close()
-        return rows
-
-    def _compute(self, past, rows, at_once):
-        import torch
-        batches = Batches(type(past)(past.base, rows, past.seq_len), self.device, at_once)
-        with torch.no_grad(): return np.concatenate([see(self.timesfm, batches.take(idx), self.config.frequency).cpu().numpy() for idx in np.array_split(np.arange(len(rows)), -(-len(rows) // at_once))])
-
-    def _cache_folder(self, past):
-        key = hashlib.blake2b(past.base.tobytes(), digest_size=12)
-        key.update(json.dumps([self.pretrained["sha256"], self.length, self.config.frequency]).encode())
-        return settings().cache / "timesfm" / key.hexdigest()
-
-    # columns of the head
-
-    def _columns(self, X, metadata, codes=None):
-        windows = as_windows(X)
-        past = self._past(windows)
-        seen = self._seen(past)
-        if self.config.mode == "zero_shot": return self._scores(windows, past, seen, metadata, codes)
-        last = windows.base[windows.ends]
-        if np.isnan(last).any(): refuse_nan(self)
-        return np.concatenate([seen[:, :-2], last], 1)
-
-    def _scores(self, windows, past, seen, metadata, codes):
-        import torch
-        with torch.no_grad(): quantiles = quantiles_at(self.timesfm, torch.from_numpy(seen).to(self.device), self.horizon).cpu().numpy().astype(np.float64)
-        quantiles -= past.base[past.ends, :1]
-        unit, levels = self._unit(windows, past), list(self.timesfm.config.quantiles)
-        beyond = lambda side: lambda width: _phi(-side * score_of(side * width * unit, quantiles, levels))
-        if codes is not None and self._given() is None: self.widths = [estimated_width(float((codes == k).mean()), beyond(side)) for k, side in ((len(self.classes) - 1, 1), (0, -1))]
-        up, down = self._widths(metadata, len(seen))
-        return np.stack([-score_of(up * unit, quantiles, levels), score_of(-down * unit, quantiles, levels)], 1).astype(np.float32)
-
-    def _given(self):
-        c = self.config
-        if (c.barrier_up is None) != (c.barrier_down is None): raise ValueError("barrier_up and barrier_down: found one of them, expected both or none")
-        return c.barrier_folder or (c.barrier_up and (c.barrier_up, c.barrier_down))
-
-    def _unit(self, windows, past): return atr_of(windows) if self._given() else volatility(past, self.horizon)
-
-    def _widths(self, metadata, n):
-        given = self._given()
-        if not isinstance(given, str): return np.tile(np.array(given or self.widths)[:, None], n)
-        if metadata is None: raise ValueError("barrier_folder needs the metadata, whose symbols name the files")
-        by_symbol = {s: phase_1_widths(given, s, self.horizon) for s in metadata["symbol"].unique()}
-        return np.array([by_symbol[s] for s in metadata["symbol"]]).T
-
-    def _new_head(self):
-        c, columns = self.config, ["down", "up"] if self.config.mode == "zero_shot" else [f"timesfm_{i}" for i in range(self.timesfm.config.hidden_size)] + self.feature_columns
-        return ModelRegistry.create("logistic_regression", dict(C=c.C, classes=c.classes, class_weight=c.class_weight, sample_weight=c.sample_weight, random_seed=c.random_seed), self.horizon, columns)
-
-    # the interface
+    def read(self):
+        "Loads the checkpoint: `reader`, `pretrained`."
+        self.reader = Reader(self.config, self.feature_columns, self.pretrained)
+        self.pretrained, self.device = self.reader.pretrained, self.reader.device
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
         if self.config.mode == "finetune": return super().fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
         codes, _ = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
         with own_threads_and_seed(self.config):
-            self.timesfm = self.checkpoint()
+            self.read()
             Z, Z_val = self._columns(X_train, metadata_train, codes), self._columns(X_val, metadata_val)
         self.head = self._new_head()
         self.head.fit(Z, y_train, Z_val, y_val, metadata_train, metadata_val)
@@ -266,22 +265,42 @@ class TimesFMModel(SequenceClassifier):
         with own_threads_and_seed(self.config): Z = self._columns(X, metadata)
         return self.head.predict(Z, metadata)
 
+    def _columns(self, X, metadata, codes=None):
+        "What the head sees of each row; with train's class codes the barriers are estimated."
+        windows = as_windows(X)
+        past = self.reader.past(windows)
+        seen = self.reader.seen(past)
+        if self.config.mode == "zero_shot": return self._scores(windows, past, seen, metadata, codes)
+        last = windows.base[windows.ends]
+        if np.isnan(last).any(): refuse_nan(self)
+        return np.concatenate([seen[:, :-2], last], 1)
+
+    def _scores(self, windows, past, seen, metadata, codes):
+        barriers, levels = Barriers(self.config, self.horizon, self.widths), list(self.reader.timesfm.config.quantiles)
+        unit, quantiles = barriers.unit(windows, past), self.reader.quantiles(past, seen, self.horizon)
+        if codes is not None: barriers.estimate(unit, quantiles, levels, (codes == 0).mean(), (codes == len(self.classes) - 1).mean())
+        self.widths, (up, down) = barriers.widths, barriers.distances(unit, metadata)
+        return np.stack([-score_of(up, quantiles, levels), score_of(-down, quantiles, levels)], 1).astype(np.float32)
+
+    def _new_head(self):
+        c, columns = self.config, ["down", "up"] if self.config.mode == "zero_shot" else [f"timesfm_{i}" for i in range(self.reader.timesfm.config.hidden_size)] + self.feature_columns
+        return ModelRegistry.create("logistic_regression", dict(C=c.C, classes=c.classes, class_weight=c.class_weight, sample_weight=c.sample_weight, random_seed=c.random_seed), self.horizon, columns)
+
     def backbone(self, T, F, n_classes, c):
         from torch import nn
-        model = self.checkpoint()
-        layers = model.decoder.layers
-        if c.unfrozen > len(layers): raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has {len(layers)} layers")
-        for layer in layers[-c.unfrozen:]: layer.requires_grad_(True)
-        D = model.config.hidden_size
-        return network(tuned, timesfm=model, norm=nn.LayerNorm(D), dropout=nn.Dropout(c.dropout), head=nn.Linear(D + F, n_classes), length=self.length, frequency=c.frequency)
+        self.read()
+        model, D = self.reader.timesfm, self.reader.timesfm.config.hidden_size
+        if c.unfrozen > len(model.decoder.layers): raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has {len(model.decoder.layers)} layers")
+        for layer in model.decoder.layers[-c.unfrozen:]: layer.requires_grad_(True)
+        return network(tuned, timesfm=model, norm=nn.LayerNorm(D), dropout=nn.Dropout(c.dropout), head=nn.Linear(D + F, n_classes), length=self.reader.length, frequency=c.frequency)
 
     def batches(self, X):
         windows = as_windows(X)
         last = type(windows)(windows.base, windows.ends, 1)
         if np.isnan(windows.base[covered(last)]).any(): refuse_nan(self)
-        return ContextBatches(*(Batches(w, self.device, self.config.batch_size) for w in (self._past(windows), standardised(last, self.mean, self.scale))))
+        return ContextBatches(*(Batches(w, self.device, self.config.batch_size) for w in (self.reader.past(windows), standardised(last, self.mean, self.scale))))
 
-    def facts(self): return dict(pretrained=self.pretrained, widths=getattr(self, "widths", None))
+    def facts(self): return dict(pretrained=self.pretrained, widths=self.widths)
     def take_facts(self, facts): self.pretrained, self.widths = facts["pretrained"], facts["widths"]
 
     def save(self, path):
@@ -292,7 +311,7 @@ class TimesFMModel(SequenceClassifier):
     def load(self, path):
         if read_header(path)["config"].get("mode") == "finetune": return super().load(path)
         self.take_facts(load_header(self, path)["facts"])
-        self.timesfm = self.checkpoint()
+        self.read()
         self.head = self._new_head()
         self.head.load(Path(path) / "head")
 
@@ -301,10 +320,6 @@ class TimesFMModel(SequenceClassifier):
         shares = self.head.feature_importance()
         own = {f: shares[f] for f in self.feature_columns}
         return dict(sorted((own | {"timesfm": 1 - sum(own.values())}).items(), key=lambda kv: -kv[1]))
-
-def _phi(z):
-    from scipy.stats import norm
-    return norm.cdf(z)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f224ed15
 def teach(
