@@ -5,6 +5,7 @@
 # %% ../nbs/01_progress.ipynb #e7e4c17b
 from __future__ import annotations
 import sys, time
+from html import escape
 
 # %% auto #0
 __all__ = ['in_kernel', 'duration', 'Progress']
@@ -65,6 +66,6 @@ class Progress:
 
     def _draw_html(self):
         from IPython.display import HTML, display
-        html = HTML(f"<progress value='{self.done}' max='{self.done if self.closed else self.total}' style='width:240px;vertical-align:middle'></progress> <span style='font-size:12px'>{self.text()}</span>")
-        if self._handle: self._handle.update(html)
-        else: self._handle = display(html, display_id=True)
+        bar = HTML(f"<progress value='{self.done}' max='{self.done if self.closed else self.total}' style='width:240px;vertical-align:middle'></progress> <span style='font-size:12px'>{escape(self.text())}</span>")
+        if self._handle: self._handle.update(bar)
+        else: self._handle = display(bar, display_id=True)

@@ -65,12 +65,14 @@ def save_header(
 def read_header(path: Path) -> dict:
     "The header of a checkpoint; raises `CheckpointError` when the folder holds none."
     file = Path(path) / HEADER
+    if not file.is_file(): raise CheckpointError(f"{file}: no such file; expected the folder that `save` wrote")
     try: header = json.loads(file.read_text())
-    except FileNotFoundError: raise CheckpointError(f"{file}: no such file; expected the folder that `save` wrote") from None
     except (OSError, ValueError) as e: raise CheckpointError(f"{file}: not JSON ({e})") from None
-    if not isinstance(header, dict) or header.get("format") != 1 or not {"name", "horizon", "feature_columns", "config"} <= set(header):
+    if not (isinstance(header, dict) and header.get("format") == 1 and isinstance(header.get("name"), str) and isinstance(header.get("config"), dict) and "horizon" in header and _are_names(header.get("feature_columns"))):
         raise CheckpointError(f"{file}: not a header of this kit (format 1)")
     return header
+
+def _are_names(names): return isinstance(names, list) and all(isinstance(n, str) for n in names)
 
 # %% ../../nbs/models/02_persistence.ipynb #42524256
 def load_header(

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Interval
 
 from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, refuse_nan, to_output, training_weights
 from .callbacks import EarlyStopping, notify
-from .persistence import CheckpointError, load_header, reading, save_header
+from .persistence import HEADER, CheckpointError, load_header, reading, save_header
 from .tabular import n_threads
 from ..settings import NonNegative, Positive, Rate, settings
 
@@ -326,8 +326,9 @@ class NetworkModel(BaseModel):
     def load(self, path):
         from safetensors.torch import load_file
         header = load_header(self, path)
-        self.mean, self.scale = (np.asarray(header[k], np.float32) for k in ("mean", "scale"))
-        self.take_facts(header["facts"])
+        with reading(Path(path) / HEADER, "the header of a network"):
+            self.mean, self.scale = (np.asarray(header[k], np.float32).reshape(len(self.feature_columns)) for k in ("mean", "scale"))
+            self.take_facts(header["facts"])
         with own_threads_and_seed(self.config): self.build()
         with reading(Path(path) / "network.safetensors", "the weights of this network") as file: load_own_state(self.net, load_file(file))
 

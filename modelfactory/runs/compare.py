@@ -4,13 +4,14 @@
 
 # %% ../../nbs/runs/03_compare.ipynb #4063ef6c
 from __future__ import annotations
-import math
+import html, math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..data.bundled import resolve_data
+from ..data.splits import MissingFile
 from .final import looks
 from .judge import judge, say
 from .store import RunList, list_runs
@@ -20,7 +21,7 @@ from ..training.evaluator import METRICS, NULLS, better, directional_interval
 # %% auto #0
 __all__ = ['SHOWN', 'SIGNAL', 'FAMILY_STYLE', 'leaderboard', 'leaderboard_html', 'direction_tests', 'best_per_horizon',
            'prediction_correlations', 'ceiling_direction', 'attained', 'conclusion', 'family_style', 'plot_forest',
-           'plot_correlations', 'plot_time_against_score', 'comparison_markdown', 'to_html', 'compare']
+           'plot_correlations', 'plot_time_against_score', 'plain', 'comparison_markdown', 'to_html', 'compare']
 
 # %% ../../nbs/runs/03_compare.ipynb #37b62181
 SHOWN = ("directional_accuracy", "directional_accuracy_p_shift", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
@@ -62,7 +63,7 @@ def leaderboard_html(table: pd.DataFrame) -> str:
     body = ""
     for i, row in table.iterrows():
         rule = "border-top:1px solid #333;" if i and tuple(table.loc[i - 1, ["data", "horizon"]]) != (row.data, row.horizon) else ""
-        cells = [str(row.data), str(row.horizon), row.model] + [f"<b>{_cell(row, m)}</b>" if i in best[m] else _cell(row, m) for m in metrics]
+        cells = [html.escape(str(row.data)), str(row.horizon), html.escape(str(row.model))] + [f"<b>{_cell(row, m)}</b>" if i in best[m] else _cell(row, m) for m in metrics]
         grey = "color:#7f7f7f;" if row.family == "baseline" else ""
         body += f"<tr style='background:none'>{''.join(f'<td style={chr(34)}{style}{rule}{grey}{chr(34)}>{c}</td>' for c in cells)}</tr>"
     return f"<table style='font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse'><tr style='background:none'>{head}</tr>{body}</table>"
@@ -115,7 +116,8 @@ def ceiling_direction(
     predictions: pd.DataFrame,  # of a run: which rows are scored
 ) -> dict | None:  # directional accuracy of one row and of the full history; None where the answer is not known
     "Directional accuracy that the best use of one row, and of the whole history, attains on these rows."
-    folder = resolve_data(data)
+    try: folder = resolve_data(data)
+    except MissingFile: return None  # runs outlive their data
     if not (folder / f"ceiling_h{horizon}.parquet").is_file(): return None
     from modelfactory.data.market import read_ceiling
     known = predictions[["datetime", "symbol", "y_true"]].merge(read_ceiling(folder, horizon), on=["datetime", "symbol"])
@@ -234,13 +236,21 @@ def _time_facet(ax, rows, metric, title):
         if (score := r[metric] * (better(metric) or 1)) > best: best = score; ax.annotate(r.model, (r.fit_seconds, r[metric]), xytext=(5, 3), textcoords="offset points", fontsize=8)
     ax.margins(x=.25, y=.2); ax.set_title(title, fontsize=9); ax.set_xlabel("seconds to fit", fontsize=9); ax.set_ylabel(metric.replace("_", " "), fontsize=9); ax.tick_params(labelsize=8)
 
+# %% ../../nbs/runs/03_compare.ipynb #0e0155ed
+def plain(
+    text,  # a name, or a sentence with names
+) -> str:
+    "Text as markdown that shows it as it is, in one line."
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", r"\|").replace("](", r"]\(")
+
 # %% ../../nbs/runs/03_compare.ipynb #c3312270
 def comparison_markdown(runs: RunList) -> str:
     "The comparison as markdown."
     table, best = leaderboard(runs), best_per_horizon(runs)
     metrics = [m for m in SHOWN if m in table]
-    cells = table.assign(**{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})[["data", "horizon", "model", *metrics]]
-    parts = ["# Model comparison", *(f"- {s}" for s in conclusion(runs)), "\n## How much of it is luck?\n", *(f"- {say(v)}" for v in judge(runs).itertuples()), *(f"- {sentence}" for sentence in _looks(runs)), "\n## Best per horizon, by log loss\n", best.round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
+    named = lambda frame: frame.assign(data=frame.data.map(plain), model=frame.model.map(plain))
+    cells = named(table).assign(**{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})[["data", "horizon", "model", *metrics]]
+    parts = ["# Model comparison", *(f"- {plain(s)}" for s in conclusion(runs)), "\n## How much of it is luck?\n", *(f"- {plain(say(v))}" for v in judge(runs).itertuples()), *(f"- {plain(sentence)}" for sentence in _looks(runs)), "\n## Best per horizon, by log loss\n", named(best).round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
     return "\n".join([*parts, "\nIntervals: 95%, block bootstrap over time. `knows`: the interval on direction, corrected for the number of models x horizons on that data set, lies above .5.\n", *(f"- `{m}`: {(METRICS | NULLS)[m]}" for m in metrics), ""])
 
 def _looks(runs): return [sentence for folder in dict.fromkeys(r.path.parent for r in runs) for sentence in looks(folder)]

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/01_engine.ipynb #57c3e027
 from __future__ import annotations
-import contextlib, json, os, re, signal, subprocess, sys, tempfile, threading, time
+import contextlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,15 +165,16 @@ def _why(code, attempt):
         return "failed", f"{error['error']} (cell {error['cell']})" if error["cell"] else error["error"]
     if code < 0 or code == 143: return "killed", f"signal {-code if code < 0 else 15}{' (out of memory?)' if code == -9 else ''}"
     log = (attempt / "run.log").read_text().strip().splitlines() if (attempt / "run.log").is_file() else []
+    if not log and shutil.disk_usage(attempt).free < 1 << 20: return "failed", f"no space is left on the disk of {attempt.parent}"
     return "failed", (log or ["no output"])[-1][:300]
 
 def _failed(attempt, runs, status, reason, start):
     kept = runs / FAILED / attempt.name
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError): write_json(attempt / "outcome.json", dict(status=status, reason=reason))
     with contextlib.suppress(OSError):
-        write_json(attempt / "outcome.json", dict(status=status, reason=reason))
+        kept.parent.mkdir(parents=True, exist_ok=True)
         attempt.rename(kept)
-    return Outcome(attempt.name, status, reason, kept, time.monotonic() - start)
+    return Outcome(attempt.name, status, reason, kept if kept.exists() else attempt, time.monotonic() - start)
 
 # %% ../../nbs/runs/01_engine.ipynb #40051090
 MENDABLE = re.compile(r"Kernel (died before replying|didn't respond)|[Aa]ddress already in use|ZMQError")

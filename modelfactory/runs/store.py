@@ -67,7 +67,12 @@ def start_attempt(
 def claim(attempt: Path):
     "Says that this process works on `attempt`: its number, when it started, since numbers are used again, and on which machine."
     import psutil
-    (attempt / "pid").write_text(f"{os.getpid()} {psutil.Process().create_time()} {platform.node()}")
+    (attempt / "pid").write_text(f"{os.getpid()} {_born(psutil.Process())} {platform.node()}")
+
+def _born(process):
+    "Seconds after boot at which a process was started: a clock that is set moves both by as much."
+    import psutil
+    return process.create_time() - psutil.boot_time()
 
 # %% ../../nbs/runs/00_store.ipynb #14a7fff3
 def clear_partial(runs: Path) -> list[str]:  # names of what was removed
@@ -85,7 +90,7 @@ def is_alive(attempt: Path) -> bool:
         pid, started, *where = (attempt / "pid").read_text().split()
         if where and where[0] != platform.node(): return abs(time.time() - (attempt / "pid").stat().st_mtime) < SILENT
         process = psutil.Process(int(pid))
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(started)) < 1
+        return process.status() != psutil.STATUS_ZOMBIE and abs(_born(process) - float(started)) < 1
     except (OSError, ValueError, psutil.Error): return False
 
 # %% ../../nbs/runs/00_store.ipynb #c0e35b4c
@@ -184,7 +189,7 @@ class Run:
         try: manifest = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError: raise RunError(f"{self.path}: not a finished run (no {MANIFEST}); runs are listed by `list_runs`") from None
         except (OSError, ValueError) as e: raise RunError(f"{self.path / MANIFEST}: not readable ({e})") from None
-        if not isinstance(manifest, dict) or not {"model", "horizon", "files", "identity"} <= set(manifest): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
+        if not isinstance(manifest, dict) or not {"model", "horizon", "files", "identity"} <= set(manifest) or not isinstance(manifest["files"], dict): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
         return manifest
 
     def _json(self, name):
@@ -219,6 +224,10 @@ class Run:
     def model(self):
         "The trained model, verified by hash first."
         self.verify("checkpoints/")
+        listed = {name for name in self.manifest["files"] if name.startswith("checkpoints/")}
+        for file in (self.path / "checkpoints").rglob("*"):
+            if not file.is_dir() and str(file.relative_to(self.path)) not in listed: raise RunError(f"{file}: not among the files of the run; remove it")
+        if not listed: raise RunError(f"{self.path}: its manifest lists no checkpoint; train the run again")
         return load_model(self.path / "checkpoints")
 
     @property
