@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,12 +61,19 @@ def faulty(tmp_path, monkeypatch):
     return lambda fault, **more: dict(model="faulty", horizon=5, data="planted", preset=None, config=dict(fault=fault) | more)
 
 
+@pytest.fixture(autouse=True)
+def marked(monkeypatch):
+    "Processes of other tests, which run at the same time, are not ours."
+    monkeypatch.setenv("ENGINE_TEST", uuid.uuid4().hex)
+
+
 def ours():
-    "Processes of any run of this user that are alive."
+    "Processes of this test's runs that are alive."
     found = []
     for p in psutil.process_iter():
         try:
-            if p.environ().get(MARK) and p.status() != psutil.STATUS_ZOMBIE: found.append(p.pid)
+            environment = p.environ()
+            if environment.get(MARK) and environment.get("ENGINE_TEST") == os.environ["ENGINE_TEST"] and p.status() != psutil.STATUS_ZOMBIE: found.append(p.pid)
         except (psutil.Error, OSError): pass
     return set(found)
 
