@@ -65,6 +65,11 @@ def _value(pair):
     try: return yaml.safe_load(pair.partition("=")[2])
     except yaml.YAMLError as e: raise ConfigError(f"--set {pair!r}: the value is not plain YAML: {' '.join(str(e).split())[:200]}") from None
 
+def _parameters(model, horizon, data, preset, config, pairs, seed):
+    "Parameters of train.ipynb from the options that `train` and `tune` share."
+    from modelfactory.settings import read_yaml, settings
+    return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=(read_yaml(config) if config else {}) | parse_set(pairs), seed=seed)
+
 # %% ../nbs/cli.ipynb #b6cda597
 @app.command()
 def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
@@ -83,9 +88,8 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
     from modelfactory.models.registry import ModelRegistry
     from modelfactory.runs.engine import run_notebook
     from modelfactory.runs.grid import trainer_of
-    from modelfactory.settings import read_yaml, settings
-    overrides = (read_yaml(config) if config else {}) | parse_set(set_)
-    parameters = dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=overrides, seed=seed)
+    from modelfactory.settings import settings
+    parameters = _parameters(model, horizon, data, preset, config, set_, seed)
     trainer = trainer_of(parameters)
     if reason := ModelRegistry.reason(model, trainer.model_config): raise ModelUnavailable(f"{model}: {reason}")
     trainer.prepare_data(), split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
@@ -110,9 +114,7 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
                force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
     "Run a grid of models x horizons; what is finished is skipped.\n\nExample: modelfactory experiment demo"
     from modelfactory.runs.grid import run_grid
-    from modelfactory.settings import settings
-    s = settings()
-    result = run_grid(grid, output, workers, timeout, force, memory, engine or s.engine, address or (s.address or None if engine in (None, s.engine) else None))
+    result = run_grid(grid, output, workers, timeout, force, memory, engine, address)
     print(result)
     if not result.ok: raise typer.Exit(1)
 
@@ -153,10 +155,8 @@ def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`"
          output: Annotated[Optional[Path], typer.Option(help="YAML to write; params/tuned without it", dir_okay=False)] = None):
     "Search a model's settings; the same command goes on with the same study.\n\nExample: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"
     from modelfactory.runs.grid import trainer_of
-    from modelfactory.settings import read_yaml, settings
     from modelfactory.training.tuner import OptunaModelTuner
-    overrides = (read_yaml(config) if config else {}) | parse_set(set_)
-    parameters = dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=overrides, seed=seed)
+    parameters = _parameters(model, horizon, data, preset, config, set_, seed)
     tuner = OptunaModelTuner(trainer_of(parameters).config, trials, objective, folds, on=on, storage=storage)
     result = tuner.run()
     print(result, result.save(output), sep="\n")

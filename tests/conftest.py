@@ -1,5 +1,7 @@
 import logging
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def interruptible(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore Ctrl-C
+
+
+def until(found, seconds=40):
+    "Waits until `found()` is true."
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(.05)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interruptible, until
 
 from modelfactory.runs import engine
 from modelfactory.runs.engine import MARK, Limits, run_notebook
@@ -126,24 +126,14 @@ def test_stopping_takes_seconds(faulty, tmp_path):
 GRID = "data: planted\nmodels: [logistic_regression]\nhorizons: [5, 20]\nseeds: [1, 2]\npreset: quick\n"
 
 
-def interruptible(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore Ctrl-C
-
-
 def start(tmp_path, *args):
     (tmp_path / "grid.yaml").write_text(GRID)
     return subprocess.Popen([Path(sys.executable).with_name("modelfactory"), "experiment", str(tmp_path / "grid.yaml"), "--output", str(tmp_path / "runs"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible)
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(.1)
-
-
 def test_ctrl_c_stops_in_seconds_and_says_how_to_go_on(tmp_path):
     before, runner = ours(), start(tmp_path)
-    wait_for(lambda: ours() - before)
+    until(lambda: ours() - before, 60)
     time.sleep(1)
     runner.send_signal(signal.SIGINT)
     began = time.monotonic()
@@ -153,7 +143,7 @@ def test_ctrl_c_stops_in_seconds_and_says_how_to_go_on(tmp_path):
 
 def test_a_killed_runner_takes_its_runs_with_it_and_the_next_one_goes_on(tmp_path):
     before, runner = ours(), start(tmp_path, "--workers", "1")
-    wait_for(lambda: len(list_runs(tmp_path / "runs")) == 1 if (tmp_path / "runs").is_dir() else False)
+    until(lambda: len(list_runs(tmp_path / "runs")) == 1 if (tmp_path / "runs").is_dir() else False, 60)
     kept = list_runs(tmp_path / "runs")[0].path
     runner.kill(), runner.wait()
     assert gone(before, 8)

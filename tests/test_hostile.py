@@ -370,13 +370,13 @@ def test_without_the_hash_a_flipped_bit_ends_in_a_typed_error_or_a_model(name, c
 
 def test_hashes_that_were_changed_too_do_not_make_a_pickle_run(published, canary, tmp_path):
     "Whoever can write a run can write its hashes: they are no defence, the formats are."
-    from modelfactory.runs.store import _sha256
+    from modelfactory.models.persistence import file_hash
     for name, path in published.items():
         for slot in slots(name):
             folder = shutil.copytree(path, tmp_path / name / slot)
             (folder / "checkpoints" / slot).write_bytes(pickle.dumps(Payload(canary)))
             said = json.loads((folder / MANIFEST).read_text())
-            said["files"][f"checkpoints/{slot}"] = _sha256(folder / "checkpoints" / slot)
+            said["files"][f"checkpoints/{slot}"] = file_hash(folder / "checkpoints" / slot)
             (folder / MANIFEST).write_text(json.dumps(said))
             with pytest.raises(CheckpointError): load_run(folder).model()
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interruptible, until
 
 from modelfactory.data.splits import MissingFile, SplitsError
 from modelfactory.models.params import read_params
@@ -87,15 +87,8 @@ def at_home(home, monkeypatch):
 
 
 def tuner(home, storage, n=10, config=None, folds=2, **kw): return OptunaModelTuner(dict(model="valley", horizon=5, data=str(home / "data"), config=config or {}), n, folds=folds, storage=storage, heartbeat=1, **kw)
-def process(home, storage, n, config=None, **env): return subprocess.Popen([sys.executable, "-c", RUN, home / "data", storage, str(n), repr(config or {})], cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+def process(home, storage, n, config=None, **env): return subprocess.Popen([sys.executable, "-c", RUN, home / "data", storage, str(n), repr(config or {})], cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
 def states(result): return sorted(t.state.name for t in result.trials)
-
-
-def until(found, seconds=40):
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(.05)
 
 
 def seen(storage):

@@ -11,23 +11,14 @@ import numpy as np
 import pandas as pd
 
 from .dataset import TimeSeriesDataset, Windows
-from .splits import Split, SplitsError
+from .splits import SplitsError, label_bars
 
 # %% auto #0
-__all__ = ['FOREVER', 'STATES', 'FoldsError', 'label_bars', 'longest', 'Labels', 'Fold', 'Folds', 'walk_forward',
-           'combinatorial_purged', 'plot_folds', 'samples']
+__all__ = ['FOREVER', 'STATES', 'FoldsError', 'longest', 'Labels', 'Fold', 'Folds', 'walk_forward', 'combinatorial_purged',
+           'plot_folds', 'samples']
 
 # %% ../../nbs/data/06_folds.ipynb #9450a3db
 class FoldsError(SplitsError): "Folds that this dataset cannot be cut into."
-
-# %% ../../nbs/data/06_folds.ipynb #7b2579d3
-def label_bars(
-    split: Split,
-    horizon: int,  # bars ahead
-) -> np.ndarray:  # (N,) int64, at least 1
-    "Bars of its symbol until each row's label is decided."
-    hits = split.bars_to_hit.get(horizon, np.full(len(split), horizon))
-    return np.where(np.isfinite(hits) & (hits > 0), hits, horizon).astype(np.int64)
 
 # %% ../../nbs/data/06_folds.ipynb #c2aaf7cd
 FOREVER = np.iinfo(np.int64).max // 2  # nanoseconds; can still be added to a time

@@ -21,8 +21,8 @@ from ..settings import did_you_mean
 __all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile',
            'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer',
            'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split',
-           'bars_between', 'reaching_over', 'SplitsReport', 'Splits', 'read_splits', 'check_splits', 'read_scaler',
-           'fingerprint']
+           'bars_between', 'label_bars', 'reaching_over', 'SplitsReport', 'Splits', 'read_splits', 'check_splits',
+           'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -288,7 +288,15 @@ def _bars_due(times, start, end):
     due = due[(due > start) & (due < end)]
     return int(((due // DAY % 7 < 2) | (due // DAY % 7 > 3) | np.isin(due % WEEK, times % WEEK)).sum())
 
-# %% ../../nbs/data/00_splits.ipynb #f83e3da3
+# %% ../../nbs/data/00_splits.ipynb #dad9cb49
+def label_bars(
+    split: Split,
+    horizon: int,  # bars ahead
+) -> np.ndarray:  # (N,) int64, at least 1
+    "Bars of its symbol until each row's label is decided."
+    hits = split.bars_to_hit.get(horizon, np.full(len(split), horizon))
+    return np.where(np.isfinite(hits) & (hits > 0), hits, horizon).astype(np.int64)
+
 def reaching_over(
     split: Split,
     horizon: int,  # bars ahead
@@ -296,8 +304,7 @@ def reaching_over(
 ) -> np.ndarray:  # (N,) mask: labels decided at or after `start`
     "Which labels of `split` are decided by bars of a later split."
     over = np.zeros(len(split), bool)
-    needs = split.bars_to_hit.get(horizon, np.full(len(split), horizon))
-    needs = np.where(np.isfinite(needs) & (needs > 0), needs, horizon)
+    needs = label_bars(split, horizon)
     times = split.datetimes.as_unit("ns").asi8
     for code in range(len(split.symbols)):
         rows = np.flatnonzero(split.codes == code)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/models/02_persistence.ipynb #54a28958
 from __future__ import annotations
-import json, zipfile
+import hashlib, json, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -14,12 +14,16 @@ from .base import BaseModel, FeatureMismatch, NotFittedError
 from .registry import ModelRegistry
 
 # %% auto #0
-__all__ = ['HEADER', 'DATA_SUFFIXES', 'CheckpointError', 'code_in', 'library_version', 'save_header', 'read_header',
+__all__ = ['HEADER', 'DATA_SUFFIXES', 'CheckpointError', 'file_hash', 'code_in', 'library_version', 'save_header', 'read_header',
            'load_header', 'reading', 'load_model']
 
 # %% ../../nbs/models/02_persistence.ipynb #30c65cbc
 class CheckpointError(ValueError):
     "A folder or file that holds no checkpoint that can be used."
+
+def file_hash(file: Path) -> str:
+    "The sha256 of a file."
+    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 HEADER = "model.json"
 DATA_SUFFIXES = (".json", ".ubj", ".txt", ".cbm", ".skops", ".safetensors", ".npy", ".npz", ".parquet", ".csv")

@@ -4,18 +4,18 @@
 
 # %% ../../nbs/models/09_pretrained.ipynb #1af99bc3
 from __future__ import annotations
-import functools, hashlib, os
+import functools, os
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from .base import ModelUnavailable
-from .persistence import CheckpointError
+from .persistence import CheckpointError, file_hash
 
 # %% auto #0
-__all__ = ['hub_cache', 'lacking', 'locate', 'file_hashes', 'same_checkpoint', 'asleep', 'load_pretrained', 'tiny_checkpoint',
-           'RowCache', 'batch_from_memory']
+__all__ = ['hub_cache', 'lacking', 'locate', 'file_hashes', 'same_checkpoint', 'identified', 'lacks_checkpoint', 'asleep',
+           'load_pretrained', 'tiny_checkpoint', 'RowCache', 'batch_from_memory']
 
 # %% ../../nbs/models/09_pretrained.ipynb #4759e60c
 def hub_cache() -> Path:
@@ -59,15 +59,29 @@ def locate(checkpoint: str, revision: str = "main") -> Path:
 def file_hashes(folder: Path) -> dict[str, str]:  # file name -> sha256
     "Hashes of the files that decide what a checkpoint computes."
     files = sorted(f for f in Path(folder).iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
-    return {f.name: _sha256(f.resolve(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+    return {f.name: _hash_of(f.resolve(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
 
 @functools.cache
-def _sha256(file, mtime, size):
-    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+def _hash_of(file, mtime, size): return file_hash(file)
 
 def same_checkpoint(said: dict, found: dict, checkpoint: str):
     "Raises `CheckpointError` naming the first file that differs."
     if other := [name for name in said if found.get(name) != said[name]]: raise CheckpointError(f"{checkpoint}: {other[0]} is not the file that the model was trained on; point checkpoint to the one that was")
+
+# %% ../../nbs/models/09_pretrained.ipynb #084b7191
+def identified(
+    config,  # with `checkpoint` and `revision`
+    known: dict | None = None,  # which it has to be, as from an earlier call
+) -> tuple[Path, dict]:  # folder; checkpoint, revision (None of a local folder), sha256 by file
+    "Where a model's checkpoint is and which it is; raises `ModelUnavailable`, or `CheckpointError` when its files are not the known ones."
+    folder = locate(config.checkpoint, config.revision)
+    found = dict(checkpoint=config.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
+    if known: same_checkpoint(known["sha256"], found["sha256"], config.checkpoint)
+    return folder, found
+
+def lacks_checkpoint(cls, config: dict) -> str:
+    "`lacks` of a model whose config has `checkpoint` and `revision`."
+    return lacking(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
 
 # %% ../../nbs/models/09_pretrained.ipynb #65ea3484
 def asleep(module):  # -> the module

@@ -198,13 +198,15 @@ def all_logits(
 # %% ../../nbs/models/08_sequence.ipynb #576fbbf4
 def own_state(net) -> dict:  # name -> tensor on the CPU
     "A copy of the network's state, parameters that are frozen left out."
-    frozen = {k for k, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = _frozen(net)
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in net.state_dict().items() if k not in frozen}
+
+def _frozen(net): return {k for k, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 def load_own_state(net, state: dict):
     "The reverse; raises `ValueError` when names differ."
     missing, unknown = net.load_state_dict(state, strict=False)
-    lost = [*unknown, *(set(missing) & set(own_state(net)))]
+    lost = [*unknown, *(set(missing) - _frozen(net))]
     if lost: raise ValueError(f"{len(lost)} tensors are missing or unknown, {lost[0]} first")
 
 # %% ../../nbs/models/08_sequence.ipynb #b0419125

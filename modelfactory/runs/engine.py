@@ -203,7 +203,6 @@ def _attempt(parameters, runs, notebook, limits, stop, grid):
     with open(attempt / "run.log", "w") as log: process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(limits, attempt.name), start_new_session=True)
     try: status, reason = _watch(process, limits, stop)
     except BaseException: end_run(process, attempt.name); _failed(attempt, runs, "interrupted", "interrupted", start); raise
-    if not status and (runs / attempt.name).is_dir(): return Outcome(attempt.name, "ok", "", runs / attempt.name, time.monotonic() - start)
-    end_run(process, attempt.name)
+    if status or not (runs / attempt.name).is_dir(): end_run(process, attempt.name)
     if (runs / attempt.name).is_dir(): return Outcome(attempt.name, "ok", "", runs / attempt.name, time.monotonic() - start)
     return _failed(attempt, runs, *((status, reason) if status else _why(process.returncode, attempt)), start)

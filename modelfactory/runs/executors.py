@@ -104,7 +104,7 @@ class RayEngine:
         cpus, gpus = asks.get("cpus", 1), asks.get("gpus", 0) if self.ray.cluster_resources().get("GPU") else 0
         cpus = min(cpus, self.ray.cluster_resources().get("CPU", cpus))
         limits = replace(limits, threads=limits.threads or max(1, math.floor(cpus)))
-        self.refs.append(self.task.options(num_cpus=cpus, num_gpus=gpus, max_retries=3).remote(str(settings().root), dict(os.environ), job, Path(runs).resolve(), limits, force))
+        self.refs.append(self.task.options(num_cpus=cpus, num_gpus=gpus, max_retries=3).remote(str(settings().root), {k: v for k, v in os.environ.items() if k.startswith(("MODELFACTORY_", "HF_"))}, job, Path(runs).resolve(), limits, force))
         return self.refs[-1].future()
 
     def end(self):
@@ -134,7 +134,7 @@ def _ray():
 
 def _on_worker(root, environment, job, runs, limits, force):
     os.chdir(root)
-    os.environ.update({k: v for k, v in environment.items() if k.startswith(("MODELFACTORY_", "HF_"))})
+    os.environ.update(environment)
     return run_job(job, runs, limits, None, force)
 
 # %% ../../nbs/runs/06_executors.ipynb #119c3b7e

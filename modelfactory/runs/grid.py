@@ -26,8 +26,8 @@ from ..settings import ConfigError, NonNegative, Positive, build_config, did_you
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['GridConfig', 'grid_config', 'expand_models', 'plan', 'audit_data', 'trainer_of', 'GridResult', 'run_grid',
-           'default_workers', 'GridStatus', 'grid_status']
+__all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'plan', 'audit_data', 'trainer_of', 'GridResult',
+           'run_grid', 'default_workers', 'GridStatus', 'grid_status']
 
 # %% ../../nbs/runs/02_grid.ipynb #7765424b
 @dataclass
@@ -74,14 +74,18 @@ def expand_models(
     for n in set(names) - families - {"all"}: ModelRegistry.get(n)
     return list(dict.fromkeys(picked))
 
-# %% ../../nbs/runs/02_grid.ipynb #39932249
+# %% ../../nbs/runs/02_grid.ipynb #62aab70b
+def grid_jobs(grid: GridConfig) -> list[Job]:
+    "Every run of a grid; raises `ConfigError` on a preset or an override that a model does not have. No data are read, but for their hash."
+    prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
+    return [_job(grid, *which, prints) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+
 def plan(
     grid: GridConfig,
     finished: set = frozenset(),  # identities of runs that are there: their data is not read again
 ) -> list[Job]:
     "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start, or its data leak."
-    prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
-    jobs = [_job(grid, *which, prints) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+    jobs = grid_jobs(grid)
     todo = {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}
     for job in todo.values(): trainer_of(job.parameters).prepare_data()
     for data in dict.fromkeys(data for data, _ in todo): audit_data(grid, data)
@@ -127,26 +131,27 @@ def run_grid(
     timeout: float | None = None,  # seconds a run may take
     force: bool = False,  # train again what is finished
     memory: float | None = None,  # GB a run may use
-    engine: str = "local",  # local or ray
-    address: str | None = None,  # of a Ray cluster; None: one on this machine
+    engine: str | None = None,  # local or ray; None: settings' engine
+    address: str | None = None,  # of a Ray cluster; None: settings' address for settings' engine, else a cluster of this machine
 ) -> GridResult:
     "Trains what is not finished; one failed run does not stop the others."
-    runs = Path(runs or settings().runs)
+    s = settings()
+    runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
     finished = set() if force else {r.identity for r in list_runs(runs)}
     jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished)
     clear_partial(runs)
     result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
-    if todo: result += _run_all(todo, runs, make_engine(engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
+    if todo: result += _run_all(todo, runs, make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
     return result
 
 def default_workers() -> int: return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
 
 # %% ../../nbs/runs/02_grid.ipynb #9574815a
 def _run_all(jobs, runs, engine, limits, force):
-    bar, outcomes, s = Progress(len(jobs), "runs"), GridResult(), settings()
-    track = Tracker(s.tracking, s.experiment, say=lambda line: None)
+    bar, outcomes, said, s = Progress(len(jobs), "runs"), GridResult(), [], settings()
+    track = Tracker(s.tracking, s.experiment, say=said.append)
     try:
         futures = {engine.submit(j, runs, limits, force): j for j in jobs}
         bar.update(0, f"{len(jobs)} to go")
@@ -156,7 +161,7 @@ def _run_all(jobs, runs, engine, limits, force):
             if outcomes[-1].status == "ok": track(outcomes[-1].path)
     finally: engine.end()
     bar.close()
-    if track.reason: print(f"not tracked: {track.reason}; `modelfactory track` adds it later")
+    for line in said: print(line)
     return outcomes
 
 def _outcome(future, job):
@@ -183,7 +188,7 @@ def grid_status(
     "What is done, running, failed or waiting of a grid."
     runs = Path(runs or settings().runs)
     done = {r.identity: r for r in list_runs(runs)}
-    jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), done)
+    jobs = grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid))
     running, failed = _attempts(runs / PARTIAL), _attempts(runs / FAILED)
     return GridStatus(dict(run=j.title, **_status(j, done.get(j.identity), running.get(_key(j.parameters)), failed.get(_key(j.parameters)))) for j in jobs)
 

@@ -90,7 +90,7 @@ def daily_profit(models: dict) -> pd.DataFrame:  # (days, models)
 def judge_task(runs: RunList, data: str, horizon: int) -> dict:
     "What the runs of one task are worth together; NaN where a test cannot be made."
     models, frame = task_runs(runs, data, horizon), stack(runs, data, horizon)
-    first, profit, trials = next(iter(models.values())), daily_profit(task_runs(runs, data, horizon)), trials_on(runs, data)
+    first, profit, trials = next(iter(models.values())), daily_profit(models), trials_on(runs, data)
     losses = {name: run.metrics["log_loss"] for name, run in models.items()}
     best = min(losses, key=losses.get)
     found = dict(data=data, horizon=horizon, models=len(models), trials=trials, best=best, as_good=math.nan, p_direction=math.nan, p_log_loss=math.nan, p_profit=math.nan, richest="", sharpe_net=math.nan, deflated=math.nan, overfitting=math.nan)

@@ -14,7 +14,7 @@ import pandas as pd
 
 import modelfactory
 from ..models.base import probability_columns
-from ..models.persistence import library_version, load_model
+from ..models.persistence import file_hash, library_version, load_model
 from ..models.registry import ModelRegistry, check_name
 from ..settings import read_yaml, settings
 
@@ -148,10 +148,9 @@ def _write_predictions(trainer, split, predictions, folder):
     if book := trainer.backtest(split): book.daily.rename_axis("day").reset_index().to_parquet(folder / f"predictions/{split}_daily.parquet", index=False)
 
 def _write_figure(figure, file):
-    from matplotlib import pyplot as plt
+    from modelfactory.training.plots import png
     file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, facecolor="white")
-    plt.close(figure)
+    file.write_bytes(png(figure))
 
 def _shares(trainer): return [float((trainer.datasets["train"].y == c).mean()) for c in trainer.config.data.classes]
 
@@ -170,13 +169,10 @@ def publish(
     try: result = json.loads((attempt / RESULT).read_text())
     except (OSError, ValueError): raise RunError(f"{attempt}: no {RESULT}: the training did not reach its end") from None
     for extra in (RESULT, "pid", "job.json", "run.log", "progress.json"): (attempt / extra).unlink(missing_ok=True)
-    files = {str(f.relative_to(attempt)): _sha256(f) for f in sorted(attempt.rglob("*")) if f.is_file()}
+    files = {str(f.relative_to(attempt)): file_hash(f) for f in sorted(attempt.rglob("*")) if f.is_file()}
     write_json(attempt / MANIFEST, dict(status="ok", name=attempt.name, created=datetime.now(timezone.utc).isoformat(timespec="seconds"), grid=grid or None, **result, files=files))
     with open(attempt / MANIFEST) as f: os.fsync(f.fileno())
     return attempt.rename(Path(runs) / attempt.name)
-
-def _sha256(file):
-    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/runs/00_store.ipynb #91776549
 class Run:
@@ -219,7 +215,7 @@ class Run:
         "Raises `RunError` when a file below `under` is missing or differs from its hash."
         for name, digest in self.manifest["files"].items():
             file = self.path / name
-            if name.startswith(under) and not (file.is_file() and _sha256(file) == digest): raise RunError(f"{file}: {'changed since the run was published' if file.is_file() else 'missing'}; train the run again")
+            if name.startswith(under) and not (file.is_file() and file_hash(file) == digest): raise RunError(f"{file}: {'changed since the run was published' if file.is_file() else 'missing'}; train the run again")
 
     def model(self):
         "The trained model, verified by hash first."

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import PredictionOutput, to_output
-from .backtest import BacktestError, _signals, _traded_bars, equity_curve, sharpe_ratio, trailing_sum
-from .evaluator import (BASELINES, NULLS, ModelEvaluator, _checked, _codes, _per_stamp, baseline_predictions, better, block_sums, classification_stats,
+from .backtest import _signals, _traded_bars, equity_curve, sharpe_ratio, trailing_sum
+from .evaluator import (BASELINES, NULLS, _checked, _codes, _per_stamp, baseline_predictions, better, block_sums, classification_stats,
     directional_accuracy, has_direction, mean_block, percentile_interval, stamps_per_bar, stationary_blocks)
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from modelfactory.training.backtest import Backtest
 
 # %% auto #0
-__all__ = ['class_styles', 'plot_confusion', 'plot_reliability', 'plot_precision_recall', 'plot_equity', 'plot_importance',
+__all__ = ['class_styles', 'png', 'plot_confusion', 'plot_reliability', 'plot_precision_recall', 'plot_equity', 'plot_importance',
            'plot_learning_curve', 'prediction_shares', 'plot_probabilities', 'format_metric', 'beats', 'metrics_table',
            'verdict', 'header_card']
 
@@ -37,6 +37,18 @@ def _axes(rows=1, columns=1, size=(5, 3), **kw):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8); ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
     return fig, axes
+
+# %% ../../nbs/training/02_plots.ipynb #fea9380f
+def png(
+    figure: Figure,
+    **kw,  # of `savefig`
+) -> bytes:
+    "A figure as PNG on white; it is closed."
+    from io import BytesIO
+    from matplotlib import pyplot as plt
+    figure.savefig(file := BytesIO(), facecolor="white", **kw)
+    plt.close(figure)
+    return file.getvalue()
 
 # %% ../../nbs/training/02_plots.ipynb #f737d1d2
 def _classes(predictions, y_true, classes):

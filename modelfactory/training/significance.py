@@ -249,6 +249,7 @@ def paired_tests(
     losses, hits = row_losses(frame, "log_loss", classes), row_losses(frame, "error", classes) == 0
     against = against or losses.mean().idxmin()
     if against not in losses: raise SignificanceError(f"no model {against!r}, expected one of {', '.join(losses)}")
+    if losses.shape[1] < 2: raise SignificanceError(f"{against} is the only model, expected at least 2 to compare")
     sums, overlap = stamp_sums(frame, losses.sub(losses[against], axis=0).drop(columns=against), horizon)
     dm, p = diebold_mariano(sums, overlap)
     others = losses.columns.drop(against)

@@ -534,11 +534,8 @@ def _complete(study): return [t for t in counted(study) if t.state.name == "COMP
 def _image(figure):
     "A figure as an HTML image; it is closed."
     import base64
-    from io import BytesIO
-    from matplotlib import pyplot as plt
-    figure.savefig(png := BytesIO(), facecolor="white")
-    plt.close(figure)
-    return f"<img alt='history of the search' src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
+    from modelfactory.training.plots import png
+    return f"<img alt='history of the search' src='data:image/png;base64,{base64.b64encode(png(figure)).decode()}'>"
 
 def _limits(study, values):
     "Where the better three quarters lie: a few wild trials are not to flatten the rest."

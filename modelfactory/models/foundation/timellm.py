@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base import check_X, check_y
 from ..persistence import CheckpointError
-from ..pretrained import asleep, file_hashes, lacking, load_pretrained, locate, same_checkpoint
+from ..pretrained import asleep, identified, lacks_checkpoint, load_pretrained
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, network
 from ...settings import NonNegative, Positive
@@ -82,8 +82,7 @@ class TimeLLMModel(SequenceClassifier):
     Config, requires = TimeLLMConfig, ("torch", "safetensors", "transformers", "neuralforecast")
     pretrained, prompt = None, ""
 
-    @classmethod
-    def lacks(cls, config): return lacking(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
+    lacks = classmethod(lacks_checkpoint)
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
         self.prompt = self.describe(check_y(self, y_train, len(check_X(self, X_train))))
@@ -97,9 +96,7 @@ class TimeLLMModel(SequenceClassifier):
 
     def checkpoint(self):
         "Folder of the language model, by the hashes it had when this was trained: `pretrained`."
-        c, folder = self.config, locate(self.config.checkpoint, self.config.revision)
-        found = dict(checkpoint=c.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
-        if self.pretrained: same_checkpoint(self.pretrained["sha256"], found["sha256"], c.checkpoint)
+        folder, found = identified(self.config, self.pretrained)
         self.pretrained = found | dict(random=(self.pretrained or {}).get("random"))
         return folder
 

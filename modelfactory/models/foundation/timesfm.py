@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from ..base import NotFittedError, check_metadata, check_X, check_y, refuse_nan, to_output
-from ..persistence import CheckpointError, load_header, read_header, save_header
-from ..pretrained import RowCache, batch_from_memory, file_hashes, lacking, load_pretrained, locate, same_checkpoint
+from ..base import check_metadata, check_X, check_y, refuse_nan, to_output
+from ..persistence import load_header, read_header, save_header
+from ..pretrained import RowCache, batch_from_memory, identified, lacks_checkpoint, load_pretrained
 from ..registry import ModelRegistry
-from ..sequence import Batches, SequenceClassifier, SequenceConfig, as_windows, column_stats, covered, network, own_threads_and_seed, pick_device, standardised
+from ..sequence import Batches, SequenceClassifier, SequenceConfig, as_windows, covered, network, own_threads_and_seed, pick_device, standardised
 from ...progress import Progress
 from ...settings import NonNegative, Positive, Rate, settings
 
@@ -99,10 +99,8 @@ class Reader:
         pretrained: dict | None = None,  # which checkpoint it has to be
     ):
         from transformers import TimesFmModelForPrediction
-        folder = locate(config.checkpoint, config.revision)
+        folder, self.pretrained = identified(config, pretrained)
         self.config, self.features, self.device = config, features, pick_device(config.device)
-        self.pretrained = dict(checkpoint=config.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
-        if pretrained: same_checkpoint(pretrained["sha256"], self.pretrained["sha256"], config.checkpoint)
         self.timesfm = load_pretrained(TimesFmModelForPrediction, folder, context_length=CONTEXT).to(self.device)
         assert self.timesfm.context_len == CONTEXT, f"{config.checkpoint}: context of {self.timesfm.context_len}, expected {CONTEXT}"
         patch, most = self.timesfm.config.patch_length, config.sequence_length if config.series in features else CONTEXT
@@ -239,8 +237,7 @@ class TimesFMModel(SequenceClassifier):
     reads_window = False  # but a longer past of one series, and the last bar
     pretrained, widths = None, None  # which checkpoint, by hash; estimated distances of the barriers
 
-    @classmethod
-    def lacks(cls, config): return lacking(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
+    lacks = classmethod(lacks_checkpoint)
 
     def read(self):
         "Loads the checkpoint: `reader`, `pretrained`."
