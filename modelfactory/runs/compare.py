@@ -75,18 +75,24 @@ def direction_tests(
 ) -> pd.DataFrame:  # data, horizon, model, accuracy, low, high, knows: the interval lies above .5
     "Directional accuracy with intervals corrected for the number of models x horizons on each data set."
     tried = pd.Series([r.data for r in runs.latest()]).value_counts()
-    rows = [(r, directional_interval(r.predictions(), r.horizon, 1 - alpha / tried[r.data])) for r in runs.latest()]
-    return pd.DataFrame([dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], accuracy=a, low=lo, high=hi, knows=bool(lo > .5)) for r, (a, lo, hi) in rows])
+    rows = [(r, _direction(r, 1 - alpha / tried[r.data])) for r in runs.latest()]
+    return pd.DataFrame([dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], seed=r.seed, accuracy=a, low=lo, high=hi, knows=bool(lo > .5)) for r, (a, lo, hi) in rows])
+
+def _direction(run, level):
+    "The interval on direction of a run, computed once: several parts of a comparison ask for it."
+    known = run.__dict__.setdefault("directions", {})
+    if level not in known: known[level] = directional_interval(run.predictions(), run.horizon, level)
+    return known[level]
 
 # %% ../../nbs/runs/03_compare.ipynb #365978fe
 def best_per_horizon(runs: RunList) -> pd.DataFrame:
     "The run with the lowest log loss of each data set and horizon, and whether it knows the direction."
     table = leaderboard(runs)
     models = table[table.family != "baseline"]
-    best = models.loc[models.groupby(["data", "horizon"]).log_loss.idxmin(), ["data", "horizon", "model", "log_loss", "sharpe_net"]]
+    best = models.loc[models.groupby(["data", "horizon"]).log_loss.idxmin(), ["data", "horizon", "model", "seed", "log_loss", "sharpe_net"]]
     prior = table[table.model == "prior"].set_index(["data", "horizon"]).log_loss
-    best.insert(4, "prior_log_loss", [prior[d, h] for d, h in zip(best.data, best.horizon)])
-    return best.merge(direction_tests(runs)[["data", "horizon", "model", "accuracy", "low", "high", "knows"]], on=["data", "horizon", "model"])
+    best.insert(5, "prior_log_loss", [prior[d, h] for d, h in zip(best.data, best.horizon)])
+    return best.merge(direction_tests(runs), on=["data", "horizon", "model", "seed"])
 
 # %% ../../nbs/runs/03_compare.ipynb #fa926023
 def prediction_correlations(
@@ -109,18 +115,20 @@ def _lean(run):
     up, down = [c for c in p if c.startswith("p_")][-1], [c for c in p if c.startswith("p_")][0]
     return (p[up] - p[down]).set_axis(pd.MultiIndex.from_frame(p[["datetime", "symbol"]])).astype(float)
 
-# %% ../../nbs/runs/03_compare.ipynb #fc93bb86
+# %% ../../nbs/runs/03_compare.ipynb #a3899c1a
+def _has_answer(data, horizon):
+    try: return (resolve_data(data) / f"ceiling_h{horizon}.parquet").is_file()
+    except MissingFile: return False  # runs outlive their data
+
 def ceiling_direction(
     data: str,  # a folder or bundled name
     horizon: int,  # bars ahead
     predictions: pd.DataFrame,  # of a run: which rows are scored
 ) -> dict | None:  # directional accuracy of one row and of the full history; None where the answer is not known
     "Directional accuracy that the best use of one row, and of the whole history, attains on these rows."
-    try: folder = resolve_data(data)
-    except MissingFile: return None  # runs outlive their data
-    if not (folder / f"ceiling_h{horizon}.parquet").is_file(): return None
+    if not _has_answer(data, horizon): return None
     from modelfactory.data.market import read_ceiling
-    known = predictions[["datetime", "symbol", "y_true"]].merge(read_ceiling(folder, horizon), on=["datetime", "symbol"])
+    known = predictions[["datetime", "symbol", "y_true"]].merge(read_ceiling(resolve_data(data), horizon), on=["datetime", "symbol"])
     return {who: _direction_of(known, who) for who in ("row", "full")}
 
 def _direction_of(known, who):
@@ -135,9 +143,9 @@ def attained(runs: RunList) -> pd.DataFrame:
     "Each model's directional accuracy beside the ceilings, where the answer is known, and its share of the full-history ceiling; NaN where there is nothing to attain."
     rows = []
     for r in runs.latest():
-        if ceiling := ceiling_direction(r.data, r.horizon, r.predictions()):
-            found, top = r.metrics["directional_accuracy"], ceiling["full"]
-            rows.append(dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], accuracy=found, one_row=ceiling["row"], full_history=top, share=(found - .5) / (top - .5) if top > SIGNAL else math.nan))
+        if not _has_answer(r.data, r.horizon): continue
+        found, ceiling = r.metrics["directional_accuracy"], ceiling_direction(r.data, r.horizon, r.predictions())
+        rows.append(dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], accuracy=found, one_row=ceiling["row"], full_history=(top := ceiling["full"]), share=(found - .5) / (top - .5) if top > SIGNAL else math.nan))
     return pd.DataFrame(rows, columns=["data", "horizon", "model", "accuracy", "one_row", "full_history", "share"])
 
 # %% ../../nbs/runs/03_compare.ipynb #ffb83610

@@ -54,7 +54,8 @@ def trials_on(
     "Models x horizons x seeds that were run on a data set, and tuning trials on it."
     from modelfactory.training.tuner import n_trials_of
     mine = [r for r in runs.latest() if Path(r.data).name == data]
-    tasks = {(r.manifest["model"], r.horizon, r.manifest["data_fingerprint"], settings().storage or r.path.parent / "tuning.db") for r in mine}
+    storage = settings().storage
+    tasks = {(r.manifest["model"], r.horizon, r.manifest["data_fingerprint"], storage or r.path.parent / "tuning.db") for r in mine}
     return len(mine) + sum(n_trials_of(*task) for task in tasks)
 
 # %% ../../nbs/runs/07_judge.ipynb #477adb35

@@ -16,8 +16,8 @@ from .backtest import Backtest, label_payoff, tranche_backtest, trading_stats
 
 # %% auto #0
 __all__ = ['METRICS', 'NULLS', 'BASELINES', 'better', 'EvaluationError', 'f1_names', 'has_direction', 'confidence_bins',
-           'expected_calibration_error', 'directional_accuracy', 'classification_metrics', 'stationary_blocks',
-           'block_indices', 'block_sums', 'stamps_per_bar', 'mean_block', 'share_kept', 'classification_stats',
+           'expected_calibration_error', 'directional_accuracy', 'stationary_blocks', 'block_indices', 'block_sums',
+           'stamps_per_bar', 'mean_block', 'share_kept', 'classification_stats', 'classification_metrics',
            'classification_draws', 'trading_draws', 'expanded_level', 'percentile_interval', 'bootstrap_metrics',
            'cosine_transforms', 'fieller', 'directional_interval', 'ModelEvaluator', 'baseline_predictions']
 
@@ -133,26 +133,6 @@ def directional_accuracy(
     sign = np.sign(y) * np.sign(prediction)
     return (sign > 0).sum() / n if (n := (sign != 0).sum()) else np.nan
 
-# %% ../../nbs/training/01_evaluator.ipynb #3198cc48
-def classification_metrics(
-    y: np.ndarray,  # (n,) class codes of the truth
-    guessed: np.ndarray,  # (n,) predicted class codes
-    p: np.ndarray,  # (n, K) probabilities
-    classes: tuple = (-1, 0, 1),  # class values in column order
-) -> dict[str, float]:
-    "The class metrics; direction and coverage are NaN for classes without a sign."
-    from sklearn import metrics as sk
-    codes, values, signed = np.arange(len(classes)), np.asarray(classes), has_direction(classes)
-    fixed = dict(labels=codes, zero_division=0)
-    f1 = sk.f1_score(y, guessed, average=None, **fixed)
-    return dict(
-        accuracy=sk.accuracy_score(y, guessed), balanced_accuracy=sk.recall_score(y, guessed, average="macro", **fixed),
-        f1_macro=f1.mean(), **dict(zip(f1_names(classes), f1)),
-        log_loss=sk.log_loss(y, p, labels=codes), brier=sk.brier_score_loss(y, p, labels=codes, scale_by_half=False),
-        ece=expected_calibration_error(y, p), mcc=sk.matthews_corrcoef(y, guessed) if np.union1d(y, guessed).size > 1 else 0.,
-        directional_accuracy=directional_accuracy(values[y], values[guessed]) if signed else np.nan,
-        coverage=(values[guessed] != 0).mean() if signed else np.nan)
-
 # %% ../../nbs/training/01_evaluator.ipynb #9f5e04d9
 def stationary_blocks(
     T: int,  # timestamps
@@ -191,8 +171,11 @@ def stamps_per_bar(
     symbols: np.ndarray,  # (n,)
 ) -> float:  # at least 1
     "Timestamps between two rows of a symbol, for the symbol that has the fewest."
-    span = pd.Series(stamps).groupby(np.asarray(symbols)).agg(["min", "max", "count"])
-    return ((span["max"] - span["min"] + 1) / span["count"]).max()
+    symbol, stamps = pd.factorize(np.asarray(symbols))[0], np.asarray(stamps)
+    count = np.bincount(symbol)
+    first, last = np.full(len(count), stamps.max()), np.zeros(len(count), int)
+    np.minimum.at(first, symbol, stamps), np.maximum.at(last, symbol, stamps)
+    return ((last - first + 1) / count).max()
 
 def mean_block(
     stamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
@@ -250,7 +233,7 @@ def classification_stats(
     sums: np.ndarray,  # (..., K * K + 2 + bins) sums of a sample or of draws
     classes: tuple = (-1, 0, 1),  # class values in code order
 ) -> dict[str, np.ndarray]:  # name -> (...)
-    "The class metrics from sums, as `classification_metrics` gives them from rows."
+    "The class metrics from sums over rows; direction and coverage are NaN for classes without a sign."
     K = len(classes)
     cells, losses, gaps = np.split(sums, [K * K, K * K + 2], axis=-1)
     cells = cells.reshape(*sums.shape[:-1], K, K)
@@ -260,6 +243,16 @@ def classification_stats(
         accuracy=hits.sum(-1) / n, balanced_accuracy=recall.mean(-1), f1_macro=f1.mean(-1),
         **dict(zip(f1_names(classes), np.moveaxis(f1, -1, 0))), log_loss=losses[..., 0] / n, brier=losses[..., 1] / n,
         ece=np.abs(gaps).sum(-1) / n, mcc=_matthews(cells, truth, called, n), **_direction(cells, np.asarray(classes)))
+
+# %% ../../nbs/training/01_evaluator.ipynb #3198cc48
+def classification_metrics(
+    y: np.ndarray,  # (n,) class codes of the truth
+    guessed: np.ndarray,  # (n,) predicted class codes
+    p: np.ndarray,  # (n, K) probabilities
+    classes: tuple = (-1, 0, 1),  # class values in column order
+) -> dict[str, float]:
+    "The class metrics of a sample."
+    return {k: float(v) for k, v in classification_stats(_row_sums(y, guessed, p).sum(0), classes).items()}
 
 # %% ../../nbs/training/01_evaluator.ipynb #85d73e2d
 def classification_draws(

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from modelfactory.training.backtest import Backtest
 
 # %% auto #0
-__all__ = ['class_styles', 'png', 'plot_confusion', 'plot_reliability', 'plot_precision_recall', 'plot_equity', 'plot_importance',
-           'plot_learning_curve', 'prediction_shares', 'plot_probabilities', 'format_metric', 'beats', 'metrics_table',
-           'verdict', 'header_card']
+__all__ = ['class_styles', 'png', 'plot_confusion', 'plot_reliability', 'precision_recall', 'plot_precision_recall',
+           'plot_equity', 'plot_importance', 'plot_learning_curve', 'prediction_shares', 'plot_probabilities',
+           'format_metric', 'beats', 'metrics_table', 'verdict', 'header_card']
 
 # %% ../../nbs/training/02_plots.ipynb #cad45edd
 def class_styles(classes: tuple) -> dict[int, dict]:  # class -> label, color, marker
@@ -65,9 +65,9 @@ def plot_confusion(
     classes: tuple | None = None,  # class values, None: the barriers or the values seen
 ) -> Figure:
     "Confusion matrix with row shares and counts."
-    from sklearn.metrics import confusion_matrix
     classes = _classes(predictions, y_true, classes)
-    counts, names = confusion_matrix(y_true, predictions.predictions, labels=classes), [s["label"] for s in class_styles(classes).values()]
+    truth, called = (pd.Categorical(v, classes) for v in (y_true, predictions.predictions))
+    counts, names = pd.crosstab(truth, called, dropna=False).to_numpy(), [s["label"] for s in class_styles(classes).values()]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     fig, axes = _axes(size=(1.6 + .75 * len(classes), 1 + .65 * len(classes)))
     ax = axes[0, 0]
@@ -102,6 +102,17 @@ def plot_reliability(
     below.set(xlabel="probability given", ylabel="rows", xlim=(0, edges[-1] * 1.02))
     return fig
 
+# %% ../../nbs/training/02_plots.ipynb #aa534a8d
+def precision_recall(
+    happened: np.ndarray,  # (n,) bool, at least one
+    p: np.ndarray,  # (n,) probability given to it
+) -> tuple[np.ndarray, np.ndarray]:  # precision, recall
+    "Precision and recall from the highest threshold to the lowest; equal probabilities share one."
+    order = np.argsort(-p, kind="stable")
+    last = np.flatnonzero(np.diff(p[order], append=-1))
+    found = np.cumsum(happened[order])[last]
+    return found / (last + 1), found / happened.sum()
+
 # %% ../../nbs/training/02_plots.ipynb #3959227d
 def plot_precision_recall(
     predictions: PredictionOutput,
@@ -109,15 +120,14 @@ def plot_precision_recall(
     classes: tuple | None = None,  # class values, None: the barriers or the values seen
 ) -> Figure:
     "Precision against recall of each class, over its prevalence."
-    from sklearn.metrics import precision_recall_curve
     classes = _classes(predictions, y_true, classes)
     fig, axes = _axes(size=(4.6, 3), sharex=True)
     ax, shares = axes[0, 0], [np.mean(y_true == c) for c in classes]
     for k, (c, style) in enumerate(class_styles(classes).items()):
         ax.axhline(shares[k], color=style["color"], lw=.9, ls=":")
         if not shares[k]: continue
-        precision, recall, _ = precision_recall_curve(y_true == c, predictions.probabilities[:, k])
-        at = np.searchsorted(-recall, -np.linspace(1, .01, 100))
+        precision, recall = precision_recall(np.asarray(y_true) == c, predictions.probabilities[:, k])
+        at = np.searchsorted(recall, np.linspace(.01, 1, 100))
         ax.plot(recall[at], precision[at], lw=1.2, ms=4, markevery=12, **style)
     ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1)); ax.legend(frameon=False, fontsize=8, ncols=3)
     return fig

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import probability_columns, to_output
-from .evaluator import (_codes, _per_stamp, _probabilities, better, block_sums, classification_draws, classification_metrics, expanded_level,
+from .evaluator import (_codes, _per_stamp, _probabilities, better, block_sums, classification_draws, classification_metrics, expanded_level, mean_block,
     stamps_per_bar, stationary_blocks, share_kept)
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ def stacked_models(
     columns = ["datetime", "symbol", "y_true", *(f"{m}_{p}" for m in models for p in names)]
     if missing := [c for c in columns if c not in frame]: raise SignificanceError(f"stacked predictions: no column {missing[0]!r}, expected datetime, symbol, y_true and {', '.join(f'<model>_{p}' for p in names)}")
     if not models: raise SignificanceError(f"stacked predictions: no model, expected columns <model>_{names[0]}")
-    return {m: _probabilities(frame[[f"{m}_{p}" for p in names]], len(frame), len(classes)) for m in models}
+    every = frame[columns[3:]].to_numpy(float).reshape(len(frame), len(models), len(names))
+    return {m: _probabilities(every[:, i], len(frame), len(classes)) for i, m in enumerate(models)}
 
 # %% ../../nbs/training/08_significance.ipynb #91638569
 def row_losses(
@@ -283,6 +284,26 @@ def paired_differences(
     table = table.assign(low=table.difference - reach, high=table.difference + reach)
     return table.assign(as_good=(table.low <= 0) & (table.high >= 0)).sort_values("value", ascending=sign < 0, kind="stable")
 
+# %% ../../nbs/training/08_significance.ipynb #3195767e
+def _loss_draws(frame, losses, horizon, n_boot, seed):
+    "Mean losses of all models over the same block draws, and the blocks a draw is made of."
+    sums, stamps = _per_stamp(np.column_stack([losses, np.ones(len(losses))]), frame["datetime"].to_numpy())
+    block = mean_block(stamps, frame["symbol"], horizon)
+    drawn = block_sums(sums, *stationary_blocks(len(sums), block, n_boot, seed))
+    return dict(zip(losses, (drawn[:, :-1] / drawn[:, -1:]).T)), len(sums) / block
+
+# %% ../../nbs/training/08_significance.ipynb #f7bb4101
+def _metric_draws(frame, horizon, metric, classes, n_boot, seed):
+    "A class metric of each model, its block draws, and the blocks a draw is made of."
+    points, draws, y = {}, {}, frame["y_true"].to_numpy()
+    for model, p in stacked_models(frame, classes).items():
+        output = to_output(p, frame[["datetime", "symbol"]].assign(horizon=horizon), classes)
+        scores, n_blocks = classification_draws(output, y, horizon, classes, n_boot, seed)
+        if metric not in scores: raise SignificanceError(f"no class metric {metric!r}, expected one of {', '.join(scores)}")
+        points[model] = classification_metrics(_codes(y, classes, "y_true"), p.argmax(1), p, classes)[metric]
+        draws[model] = scores[metric]
+    return points, draws, n_blocks
+
 # %% ../../nbs/training/08_significance.ipynb #4634393f
 def class_differences(
     frame: pd.DataFrame,  # a stacked table
@@ -294,14 +315,9 @@ def class_differences(
     **kw,  # against, level
 ) -> pd.DataFrame:  # as `paired_differences`
     "Differences of a class metric to the best model."
-    points, draws, y = {}, {}, frame["y_true"].to_numpy()
-    for model, p in stacked_models(frame, classes).items():
-        output = to_output(p, frame[["datetime", "symbol"]].assign(horizon=horizon), classes)
-        scores, n_blocks = classification_draws(output, y, horizon, classes, n_boot, seed)
-        if metric not in scores: raise SignificanceError(f"no class metric {metric!r}, expected one of {', '.join(scores)}")
-        points[model] = float(classification_metrics(_codes(y, classes, "y_true"), _codes(output.predictions, classes, "predictions"), p, classes)[metric])
-        draws[model] = scores[metric]
-    return paired_differences(points, draws, n_blocks, metric, **kw)
+    if metric not in ("log_loss", "brier"): return paired_differences(*_metric_draws(frame, horizon, metric, classes, n_boot, seed), metric, **kw)
+    losses = row_losses(frame, metric, classes)
+    return paired_differences(losses.mean().to_dict(), *_loss_draws(frame, losses, horizon, n_boot, seed), metric, **kw)
 
 # %% ../../nbs/training/08_significance.ipynb #a8ecd298
 def plot_differences(
