@@ -1477,6 +1477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'modelfactory.runs.store._hash': ('runs/store.html#_hash', 'modelfactory/runs/store.py'),
                                          'modelfactory.runs.store._nan_for_null': ( 'runs/store.html#_nan_for_null',
                                                                                     'modelfactory/runs/store.py'),
+                                         'modelfactory.runs.store._read': ('runs/store.html#_read', 'modelfactory/runs/store.py'),
                                          'modelfactory.runs.store._shares': ('runs/store.html#_shares', 'modelfactory/runs/store.py'),
                                          'modelfactory.runs.store._versions': ('runs/store.html#_versions', 'modelfactory/runs/store.py'),
                                          'modelfactory.runs.store._write_figure': ( 'runs/store.html#_write_figure',

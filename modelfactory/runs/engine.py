@@ -50,6 +50,7 @@ def execute(
     parameters: dict,
 ):
     "Runs a notebook through papermill in this process; raises what its cell raised."
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar of addresses, for a second, that no notebook needs
     import papermill
     with tempfile.TemporaryDirectory(prefix="mf") as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime

@@ -8,15 +8,15 @@ import hashlib, html, json, math, os, platform, secrets, shutil, subprocess, sys
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING
 
 import modelfactory
 from ..models.base import probability_columns
 from ..models.persistence import file_hash, library_version, load_model
 from ..models.registry import ModelRegistry, check_name
 from ..settings import read_yaml, settings
+
+if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
 __all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'SILENT', 'RunError', 'code_version', 'run_identity', 'start_attempt',
@@ -107,6 +107,7 @@ def prediction_frame(
     y: np.ndarray | None = None,  # what happened, where it is known
 ) -> pd.DataFrame:
     "Predictions as a run stores them: datetime, symbol, horizon, y_true, prediction and a probability a class."
+    import pandas as pd
     known = {} if y is None else dict(y_true=y)
     columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, horizon=predictions.horizons, **known, prediction=predictions.predictions)
     return pd.DataFrame(columns | dict(zip(probability_columns(classes), predictions.probabilities.T)))
@@ -203,13 +204,13 @@ class Run:
         "datetime, symbol, horizon, y_true, prediction and probabilities; raises `RunError` when that split was not predicted."
         file = self.path / f"predictions/{split}_predictions.parquet"
         if not file.is_file(): raise RunError(f"{self.path.name}: no predictions of {split!r}; there are: {', '.join(self.manifest['splits'])}")
-        return pd.read_parquet(file)
+        return _read(file)
 
     def daily(self, split: str = "val") -> pd.DataFrame:
         "Profit by day of a split, before and after cost; raises `RunError` when there is none."
         file = self.path / f"predictions/{split}_daily.parquet"
         if not file.is_file(): raise RunError(f"{self.path.name}: no daily profit of {split!r}")
-        return pd.read_parquet(file).set_index("day")
+        return _read(file).set_index("day")
 
     def verify(self, under: str = ""):
         "Raises `RunError` when a file below `under` is missing or differs from its hash."
@@ -234,6 +235,11 @@ class Run:
     def __repr__(self): return f"Run({self.path.name}: {self.manifest['model']} on {self.data}, horizon {self.horizon}, directional accuracy {self.metrics['directional_accuracy']:.3f}, net Sharpe {self.metrics['sharpe_net']:.2f})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
 
+def _read(file):
+    "A small table: without the search for partitions that pandas pays for."
+    from pyarrow.parquet import ParquetFile
+    return ParquetFile(file).read(use_threads=False).to_pandas()
+
 def _nan_for_null(values): return {k: math.nan if v is None else v for k, v in values.items()}
 
 # %% ../../nbs/runs/00_store.ipynb #f515efcc
@@ -246,6 +252,7 @@ class RunList(list):
     "Runs, oldest first."
     def to_frame(self):
         "A row a run with its main metrics."
+        import pandas as pd
         return pd.DataFrame([dict(run=r.path.name, data=r.data, model=r.manifest["model"], horizon=r.horizon, seed=r.seed, **{k: r.metrics[k] for k in ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")}) for r in self])
     def latest(self) -> RunList:
         "The newest run of each data set, model, horizon and seed."
