@@ -46,8 +46,8 @@ class Faulty(LogisticRegressionModel):
         if fault == "children":
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
             time.sleep(600)
-        if fault == "once" and not os.path.exists(self.config.flag):
-            open(self.config.flag, "w").close()
+        if fault == "poison" or fault == "once" and not os.path.exists(self.config.flag):
+            if self.config.flag: open(self.config.flag, "w").close()
             import psutil
             os.kill(psutil.Process(os.getppid()).ppid(), signal.SIGKILL)  # a kernel's parent is the run, and its parent the worker
         return super().fit(*args, **kw)
@@ -185,6 +185,16 @@ def test_ray_gives_a_lost_worker_s_run_to_another(faulty, tmp_path, monkeypatch)
     grid = dict(data="planted", models=["faulty"], horizons=[5], seeds=[1], overrides=dict(faulty=dict(fault="once", flag=str(flag))))
     result = run_grid(grid, tmp_path / "runs", engine="ray", workers=1)
     assert result.count("ok") == 1 and flag.is_file() and len(list_runs(tmp_path / "runs")) == 1, result
+
+
+def test_a_model_that_always_kills_its_worker_is_given_up_and_the_others_are_made(faulty, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/logistic_regression.yaml").write_text("model_name: logistic_regression\nmodel_family: classical\n")
+    grid = dict(data="planted", models=["faulty", "logistic_regression"], horizons=[5], overrides=dict(faulty=dict(fault="poison")))
+    result = run_grid(grid, tmp_path / "runs", engine="ray", workers=1)
+    assert [(o.name.split()[0], o.status) for o in sorted(result, key=lambda o: o.name)] == [("faulty", "killed"), ("logistic_regression", "ok")], result
+    assert "its worker was lost" in str(result) and "Traceback" not in str(result) and len(list_runs(tmp_path / "runs")) == 1
 
 
 def test_nothing_of_ray_is_imported_with_the_local_engine():

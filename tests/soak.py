@@ -1,0 +1,213 @@
+"""Faults injected into real grids, as often as asked: `python tests/soak.py 100`.
+
+Each moment starts the same grid, one seed longer than before, and kills a run, its kernel or the grid itself at a random time. After each: no half folder is listed, no finished
+run was made again or changed, no process is left after five seconds. Then a disk that is full, a folder that cannot be written, a file size limit, kernels that never start."""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from modelfactory.data.bundled import resolve_data
+from modelfactory.runs.store import FAILED, MANIFEST, PARTIAL, list_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+VICTIMS = dict(run="modelfactory.runs.engine", kernel="ipykernel_launcher", grid="experiment")
+PATIENCE = 5  # seconds until no process may be left
+
+
+class Cannot(Exception):
+    "A fault that this machine does not allow to be made."
+
+
+class Grid:
+    "A grid in a folder of its own, started as a person would; its processes are known by a mark in their environment."
+    def __init__(self, folder):
+        self.folder, self.runs, self.mark = Path(folder), Path(folder) / "runs", uuid.uuid4().hex
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, seeds, *args, limit=None, **env):
+        (self.folder / "grid.yaml").write_text(f"data: planted\nmodels: [logistic_regression]\nhorizons: [5]\nseeds: {list(range(seeds))}\npreset: quick\n")
+        self.out = open(self.folder / "out.txt", "w+")
+        command = [Path(sys.executable).with_name("modelfactory"), "experiment", self.folder / "grid.yaml", "--output", self.runs, "--workers", "2", *args]
+        self.process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1", MODELFACTORY_TRACKING="", SOAK=self.mark) | env, stdout=self.out, stderr=self.out, stdin=subprocess.DEVNULL, start_new_session=True,
+                                        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+        return self
+
+    def end(self, seconds=600):
+        "Exit code and what was said."
+        code = self.process.wait(seconds)
+        self.out.seek(0)
+        return code, self.out.read()
+
+    def processes(self, kind=""):
+        "Those alive that carry the mark; of a kind of victim."
+        found = []
+        for p in psutil.process_iter():
+            try:
+                if p.environ().get("SOAK") == self.mark and p.status() != psutil.STATUS_ZOMBIE and VICTIMS.get(kind, "") in " ".join(p.cmdline()): found.append(p)
+            except (psutil.Error, OSError): pass
+        return found
+
+    def photograph(self):
+        "What is finished: folder -> its manifest."
+        return {f.parent.name: f.read_bytes() for f in self.runs.glob(f"[!.]*/{MANIFEST}")}
+
+    def check(self, before):
+        "Raises `AssertionError` unless what was there is as it was, all that shows is whole, and nothing lives on."
+        end = time.monotonic() + PATIENCE
+        while (left := self.processes()) and time.monotonic() < end: time.sleep(.1)
+        assert not left, f"alive after {PATIENCE} s: {[' '.join(p.cmdline())[:120] for p in left]}"
+        shown = [f for f in self.runs.glob("[!.]*") if f.is_dir()]
+        runs, now = list_runs(self.runs), self.photograph()
+        assert sorted(r.path.name for r in runs) == sorted(f.name for f in shown), "a half folder is listed"
+        for r in runs: r.verify()
+        assert len({r.identity for r in runs}) == len(runs), "a finished run was repeated"
+        assert before.items() <= now.items(), "a finished run was changed"
+
+
+# Killed at random moments -------------------------------------------------------------------------------------------------------
+
+def kill_at_random(grid, moment, rng, whole, say):
+    "One moment: the grid is started, a victim falls, and what is left is looked at."
+    before, kind = grid.photograph(), rng.choice(list(VICTIMS))
+    grid.start(moment + 2)
+    time.sleep(rng.uniform(0, whole))
+    hit = rng.choice(found) if (found := grid.processes(kind)) else None
+    if hit:
+        try: hit.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess: hit = None
+    if kind == "grid": grid.process.wait(60)
+    code, said = grid.end()
+    say(f"moment {moment}: {kind if hit else 'nobody'} killed, ended with {code}, {len(grid.photograph())} finished")
+    assert "Traceback" not in said, said
+    assert code == -signal.SIGKILL if kind == "grid" and hit else code in (0, 1), said
+    grid.check(before)
+    return kind if hit else "nobody"
+
+
+def soak(
+    moments: int,  # kills
+    folder: Path,  # an empty one
+    seed: int = 0,
+    say=print,
+) -> dict:  # victim -> how often
+    "Kills at `moments` random moments, then lets the grid end."
+    resolve_data("planted")
+    grid, rng, fallen = Grid(folder), random.Random(seed), {}
+    start = time.monotonic()
+    code, said = grid.start(1).end()
+    assert code == 0, said
+    whole = (time.monotonic() - start) * 1.3
+    for moment in range(moments):
+        victim = kill_at_random(grid, moment, rng, whole, say)
+        fallen[victim] = fallen.get(victim, 0) + 1
+    before = grid.photograph()
+    code, said = grid.start(moments + 1).end()
+    assert code == 0 and len(list_runs(grid.runs)) == moments + 1, said
+    grid.check(before)
+    assert not any((grid.runs / PARTIAL).iterdir()), "an attempt of a dead process was not cleared"
+    return fallen
+
+
+# What else goes wrong -----------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def mounted(place, options):
+    "A file system in memory, where this user may mount one."
+    Path(place).mkdir(parents=True, exist_ok=True)
+    if os.name != "posix" or os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True).returncode: raise Cannot("only root may mount a file system, and not in every container")
+    try: yield
+    finally: subprocess.run(["umount", "-l", place], check=True)
+
+
+def told(grid, code, said):
+    "A failure is lines of text that a person can read, leaves nothing half done and nothing alive."
+    assert code in (1, 2) and "Traceback" not in said and said.strip(), (code, said)
+    grid.check({})
+    assert grid.photograph() == {}
+    for line in said.splitlines():
+        if "(see " in line: assert Path(line.rpartition("(see ")[2].rstrip(")")).exists(), f"what it points to is not there: {line}"
+    return said
+
+
+def full_disk(folder, size="48k"):
+    "The runs folder is on a disk that is full after a few files; with room, the same command works."
+    grid = Grid(folder)
+    with mounted(grid.runs, f"size={size}"): said = told(grid, *grid.start(1).end())
+    assert "space" in said, said
+    code, after = grid.start(1).end()
+    assert code == 0, after
+    return said
+
+
+def limited_files(folder):
+    "No file may be larger than 16 kB: what a quota does, without root."
+    grid = Grid(folder)
+    return told(grid, *grid.start(1, limit=16_384).end())
+
+
+def read_only(folder):
+    "The runs folder is on a disk that cannot be written."
+    grid = Grid(folder)
+    with mounted(grid.runs, "ro"): said = told(grid, *grid.start(1).end())
+    assert "ead-only" in said, said
+    return said
+
+
+def _kernel(folder, *argv):
+    spec = Path(folder) / "jupyter/kernels/python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=list(argv), display_name="Python 3", language="python")))
+    return dict(JUPYTER_PATH=str(spec.parents[1]))
+
+
+def silent_kernel(folder):
+    "A kernel that is started and never answers: given up by its heartbeat, or by the limit of the run."
+    grid = Grid(folder)
+    said = told(grid, *grid.start(1, "--timeout", "15", **_kernel(folder, "sleep", "600")).end(120))
+    assert "ernel died" in said or "not done after 15 s" in said, said
+    return said
+
+
+def slow_kernel(folder, seconds=8):
+    "A kernel that takes its time to start, as on a busy machine or a slow disk, is waited for."
+    grid = Grid(folder)
+    code, said = grid.start(1, **_kernel(folder, "sh", "-c", f"sleep {seconds}; exec {sys.executable} -m ipykernel_launcher -f {{connection_file}}")).end()
+    assert code == 0, said
+    grid.check({})
+    return said
+
+
+def dead_kernel(folder):
+    "A kernel that ends as soon as it is started: tried again, then said."
+    grid = Grid(folder)
+    said = told(grid, *grid.start(1, **_kernel(folder, "false")).end(240))
+    assert "ernel died" in said and len(list((grid.runs / FAILED).iterdir())) == 3, said
+    return said
+
+
+FAULTS = full_disk, limited_files, read_only, silent_kernel, slow_kernel, dead_kernel
+
+
+def main(moments=100, seed=0):
+    home = Path(tempfile.mkdtemp(prefix="soak"))
+    try:
+        print("killed:", soak(moments, home / "killed", seed))
+        for fault in FAULTS:
+            try: print(f"{fault.__name__}: {fault(home / fault.__name__).strip()}")
+            except Cannot as e: print(f"{fault.__name__}: NOT TRIED, {e}")
+    finally: shutil.rmtree(home, ignore_errors=True)
+
+
+if __name__ == "__main__": main(*map(int, sys.argv[1:]))
