@@ -21,8 +21,8 @@ from ..settings import did_you_mean
 __all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'SplitsError', 'MissingFile', 'UnreadableFile',
            'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer',
            'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'column_roles', 'split_files', 'Split', 'read_split',
-           'bars_between', 'label_bars', 'reaching_over', 'SplitsReport', 'Splits', 'read_splits', 'check_splits',
-           'read_scaler', 'fingerprint']
+           'bars_between', 'label_bars', 'reaching_over', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
+           'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -325,6 +325,12 @@ def _check_apart(early, late):
             raise SplitOverlap(f"{early.file}: label_h{h}: {_rows(_file_order(bad, early.order), f'decided by bars of {late.file}')} ({early.symbols[early.codes[row]]} {early.datetimes[row]}); "
                                f"purge them: set these labels to null, or leave {h} bars between the splits")
 
+# %% ../../nbs/data/00_splits.ipynb #93c07ed4
+def excluded_by_reason(excluded: pd.DataFrame) -> pd.DataFrame:  # role, reason, columns, such as
+    "How many columns are no features, by reason, and some of their names."
+    found = excluded.groupby(["role", "reason"], sort=False).column.agg(["count", lambda c: ", ".join(c[:4]) + (" …" if len(c) > 4 else "")])
+    return found.set_axis(["columns", "such as"], axis=1).reset_index()
+
 # %% ../../nbs/data/00_splits.ipynb #253ef7f5
 @dataclass
 class SplitsReport:
@@ -344,9 +350,7 @@ class SplitsReport:
         return dict(splits=table(self.splits), labels=table(self.labels), excluded=table(self.excluded), n_features=int((self.roles.role == "feature").sum()), warnings=self.warnings, fills=self.fills)
 
     def _parts(self):
-        by_reason = self.excluded.groupby(["role", "reason"], sort=False).column.agg(["count", lambda c: ", ".join(c[:4]) + (" …" if len(c) > 4 else "")])
-        by_reason.columns = ["columns", "such as"]
-        return {"Splits": self.splits, "Labels": self.labels, f"Features: {(self.roles.role == 'feature').sum()}. Not features:": by_reason.reset_index()}
+        return {"Splits": self.splits, "Labels": self.labels, f"Features: {(self.roles.role == 'feature').sum()}. Not features:": excluded_by_reason(self.excluded)}
 
     def __repr__(self):
         text = "\n\n".join(f"{k}\n{t.to_string(index=False)}" for k, t in self._parts().items())

@@ -4,41 +4,65 @@
 
 # %% ../../nbs/runs/03_compare.ipynb #4063ef6c
 from __future__ import annotations
-import html, math
+import html, json, math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..data.bundled import resolve_data
-from ..data.splits import MissingFile
+from ..data.splits import MissingFile, excluded_by_reason
 from .final import looks
 from .judge import judge, say
-from .store import RunList, list_runs
+from .store import FAILED, RunError, RunList, list_runs
 from ..settings import settings
-from ..training.evaluator import METRICS, NULLS, better, directional_interval
+from ..training.evaluator import METRICS, NULLS, better, classification_metrics, classification_stats, directional_interval
+from ..training.nulls import directionless_cells
 
 # %% auto #0
-__all__ = ['SHOWN', 'SIGNAL', 'FAMILY_STYLE', 'leaderboard', 'leaderboard_html', 'direction_tests', 'best_per_horizon',
-           'prediction_correlations', 'ceiling_direction', 'attained', 'conclusion', 'family_style', 'plot_forest',
-           'plot_correlations', 'plot_time_against_score', 'plain', 'comparison_markdown', 'to_html', 'compare']
+__all__ = ['SHOWN', 'WORTH', 'leaderboard', 'plain', 'Table', 'leaderboard_table', 'direction_tests', 'best_per_horizon',
+           'ceiling_scores', 'attained', 'attained_table', 'conclusion', 'excluded', 'failures', 'to_html',
+           'to_markdown', 'compare']
 
 # %% ../../nbs/runs/03_compare.ipynb #37b62181
 SHOWN = ("directional_accuracy", "directional_accuracy_p_shift", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
 
 def leaderboard(
     runs: RunList,
-    metrics: tuple = SHOWN,  # names in `METRICS`
-) -> pd.DataFrame:  # data, horizon, model, family, seed, metrics and their interval ends; best log loss first
-    "Every run and the baselines, by data set and horizon."
-    rows = [_row(r, r.manifest["model"], r.family, r.metrics, metrics) for r in runs.latest()]
-    known = {(r.data, r.horizon, name): _row(r, name, "baseline", values, metrics) for r in runs.latest() for name, values in r.baselines.items()}
+    metrics: tuple = SHOWN,  # names in `METRICS` or `NULLS`
+) -> pd.DataFrame:  # data, horizon, rank, model, family, seed, metrics and their interval ends; best log loss first
+    "Every run and the baselines, by data set and horizon; ranks are by log loss among the models."
+    names, latest = runs.data_names, runs.latest()
+    rows = [_row(r, names, r.manifest["model"], r.family, r.metrics, metrics) for r in latest]
+    known = {(r.data, r.horizon, name): _row(r, names, name, "baseline", values, metrics) for r in latest for name, values in r.baselines.items()}
     table = pd.DataFrame([*rows, *known.values()])
-    return table.sort_values(["data", "horizon", "log_loss"], kind="stable").reset_index(drop=True) if len(table) else table
+    if not len(table): return table
+    losses = table.log_loss.where(table.family != "baseline")
+    table.insert(2, "rank", losses.groupby([table.data, table.horizon]).rank(method="min"))
+    return table.sort_values(["data", "horizon", "log_loss"], kind="stable").drop(columns={"log_loss"} - set(metrics)).reset_index(drop=True)
 
-def _row(run, model, family, values, metrics):
+def _row(run, names, model, family, values, metrics):
     ends = [f"{m}_ci_{e}" for m in metrics for e in ("low", "high") if f"{m}_ci_low" in values]
-    return dict(data=Path(run.data).name, horizon=run.horizon, model=model, family=family, seed=run.seed) | {k: values.get(k, math.nan) for k in (*metrics, *ends)}
+    return dict(data=names[run.data], horizon=run.horizon, model=model, family=family, seed=run.seed) | {k: values.get(k, math.nan) for k in (*metrics, *{"log_loss"} - set(metrics), *ends)}
+
+# %% ../../nbs/runs/03_compare.ipynb #0e0155ed
+def plain(
+    text,  # a name, or a sentence with names
+) -> str:
+    "Text as markdown that shows it as it is, in one line."
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", r"\|").replace("](", r"]\(")
+
+@dataclass
+class Table:
+    "A frame to be looked at."
+    frame: pd.DataFrame
+    page: str = ""  # its HTML, where that is more than the frame's own
+    def __repr__(self): return self.frame.to_string(index=False, na_rep="–")
+    def _repr_html_(self): return self.page or self.frame.round(3).to_html(index=False, border=0, na_rep="–")
+    def _repr_markdown_(self):
+        text = self.frame.round(3).map(lambda v: "–" if v is None or v != v else plain(v) if isinstance(v, str) else v)
+        return text.astype(object).rename(columns=plain).to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/runs/03_compare.ipynb #e9ed506f
 def _cell(row, metric):
@@ -53,19 +77,22 @@ def _best(table, metric):
     if not better(metric) or not len(models): return set()
     return set((models[metric] * better(metric)).groupby([models.data, models.horizon]).idxmax())
 
-# %% ../../nbs/runs/03_compare.ipynb #4cc429cb
-def leaderboard_html(table: pd.DataFrame) -> str:
-    "The leaderboard as HTML with inline styles."
+# %% ../../nbs/runs/03_compare.ipynb #48359898
+def leaderboard_table(table: pd.DataFrame) -> Table:
+    "A leaderboard with a number and its interval in one cell, without the columns that no reader needs."
     metrics = [c for c in table if c in METRICS | NULLS]
-    best = {m: _best(table, m) for m in metrics}
+    cells = table[["data", "horizon", "model"]].assign(rank=["" if r != r else f"{r:.0f}" for r in table["rank"]], **{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})
+    cells = cells[["data", "horizon", "rank", "model", *metrics]]
+    return Table(cells, _leaderboard_page(table, cells, {m: _best(table, m) for m in metrics}))
+
+def _leaderboard_page(table, cells, best):
     style = "padding:2px 10px 2px 0;text-align:left;white-space:nowrap;"
-    head = "".join(f"<th style='{style}border-bottom:1px solid #333'>{c.replace('_', ' ').replace('directional accuracy p', 'p')}</th>" for c in ["data", "horizon", "model", *metrics])
-    body = ""
-    for i, row in table.iterrows():
-        rule = "border-top:1px solid #333;" if i and tuple(table.loc[i - 1, ["data", "horizon"]]) != (row.data, row.horizon) else ""
-        cells = [html.escape(str(row.data)), str(row.horizon), html.escape(str(row.model))] + [f"<b>{_cell(row, m)}</b>" if i in best[m] else _cell(row, m) for m in metrics]
-        grey = "color:#7f7f7f;" if row.family == "baseline" else ""
-        body += f"<tr style='background:none'>{''.join(f'<td style={chr(34)}{style}{rule}{grey}{chr(34)}>{c}</td>' for c in cells)}</tr>"
+    head = "".join(f"<th style='{style}border-bottom:1px solid #333'>{c.replace('_', ' ').replace('directional accuracy p', 'p')}</th>" for c in cells)
+    body, rule = "", (table.data != table.data.shift()) | (table.horizon != table.horizon.shift())
+    for i, row in cells.iterrows():
+        line = f"{style}{'border-top:1px solid #333;' if rule[i] and i else ''}{'color:#7f7f7f;' if table.family[i] == 'baseline' else ''}"
+        shown = [f"<b>{v}</b>" if c in best and i in best[c] else html.escape(str(v)) for c, v in row.items()]
+        body += f"<tr style='background:none'>{''.join(f'<td style={chr(34)}{line}{chr(34)}>{v}</td>' for v in shown)}</tr>"
     return f"<table style='font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse'><tr style='background:none'>{head}</tr>{body}</table>"
 
 # %% ../../nbs/runs/03_compare.ipynb #665cded3
@@ -74,9 +101,9 @@ def direction_tests(
     alpha: float = .05,  # chance that any of them is wrongly said to know the direction
 ) -> pd.DataFrame:  # data, horizon, model, accuracy, low, high, knows: the interval lies above .5
     "Directional accuracy with intervals corrected for the number of models x horizons on each data set."
-    tried = pd.Series([r.data for r in runs.latest()]).value_counts()
+    names, tried = runs.data_names, pd.Series([r.data for r in runs.latest()]).value_counts()
     rows = [(r, _direction(r, 1 - alpha / tried[r.data])) for r in runs.latest()]
-    return pd.DataFrame([dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], seed=r.seed, accuracy=a, low=lo, high=hi, knows=bool(lo > .5)) for r, (a, lo, hi) in rows])
+    return pd.DataFrame([dict(data=names[r.data], horizon=r.horizon, model=r.manifest["model"], seed=r.seed, accuracy=a, low=lo, high=hi, knows=bool(lo > .5)) for r, (a, lo, hi) in rows])
 
 def _direction(run, level):
     "The interval on direction of a run, computed once: several parts of a comparison ask for it."
@@ -86,74 +113,76 @@ def _direction(run, level):
 
 # %% ../../nbs/runs/03_compare.ipynb #365978fe
 def best_per_horizon(runs: RunList) -> pd.DataFrame:
-    "The run with the lowest log loss of each data set and horizon, and whether it knows the direction."
-    table = leaderboard(runs)
-    models = table[table.family != "baseline"]
+    "The run with the lowest log loss of each data set and horizon, and whether its direction, or anyone's, can be told from a coin."
+    table, tests = leaderboard(runs), direction_tests(runs)
+    models = table[(table.family != "baseline") & table.log_loss.notna()]
     best = models.loc[models.groupby(["data", "horizon"]).log_loss.idxmin(), ["data", "horizon", "model", "seed", "log_loss", "sharpe_net"]]
     prior = table[table.model == "prior"].set_index(["data", "horizon"]).log_loss
     best.insert(5, "prior_log_loss", [prior[d, h] for d, h in zip(best.data, best.horizon)])
-    return best.merge(direction_tests(runs), on=["data", "horizon", "model", "seed"])
+    found = best.merge(tests, on=["data", "horizon", "model", "seed"])
+    return found.assign(verdict=[_verdict(r, tests[(tests.data == r.data) & (tests.horizon == r.horizon)]) for r in found.itertuples()])
 
-# %% ../../nbs/runs/03_compare.ipynb #fa926023
-def prediction_correlations(
-    runs: RunList,
-    data: str,  # name of a data set
-    horizon: int,  # bars ahead
-) -> pd.DataFrame:  # models x models, in the order of their similarity
-    "Correlation of the lean between the models of one data set and horizon."
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
-    leans = pd.DataFrame({r.manifest["model"]: _lean(r) for r in runs.latest() if Path(r.data).name == data and r.horizon == horizon})
-    corr = leans.corr().fillna(0.)
-    if len(corr) < 3: return corr
-    distance = squareform(np.clip(1 - corr.to_numpy(), 0, 2), checks=False)
-    order = leaves_list(linkage(distance, "average", optimal_ordering=True))
-    return corr.iloc[order, order]
-
-def _lean(run):
-    p = run.predictions()
-    up, down = [c for c in p if c.startswith("p_")][-1], [c for c in p if c.startswith("p_")][0]
-    return (p[up] - p[down]).set_axis(pd.MultiIndex.from_frame(p[["datetime", "symbol"]])).astype(float)
+def _verdict(best, tests):
+    if tests.accuracy.isna().all(): return "no direction in these classes"
+    if best.knows: return f"{best.model} knows the direction"
+    if tests.knows.any(): return f"not this one: {', '.join(tests.model[tests.knows])} know{'s' * (tests.knows.sum() == 1)} the direction"
+    return "no model is distinguishable from the null"
 
 # %% ../../nbs/runs/03_compare.ipynb #a3899c1a
 def _has_answer(data, horizon):
     try: return (resolve_data(data) / f"ceiling_h{horizon}.parquet").is_file()
     except MissingFile: return False  # runs outlive their data
 
-def ceiling_direction(
+def ceiling_scores(
     data: str,  # a folder or bundled name
     horizon: int,  # bars ahead
     predictions: pd.DataFrame,  # of a run: which rows are scored
-) -> dict | None:  # directional accuracy of one row and of the full history; None where the answer is not known
-    "Directional accuracy that the best use of one row, and of the whole history, attains on these rows."
+) -> dict | None:  # row and full: directional_accuracy, f1_macro, log_loss ...; None where the answer is not known
+    "Class metrics that the best use of one row, and of the whole history, attains on these rows."
     if not _has_answer(data, horizon): return None
     from modelfactory.data.market import read_ceiling
     known = predictions[["datetime", "symbol", "y_true"]].merge(read_ceiling(resolve_data(data), horizon), on=["datetime", "symbol"])
-    return {who: _direction_of(known, who) for who in ("row", "full")}
+    p = {who: known[[f"{who}_down", f"{who}_flat", f"{who}_up"]].to_numpy() for who in ("row", "full")}
+    return {who: _scores(known, p) for who, p in p.items()}
 
-def _direction_of(known, who):
-    called = known[[f"{who}_down", f"{who}_flat", f"{who}_up"]].to_numpy().argmax(1) - 1
-    both = (called != 0) & (known.y_true != 0)
-    return float((called == known.y_true)[both].mean()) if both.any() else math.nan
+# %% ../../nbs/runs/03_compare.ipynb #308e0ab7
+def _scores(known, p):
+    "Class metrics, and as `f1_floor` the F1 with the direction shuffled."
+    y, called = known.y_true.to_numpy() + 1, p.argmax(1)
+    cells = directionless_cells(y, called, (-1, 0, 1)).sum(0)
+    return classification_metrics(y, called, p) | dict(f1_floor=float(classification_stats(np.pad(cells, (0, 2)))["f1_macro"]))
 
-# %% ../../nbs/runs/03_compare.ipynb #a661abc8
-SIGNAL = .52  # a ceiling at or below it is a market without a direction: ties of its probabilities are broken by rounding
+# %% ../../nbs/runs/03_compare.ipynb #d4dd1d73
+WORTH = dict(directional_accuracy=.02, log_loss=.002, f1_macro=.01)  # a ceiling that is no farther from nothing leaves nothing to attain: ties of its probabilities are broken by rounding
 
-def attained(runs: RunList) -> pd.DataFrame:
-    "Each model's directional accuracy beside the ceilings, where the answer is known, and its share of the full-history ceiling; NaN where there is nothing to attain."
-    rows = []
+def attained(runs: RunList) -> pd.DataFrame:  # data, horizon, model, seed, metric, found, nothing, one_row, full_history, share_of_row, share
+    "Scores beside their ceilings where the answer is known, and as shares of the way from nothing to a ceiling; NaN where there is no way to go."
+    names, rows = runs.data_names, []
     for r in runs.latest():
         if not _has_answer(r.data, r.horizon): continue
-        found, ceiling = r.metrics["directional_accuracy"], ceiling_direction(r.data, r.horizon, r.predictions())
-        rows.append(dict(data=Path(r.data).name, horizon=r.horizon, model=r.manifest["model"], accuracy=found, one_row=ceiling["row"], full_history=(top := ceiling["full"]), share=(found - .5) / (top - .5) if top > SIGNAL else math.nan))
-    return pd.DataFrame(rows, columns=["data", "horizon", "model", "accuracy", "one_row", "full_history", "share"])
+        best = ceiling_scores(r.data, r.horizon, r.predictions())
+        nothing = dict(directional_accuracy=.5, log_loss=r.baseline["log_loss"], f1_macro=best["full"]["f1_floor"])
+        rows += [dict(data=names[r.data], horizon=r.horizon, model=r.manifest["model"], seed=r.seed, metric=m, found=r.metrics[m], nothing=nothing[m], one_row=best["row"][m], full_history=best["full"][m]) for m in WORTH]
+    found = pd.DataFrame(rows, columns=["data", "horizon", "model", "seed", "metric", "found", "nothing", "one_row", "full_history"])
+    share = lambda ceiling: ((found.found - found.nothing) / (ceiling - found.nothing)).where((ceiling - found.nothing) * found.metric.map(better) > found.metric.map(WORTH))
+    return found.assign(share_of_row=share(found.one_row), share=share(found.full_history))
+
+# %% ../../nbs/runs/03_compare.ipynb #473e8dd4
+def attained_table(reached: pd.DataFrame) -> Table:  # of `attained`
+    "Nothing, the ceilings, and how far each model came, by data set and horizon."
+    reached, share = reached.drop_duplicates(["data", "horizon", "model", "metric"], keep="last"), lambda v: "–" if v != v else f"{v:.0%}"
+    cells = reached.assign(cell=[f"{r.found:.3f} ({share(r.share_of_row)}, {share(r.share)})" for r in reached.itertuples()])
+    bounds = reached.melt(["data", "horizon", "metric"], ["nothing", "one_row", "full_history"], "model").groupby(["data", "horizon", "metric", "model"], sort=False).value.mean().map("{:.3f}".format).reset_index(name="cell")
+    whole = pd.concat([bounds.assign(model=bounds.model.map(dict(nothing="nothing", one_row="ceiling, one row", full_history="ceiling, full history"))), cells])
+    order = list(dict.fromkeys(zip(whole.data, whole.horizon, whole.model)))
+    return Table(whole.pivot(index=["data", "horizon", "model"], columns="metric", values="cell").loc[sorted(order, key=lambda k: k[:2]), list(WORTH)].reset_index().rename_axis(columns=None))
 
 # %% ../../nbs/runs/03_compare.ipynb #ffb83610
 def _names(rows): return ", ".join(f"{m} h{h}" for m, h in zip(rows.model, rows.horizon))
 
 def _of_planted(rows, tests):
     low, high = rows.share.min(), rows.share.max()
-    return f"{rows.data.iloc[0]}: where a signal was planted, {tests.knows.sum()} of {len(tests)} runs found the direction, and they attained {low:.0%} to {high:.0%} of what the full history allows (best {rows.accuracy.max():.3f}, ceiling {rows.one_row.max():.3f} from one row, {rows.full_history.max():.3f} from the full history)."
+    return f"{rows.data.iloc[0]}: where a signal was planted, {tests.knows.sum()} of {len(tests)} runs found the direction, and they attained {low:.0%} to {high:.0%} of what the full history allows (best {rows.found.max():.3f}, ceiling {rows.one_row.max():.3f} from one row, {rows.full_history.max():.3f} from the full history)."
 
 def _of_null(tests):
     found = tests[tests.knows]
@@ -167,8 +196,9 @@ def _of_real(tests):
 
 # %% ../../nbs/runs/03_compare.ipynb #d8fc3252
 def conclusion(runs: RunList) -> list[str]:  # a sentence a data set
-    "What the runs say, planted markets first, then null ones, then real data."
-    tests, reached, sentences = direction_tests(runs), attained(runs), {0: [], 1: [], 2: []}
+    "What the runs say, planted markets first, then null ones, then real data; and where versions of a data set are mixed."
+    tests, reached, sentences = direction_tests(runs), attained(runs), {0: [], 1: [], 2: [], 3: _mixed(runs)}
+    reached = reached[reached.metric == "directional_accuracy"]
     for data, mine in tests.groupby("data", sort=False):
         ceiling = reached[(reached.data == data)]
         if ceiling.share.notna().any(): sentences[0].append(_of_planted(ceiling[ceiling.share.notna()], mine))
@@ -176,92 +206,39 @@ def conclusion(runs: RunList) -> list[str]:  # a sentence a data set
         elif mine.accuracy.notna().any(): sentences[2].append(_of_real(mine[mine.accuracy.notna()]))
     return sum(sentences.values(), [])
 
-# %% ../../nbs/runs/03_compare.ipynb #8b7f3612
-FAMILY_STYLE = {f: dict(color=c, marker=m) for f, c, m in zip(("boosting", "timeseries", "classical", "foundation", "neural", "baseline"), ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7f7f7f"), "osD^vx")}
+def _mixed(runs):
+    "A sentence a data set of which runs saw different versions."
+    names, seen = runs.data_names, {}
+    for r in runs.latest(): seen.setdefault(names[r.data], set()).add(r.manifest["data_fingerprint"])
+    return [f"{data}: these runs were made on {len(prints)} versions of the data and are not comparable; train the older ones again." for data, prints in seen.items() if len(prints) > 1]
 
-def family_style(family: str) -> dict: "Colour and marker of a family; black stars for families of the user's own."; return FAMILY_STYLE.get(family, dict(color="#000000", marker="*"))
+# %% ../../nbs/runs/03_compare.ipynb #e5ae046c
+def excluded(runs: RunList) -> pd.DataFrame:  # data, role, reason, columns, such as
+    "Columns that were no features, by data set and reason, and rows without a target; from the newest run of each data set."
+    names, parts = runs.data_names, {}
+    for r in runs:
+        if (file := r.path / "splits.json").is_file(): parts[names[r.data]] = file
+    parts = {data: _left_out(json.loads(file.read_text())) for data, file in parts.items()}
+    return pd.concat(parts, names=["data"]).reset_index(0).reset_index(drop=True) if parts else pd.DataFrame()
 
-# %% ../../nbs/runs/03_compare.ipynb #eea8c431
-def plot_forest(
-    table: pd.DataFrame,  # a leaderboard
-    data: str,  # name of a data set
-    metric: str = "directional_accuracy",
-):  # matplotlib Figure, one facet a horizon
-    "Each model's value and interval beside the baseline; the best model's interval is shaded."
-    from matplotlib import pyplot as plt
-    mine = table[table.data == data]
-    horizons, n = sorted(mine.horizon.unique()), mine.model.nunique()
-    fig, axes = plt.subplots(1, len(horizons), figsize=(10, .27 * n + 1.1), dpi=100, facecolor="white", sharex=True, squeeze=False)
-    for ax, h in zip(axes[0], horizons): _forest(ax, mine[mine.horizon == h], metric, f"{data}, horizon {h}")
-    handles = {f: plt.Line2D([], [], ls="", label=f, **family_style(f)) for f in mine.family.unique()}
-    fig.legend(handles=handles.values(), loc="upper center", bbox_to_anchor=(.5, 0), ncols=len(handles), frameon=False, fontsize=9)
-    fig.tight_layout()
-    return fig
+def _left_out(report):
+    columns = excluded_by_reason(pd.DataFrame(report["excluded"], columns=["column", "role", "reason"]))
+    rows = [dict(role="row", reason=f"no target at horizon {label['horizon']} in {label['split']}", columns=label["no_target"]) for label in report["labels"] if label["no_target"]]
+    return pd.concat([columns, pd.DataFrame(rows)], ignore_index=True).fillna({"such as": ""})
 
-def _forest(ax, rows, metric, title):
-    rows = rows.sort_values(metric, ascending=better(metric) > 0, na_position="first")
-    models = rows[rows.family != "baseline"]
-    for y, (_, r) in enumerate(rows.iterrows()):
-        style = family_style(r.family)
-        ax.plot([r.get(f"{metric}_ci_low"), r.get(f"{metric}_ci_high")], [y, y], color=style["color"], lw=1.5)
-        ax.plot(r[metric], y, ms=5, **style)
-    if len(models) and models[metric].notna().any(): ax.axvspan(models.iloc[-1].get(f"{metric}_ci_low"), models.iloc[-1].get(f"{metric}_ci_high"), color="#0072B2", alpha=.07, lw=0)
-    base = .5 if metric == "directional_accuracy" else rows[rows.model == "prior"][metric].mean()
-    ax.axvline(base, ls="--", color="#7f7f7f", lw=.9)
-    ax.set_yticks(range(len(rows)), rows.model, fontsize=9); ax.set_ylim(-.6, len(rows) - .4)
-    ax.set_title(title, fontsize=9); ax.set_xlabel(metric.replace("_", " "), fontsize=9); ax.tick_params(axis="x", labelsize=9)
+# %% ../../nbs/runs/03_compare.ipynb #6303cf22
+def failures(
+    runs: Path,  # the runs folder
+) -> pd.DataFrame:  # run, status, reason, folder
+    "The newest failure of each model, data set, horizon and seed that was not finished later."
+    finished, found = {_asked(r.data, r.manifest) for r in list_runs(runs)}, {}
+    for attempt in sorted((Path(runs) / FAILED).glob("*/job.json"), key=lambda f: f.parent.name[-22:]):
+        try: asked, said = json.loads(attempt.read_text())["parameters"], json.loads((attempt.parent / "outcome.json").read_text())
+        except (OSError, ValueError): continue
+        found[_asked(asked["data"], asked)] = dict(run=f"{asked['model']} h{asked['horizon']} {Path(asked['data']).name}", status=said["status"], reason=said["reason"], folder=attempt.parent.name)
+    return pd.DataFrame([row for key, row in found.items() if key not in finished], columns=["run", "status", "reason", "folder"])
 
-# %% ../../nbs/runs/03_compare.ipynb #071e83ea
-def plot_correlations(
-    corr: pd.DataFrame,  # of `prediction_correlations`
-    title: str = "",
-):
-    "Lower triangle of the correlations, red where models agree."
-    import seaborn as sns
-    from matplotlib import pyplot as plt
-    side = .42 * len(corr) + 1.8
-    fig, ax = plt.subplots(figsize=(side + .6, side), dpi=100, facecolor="white")
-    sns.heatmap(corr, mask=np.triu(np.ones_like(corr, bool)), cmap="RdBu_r", vmin=-1, vmax=1, annot=len(corr) <= 20, fmt=".2f", annot_kws=dict(size=8), ax=ax, cbar_kws=dict(shrink=.6))
-    ax.set_title(title, fontsize=9); ax.tick_params(labelsize=8)
-    fig.tight_layout()
-    return fig
-
-# %% ../../nbs/runs/03_compare.ipynb #3948f470
-def plot_time_against_score(table: pd.DataFrame, data: str, metric: str = "log_loss"):
-    "Seconds of fitting (log) against a metric, one facet a horizon; models on the Pareto front are named."
-    from matplotlib import pyplot as plt
-    mine = table[(table.data == data) & (table.family != "baseline")]
-    horizons = sorted(mine.horizon.unique())
-    fig, axes = plt.subplots(1, len(horizons), figsize=(9, 2.8), dpi=100, facecolor="white", squeeze=False)
-    for ax, h in zip(axes[0], horizons): _time_facet(ax, mine[mine.horizon == h].sort_values("fit_seconds"), metric, f"{data}, horizon {h}")
-    fig.tight_layout()
-    return fig
-
-def _time_facet(ax, rows, metric, title):
-    best = -math.inf
-    for _, r in rows.iterrows():
-        ax.semilogx(r.fit_seconds, r[metric], **family_style(r.family))
-        if (score := r[metric] * (better(metric) or 1)) > best: best = score; ax.annotate(r.model, (r.fit_seconds, r[metric]), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    ax.margins(x=.25, y=.2); ax.set_title(title, fontsize=9); ax.set_xlabel("seconds to fit", fontsize=9); ax.set_ylabel(metric.replace("_", " "), fontsize=9); ax.tick_params(labelsize=8)
-
-# %% ../../nbs/runs/03_compare.ipynb #0e0155ed
-def plain(
-    text,  # a name, or a sentence with names
-) -> str:
-    "Text as markdown that shows it as it is, in one line."
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", r"\|").replace("](", r"]\(")
-
-# %% ../../nbs/runs/03_compare.ipynb #c3312270
-def comparison_markdown(runs: RunList) -> str:
-    "The comparison as markdown."
-    table, best = leaderboard(runs), best_per_horizon(runs)
-    metrics = [m for m in SHOWN if m in table]
-    named = lambda frame: frame.assign(data=frame.data.map(plain), model=frame.model.map(plain))
-    cells = named(table).assign(**{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})[["data", "horizon", "model", *metrics]]
-    parts = ["# Model comparison", *(f"- {plain(s)}" for s in conclusion(runs)), "\n## How much of it is luck?\n", *(f"- {plain(say(v))}" for v in judge(runs).itertuples()), *(f"- {plain(sentence)}" for sentence in _looks(runs)), "\n## Best per horizon, by log loss\n", named(best).round(3).to_markdown(index=False), "\n## Leaderboard\n", cells.to_markdown(index=False, disable_numparse=True)]
-    return "\n".join([*parts, "\nIntervals: 95%, block bootstrap over time. `knows`: the interval on direction, corrected for the number of models x horizons on that data set, lies above .5.\n", *(f"- `{m}`: {(METRICS | NULLS)[m]}" for m in metrics), ""])
-
-def _looks(runs): return [sentence for folder in dict.fromkeys(r.path.parent for r in runs) for sentence in looks(folder)]
+def _asked(data, what): return str(data), what["model"], what["horizon"], settings().seed if what["seed"] is None else what["seed"]
 
 # %% ../../nbs/runs/03_compare.ipynb #c3a860bd
 def to_html(
@@ -276,17 +253,32 @@ def to_html(
     style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#111;background:#fff}table{border-collapse:collapse}td,th{padding:2px 10px 2px 0;text-align:left}img{max-width:100%}a.anchor-link{display:none}div.jp-OutputArea,div.output_area{overflow-x:auto}"
     Path(output).write_text(f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>Model comparison</title><style>{style}</style></head><body>{page}</body></html>")
 
+# %% ../../nbs/runs/03_compare.ipynb #e54d7bba
+def to_markdown(
+    notebook: Path,  # executed
+    output: Path,  # its pictures go to a folder of that name and _files
+):
+    "An executed notebook as markdown without code, tables as tables."
+    import nbformat, shutil
+    from nbconvert import MarkdownExporter
+    from traitlets.config import Config
+    prefer, pictures = ["text/markdown", "image/png", "text/html", "text/plain"], Path(output).with_name(f"{Path(output).stem}_files")
+    exporter = MarkdownExporter(config=Config(NbConvertBase=dict(display_data_priority=prefer)), exclude_input=True)
+    text, resources = exporter.from_notebook_node(nbformat.read(notebook, 4), dict(output_files_dir=pictures.name))
+    shutil.rmtree(pictures, ignore_errors=True), pictures.mkdir()
+    for name, data in resources["outputs"].items(): (pictures.parent / name).write_bytes(data)
+    Path(output).write_text(text)
+
 # %% ../../nbs/runs/03_compare.ipynb #bc563eb8
 def compare(
     runs: Path | None = None,  # None: settings' runs folder
 ) -> Path:  # the page
-    "Executes the comparison notebook over a runs folder; writes `compare.ipynb`, `model_comparison.md` and `model_comparison.html` there."
+    "Executes the comparison notebook over a runs folder; writes `compare.ipynb`, `model_comparison.html` and `model_comparison.md` there."
     from modelfactory.runs.engine import execute, find_notebook
-    from modelfactory.runs.store import RunError
     runs = Path(runs or settings().runs)
     if not list_runs(runs): raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
     execute(find_notebook("compare.ipynb"), runs / ".compare.ipynb", dict(runs=str(runs.resolve())))
     (runs / ".compare.ipynb").replace(runs / "compare.ipynb")
-    (runs / "model_comparison.md").write_text(comparison_markdown(list_runs(runs)))
+    to_markdown(runs / "compare.ipynb", runs / "model_comparison.md")
     to_html(runs / "compare.ipynb", runs / "model_comparison.html")
     return runs / "model_comparison.html"

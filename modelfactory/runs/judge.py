@@ -21,11 +21,12 @@ __all__ = ['task_runs', 'stack', 'trials_on', 'gains_over_prior', 'gains_over_co
 # %% ../../nbs/runs/07_judge.ipynb #239864f5
 def task_runs(
     runs: RunList,
-    data: str,  # name of a data set
+    data: str,  # name of a data set, as in `data_names`
     horizon: int,  # bars ahead
 ) -> dict:  # model name -> Run; with its seed where there are several
     "The newest run of each model and seed on one task."
-    mine = [r for r in runs.latest() if Path(r.data).name == data and r.horizon == horizon]
+    known = runs.data_names
+    mine = [r for r in runs.latest() if known[r.data] == data and r.horizon == horizon]
     names = [r.manifest["model"] for r in mine]
     return {n if names.count(n) == 1 else f"{n}_s{r.seed}": r for n, r in zip(names, mine)}
 
@@ -53,7 +54,8 @@ def trials_on(
 ) -> int:
     "Models x horizons x seeds that were run on a data set, and tuning trials on it."
     from modelfactory.training.tuner import n_trials_of
-    mine = [r for r in runs.latest() if Path(r.data).name == data]
+    known = runs.data_names
+    mine = [r for r in runs.latest() if known[r.data] == data]
     storage = settings().storage
     tasks = {(r.manifest["model"], r.horizon, r.manifest["data_fingerprint"], storage or r.path.parent / "tuning.db") for r in mine}
     return len(mine) + sum(n_trials_of(*task) for task in tasks)
@@ -114,7 +116,7 @@ def _of_profit(models, profit, trials):
 # %% ../../nbs/runs/07_judge.ipynb #d32e2083
 def judge(runs: RunList) -> pd.DataFrame:  # a row a task
     "The verdict on every task."
-    tasks = sorted({(Path(r.data).name, r.horizon) for r in runs})
+    tasks = sorted({(runs.data_names[r.data], r.horizon) for r in runs})
     return pd.DataFrame([judge_task(runs, *task) for task in tasks])
 
 # %% ../../nbs/runs/07_judge.ipynb #65279121

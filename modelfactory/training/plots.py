@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['class_styles', 'png', 'plot_confusion', 'plot_reliability', 'precision_recall', 'plot_precision_recall',
-           'plot_equity', 'plot_importance', 'plot_learning_curve', 'prediction_shares', 'plot_probabilities',
-           'format_metric', 'beats', 'metrics_table', 'verdict', 'header_card']
+           'plot_equity', 'date_axis', 'plot_importance', 'plot_learning_curve', 'prediction_shares',
+           'plot_probabilities', 'format_metric', 'beats', 'metrics_table', 'verdict', 'header_card']
 
 # %% ../../nbs/training/02_plots.ipynb #cad45edd
 def class_styles(classes: tuple) -> dict[int, dict]:  # class -> label, color, marker
@@ -144,10 +144,11 @@ def plot_equity(book: Backtest) -> Figure:
     stats = book.metrics()
     top.set_ylabel("equity"); top.set_title(f"Sharpe {stats['sharpe']:.2f} before, {stats['sharpe_net']:.2f} after cost · returns from {book.returns_source}", fontsize=9, loc="left")
     top.legend(frameon=False, fontsize=8); below.set(ylabel="drawdown, %", ylim=(None, 0))
-    _dates(below)
+    date_axis(below)
     return fig
 
-def _dates(ax):
+def date_axis(ax):
+    "Few and short dates below an axis."
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     locator = AutoDateLocator(minticks=3, maxticks=7)
     ax.xaxis.set_major_locator(locator); ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
@@ -207,7 +208,7 @@ def plot_probabilities(
         part = strips.loc[name]
         ax.stackplot(part.index, part.T, labels=[s["label"] for s in styles.values()], colors=[s["color"] for s in styles.values()], alpha=.75, step="post", lw=0)
         ax.set(ylim=(0, 1), yticks=(0, .5, 1), ylabel=name); ax.margins(x=0)
-    axes[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(classes), frameon=False, fontsize=8); _dates(axes[-1, 0])
+    axes[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(classes), frameon=False, fontsize=8); date_axis(axes[-1, 0])
     return fig
 
 # %% ../../nbs/training/02_plots.ipynb #0f7ab6c9
