@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lab bench readme
+.PHONY: setup demo test soak lab bench readme
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ demo: setup  # train six models on three data sets, compare them, say what it me
 test: setup  # the notebooks' own cells, each in a process of its own, then pytest over the exported package, at least 90% of its lines
 	find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/benchmarks/*' -not -path '*/neural/*' -not -path '*/timeseries/*' -not -path '*/foundation/*' -not -path '*/runs/*' -not -path '*/training/0[5-8]*' -not -path '*/data/0[2-4]*' -not -name train.ipynb -not -name compare.ipynb -not -name study.ipynb | sort | xargs -n 1 -P 2 $(BIN)/nbdev-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-fail-under=90 --cov-report=term:skip-covered
+
+soak: setup  # a hundred faults at random moments of real grids, and disks and kernels that fail: a quarter of an hour
+	$(BIN)/python tests/soak.py
 
 lab: setup  # JupyterLab at nbs/index.ipynb
 	-$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements

@@ -1462,6 +1462,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'modelfactory.runs.grid.run_grid': ('runs/grid.html#run_grid', 'modelfactory/runs/grid.py'),
                                         'modelfactory.runs.grid.trainer_of': ('runs/grid.html#trainer_of', 'modelfactory/runs/grid.py')},
             'modelfactory.runs.judge': { 'modelfactory.runs.judge._of_profit': ('runs/judge.html#_of_profit', 'modelfactory/runs/judge.py'),
+                                         'modelfactory.runs.judge._side_by_side': ( 'runs/judge.html#_side_by_side',
+                                                                                    'modelfactory/runs/judge.py'),
                                          'modelfactory.runs.judge.daily_profit': ( 'runs/judge.html#daily_profit',
                                                                                    'modelfactory/runs/judge.py'),
                                          'modelfactory.runs.judge.gains_over_coin': ( 'runs/judge.html#gains_over_coin',

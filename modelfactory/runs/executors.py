@@ -50,11 +50,12 @@ def run_job(
 ) -> Outcome:
     "Makes one run unless it is there, or another process makes it; never raises what goes wrong in it."
     stop = stop or threading.Event()
-    with _lock(job, runs, stop):
-        if stop.is_set(): return Outcome(job.title, "interrupted", "stopped before it began")
-        if not force and (there := finished_run(job, runs)): return Outcome(job.title, "skipped", "", there)
-        try: return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
-        except Exception as e: return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
+    try:
+        with _lock(job, runs, stop):
+            if stop.is_set(): return Outcome(job.title, "interrupted", "stopped before it began")
+            if not force and (there := finished_run(job, runs)): return Outcome(job.title, "skipped", "", there)
+            return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
+    except Exception as e: return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
 
 @contextmanager
 def _lock(job, runs, stop):

@@ -5,7 +5,6 @@
 # %% ../../nbs/runs/07_judge.ipynb #334d7767
 from __future__ import annotations
 import contextlib, math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -37,15 +36,18 @@ def stack(
     split: str = "val",
 ) -> pd.DataFrame:  # datetime, symbol, y_true, <model>_p_down, <model>_p_flat, <model>_p_up; `.attrs["dropped"]`
     "Predictions of all models on one task, on the rows that all of them have; `dropped` says how many rows each lost."
-    keys, frames = ["datetime", "symbol", "y_true"], {}
-    for name, run in task_runs(runs, data, horizon).items():
-        p = run.predictions(split)
-        frames[name] = p.set_index(keys)[[c for c in p if c.startswith("p_")]].add_prefix(f"{name}_")
-    if not frames: raise SignificanceError(f"no run on {data!r} for horizon {horizon}")
-    whole = pd.concat(frames.values(), axis=1, join="inner")
-    found = whole.sort_index(level=["symbol", "datetime"]).reset_index()
-    found.attrs["dropped"] = {name: len(f) - len(whole) for name, f in frames.items()}
+    tables = {name: run.predictions(split) for name, run in task_runs(runs, data, horizon).items()}
+    if not tables: raise SignificanceError(f"no run on {data!r} for horizon {horizon}")
+    found = _side_by_side(tables).sort_values(["symbol", "datetime"], ignore_index=True)
+    found.attrs["dropped"] = {name: len(t) - len(found) for name, t in tables.items()}
     return found
+
+def _side_by_side(tables):
+    "Probabilities of all tables on the rows that all have; where they have the same rows, which is the rule, nothing needs to be searched."
+    keys, first = ["datetime", "symbol", "y_true"], next(iter(tables.values()))
+    parts = {name: t[[c for c in t if c.startswith("p_")]].add_prefix(f"{name}_") for name, t in tables.items()}
+    if all(t[k].equals(first[k]) for t in tables.values() for k in keys): return pd.concat([first[keys], *parts.values()], axis=1)
+    return pd.concat([p.set_index(pd.MultiIndex.from_frame(tables[name][keys])) for name, p in parts.items()], axis=1, join="inner").reset_index()
 
 # %% ../../nbs/runs/07_judge.ipynb #0044cfe6
 def trials_on(
@@ -116,7 +118,8 @@ def _of_profit(models, profit, trials):
 # %% ../../nbs/runs/07_judge.ipynb #d32e2083
 def judge(runs: RunList) -> pd.DataFrame:  # a row a task
     "The verdict on every task."
-    tasks = sorted({(runs.data_names[r.data], r.horizon) for r in runs})
+    names = runs.data_names
+    tasks = sorted({(names[r.data], r.horizon) for r in runs})
     return pd.DataFrame([judge_task(runs, *task) for task in tasks])
 
 # %% ../../nbs/runs/07_judge.ipynb #65279121

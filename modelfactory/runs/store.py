@@ -260,7 +260,7 @@ class RunList(list):
     @property
     def data_names(self) -> dict[str, str]:
         "A short name of each data set: the end of its path that no other one here has."
-        parts = {r.data: Path(r.data).parts for r in self}
+        parts = {data: Path(data).parts for data in dict.fromkeys(r.data for r in self)}
         tails = lambda n: [p[-n:] for p in parts.values()]
         return {data: next(("/".join(p[-n:]) for n in range(1, len(p)) if tails(n).count(p[-n:]) == 1), data) for data, p in parts.items()}
     def __repr__(self): return self.to_frame().round(3).to_string(index=False) if self else "no finished run"

@@ -277,8 +277,9 @@ def paired_differences(
     drawn = drawn[:, np.isfinite(drawn).all(0)]
     pairs = drawn[i] - drawn[j]
     error = (drawn - drawn[models.index(best)]).std(1)
+    pairs -= pairs.mean(1, keepdims=True)
     spread = pairs.std(1, keepdims=True)
-    largest = np.max(np.divide(abs(pairs - pairs.mean(1, keepdims=True)), spread, where=spread > 0, out=np.zeros_like(pairs)), 0)
+    largest = np.max(abs(pairs) / np.where(spread > 0, spread, np.inf), 0)
     reach = np.quantile(largest, expanded_level(level, n_blocks)) * error
     table = pd.DataFrame(dict(value=value, difference=value - points[best]), index=pd.Index(models, name="model"))
     table = table.assign(low=table.difference - reach, high=table.difference + reach)
