@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test soak lab bench readme
+.PHONY: setup demo test soak browser lab bench readme
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -22,6 +22,9 @@ test: setup  # the notebooks' own cells, each in a process of its own, then pyte
 
 soak: setup  # a hundred faults at random moments of real grids, and disks and kernels that fail: a quarter of an hour
 	$(BIN)/python tests/soak.py
+
+browser: setup  # every tutorial, run in a real JupyterLab; needs a Chromium
+	BROWSER_RUNS_ALL=1 $(BIN)/python -m pytest tests/test_lab.py -rs
 
 lab: setup  # JupyterLab at nbs/index.ipynb
 	-$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements

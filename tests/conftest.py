@@ -36,3 +36,8 @@ def as_it_was(monkeypatch):
     ModelRegistry._broken.clear(), ModelRegistry._broken.update(broken)
     os.environ.clear(), os.environ.update(environment)
     logging.disable(logging.NOTSET)
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What could not be tested here is said aloud."
+    for reason in dict.fromkeys(str(r.longrepr[2]) for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple) and "NOT " in str(r.longrepr[2])): terminalreporter.write_line(reason, yellow=True, bold=True)

@@ -16,7 +16,7 @@ def test_random_moments(tmp_path):
 @pytest.mark.parametrize("fault", soak.FAULTS, ids=lambda f: f.__name__)
 def test_a_fault_is_told_and_leaves_nothing(fault, tmp_path):
     try: fault(tmp_path)
-    except soak.Cannot as e: pytest.skip(f"NOT TRIED: {e}")
+    except soak.Cannot as e: pytest.skip(f"NOT TRIED: {fault.__name__}: {e}")
 
 
 @pytest.mark.parametrize("moved", [-10**9, -3600, 0, 3600, 10**9])

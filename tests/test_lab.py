@@ -1,0 +1,149 @@
+"""Notebooks as a person sees them: opened in a real JupyterLab in Chromium, and run there.
+
+`make browser` runs every tutorial; the suite runs the first page and only opens the others."""
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVERYTHING = bool(os.environ.get("BROWSER_RUNS_ALL"))
+PAGES = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "nbs/tutorials").glob("*.ipynb"))
+CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(c => ({
+  prompt: (c.querySelector('.jp-InputPrompt') || {}).textContent || '', source: ((c.querySelector('.cm-content') || {}).innerText || '').trim(),
+  error: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')].map(e => e.innerText.slice(-800)).join(),
+  stderr: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.stderr"]')].map(e => e.innerText.slice(0, 400)).join(),
+  widget: /Error displaying widget|Loading widget/.test(c.innerText),
+  images: [...c.querySelectorAll('.jp-RenderedImage img, .jp-RenderedHTMLCommon img')].map(m => m.naturalWidth)}))"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM: pytest.skip("NOT CHECKED IN A BROWSER: no Chromium is installed (Debian's package is chromium; CHROMIUM=/path names another)")
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: pytest.skip("NOT CHECKED IN A BROWSER: playwright is not installed (pip install playwright)")
+    with sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    "Address of a JupyterLab over a copy of the project, which it may save into; its runs are one run and a comparison."
+    home = tmp_path_factory.mktemp("lab")
+    for name in ("nbs", "params"): shutil.copytree(ROOT / name, home / "project" / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", home / "project")
+    environment = dict(os.environ, MODELFACTORY_SETTINGS=str(home / "project/settings.ini"), MODELFACTORY_TRACKING="", MODELFACTORY_BUNDLED=str(_bundled()), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE",
+                       **{f"JUPYTER_{what}_DIR": str(home / what) for what in ("CONFIG", "DATA", "RUNTIME")}, IPYTHONDIR=str(home / "ipython"), JUPYTERLAB_SETTINGS_DIR=str(home / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"))
+    tools = Path(sys.executable).parent
+    for command in (["train", "--model", "lightgbm", "--horizon", "5", "--data", "planted", "--preset", "quick"], ["compare"]): subprocess.run([tools / "modelfactory", *command], cwd=home / "project", env=environment, check=True, capture_output=True)
+    port, token = _free_port(), secrets.token_hex(16)
+    setting = home / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    setting.parent.mkdir(parents=True)
+    setting.write_text(json.dumps(dict(windowingMode="none")))
+    with open(home / "lab.log", "w") as log:
+        server = subprocess.Popen([tools / "jupyter-lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={home / 'project'}", f"--IdentityProvider.token={token}", "--allow-root", "--LabApp.news_url=None"], env=environment, stdout=log, stderr=log, start_new_session=True)
+    base = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{base}/api/status?token={token}", server, home / "lab.log")
+        yield lambda path: f"{base}/lab/workspaces/w{secrets.token_hex(3)}/tree/{path}?token={token}&reset"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+
+
+def _bundled():
+    from modelfactory.data.bundled import resolve_data
+    return resolve_data("planted").parent
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait_for(url, server, log):
+    end = time.monotonic() + 90
+    while True:
+        try: return urllib.request.urlopen(url, timeout=2).close()
+        except OSError: assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+        time.sleep(.3)
+
+
+@pytest.fixture
+def page(browser):
+    opened = browser.new_page(viewport=dict(width=1440, height=1000))
+    opened.set_default_timeout(90_000)
+    yield opened
+    opened.close()
+
+
+def show(page, address):
+    page.goto(address, wait_until="domcontentloaded")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Notebook .jp-Cell")
+    page.wait_for_timeout(1500)
+
+
+def run_all(page, seconds=400):
+    page.wait_for_selector("[data-status=idle]")
+    page.click("text=Run >> nth=0"), page.click("text='Run All Cells'")
+    end = time.monotonic() + seconds
+    while True:
+        page.wait_for_timeout(700)
+        cells = page.evaluate(CELLS)
+        if not any("*" in c["prompt"] for c in cells) and (any(c["error"] for c in cells) or all(c["prompt"].strip(" []:") or not c["source"] for c in cells)): return
+        assert time.monotonic() < end, [c for c in cells if "*" in c["prompt"]]
+
+
+def look(page):
+    "Raises `AssertionError` on an error output, something on stderr, a broken widget or a missing picture; the pictures there are."
+    cells = page.evaluate(CELLS)
+    assert cells and not [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]], [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]]
+    return sum(len(c["images"]) for c in cells)
+
+
+def test_what_is_broken_is_seen(page, lab, tmp_path_factory):
+    "This check can fail: on an error output, and on a picture that is not there."
+    import nbformat
+    from nbformat import v4
+    project = next(tmp_path_factory.getbasetemp().glob("lab*/project"))
+    outputs = dict(error=v4.new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"]), picture=v4.new_output("display_data", {"text/html": "<img src='nowhere.png'>"}))
+    for name, output in outputs.items():
+        nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[output], execution_count=1)]), project / f"{name}.ipynb")
+        show(page, lab(f"{name}.ipynb"))
+        with pytest.raises(AssertionError): look(page)
+
+
+def test_the_first_page_runs(page, lab):
+    show(page, lab("nbs/index.ipynb"))
+    run_all(page)
+    look(page)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_tutorials_show(page, lab, path):
+    show(page, lab(path))
+    if EVERYTHING: run_all(page)
+    look(page)
+
+
+@pytest.mark.parametrize("pattern, pictures", [("runs/lightgbm_*/train.ipynb", 6), ("runs/compare.ipynb", 6)])
+def test_what_papermill_executed_shows(page, lab, tmp_path_factory, pattern, pictures):
+    project = tmp_path_factory.getbasetemp().glob(f"lab*/project/{pattern}")
+    show(page, lab(next(str(f).split("/project/")[1] for f in project)))
+    assert look(page) >= pictures
+    tables = page.evaluate("() => document.querySelectorAll('.jp-RenderedHTMLCommon table').length")
+    assert tables >= 2, "tables of an untrusted notebook are shown, too"
