@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FILES = [f for f in sorted((ROOT / "nbs").rglob("*.ipynb")) if re.search(r"#\|\s*default_exp", f.read_text()) and ".ipynb_checkpoints" not in f.parts]
+FILES = [f for f in sorted((ROOT / "nbs").rglob("*.ipynb")) if re.search(r'"#\|\s*default_exp', f.read_text()) and ".ipynb_checkpoints" not in f.parts]
 
 
 def cells(file):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from annotated_types import Interval
 
-from .splits import NO_TARGET, MissingFile, Split, SplitsError, UnreadableFile, read_splits
+from .splits import NO_TARGET, MissingFile, Split, SplitsError, UnreadableFile, label_bars, read_splits
 
 # %% auto #0
 __all__ = ['Windows', 'History', 'left_padded', 'context', 'labelled_rows', 'TimeSeriesDataset', 'DatasetConfig', 'load_datasets',
@@ -134,7 +134,7 @@ class TimeSeriesDataset:
 
     def _metadata(self):
         s, rows = self.split, self.rows
-        columns = dict(datetime=s.datetimes[rows], symbol=pd.Index(s.symbols)[s.codes[rows]], horizon=self.horizon)
+        columns = dict(datetime=s.datetimes[rows], symbol=pd.Index(s.symbols)[s.codes[rows]], horizon=self.horizon, label_bars=label_bars(s, self.horizon)[rows])
         if self.horizon in s.weights: columns["sample_weight"] = s.weights[self.horizon][rows]
         if s.close is not None: columns["close"] = s.close[rows]
         return pd.DataFrame(columns)

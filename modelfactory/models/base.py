@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from annotated_types import Len
+from annotated_types import Interval, Len
 
 from ..settings import NonNegative, Positive, build_config
 
@@ -45,6 +45,8 @@ class ModelConfig:
     classes: Annotated[tuple[int, ...], Len(2)] = (-1, 0, 1)  # values of the label, in the order of the probability columns
     class_weight: Literal["balanced"] | None = None  # weigh classes by inverse frequency in train
     sample_weight: Literal["column"] | None = None  # weigh rows by `sample_weight` in the metadata
+    calibration: Literal["temperature", "isotonic"] | None = None  # learn at the end of train how sure it may be
+    calibration_share: Annotated[float, Interval(gt=0, lt=1)] = .2  # of train's timestamps that are held out for it
 
 # %% ../../nbs/models/00_base.ipynb #a31b88b7
 @dataclass

@@ -65,12 +65,12 @@ def _grid_file(file):
 
 # %% ../../nbs/runs/02_grid.ipynb #73bd4c5b
 def expand_models(
-    names: tuple,  # model names, families, or all
+    names: tuple,  # model names, families, or all: every model but ensembles
 ) -> list[str]:
     "Model names, each once, in the order given; raises `UnknownModel`."
     models = ModelRegistry.list_models()
     families = {m["family"] for m in models}
-    picked = [m["name"] for n in names for m in models if n in (m["name"], f"{m['family']}:{m['name']}") or n == "all" or (n in families and n == m["family"])]
+    picked = [m["name"] for n in names for m in models if n in (m["name"], f"{m['family']}:{m['name']}") or (n == "all" and m["family"] != "ensemble") or (n in families and n == m["family"])]
     for n in set(names) - families - {"all"}: ModelRegistry.get(n)
     return list(dict.fromkeys(picked))
 

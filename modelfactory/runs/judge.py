@@ -5,11 +5,12 @@
 # %% ../../nbs/runs/07_judge.ipynb #334d7767
 from __future__ import annotations
 import contextlib, math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .store import RunList
+from .store import Run, RunList, list_runs, load_run
 from ..settings import settings
 from ..training.significance import SignificanceError, backtest_overfitting, class_differences, deflated_sharpe, row_losses, stacked_models, stamp_sums, superior_ability
 
@@ -30,17 +31,28 @@ def task_runs(
     return {n if names.count(n) == 1 else f"{n}_s{r.seed}": r for n, r in zip(names, mine)}
 
 def stack(
-    runs: RunList,
-    data: str,  # name of a data set
-    horizon: int,  # bars ahead
+    runs,  # a `RunList`, a runs folder, or runs and their folders
+    data: str | None = None,  # name of a data set, as in `data_names`; None where the runs are of one task
+    horizon: int | None = None,  # bars ahead; None where the runs are of one task
     split: str = "val",
 ) -> pd.DataFrame:  # datetime, symbol, y_true, <model>_p_down, <model>_p_flat, <model>_p_up; `.attrs["dropped"]`
     "Predictions of all models on one task, on the rows that all of them have; `dropped` says how many rows each lost."
+    runs = _as_runs(runs)
+    data, horizon = _task(runs, data, horizon)
     tables = {name: run.predictions(split) for name, run in task_runs(runs, data, horizon).items()}
-    if not tables: raise SignificanceError(f"no run on {data!r} for horizon {horizon}")
     found = _side_by_side(tables).sort_values(["symbol", "datetime"], ignore_index=True)
     found.attrs["dropped"] = {name: len(t) - len(found) for name, t in tables.items()}
     return found
+
+def _as_runs(runs):
+    if isinstance(runs, (str, Path)): return list_runs(runs)
+    return runs if isinstance(runs, RunList) else RunList(r if isinstance(r, Run) else load_run(r) for r in runs)
+
+def _task(runs, data, horizon):
+    names = runs.data_names
+    tasks = sorted({(names[r.data], r.horizon) for r in runs if data in (None, names[r.data]) and horizon in (None, r.horizon)})
+    if len(tasks) != 1: raise SignificanceError(f"these are runs of {len(tasks)} tasks" + (f" ({', '.join(f'{d} h{h}' for d, h in tasks[:6])}): name data= and horizon=" if tasks else f": nothing on {data!r} for horizon {horizon}"))
+    return tasks[0]
 
 def _side_by_side(tables):
     "Probabilities of all tables on the rows that all have; where they have the same rows, which is the rule, nothing needs to be searched."

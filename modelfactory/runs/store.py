@@ -146,6 +146,7 @@ def _write_predictions(trainer, split, predictions, folder):
     prefix = "" if split == "val" else f"{split}_"
     write_json(folder / f"metrics/{prefix}metrics.json", trainer.metrics[split])
     write_json(folder / f"metrics/{prefix}baselines.json", trainer.baselines(split))
+    if hangs_on := trainer.robustness(split): write_json(folder / f"metrics/{prefix}robustness.json", hangs_on.to_dict())
     if book := trainer.backtest(split): book.daily.rename_axis("day").reset_index().to_parquet(folder / f"predictions/{split}_daily.parquet", index=False)
 
 def _write_figure(figure, file):
@@ -198,6 +199,7 @@ class Run:
     baselines = cached_property(lambda self: {k: _nan_for_null(v) for k, v in self._json("baselines.json").items()})  # name -> metrics
     baseline = property(lambda self: self.baselines["prior"])  # of the class shares of train
     history = cached_property(lambda self: self._json("history.json"))  # losses by round
+    robustness = cached_property(lambda self: self._json("robustness.json"))  # what the profit hangs on: tables as lists of rows
     config = cached_property(lambda self: read_yaml(self.path / "config.yaml"))  # everything needed to run it again
 
     def predictions(self, split: str = "val") -> pd.DataFrame:

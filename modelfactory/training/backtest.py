@@ -12,7 +12,7 @@ import pandas as pd
 
 # %% auto #0
 __all__ = ['BacktestError', 'trailing_sum', 'leading_sum', 'sharpe_ratio', 'sortino_ratio', 'equity_curve', 'drawdown',
-           'calmar_ratio', 'trading_stats', 'Backtest', 'tranche_backtest', 'label_payoff']
+           'calmar_ratio', 'trading_stats', 'Backtest', 'tranche_backtest', 'barrier_exit', 'label_payoff']
 
 # %% ../../nbs/training/00_backtest.ipynb #53a93968
 class BacktestError(ValueError):
@@ -189,6 +189,28 @@ def tranche_backtest(
 def _horizon(horizon):
     if int(horizon) != horizon or horizon < 1: raise BacktestError(f"horizon is {horizon}, expected a whole number of bars, at least 1")
     return int(horizon)
+
+# %% ../../nbs/training/00_backtest.ipynb #bab63c5a
+def barrier_exit(
+    predictions,  # as for `tranche_backtest`
+    prices: pd.DataFrame,  # datetime, symbol, close
+    bars_to_hit: np.ndarray,  # (n,) bars until the barrier of each prediction was hit, at least 1
+    horizon: int,  # bars a tranche is held at most
+    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    trading_days: int = 252,  # days in a year
+    returns_source: str = "close",  # where the prices come from: close or file
+) -> Backtest:
+    "Trades predictions as staggered tranches that end at their barrier; raises `BacktestError`."
+    signals, horizon, bars_to_hit = _signals(predictions), _horizon(horizon), np.asarray(bars_to_hit)
+    if bars_to_hit.shape != (len(signals),) or not (bars_to_hit >= 1).all(): raise BacktestError(f"bars_to_hit: shape {bars_to_hit.shape}, least {bars_to_hit.min() if bars_to_hit.size else None}, expected {len(signals)} numbers of at least 1, one a prediction")
+    bars = _traded_bars(signals.assign(held=bars_to_hit), prices, horizon)
+    symbol, asked, row = bars.symbol.factorize()[0], bars.position.to_numpy(), np.arange(len(bars))
+    returns = np.where(np.diff(symbol, prepend=-1) == 0, bars.close / bars.close.shift() - 1, 0)
+    last = np.searchsorted(symbol, symbol, side="right") - 1
+    until = np.minimum(row + bars.held.fillna(1).clip(upper=horizon).to_numpy(int), last)
+    grown = np.cumsum(returns)
+    position = np.cumsum((np.bincount(row + 1, asked, len(bars) + 1) - np.bincount(until + 1, asked, len(bars) + 1))[:-1]) / horizon
+    return _book(bars, symbol, position * returns, position, asked * (grown[until] - grown), horizon, cost_bps, trading_days, returns_source)
 
 # %% ../../nbs/training/00_backtest.ipynb #7e853383
 def label_payoff(

@@ -16,10 +16,11 @@ from .backtest import Backtest, label_payoff, tranche_backtest, trading_stats
 
 # %% auto #0
 __all__ = ['METRICS', 'NULLS', 'BASELINES', 'better', 'EvaluationError', 'f1_names', 'has_direction', 'confidence_bins',
-           'expected_calibration_error', 'directional_accuracy', 'stationary_blocks', 'block_indices', 'block_sums',
-           'stamps_per_bar', 'mean_block', 'share_kept', 'classification_stats', 'classification_metrics',
-           'classification_draws', 'trading_draws', 'expanded_level', 'percentile_interval', 'bootstrap_metrics',
-           'cosine_transforms', 'fieller', 'directional_interval', 'ModelEvaluator', 'baseline_predictions']
+           'expected_calibration_error', 'brier_decomposition', 'directional_accuracy', 'stationary_blocks',
+           'block_indices', 'block_sums', 'stamps_per_bar', 'mean_block', 'share_kept', 'classification_stats',
+           'classification_metrics', 'classification_draws', 'trading_draws', 'expanded_level', 'percentile_interval',
+           'bootstrap_metrics', 'cosine_transforms', 'fieller', 'directional_interval', 'ModelEvaluator',
+           'baseline_predictions']
 
 # %% ../../nbs/training/01_evaluator.ipynb #0c80e293
 METRICS = dict(
@@ -123,6 +124,24 @@ def expected_calibration_error(
     "Mean gap between confidence and share correct, weighted by the rows of a bin."
     gap = p.max(1) - (p.argmax(1) == y)
     return np.abs(np.bincount(confidence_bins(p, n_bins), gap)).sum() / len(y)
+
+# %% ../../nbs/training/01_evaluator.ipynb #e8809f9b
+def brier_decomposition(
+    y: np.ndarray,  # (n,) class codes
+    p: np.ndarray,  # (n, K) probabilities
+    n_bins: int = 15,  # of equal count, for each class
+) -> dict[str, float]:  # reliability, resolution, uncertainty, within: brier = reliability - resolution + uncertainty + within
+    "What a Brier score is made of, summed over classes."
+    hot = np.eye(p.shape[1])[y]
+    parts = np.sum([_murphy(p[:, k], hot[:, k], confidence_bins(p[:, [k]], n_bins)) for k in range(p.shape[1])], 0)
+    found = dict(zip(("reliability", "resolution", "uncertainty"), map(float, parts)))
+    return found | dict(within=float(((p - hot) ** 2).sum(1).mean()) - found["reliability"] + found["resolution"] - found["uncertainty"])
+
+def _murphy(said, happened, bins):
+    n = np.maximum(np.bincount(bins), 1)
+    mean_said, mean_happened, base = np.bincount(bins, said) / n, np.bincount(bins, happened) / n, happened.mean()
+    weight = np.bincount(bins) / len(bins)
+    return (weight * (mean_said - mean_happened) ** 2).sum(), (weight * (mean_happened - base) ** 2).sum(), base * (1 - base)
 
 # %% ../../nbs/training/01_evaluator.ipynb #1f1d3a05
 def directional_accuracy(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import PredictionOutput
-from .evaluator import METRICS, EvaluationError, better
+from .evaluator import METRICS, EvaluationError, better, brier_decomposition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +98,8 @@ def plot_reliability(
         top.plot(*_bin_means(p[:, k], np.asarray(y_true) == classes[k]), lw=1.2, ms=4, **style)
         below.stairs(np.histogram(p[:, k], edges)[0], edges, color=style["color"])
     top.axline((0, 0), slope=1, color="black", lw=.8, ls=":")
+    parts = brier_decomposition(pd.Index(classes).get_indexer(np.asarray(y_true)), p)
+    top.set_title("Brier: reliability {reliability:.3f} − resolution {resolution:.3f} + {uncertainty:.3f}".format(**parts), fontsize=8, loc="left")
     top.set(ylabel="share that happened", ylim=(0, None)); top.legend(frameon=False, fontsize=8)
     below.set(xlabel="probability given", ylabel="rows", xlim=(0, edges[-1] * 1.02))
     return fig
@@ -134,9 +136,10 @@ def plot_precision_recall(
 
 # %% ../../nbs/training/02_plots.ipynb #51d49544
 def plot_equity(book: Backtest) -> Figure:
-    "Equity before and after cost by day, with the drawdown after cost below."
-    fig, ((top,), (below,)) = _axes(2, size=(6, 3.6), sharex=True, height_ratios=[3, 1])
-    days = book.daily.index
+    "Equity before and after cost by day, the drawdown after cost, and where there are days enough the Sharpe ratio of a moving window."
+    days, window = book.daily.index, min(63, len(book.daily) // 2)
+    fig, axes = _axes(3 if window >= 20 else 2, size=(6, 4.4 if window >= 20 else 3.6), sharex=True, height_ratios=[3, 1, 1][:3 if window >= 20 else 2])
+    top, below = axes[0, 0], axes[1, 0]
     for curve, style in ((book.equity_gross, dict(color="#7f7f7f", ls="--", label="before cost")), (book.equity, dict(color="#0072B2", label=f"after {book.cost_bps:g} bp"))):
         top.plot(days.insert(0, days[0] - pd.Timedelta("1D")), np.r_[1, curve], lw=1.4, **style)
     top.axhline(1, color="black", lw=.6)
@@ -144,8 +147,14 @@ def plot_equity(book: Backtest) -> Figure:
     stats = book.metrics()
     top.set_ylabel("equity"); top.set_title(f"Sharpe {stats['sharpe']:.2f} before, {stats['sharpe_net']:.2f} after cost · returns from {book.returns_source}", fontsize=9, loc="left")
     top.legend(frameon=False, fontsize=8); below.set(ylabel="drawdown, %", ylim=(None, 0))
-    date_axis(below)
+    if window >= 20: _rolling_sharpe(axes[2, 0], book, window)
+    date_axis(axes[-1, 0])
     return fig
+
+def _rolling_sharpe(ax, book, window):
+    rolling = book.daily.net.rolling(window)
+    ax.plot(rolling.mean() / rolling.std() * book.trading_days ** .5, color="#0072B2", lw=1.1); ax.axhline(0, color="black", lw=.6)
+    ax.set_ylabel(f"Sharpe,\n{window} days")
 
 def date_axis(ax):
     "Few and short dates below an axis."

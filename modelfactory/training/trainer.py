@@ -17,8 +17,9 @@ from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, build_config, read_yaml, settings
-from .evaluator import ModelEvaluator
+from .evaluator import ModelEvaluator, has_direction
 from .nulls import all_baselines, null_metrics
+from .robustness import plot_robustness, robustness
 
 # %% auto #0
 __all__ = ['TrainerConfig', 'trainer_config', 'Trainer', 'trainer_plots']
@@ -59,7 +60,7 @@ class Trainer:
         self.config = trainer_config(config)
         self.frames, self.callbacks = data, list(callbacks)
         self.model, self.datasets, self.report, self.history = None, {}, None, None
-        self.predictions, self.metrics, self.seconds = {}, {}, {}
+        self.predictions, self.metrics, self.seconds, self.hangs_on = {}, {}, {}, {}
         self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, dict(random_seed=self.config.seed, classes=self.config.data.classes))
 
     def __repr__(self):
@@ -105,6 +106,7 @@ class Trainer:
         ds, start = self.datasets[split], time.perf_counter()
         self.predictions[split] = self.model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
+        self.hangs_on.pop(split, None)
         self.metrics[split] = self.score(self.predictions[split], split) | self.nulls(split)
         return self.metrics[split]
 
@@ -123,6 +125,13 @@ class Trainer:
         "The book of a split's predictions, None where it cannot be traded."
         ds = self.datasets[split]
         return self.evaluator.backtest(self.predictions[split], read_prices(ds, self.config.data.prices)[0], ds.y)
+
+    def robustness(self, split="val"):
+        "What the profit of a split's predictions hangs on, computed once; None for classes without a direction."
+        if split not in self.hangs_on and has_direction(self.config.data.classes):
+            ds = self.datasets[split]
+            self.hangs_on[split] = robustness(self.evaluator, self.predictions[split], ds.y, read_prices(ds, self.config.data.prices)[0], ds.metadata.label_bars.to_numpy() if self.config.horizon in ds.split.bars_to_hit else None)
+        return self.hangs_on.get(split)
 
     @property
     def evaluator(self): return ModelEvaluator(self.config.horizon, self.config.cost_bps, self.config.trading_days, self.config.data.classes, seed=self.config.seed)
@@ -152,12 +161,12 @@ def trainer_plots(
     trainer: Trainer,  # evaluated
     split: str = "val",
 ) -> dict:  # name -> matplotlib Figure
-    "Confusion, reliability, precision and recall, equity, learning curve, importance, predictions over time."
+    "Learning curve, confusion, reliability, precision and recall, equity, robustness, importance, predictions over time."
     from modelfactory.training import plots
     predictions, y = trainer.predictions[split], trainer.datasets[split].y
     figures = {}
     if trainer.history.get("val_loss"): figures["learning_curve"] = plots.plot_learning_curve(trainer.history)
     figures |= dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
-    if book := trainer.backtest(split): figures["equity"] = plots.plot_equity(book)
+    if book := trainer.backtest(split): figures |= dict(equity=plots.plot_equity(book), robustness=plot_robustness(trainer.robustness(split)))
     if importance := trainer.model.feature_importance(): figures["importance"] = plots.plot_importance(importance)
     return figures | dict(predictions=plots.plot_probabilities(predictions))
