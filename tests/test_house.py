@@ -1,5 +1,6 @@
 "The rules of the house: notebooks are the source, clean, and each module has one."
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -63,6 +64,13 @@ def test_a_notebook_is_fit_to_read(file):
     assert not re.search(MACHINE, json.dumps([{k: v for k, v in o.get("data", o).items() if k != "image/png"} for o in outputs])), "an output shows a path of a machine"
 
 
+def test_links_of_notebooks_and_readme_lead_somewhere():
+    pages = [ROOT / "README.md", *NOTEBOOKS]
+    for page in pages:
+        text = page.read_text() if page.suffix == ".md" else "\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown")
+        for link in re.findall(r"\]\((?!https?:|#)([^)\s]+\.(?:ipynb|md|ini|yaml|html))\)", text): assert (page.parent / link).exists() or link.startswith("predicting_new_bars"), f"{page.relative_to(ROOT)}: {link}"
+
+
 def test_readme_is_the_index_notebook():
     assert (ROOT / "README.md").read_text() == readme(), "run make readme"
 
@@ -71,7 +79,8 @@ def readme():
     from nbconvert import MarkdownExporter
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     nb.metadata["language_info"] = dict(name="python")
-    return MarkdownExporter().from_notebook_node(nb)[0].strip() + "\n"
+    text = MarkdownExporter().from_notebook_node(nb)[0].strip() + "\n"
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda link: f"]({os.path.normpath('nbs/' + link[1])})", text)  # links of a page in nbs/ hold in the root
 
 
 def test_listing_models_loads_no_heavy_library():
