@@ -14,7 +14,7 @@ app = typer.Typer(help="Train any model family on labelled market bars; compare 
 
 # %% auto #0
 __all__ = ['app', 'models', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track',
-           'final_score', 'demo', 'predict', 'new', 'main']
+           'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -208,14 +208,24 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
 def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
             data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
             split: Annotated[str, typer.Option(help="which split of a folder")] = "test",
+            ahead: Annotated[bool, typer.Option("--ahead", help="also the bar to come of each symbol")] = False,
             output: Annotated[Path, typer.Option(help="parquet file to write", dir_okay=False)] = Path("predictions.parquet")):
-    "Predict labelled bars with a finished run.\n\nExample: modelfactory predict runs/xgboost_h5_… data/splits/scaled --output p.parquet"
-    from modelfactory.runs.predict import predict_run
-    frame = predict_run(run, data, split)
+    "Predict new bars, which need no labels, with a finished run or a bundle.\n\nExample: modelfactory predict runs/xgboost_h5_… new_bars.parquet --ahead --output p.parquet"
+    from modelfactory.runs.predict import predict_run, told
+    frame = predict_run(run, data, split, ahead)
     aside = output.with_name(f".{output.name}.partial")
     frame.to_parquet(aside, index=False)
     aside.replace(output)
-    print(f"{output}: {len(frame):,} predictions")
+    print(*told(frame), f"see {output}", sep="\n")
+
+# %% ../nbs/cli.ipynb #95b180f2
+@app.command("export")
+def export_bundle(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+                  output: Annotated[Optional[Path], typer.Option(help="folder to make; beside the run without it", file_okay=False)] = None):
+    "Write a bundle for hand-over: weights, contract, model card, an example.\n\nExample: modelfactory export runs/xgboost_h5_… --output handover"
+    from modelfactory.runs.export import export_run
+    bundle = export_run(run, output)
+    print(bundle, bundle / "MODEL_CARD.md", sep="\n")
 
 # %% ../nbs/cli.ipynb #3e5c4547
 @app.command()

@@ -475,6 +475,8 @@ def test_a_leaderboard_shows_names_as_they_are(strange):
 def test_markdown_escapes_names(strange):
     runs = list_runs(strange[0][0].path.parent)
     plain("\n".join(f"- {as_markdown(s)}" for s in conclusion(runs)))
+    from modelfactory.runs.export import model_card
+    plain(model_card(runs[0]))
     for table in (leaderboard_table(leaderboard(runs)), Table(best_per_horizon(runs)), Table(excluded(runs))): plain(table._repr_markdown_()), harmless(table._repr_html_())
 
 

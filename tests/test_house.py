@@ -68,7 +68,7 @@ def test_links_of_notebooks_and_readme_lead_somewhere():
     pages = [ROOT / "README.md", *NOTEBOOKS]
     for page in pages:
         text = page.read_text() if page.suffix == ".md" else "\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown")
-        for link in re.findall(r"\]\((?!https?:|#)([^)\s]+\.(?:ipynb|md|ini|yaml|html))\)", text): assert (page.parent / link).exists() or link.startswith("predicting_new_bars"), f"{page.relative_to(ROOT)}: {link}"
+        for link in re.findall(r"\]\((?!https?:|#)([^)\s]+\.(?:ipynb|md|ini|yaml|html))\)", text): assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
 
 
 def test_readme_is_the_index_notebook():

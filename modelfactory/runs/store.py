@@ -19,9 +19,9 @@ from ..settings import read_yaml, settings
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'SILENT', 'RunError', 'code_version', 'run_identity', 'start_attempt',
-           'claim', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame', 'write_run', 'git_commit', 'publish',
-           'Run', 'load_run', 'RunList', 'list_runs']
+__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'SILENT', 'FEATURES', 'MOST_ROWS', 'RunError', 'code_version',
+           'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame',
+           'feature_bins', 'write_run', 'git_commit', 'publish', 'Run', 'load_run', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
@@ -112,6 +112,23 @@ def prediction_frame(
     columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, horizon=predictions.horizons, **known, prediction=predictions.predictions)
     return pd.DataFrame(columns | dict(zip(probability_columns(classes), predictions.probabilities.T)))
 
+# %% ../../nbs/runs/00_store.ipynb #d55e76af
+FEATURES, MOST_ROWS = "features.json", 20_000
+
+def feature_bins(
+    split,  # a `Split`, of train
+) -> dict:  # symbols, and for each feature edges, shares, least, most
+    "Edges of ten bins of each feature and the share of rows in each."
+    import numpy as np
+    rows = split.matrix[::max(1, len(split) // MOST_ROWS)]
+    return dict(symbols=[str(s) for s in split.symbols], features={name: _bins(np, rows[:, j]) for j, name in enumerate(split.features)})
+
+def _bins(np, x):
+    x = x[np.isfinite(x)].astype(float)
+    if not len(x): return dict(edges=[], shares=[1.], least=0., most=0.)
+    edges = np.unique(np.quantile(x, np.arange(1, 10) / 10))
+    return dict(edges=edges.tolist(), shares=(np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) / len(x)).tolist(), least=float(x.min()), most=float(x.max()))
+
 # %% ../../nbs/runs/00_store.ipynb #033a82e3
 def write_run(
     trainer,  # evaluated
@@ -127,6 +144,7 @@ def write_run(
     for split, predictions in trainer.predictions.items(): _write_predictions(trainer, split, predictions, folder)
     write_json(folder / "metrics/history.json", trainer.history)
     write_json(folder / "splits.json", trainer.report.to_dict())
+    write_json(folder / FEATURES, feature_bins(trainer.datasets["train"].split))
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
@@ -207,6 +225,18 @@ class Run:
         file = self.path / f"predictions/{split}_predictions.parquet"
         if not file.is_file(): raise RunError(f"{self.path.name}: no predictions of {split!r}; there are: {', '.join(self.manifest['splits'])}")
         return _read(file)
+
+    loaded = cached_property(lambda self: self.model())  # the same model again and again
+    @cached_property
+    def train_features(self) -> dict | None:
+        "Bins of each feature on train and the symbols there; None for runs that kept none."
+        file = self.path / FEATURES
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def predict(self, data, ahead: bool = False) -> pd.DataFrame:
+        "Predictions of new bars, which need no labels: see `predict_run`."
+        from modelfactory.runs.predict import predict_run
+        return predict_run(self, data, ahead=ahead)
 
     def daily(self, split: str = "val") -> pd.DataFrame:
         "Profit by day of a split, before and after cost; raises `RunError` when there is none."
