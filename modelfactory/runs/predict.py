@@ -12,11 +12,12 @@ import pandas as pd
 
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import History, Windows, labelled_rows
-from ..data.splits import BadValue, Split, read_split, split_files
+from ..data.explore import FAR, drift
+from ..data.splits import BadValue, read_split, split_files
 from .store import prediction_frame
 
 # %% auto #0
-__all__ = ['FAR', 'predict_run', 'drift', 'told']
+__all__ = ['predict_run', 'told']
 
 # %% ../../nbs/runs/04_predict.ipynb #ef2f02aa
 def _rows(bars, seq_len, gap, ahead):
@@ -46,13 +47,13 @@ def predict_run(
     model, asked = run.loaded, run.config["data"]
     if isinstance(data, (str, Path)) and (str(data) in BUNDLED or Path(data).is_dir()): data = split_files(resolve_data(data), (split,))[split]
     bars = read_split(data, split, (), model.feature_columns, nan=asked["nan"])
-    drifted = drift(bars, run)
+    drifted = drift(bars, run.train_features).to_dict("records") if run.train_features else []
     _fill(bars, json.loads((run.path / "splits.json").read_text())["fills"], asked["nan"])
     rows = _rows(bars, model.config.sequence_length, asked["gap"], ahead)
     keys, seen = _keys(bars, rows, asked["gap"], run.horizon)
     frame = prediction_frame(model.predict(Windows(bars.matrix, seen, model.config.sequence_length, History(bars.market, bars.codes)), keys), model.classes).assign(after=bars.datetimes[seen])
     skipped = pd.Series(bars.codes).value_counts().sort_index() - keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0).to_numpy()
-    frame.attrs |= dict(skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n}, unseen=[s for s in bars.symbols if run.train_features and s not in run.train_features["symbols"]], drift=drifted.to_dict("records"))
+    frame.attrs |= dict(skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n}, unseen=[s for s in bars.symbols if run.train_features and s not in run.train_features["symbols"]], drift=drifted)
     return frame
 
 def _fill(bars, fills, nan):
@@ -60,26 +61,6 @@ def _fill(bars, fills, nan):
         value = 0. if nan == "zero" else fills.get(name)
         if value is not None: np.nan_to_num(bars.matrix[:, j], copy=False, nan=value)
         elif nan == "median" and np.isnan(bars.matrix[:, j]).any(): raise BadValue(f"{bars.file}: {name}: NaN, which train never had, so there is no value fitted to fill it; fill it before predicting")
-
-# %% ../../nbs/runs/04_predict.ipynb #fdb3b9c8
-FAR = .25  # index from which a feature counts as distributed otherwise
-
-def drift(
-    bars: Split,
-    run,
-) -> pd.DataFrame:  # feature, index, outside: share of bars beyond what train has seen; largest first, empty for runs that kept no bins
-    "How each feature is distributed beside train."
-    if not run.train_features: return pd.DataFrame(columns=["feature", "index", "outside"])
-    known = run.train_features["features"]
-    rows = [dict(feature=name, **_stability(bars.matrix[:, j], **known[name])) for j, name in enumerate(bars.features) if name in known]
-    return pd.DataFrame(rows).sort_values("index", ascending=False, kind="stable", ignore_index=True)
-
-def _stability(x, edges, shares, least, most):
-    x = x[np.isfinite(x)]
-    if not len(x): return dict(index=np.nan, outside=np.nan)
-    actual = np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) / len(x)
-    a, e = (np.maximum(p, .5 / len(x)) for p in (actual, np.asarray(shares)))
-    return dict(index=float(((a - e) * np.log(a / e)).sum()), outside=float(((x < least) | (x > most)).mean()))
 
 # %% ../../nbs/runs/04_predict.ipynb #240ed617
 def told(

@@ -19,15 +19,15 @@ from ..settings import read_yaml, settings
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'PARTIAL', 'FAILED', 'SILENT', 'FEATURES', 'MOST_ROWS', 'RunError', 'code_version',
-           'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame',
-           'feature_bins', 'write_run', 'git_commit', 'publish', 'Run', 'load_run', 'RunList', 'list_runs']
+__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'SILENT', 'RunError', 'code_version', 'run_identity',
+           'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame', 'write_run',
+           'git_commit', 'publish', 'Run', 'load_run', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
     "A folder that is not a finished run, or one whose files have changed since."
 
-MANIFEST, RESULT, PARTIAL, FAILED = "manifest.json", "result.json", ".partial", ".failed"
+MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
 
 # %% ../../nbs/runs/00_store.ipynb #84bcecba
 def code_version(
@@ -112,23 +112,6 @@ def prediction_frame(
     columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, horizon=predictions.horizons, **known, prediction=predictions.predictions)
     return pd.DataFrame(columns | dict(zip(probability_columns(classes), predictions.probabilities.T)))
 
-# %% ../../nbs/runs/00_store.ipynb #d55e76af
-FEATURES, MOST_ROWS = "features.json", 20_000
-
-def feature_bins(
-    split,  # a `Split`, of train
-) -> dict:  # symbols, and for each feature edges, shares, least, most
-    "Edges of ten bins of each feature and the share of rows in each."
-    import numpy as np
-    rows = split.matrix[::max(1, len(split) // MOST_ROWS)]
-    return dict(symbols=[str(s) for s in split.symbols], features={name: _bins(np, rows[:, j]) for j, name in enumerate(split.features)})
-
-def _bins(np, x):
-    x = x[np.isfinite(x)].astype(float)
-    if not len(x): return dict(edges=[], shares=[1.], least=0., most=0.)
-    edges = np.unique(np.quantile(x, np.arange(1, 10) / 10))
-    return dict(edges=edges.tolist(), shares=(np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) / len(x)).tolist(), least=float(x.min()), most=float(x.max()))
-
 # %% ../../nbs/runs/00_store.ipynb #033a82e3
 def write_run(
     trainer,  # evaluated
@@ -137,6 +120,7 @@ def write_run(
 ):
     "Writes a trainer's results into `folder`, `result.json` last; the figures are closed."
     import yaml
+    from modelfactory.data.explore import feature_bins
     folder, c = Path(folder), trainer.config
     resolved = json.loads(json.dumps(trainer.resolved()))
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
@@ -144,7 +128,7 @@ def write_run(
     for split, predictions in trainer.predictions.items(): _write_predictions(trainer, split, predictions, folder)
     write_json(folder / "metrics/history.json", trainer.history)
     write_json(folder / "splits.json", trainer.report.to_dict())
-    write_json(folder / FEATURES, feature_bins(trainer.datasets["train"].split))
+    write_json(folder / FEATURES, feature_bins(trainer.datasets["train"].split))  # so that new bars can be compared with train
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
