@@ -15,10 +15,10 @@ setup: .venv/.done
 demo: setup  # train six models on three data sets, compare them, say what it means
 	$(BIN)/modelfactory demo
 
-# Notebooks of networks, ensembles, markets, runs and studies are run by pytest alone: they take half a minute each.
+# Many tests wait for processes: three workers keep two cores busy. Notebooks of networks, ensembles, markets, runs and studies are run by pytest alone: they take half a minute each.
 test: setup  # the notebooks' own cells, each in a process of its own, then pytest over the exported package, at least 90% of its lines
-	find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/benchmarks/*' -not -path '*/neural/*' -not -path '*/timeseries/*' -not -path '*/foundation/*' -not -path '*/ensemble/*' -not -path '*/models/1*' -not -path '*/runs/*' -not -path '*/training/0[5-9]*' -not -path '*/data/0[2-4]*' -not -name train.ipynb -not -name compare.ipynb -not -name study.ipynb | sort | xargs -n 1 -P 2 $(BIN)/nbdev-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-fail-under=90 --cov-report=term:skip-covered
+	find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/benchmarks/*' -not -path '*/neural/*' -not -path '*/timeseries/*' -not -path '*/foundation/*' -not -path '*/ensemble/*' -not -path '*/models/1*' -not -path '*/runs/*' -not -path '*/training/0[5-9]*' -not -path '*/training/1*' -not -path '*/data/0[2-4]*' -not -name train.ipynb -not -name compare.ipynb -not -name study.ipynb | sort | xargs -n 1 -P 2 $(BIN)/nbdev-test
+	$(BIN)/python -m pytest -n 3 --dist worksteal --cov --cov-fail-under=90 --cov-report=term:skip-covered
 
 soak: setup  # a hundred faults at random moments of real grids, and disks and kernels that fail: a quarter of an hour
 	$(BIN)/python tests/soak.py

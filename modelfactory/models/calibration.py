@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import BaseModel, check_metadata, check_X, check_y, to_output
+from .base import BaseModel, NotFittedError, _column_weights, check_metadata, check_X, check_y, to_output
 from .persistence import CheckpointError, reading
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['KINDS', 'LEAST', 'FILE', 'Calibration', 'fit_calibration', 'label_spans', 'held_out', 'Calibrated']
+__all__ = ['KINDS', 'LEAST', 'FILE', 'Calibration', 'fit_calibration', 'label_spans', 'held_out', 'CalibrationError',
+           'Calibrated']
 
 # %% ../../nbs/models/10_calibration.ipynb #cd0b4801
 KINDS = ("temperature", "isotonic")
@@ -85,11 +86,13 @@ def held_out(
 # %% ../../nbs/models/10_calibration.ipynb #290ea3e9
 LEAST = 10  # rows to learn from, and to calibrate on
 
+class CalibrationError(ValueError): "The end of train cannot say how sure a model may be."
+
 class Calibrated(BaseModel):
     "A model that has learnt how sure it may be."
     def __init__(self, model: BaseModel):  # unfitted, its config says which calibration
         self.model, self.calibration = model, None
-        self.name, self.family, self.requires, self.accepts_nan, self.Config = model.name, model.family, model.requires, model.accepts_nan, model.Config
+        for k in ("name", "family", "requires", "lacks", "accepts_nan", "Config"): setattr(self, k, getattr(model, k))
 
     config, horizon, classes, feature_columns = (property(lambda self, k=k: getattr(self.model, k)) for k in ("config", "horizon", "classes", "feature_columns"))
     fitted = property(lambda self: self.model.fitted and self.calibration is not None)
@@ -98,25 +101,27 @@ class Calibrated(BaseModel):
     def feature_importance(self): return self.model.feature_importance()
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
-        codes = check_y(self.model, y_train, len(check_X(self.model, X_train)))
+        codes, self.calibration = check_y(self.model, y_train, len(check_X(self.model, X_train))), None
         if metadata_train is None: raise ValueError(f"{self.name}: calibration holds out the end of train and needs metadata_train with datetime, symbol, horizon")
-        first, end = held_out(check_metadata(self.model, metadata_train, len(codes)), self.config.calibration_share)
-        if len(end) < LEAST or len(first) < LEAST: raise ValueError(f"{self.name}: calibration_share {self.config.calibration_share:g} leaves {len(first)} rows to learn from and {len(end)} to calibrate on, expected at least {LEAST} of each; change it, or set calibration to null")
-        history = self.model.fit(*_part(X_train, np.asarray(y_train), first), X_val, y_val, metadata_train.iloc[first].reset_index(drop=True), metadata_val)
-        X_end, _ = _part(X_train, codes, end)
-        end_metadata = metadata_train.iloc[end].reset_index(drop=True)
-        weight = end_metadata["sample_weight"].to_numpy(float) if self.config.sample_weight == "column" else None
-        self.calibration = fit_calibration(self.config.calibration, self.model.predict(X_end, end_metadata).probabilities, codes[end], weight)
+        first, end = _enough(self, codes, *held_out(check_metadata(self.model, metadata_train, len(codes)), self.config.calibration_share))
+        of_first, of_end = (metadata_train.iloc[rows].reset_index(drop=True) for rows in (first, end))
+        weight = _column_weights(self.model, of_end) if self.config.sample_weight == "column" else None
+        history = self.model.fit(*_part(X_train, np.asarray(y_train), first), X_val, y_val, of_first, metadata_val)
+        X_end, of = _part(X_train, codes, end)
+        self.calibration = fit_calibration(self.config.calibration, self.model.predict(X_end, of_end).probabilities, of, weight)
         return history
 
     def predict(self, X, metadata):
-        return to_output(self.calibration(self.model.predict(X, metadata).probabilities) if self.fitted else self.model.predict(X, metadata).probabilities, metadata, self.classes)
+        if not self.fitted: raise NotFittedError(f"{self.name}: predict before fit or load")
+        return to_output(self.calibration(self.model.predict(X, metadata).probabilities), metadata, self.classes)
 
     def save(self, path):
+        if not self.fitted: raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         self.model.save(path)
         (Path(path) / FILE).write_text(json.dumps(asdict(self.calibration)))
 
     def load(self, path):
+        self.calibration = None
         self.model.load(path)
         with reading(Path(path) / FILE, "a calibration") as file: self.calibration = _read(json.loads(file.read_text()), len(self.classes))
 
@@ -124,13 +129,20 @@ class Calibrated(BaseModel):
 
 FILE = "calibration.json"
 
-# %% ../../nbs/models/10_calibration.ipynb #83e2a28b
+# %% ../../nbs/models/10_calibration.ipynb #800ef626
+def _enough(model, codes, first, end):
+    "The two parts; raises `CalibrationError` when there is too little to learn from in one of them."
+    share, absent = model.config.calibration_share, [model.classes[k] for k in np.setdiff1d(codes[first], codes[end])]
+    if len(end) < LEAST or len(first) < LEAST: raise CalibrationError(f"{model.name}: calibration_share {share:g} leaves {len(first)} rows to learn from and {len(end)} to calibrate on, expected at least {LEAST} of each; change it, or set calibration to null")
+    if absent: raise CalibrationError(f"{model.name}: calibration_share {share:g} holds out {len(end)} rows without class {', '.join(map(str, absent))}, expected every class that the model learns; raise it, or set calibration to null")
+    return first, end
+
 def _part(X, y, rows): return X.subset(rows) if hasattr(X, "subset") else np.asarray(X)[rows], y[rows]
 
 def _read(values, n_classes):
     "A calibration from plain data, with every number looked at."
     found = Calibration(**values)
     curves = [np.asarray(c, float) for curve in found.curves for c in curve]
-    whole = found.kind in KINDS and 0 < found.temperature < np.inf and found.rows >= 0 and all(c.ndim == 1 and c.size and np.isfinite(c).all() and (np.diff(c) >= 0).all() for c in curves)
+    whole = found.kind in KINDS and 0 < found.temperature < np.inf and found.rows >= 0 and all(c.ndim == 1 and c.size and c.min() >= 0 and c.max() <= 1 and (np.diff(c) >= 0).all() for c in curves)
     if not whole or len(curves) != (2 * n_classes if found.kind == "isotonic" else 0) or any(len(x) != len(y) for x, y in found.curves): raise CheckpointError("its numbers are not those of a calibration")
     return found

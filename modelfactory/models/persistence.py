@@ -89,7 +89,9 @@ def load_header(
     if header["name"] != model.name: raise CheckpointError(f"{path}: holds a {header['name']}, expected a {model.name}")
     saved, asked = header["feature_columns"], model.feature_columns
     if saved != asked: raise FeatureMismatch(f"{model.name}: {_difference(saved, asked)}; give the {len(saved)} features it was fitted on, in that order")
-    model.config = build_config(model.Config, header["config"], f"{path}/{HEADER}", CheckpointError)
+    config = build_config(model.Config, header["config"], f"{path}/{HEADER}", CheckpointError)
+    if config.calibration and not model.config.calibration: raise CheckpointError(f"{path}: holds a calibrated {model.name}, expected one without calibration; read it with load_model")
+    model.config = config
     model.horizon, model.classes, model.fitted = model.config.horizon, model.config.classes, True
     return header
 
