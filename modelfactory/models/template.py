@@ -61,6 +61,11 @@ presets:
 resources: {{cpus: 1, gpus: 0}}
 search:
   sharpness: {{type: float, low: 0.1, high: 10, log: true}}
+about:
+  paper: none
+  sees: the last bar, flat
+  misses: everything before it
+  use: as the place to start from
 """
 
 # %% ../../nbs/models/07_template.ipynb #b93460bb
