@@ -4,9 +4,11 @@
 
 # %% ../nbs/00_settings.ipynb #65609d92
 from __future__ import annotations
-import configparser, os, re
+import configparser, inspect, os, re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from html import escape
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -16,7 +18,7 @@ import modelfactory
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
-           'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files', 'params_folder']
+           'field_notes', 'ShownConfig', 'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files', 'params_folder']
 
 # %% ../nbs/00_settings.ipynb #198bfcc1
 class ConfigError(ValueError):
@@ -65,6 +67,25 @@ def _first_problem(e):
     first = e.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"])) or "value"
     return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}" if first["type"] != "missing" else f"{key} is missing"
+
+# %% ../nbs/00_settings.ipynb #0847e614
+def field_notes(
+    cls: type,  # a dataclass
+) -> dict[str, str]:  # field -> what its comment says, those of its bases too
+    "What the source says behind the # of each field; nothing where there is no source."
+    notes = {}
+    for c in reversed(cls.__mro__):
+        with suppress(OSError, TypeError): notes |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(c), re.M)) if is_dataclass(c) else {}
+    return notes
+
+# %% ../nbs/00_settings.ipynb #5144d241
+class ShownConfig:
+    "A config dataclass that shows each key with its value and meaning, bold where it is not the default."
+    def _repr_html_(self):
+        notes, cell = field_notes(type(self)), "padding:1px 14px 1px 0;text-align:left;border:none;"
+        rows = [(f.name, repr(v := getattr(self, f.name)), notes.get(f.name, ""), v != (f.default_factory() if callable(f.default_factory) else f.default)) for f in fields(self)]
+        html = "".join(f"<tr style='background:none'><td style='{cell}'>{escape(name)}</td><td style='{cell}{'font-weight:bold' if own else ''}'>{escape(value)}</td><td style='{cell}color:#7f7f7f'>{escape(note)}</td></tr>" for name, value, note, own in rows)
+        return f"<table style='font-size:12px;border-collapse:collapse'>{html}</table>"
 
 # %% ../nbs/00_settings.ipynb #dd35ff83
 def read_yaml(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from annotated_types import Interval
 
+from ..settings import ShownConfig
 from .splits import NO_TARGET, MissingFile, Split, SplitsError, UnreadableFile, label_bars, read_splits
 
 # %% auto #0
@@ -148,7 +149,7 @@ class TimeSeriesDataset:
 
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass
-class DatasetConfig:
+class DatasetConfig(ShownConfig):
     "Which data, and what of it."
     data: str  # folder with Phase 1 splits, or the name of a bundled data set
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # rows between the window's end and the labelled row

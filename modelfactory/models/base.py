@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from annotated_types import Interval, Len
 
-from ..settings import NonNegative, Positive, build_config
+from ..settings import NonNegative, Positive, ShownConfig, build_config
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -33,7 +33,7 @@ class ModelUnavailable(ImportError):
 
 # %% ../../nbs/models/00_base.ipynb #0b158247
 @dataclass
-class ModelConfig:
+class ModelConfig(ShownConfig):
     "The keys every model understands; a model's own config adds to them."
     model_name: str = ""  # registry name, filled in by the model
     model_family: str = ""  # registry family, filled in by the model

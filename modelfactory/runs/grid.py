@@ -22,7 +22,7 @@ from .engine import Limits, Outcome
 from .executors import Job, make_engine
 from .tracking import Tracker
 from .store import FAILED, PARTIAL, clear_partial, is_alive, list_runs, run_identity
-from ..settings import ConfigError, NonNegative, Positive, build_config, did_you_mean, read_yaml, settings
+from ..settings import ConfigError, NonNegative, Positive, ShownConfig, build_config, did_you_mean, read_yaml, settings
 from ..training.trainer import Trainer
 
 # %% auto #0
@@ -31,12 +31,12 @@ __all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'plan', 'a
 
 # %% ../../nbs/runs/02_grid.ipynb #7765424b
 @dataclass
-class GridConfig:
+class GridConfig(ShownConfig):
     "A grid of runs."
     data: tuple[str, ...]  # folders with Phase 1 splits, or names of bundled data sets
     models: tuple[str, ...]  # names, families, or all
     horizons: tuple[Positive, ...]  # bars ahead
-    seeds: tuple[NonNegative, ...]
+    seeds: tuple[NonNegative, ...]  # of everything random, a run each
     preset: str | None = None  # preset of each model's YAML, where it has one of that name
     overrides: dict[str, dict] = field(default_factory=dict)  # model -> config keys
     dataset: dict = field(default_factory=dict)  # further keys of DatasetConfig, for every data set

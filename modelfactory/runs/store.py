@@ -197,7 +197,12 @@ class Run:
         try: return json.loads(file.read_text())
         except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
     def _numbers(self, name): return _nan_for_null(self._json(name))
-    metrics = cached_property(lambda self: self._numbers("metrics.json"))  # of validation, NaN where undefined
+    @cached_property
+    def metrics(self):
+        "Of validation, NaN where undefined."
+        from modelfactory.training.plots import Metrics
+        return Metrics(self._numbers("metrics.json"))
+
     baselines = cached_property(lambda self: {k: _nan_for_null(v) for k, v in self._json("baselines.json").items()})  # name -> metrics
     baseline = property(lambda self: self.baselines["prior"])  # of the class shares of train
     history = cached_property(lambda self: self._json("history.json"))  # losses by round

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import PredictionOutput
-from .evaluator import METRICS, EvaluationError, better, brier_decomposition
+from .evaluator import METRICS, NULLS, EvaluationError, better, brier_decomposition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['class_styles', 'png', 'plot_confusion', 'plot_reliability', 'precision_recall', 'plot_precision_recall',
            'plot_equity', 'date_axis', 'plot_importance', 'plot_learning_curve', 'prediction_shares',
-           'plot_probabilities', 'format_metric', 'beats', 'metrics_table', 'verdict', 'header_card']
+           'plot_probabilities', 'format_metric', 'beats', 'metrics_table', 'Metrics', 'verdict', 'header_card']
 
 # %% ../../nbs/training/02_plots.ipynb #cad45edd
 def class_styles(classes: tuple) -> dict[int, dict]:  # class -> label, color, marker
@@ -258,9 +258,15 @@ def metrics_table(
     "Value, interval, baseline and meaning of each metric; bold where the interval beats the baseline."
     base = baseline or {}
     head = _row(("metric", "value [interval]", "baseline" if baseline else "", "meaning"), "th")
-    rows = [_row((n, format_metric(metrics, n), format_metric({n: base.get(n)}, n) if baseline else "", METRICS.get(n, "")), bold=beats(metrics, n, base.get(n)))
+    rows = [_row((n, format_metric(metrics, n), format_metric({n: base.get(n)}, n) if baseline else "", (METRICS | NULLS).get(n, "")), bold=beats(metrics, n, base.get(n)))
             for n in names if n in metrics or n not in METRICS]
     return f"<table style='font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse'>{head}{''.join(rows)}</table>"
+
+# %% ../../nbs/training/02_plots.ipynb #87b201df
+class Metrics(dict):
+    "Metrics by name; shown as a table of values, intervals and meanings."
+    def _repr_html_(self): return metrics_table(self, names=tuple(METRICS | NULLS))
+    def __repr__(self): return "\n".join(f"{n:25} {format_metric(self, n):34} {meaning}" for n, meaning in (METRICS | NULLS).items() if n in self)
 
 # %% ../../nbs/training/02_plots.ipynb #1395a71b
 def verdict(

@@ -16,9 +16,10 @@ from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
-from ..settings import NonNegative, Positive, build_config, read_yaml, settings
+from ..settings import NonNegative, Positive, ShownConfig, build_config, read_yaml, settings
 from .evaluator import ModelEvaluator, has_direction
 from .nulls import all_baselines, null_metrics
+from .plots import Metrics
 from .robustness import plot_robustness, robustness
 
 # %% auto #0
@@ -26,7 +27,7 @@ __all__ = ['TrainerConfig', 'trainer_config', 'Trainer', 'trainer_plots']
 
 # %% ../../nbs/training/03_trainer.ipynb #25f0a7d0
 @dataclass
-class TrainerConfig:
+class TrainerConfig(ShownConfig):
     "All that decides what a training gives."
     model: str  # name in the registry
     horizon: Positive  # bars ahead of the label
@@ -60,7 +61,7 @@ class Trainer:
         self.config = trainer_config(config)
         self.frames, self.callbacks = data, list(callbacks)
         self.model, self.datasets, self.report, self.history = None, {}, None, None
-        self.predictions, self.metrics, self.seconds, self.hangs_on = {}, {}, {}, {}
+        self.predictions, self.metrics, self.seconds, self.hangs_on, self.known_nothing = {}, {}, {}, {}, {}
         self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, dict(random_seed=self.config.seed, classes=self.config.data.classes))
 
     def __repr__(self):
@@ -79,6 +80,7 @@ class Trainer:
     def prepare_data(self):
         "Reads and checks train and val, and cuts them into samples: `datasets`, `report`."
         self.datasets, self.report = self._load(("train", "val"))
+        self.known_nothing = {}
         return self.report
 
     def build_model(self):
@@ -107,7 +109,7 @@ class Trainer:
         self.predictions[split] = self.model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
         self.hangs_on.pop(split, None)
-        self.metrics[split] = self.score(self.predictions[split], split) | self.nulls(split)
+        self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.nulls(split))
         return self.metrics[split]
 
     def nulls(self, split="val") -> dict:
@@ -137,13 +139,15 @@ class Trainer:
     def evaluator(self): return ModelEvaluator(self.config.horizon, self.config.cost_bps, self.config.trading_days, self.config.data.classes, seed=self.config.seed)
 
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
-        "Metrics of models that know nothing of the features, to stand beside ours: prior, flat, long, persistence."
-        found = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
-        return {name: self.score(predictions, split) for name, predictions in found.items()}
+        "Metrics of models that know nothing of the features, to stand beside ours, computed once: prior, flat, long, persistence."
+        if split not in self.known_nothing:
+            found = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
+            self.known_nothing[split] = {name: self.score(predictions, split) for name, predictions in found.items()}
+        return self.known_nothing[split]
 
     def baseline(self, split: str = "val") -> dict:
         "Metrics of the prior, which knows train's class shares alone."
-        return self.score(all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)["prior"], split)
+        return self.baselines(split)["prior"]
 
     def run_full_pipeline(self) -> dict:
         "Prepares, builds, trains and evaluates; returns the validation metrics."

@@ -29,7 +29,7 @@ class TimesFMConfig(SequenceConfig):
     "Keys of TimesFM; those of training count for `finetune`."
     checkpoint: str = "google/timesfm-2.0-500m-pytorch"  # id on the hub, or a local folder
     revision: str = "main"  # branch, tag or commit on the hub
-    mode: Literal["zero_shot", "probe", "finetune"] = "probe"
+    mode: Literal["zero_shot", "probe", "finetune"] = "probe"  # ask its forecast, a linear head on its states, or train its last layers
     series: str = "close"  # raw column whose logarithm is the context, or a feature whose window is
     context_length: Positive = 512  # bars of context
     frequency: Literal[0, 1, 2] = 0  # up to daily, weekly or monthly, quarterly or yearly
