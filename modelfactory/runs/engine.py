@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/01_engine.ipynb #57c3e027
 from __future__ import annotations
-import contextlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import contextlib, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
-__all__ = ['MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute', 'main', 'Outcome', 'Limits',
+__all__ = ['RARELY', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute', 'main', 'Outcome', 'Limits',
            'environment', 'gigabytes', 'end_run', 'run_notebook']
 
 # %% ../../nbs/runs/01_engine.ipynb #fe60489e
@@ -33,7 +33,9 @@ def check_parameters(notebook: Path, parameters: dict):
     for name in parameters:
         if name not in known: raise ConfigError(f"{notebook.name}: no parameter {name!r}, {did_you_mean(name, known)}")
 
-# %% ../../nbs/runs/01_engine.ipynb #df681e8d
+# %% ../../nbs/runs/01_engine.ipynb #44d175c9
+RARELY = 20_000  # new objects between two searches for cycles: at Python's 700 (3.11), imports and messages are looked through again and again
+
 def _kernel_manager(runtime):
     "A kernel manager whose sockets are files in folder `runtime`, where no other run's are."
     from jupyter_client.manager import AsyncKernelManager
@@ -41,6 +43,7 @@ def _kernel_manager(runtime):
     if os.name != "posix": return AsyncKernelManager
     class IPCKernelManager(AsyncKernelManager):
         transport, ip = Unicode("ipc"), Unicode(f"{runtime}/kernel")
+        def format_kernel_cmd(self, *args, **kw): return [*super().format_kernel_cmd(*args, **kw), f"--IPKernelApp.exec_lines=__import__('gc').set_threshold({RARELY})"]
     return IPCKernelManager
 
 # %% ../../nbs/runs/01_engine.ipynb #0486c635
@@ -82,6 +85,7 @@ def main(
 ):
     "What the process of a run does: execute, publish; or leave `error.json` and end with 1."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    gc.set_threshold(RARELY)
     attempt = Path(attempt)
     claim(attempt)
     threading.Thread(target=_live, args=(attempt, int(parent)), daemon=True).start()

@@ -26,7 +26,7 @@ def plot_calibration_change(
     classes: tuple | None = None,  # class values, None: the barriers or the values seen
 ) -> Figure:
     "Reliability of each class's probability without and with a calibration, on the same axes."
-    fig, axes = _axes(1, 2, size=(6.4, 2.9), sharex=True, sharey=True)
+    fig, axes = _axes(1, 2, size=(6.4, 2.9), layout="constrained", sharex=True, sharey=True)
     for ax, name, predictions in zip(axes[0], ("before", "after"), (before, after)):
         _plot_reliability(ax, name, predictions.probabilities.astype(float), y_true, _classes(predictions, y_true, classes))
     axes[0, 0].set_ylabel("share that happened"); axes[0, 0].legend(frameon=False, fontsize=8)
@@ -45,7 +45,7 @@ def plot_threshold_sweep(
     swept: pd.DataFrame,  # of `robustness.threshold_sweep`
 ) -> Figure:
     "Precision, direction and net Sharpe ratio against the share of rows that are called."
-    fig, ((right, money),) = _axes(1, 2, size=(6.4, 2.7), sharex=True)
+    fig, ((right, money),) = _axes(1, 2, size=(6.4, 2.7), layout="constrained", sharex=True)
     coverage = 100 * swept.coverage
     right.plot(coverage, swept.precision, "o-", color="#009E73", ms=4, lw=1.2, label="called barrier was hit")
     right.plot(coverage, swept.directional_accuracy, "s--", color="#E69F00", ms=4, lw=1.2, label="direction, where one was hit")

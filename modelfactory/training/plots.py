@@ -29,10 +29,15 @@ def class_styles(classes: tuple) -> dict[int, dict]:  # class -> label, color, m
     else: names, colours, markers = map(str, classes), ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7f7f7f"), "osD^vPX*<"
     return {c: dict(label=n, color=colours[i % len(colours)], marker=markers[i % len(markers)]) for i, (c, n) in enumerate(zip(classes, names))}
 
-# %% ../../nbs/training/02_plots.ipynb #4c7d8976
-def _axes(rows=1, columns=1, size=(5, 3), **kw):
+# %% ../../nbs/training/02_plots.ipynb #f378f55b
+def _axes(rows=1, columns=1, size=(5, 3), layout=None, **kw):
+    "Margins in inches, the same for all: `layout=\"constrained\"` draws a picture twice to know them, and is for labels of any length."
     from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=100, facecolor="white", layout="constrained", squeeze=False, **kw)
+    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=100, facecolor="white", layout=layout, squeeze=False, **kw)
+    if layout is None:
+        width, height = size
+        inner = (height - .8 - .12 * (rows - 1)) / rows
+        fig.subplots_adjust(left=.65 / width, right=1 - .12 / width, bottom=.5 / height, top=1 - .3 / height, hspace=.12 / inner)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8); ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
@@ -169,7 +174,7 @@ def plot_importance(
 ) -> Figure:
     "The most important features, largest on top."
     best = pd.Series(importance, dtype=float).nlargest(top)[::-1]
-    fig, axes = _axes(size=(5, .8 + .17 * len(best)))
+    fig, axes = _axes(size=(5, .8 + .17 * len(best)), layout="constrained")
     ax = axes[0, 0]
     ax.barh(best.index, best, color="#0072B2", height=.7)
     ax.set_xlabel(f"importance, {len(best)} of {len(importance)} features hold {best.sum() / (sum(importance.values()) or 1):.0%}"); ax.margins(y=.01)

@@ -203,7 +203,7 @@ def robustness(
 def plot_robustness(found: Robustness) -> Figure:
     "Cost, months, confidence, and slices with their intervals."
     from modelfactory.training.plots import _axes
-    fig, axes = _axes(2, 2, size=(8, 5))
+    fig, axes = _axes(2, 2, size=(8, 5), layout="constrained")
     (cost, months), (sure, slices) = axes
     cost.plot(found.costs.cost_bps, found.costs.sharpe_net, "o-", color="#0072B2", ms=3, lw=1.2); cost.axhline(0, color="black", lw=.6)
     cost.set(xlabel="cost, bp", ylabel="net Sharpe")
