@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Interval
 import modelfactory
 
 # %% auto #0
-__all__ = ['Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
+__all__ = ['SHOWN', 'Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
            'field_notes', 'ShownConfig', 'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files', 'params_folder']
 
 # %% ../nbs/00_settings.ipynb #198bfcc1
@@ -27,16 +27,18 @@ class ConfigError(ValueError):
 class SettingsError(ConfigError):
     "A setting that is unknown or cannot be read."
 
-# %% ../nbs/00_settings.ipynb #b43d247a
+# %% ../nbs/00_settings.ipynb #3d012dd7
+SHOWN = 24  # names in one error
+
 def did_you_mean(
     name: str,  # what was given
     valid,  # the names that exist
 ) -> str:
-    "The tail of an error: the nearest valid name, or all of them."
+    "The tail of an error: the nearest valid name, or those there are."
     valid = sorted(map(str, valid))
     folded = {v.lower(): v for v in valid}
     near = get_close_matches(str(name).lower(), folded, n=1, cutoff=.5)
-    return f"did you mean {folded[near[0]]!r}?" if near else f"valid: {', '.join(valid) or 'none'}"
+    return f"did you mean {folded[near[0]]!r}?" if near else f"valid: {', '.join(valid[:SHOWN]) or 'none'}{', …' * (len(valid) > SHOWN)}"
 
 # %% ../nbs/00_settings.ipynb #e91bac5a
 Positive = Annotated[int, Gt(0)]  # a count of at least one
@@ -164,7 +166,8 @@ def _given():
 def settings() -> Settings:
     "Reads `settings.ini` and the `MODELFACTORY_*` environment; raises `SettingsError` on an unknown key or bad value."
     file, root, given = _given()
-    found = build_config(Settings, {"root": root, **given}, str(file or "environment"), SettingsError)
+    places = [*[str(file)] * bool(file), *(f"MODELFACTORY_{key.upper()}" for key in _read_environment())]
+    found = build_config(Settings, {"root": root, **given}, " and ".join(places), SettingsError)
     paths = {f.name: root / getattr(found, f.name) for f in fields(found) if isinstance(getattr(found, f.name), Path)}
     return replace(found, **paths, plugins=tuple(root / p for p in found.plugins))
 
