@@ -191,8 +191,10 @@ def plot_time_against_score(
     return fig
 
 def _time_facet(ax, rows, metric, title):
+    from matplotlib.ticker import LogLocator, NullLocator
     best = -math.inf
     for _, r in rows.iterrows():
         ax.semilogx(r.fit_seconds, r[metric], **family_style(r.family))
         if (score := r[metric] * (better(metric) or 1)) > best: best = score; ax.annotate(r.model, (r.fit_seconds, r[metric]), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3))); ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_locator(NullLocator())
     ax.margins(x=.25, y=.2); ax.set_title(title, fontsize=9); ax.set_xlabel("seconds to fit", fontsize=9); ax.set_ylabel(metric.replace("_", " "), fontsize=9); ax.tick_params(labelsize=8)
