@@ -13,8 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune', 'track',
-           'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+__all__ = ['app', 'models', 'doctor', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune',
+           'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -28,6 +28,14 @@ def models(family: Annotated[Optional[str], typer.Option(help="only this family"
 
 # %% ../nbs/cli.ipynb #9efd9f66
 @app.command()
+def doctor():
+    "What this machine has, what is missing, and what to do about it.\n\nExample: modelfactory doctor"
+    from modelfactory.runs.environment import check_environment
+    print(found := check_environment())
+    if not found.ok: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #d5905801
+@app.command()
 def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
           nan: Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")] = None):
     "Check splits: roles of columns, labels, distance in time, and what no column may know.\n\nExample: modelfactory check data/splits/scaled"
@@ -38,7 +46,7 @@ def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, 
     print(splits.report, report := audit(splits), sep="\n\n")
     if not report.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #d5905801
+# %% ../nbs/cli.ipynb #b6cda597
 @app.command()
 def selftest(models: Annotated[Optional[str], typer.Option(help="names or families, comma separated; the tabular ones without it")] = None,
              seed: Annotated[int, typer.Option(min=0, help="of the market: another one is another market")] = 0):
@@ -70,7 +78,7 @@ def _parameters(model, horizon, data, preset, config, pairs, seed):
     from modelfactory.settings import read_yaml, settings
     return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=(read_yaml(config) if config else {}) | parse_set(pairs), seed=seed)
 
-# %% ../nbs/cli.ipynb #b6cda597
+# %% ../nbs/cli.ipynb #92b03f48
 @app.command()
 def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
           horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
@@ -102,7 +110,7 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
 
 def _say(text): print(text, file=sys.stderr); return 1
 
-# %% ../nbs/cli.ipynb #92b03f48
+# %% ../nbs/cli.ipynb #7a93606a
 @app.command()
 def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
                output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
@@ -118,7 +126,7 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
     print(result)
     if not result.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #7a93606a
+# %% ../nbs/cli.ipynb #4ee4ac21
 @app.command()
 def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
            output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
@@ -126,7 +134,7 @@ def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in p
     from modelfactory.runs.grid import grid_status
     print(grid_status(grid, output))
 
-# %% ../nbs/cli.ipynb #4ee4ac21
+# %% ../nbs/cli.ipynb #5a196097
 @app.command()
 def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None):
     "Compare all finished runs: notebook, markdown, page.\n\nExample: modelfactory compare runs"
@@ -138,7 +146,7 @@ def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; se
     print(*conclusion(list_runs(runs)), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
-# %% ../nbs/cli.ipynb #5a196097
+# %% ../nbs/cli.ipynb #b6f0fbde
 @app.command()
 def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
          horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
@@ -172,7 +180,7 @@ def _study_page(parameters, study):
     execute(find_notebook("study.ipynb"), aside, parameters | study)
     return aside.replace(page)
 
-# %% ../nbs/cli.ipynb #b6f0fbde
+# %% ../nbs/cli.ipynb #abb3824f
 @app.command()
 def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None,
           rebuild: Annotated[bool, typer.Option("--rebuild", help="write everything anew, take away what has no folder")] = False,
@@ -193,7 +201,7 @@ def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the 
     print(final(runs).round(4).to_string(index=False))
     for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*looks(folder), sep="\n")
 
-# %% ../nbs/cli.ipynb #abb3824f
+# %% ../nbs/cli.ipynb #89d7dad1
 @app.command()
 def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
     "Six models, two horizons, three data sets, and what it means.\n\nExample: modelfactory demo"
@@ -203,7 +211,7 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
     compare(output)
     if not result.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #89d7dad1
+# %% ../nbs/cli.ipynb #3e5c4547
 @app.command()
 def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
             data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
@@ -227,7 +235,7 @@ def export_bundle(run: Annotated[Path, typer.Argument(help="folder of a finished
     bundle = export_run(run, output)
     print(bundle, bundle / "MODEL_CARD.md", sep="\n")
 
-# %% ../nbs/cli.ipynb #3e5c4547
+# %% ../nbs/cli.ipynb #581df543
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="of the model: a lower-case word")],
         family: Annotated[str, typer.Option(help="existing or your own")],
