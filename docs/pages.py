@@ -1,0 +1,72 @@
+"""The site's pages: notebooks as they are stored, with the signature of what a cell exports in front of it and its source folded away.
+
+    python docs/pages.py    # writes docs/_build/pages, with the same folders as the project, so that links between notebooks hold
+"""
+import ast
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "docs/_build/pages"
+LINKED = ("settings.ini", "CONTRIBUTING.md")  # what pages link to besides each other
+
+
+def write_pages(pages=PAGES):
+    shutil.rmtree(pages, ignore_errors=True)
+    for file in (f for f in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts):
+        page = pages / file.relative_to(ROOT)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(processed(nbformat.read(file, 4), file.parent.name == "reference"), page)
+    for name in LINKED: shutil.copy(ROOT / name, pages)
+    shutil.copy(ROOT / "docs/index.md", pages)
+    (pages / "docs").mkdir()
+    shutil.copy(ROOT / "docs/comparison.png", pages / "docs")
+
+
+def processed(nb, tables=False):
+    "The notebook without its directives, each exported name documented; of a page of tables, what makes them is folded away."
+    level, cells = 1, []
+    for cell in nb.cells:
+        directives, source = split(cell.source) if cell.cell_type == "code" else ([], cell.source)
+        if not source.strip() or "hide" in directives: continue
+        cell.source = source
+        if cell.cell_type == "markdown": level = len((re.findall(r"^(#+) ", source, re.M) or ["#" * level])[-1])
+        if "export" in directives: cells += [nbformat.v4.new_markdown_cell(text) for text in documented(source, "#" * (level + 1))]
+        if "export" in directives or cell.cell_type == "code" and tables and not any(output.output_type == "stream" for output in cell.outputs): cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+        cells.append(cell)
+    nb.cells = cells
+    nb.metadata["language_info"] = dict(name="python")
+    return nb
+
+
+def split(source):
+    "Directives (`#| …`) and the rest of a cell."
+    lines = source.split("\n")
+    return [line[2:].strip() for line in lines if line.startswith("#|")], "\n".join(line for line in lines if not line.startswith("#|"))
+
+
+def documented(source, marks):
+    "Markdown for each public function and class that a cell defines: a heading, the signature with its comments, the docstring; of a class its fields and methods, too."
+    for node in public(ast.parse(source).body):
+        text = entry(source, node, f"{marks} {node.name}")
+        if isinstance(node, ast.ClassDef): text += "".join(entry(source, m, f"{marks}# {node.name}.{m.name}") for m in public(node.body) if ast.get_docstring(m))
+        yield text
+
+
+def public(body): return [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+
+
+def entry(source, node, heading):
+    lines = source.split("\n")
+    head = "\n".join(lines[node.lineno - 1:node.body[0].lineno])
+    last = lines[node.body[0].lineno - 1]
+    head = head[:len(head) - len(last) + len(last.encode()[:node.body[0].col_offset].decode())].rstrip()
+    if isinstance(node, ast.ClassDef): head += "".join("\n" + "\n".join(lines[f.lineno - 1:f.end_lineno]) for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_"))
+    return f"{heading}\n\n```python\n{textwrap.dedent(head)}\n```\n\n{ast.get_docstring(node) or ''}\n\n"
+
+
+if __name__ == "__main__": write_pages()

@@ -1,0 +1,80 @@
+"Editors and git: a notebook edited as a script comes back without a difference, a commit of notebooks that are not clean or not exported is refused."
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | dict(GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org", GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org")
+
+
+def make(there, *words, **environment):
+    "`make` of this project in another folder, whose .venv is there already."
+    return subprocess.run(["make", "-o", "setup", *words], cwd=there, env=ENVIRONMENT | environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def project(tmp_path):
+    "The project with one notebook, in a repository of its own."
+    for name in ("Makefile", "pyproject.toml", "settings.ini", ".gitattributes", ".gitignore"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / ".githooks", tmp_path / ".githooks")
+    for name in ("nbs", "modelfactory"): (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "nbs/01_progress.ipynb", tmp_path / "nbs")
+    shutil.copy(ROOT / "modelfactory/__init__.py", tmp_path / "modelfactory")
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    subprocess.run([".venv/bin/nbdev-export"], cwd=tmp_path, check=True, capture_output=True)
+    git(tmp_path, "init", "-q"), git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-qm", "start")
+    return tmp_path
+
+
+def git(there, *words): return subprocess.run(["git", *words], cwd=there, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_notebook_survives_an_editor(tmp_path):
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    files = sorted((tmp_path / "nbs").rglob("*.ipynb"))
+    jupytext = ROOT / ".venv/bin/jupytext"
+    subprocess.run([jupytext, "-q", "--to", "py:percent", *files], check=True)
+    subprocess.run([jupytext, "-q", "--to", "ipynb", "--update", "--update-metadata", '{"jupytext": null}', *(f.with_suffix(".py") for f in files)], check=True)
+    changed = [f.name for f in files if nbformat.read(f, 4) != nbformat.read(ROOT / f.relative_to(tmp_path), 4)]
+    assert len(files) > 80 and changed == []
+
+
+def test_make_edit_changes_what_was_edited_and_nothing_else(project):
+    notebook = project / "nbs/01_progress.ipynb"
+    assert make(project, "edit", f"NB={notebook.relative_to(project)}", EDITOR="true").returncode == 0
+    assert git(project, "status", "--porcelain") == ""
+    done = make(project, "edit", f"NB={notebook.relative_to(project)}", VISUAL="sed -i 's/^# # Progress/# # Onward/'")
+    assert done.returncode == 0, done.stderr
+    assert git(project, "diff", "--no-ext-diff", "--shortstat", "nbs").split(",")[1:] == [" 1 insertion(+)", " 1 deletion(-)\n"]
+    assert nbformat.read(notebook, 4).cells[0].source.startswith("# Onward")
+    assert make(project, "edit", "NB=nbs/nothing.ipynb").returncode == 2
+
+
+def test_the_hook_refuses_what_is_not_clean_or_not_exported(project):
+    assert make(project, "hooks").returncode == 0
+    notebook = project / "nbs/01_progress.ipynb"
+    (project / "README.md").write_text("hello")
+    git(project, "add", "README.md"), git(project, "commit", "-qm", "no notebook in it")
+    nb = nbformat.read(notebook, 4)
+    cell = next(c for c in nb.cells if "#| export" in c.source)
+    cell.source, cell.execution_count = cell.source + "\n\nADDED = 1", 7
+    nbformat.write(nb, notebook)
+    git(project, "add", "nbs")
+    with pytest.raises(subprocess.CalledProcessError) as refused: git(project, "commit", "-qm", "not clean")
+    assert "modelfactory/progress.py" in refused.value.stdout + refused.value.stderr and "nbs/01_progress.ipynb" in refused.value.stdout + refused.value.stderr
+    git(project, "add", "-A"), git(project, "commit", "-qm", "clean and exported")
+    assert "ADDED = 1" in git(project, "show", "HEAD:modelfactory/progress.py") and '"execution_count": 7' not in git(project, "show", "HEAD:nbs/01_progress.ipynb")
+
+
+def test_git_shows_notebooks_cell_by_cell(project):
+    assert make(project, "hooks").returncode == 0
+    notebook = project / "nbs/01_progress.ipynb"
+    nb = nbformat.read(notebook, 4)
+    nb.cells[0].source = nb.cells[0].source.replace("# Progress", "# Onward")
+    nbformat.write(nb, notebook)
+    shown = git(project, "diff")
+    assert "nbdiff" in shown and "# Onward" in shown and '"source"' not in shown
