@@ -78,9 +78,16 @@ def test_readme_is_the_index_notebook():
 def readme():
     from nbconvert import MarkdownExporter
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
+    nb.cells = [c for c in nb.cells if "lab" not in c.metadata.get("tags", [])]  # what only a kernel can answer
     nb.metadata["language_info"] = dict(name="python")
     text = MarkdownExporter().from_notebook_node(nb)[0].strip() + "\n"
     return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda link: f"]({os.path.normpath('nbs/' + link[1])})", text)  # links of a page in nbs/ hold in the root
+
+
+def test_the_first_page_is_short_and_says_nothing_of_the_machine_it_was_made_on():
+    assert len(readme().splitlines()) <= 150
+    looks = [c for c in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells if c.cell_type == "code" and "lab" in c.metadata.get("tags", [])]
+    assert len(looks) == 1 and looks[0].outputs == []
 
 
 def test_listing_models_loads_no_heavy_library():
