@@ -18,6 +18,7 @@ CELLS = [
 > The nearest class mean: a model small enough to be replaced by yours.
 
 Change the config, `fit_rows` and `predict_rows`; `check_model` says whether every promise still holds."""),
+("code", "#| default_exp models.{family}.{name}"),
 ("code", """#| export
 from dataclasses import dataclass
 import numpy as np
