@@ -32,7 +32,7 @@ def processed(nb, tables=False):
     level, cells = 1, []
     for cell in nb.cells:
         directives, source = split(cell.source) if cell.cell_type == "code" else ([], cell.source)
-        if not source.strip() or "hide" in directives: continue
+        if not source.strip() or "hide" in directives or "lab" in cell.metadata.get("tags", []): continue
         cell.source = source
         if cell.cell_type == "markdown": level = len((re.findall(r"^(#+) ", source, re.M) or ["#" * level])[-1])
         if "export" in directives: cells += [nbformat.v4.new_markdown_cell(text) for text in documented(source, "#" * (level + 1))]

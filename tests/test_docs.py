@@ -1,5 +1,6 @@
 "The documentation: it builds without a warning, every link leads somewhere, nothing comes from outside, and what the reference pages show is what the code says today."
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from nbclient import NotebookClient
 
 REFERENCE = sorted((ROOT / "nbs/reference").glob("*.ipynb"))
@@ -18,14 +20,20 @@ REFERENCE = sorted((ROOT / "nbs/reference").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    "The site, built as `make docs` does."
-    there = tmp_path_factory.mktemp("docs")
+    "The site, built as `make docs` does: once, however many workers ask for it."
+    base = tmp_path_factory.getbasetemp()
+    there = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs"
+    with FileLock(f"{there}.lock"):
+        if not there.exists(): build(there)
+    return there / "site"
+
+
+def build(there):
     spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/pages.py")
     spec.loader.exec_module(pages := importlib.util.module_from_spec(spec))
     pages.write_pages(there / "pages")
     done = subprocess.run([Path(sys.executable).parent / "sphinx-build", "-q", "-W", "--keep-going", "-c", ROOT / "docs", there / "pages", there / "site"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return there / "site"
 
 
 class Page(HTMLParser):
@@ -76,6 +84,19 @@ def test_the_package_is_documented(site):
 
 
 def test_search_finds_a_function(site): assert "run_notebook" in (site / "searchindex.js").read_text()
+
+
+@pytest.mark.parametrize("width", (1440, 390))
+def test_a_page_fits_a_desk_and_a_phone(site, browser, width):
+    "Nothing wider than the screen, no missing picture, nothing asked from outside, as a browser sees it."
+    page, asked, wrong = browser.new_page(viewport=dict(width=width, height=900)), [], []
+    page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    for file in [site / "index.html", *sorted(site.glob("nbs/*.html")), *(f for where in ("tutorials", "reference", "models/timeseries") for f in sorted(site.glob(f"nbs/{where}/*.html")))]:
+        page.goto(file.as_uri())
+        wide, missing = page.evaluate("[Math.max(document.documentElement.scrollWidth, document.body.scrollWidth), [...document.images].filter(i => !i.naturalWidth).length]")
+        if wide > width or missing: wrong.append((file.name, wide, missing))
+    page.close()
+    assert (wrong, asked) == ([], [])
 
 
 def told(nb):

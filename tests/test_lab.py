@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVERYTHING = bool(os.environ.get("BROWSER_RUNS_ALL"))
 PAGES = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "nbs/tutorials").glob("*.ipynb"))
 CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(c => ({
@@ -25,17 +24,6 @@ CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map
   stderr: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.stderr"]')].map(e => e.innerText.slice(0, 400)).join(),
   widget: /Error displaying widget|Loading widget/.test(c.innerText),
   images: [...c.querySelectorAll('.jp-RenderedImage img, .jp-RenderedHTMLCommon img')].map(m => m.naturalWidth)}))"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM: pytest.skip("NOT CHECKED IN A BROWSER: no Chromium is installed (Debian's package is chromium; CHROMIUM=/path names another)")
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: pytest.skip("NOT CHECKED IN A BROWSER: playwright is not installed (pip install playwright)")
-    with sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
