@@ -14,6 +14,8 @@ from modelfactory.models.registry import ModelRegistry
 from modelfactory.training.selftest import future_perturbation, null_splits, peeking_features, prefix_test, selftest
 from modelfactory.training.trainer import Trainer
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 
 def made(preset, seed, rows=8_000, symbols=2, width=None):
     table = market_table(simulate(replace(PRESETS[preset], seed=seed, symbols=symbols, rows=(rows, 200, 200), columns=width)))

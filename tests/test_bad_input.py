@@ -37,6 +37,8 @@ from modelfactory.runs.store import RunError, list_runs, load_run, publish, star
 from modelfactory.settings import ConfigError, SettingsError, settings
 from modelfactory.training.trainer import Trainer, trainer_config
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 MODELS = dict(xgboost=("model.ubj", dict(n_rounds=5)), lightgbm=("model.txt", dict(n_rounds=5)), catboost=("model.cbm", dict(n_rounds=5)),
               logistic_regression=("estimator.skops", {}), random_forest=("estimator.skops", dict(n_estimators=5)), svm=("estimator.skops", {}))
 KINDS = {}  # name -> (error, what the message says, plant)

@@ -6,6 +6,8 @@ import pytest
 from modelfactory.data.bars import UNDEFINED, WARMUP, bar_features, bars_to_splits, check_bars, peeking
 from modelfactory.data.splits import read_splits
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 
 def one_symbol(name, rng):
     n, volatility = rng.integers(700, 1200), 10.0 ** rng.uniform(-5, -1)

@@ -18,6 +18,8 @@ from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.folds import FoldsError, Labels, combinatorial_purged, samples, walk_forward
 from modelfactory.data.splits import read_split
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 NS = pd.Timedelta(1, "ns")
 
 

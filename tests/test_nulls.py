@@ -10,6 +10,8 @@ from modelfactory.training.backtest import tranche_backtest
 from modelfactory.training.evaluator import EvaluationError, ModelEvaluator
 from modelfactory.training.nulls import NullError, draw_shifts, last_rows, persistence_predictions, shift_test, volatility_floor
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 
 def market(bars=700, horizon=5, skill=0., seed=0, symbols=2, shared=.7):
     "Symbols that move together in part, labels that overlap, and a model with slow opinions that it shares over symbols, right as far as `skill` goes."

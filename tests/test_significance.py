@@ -9,6 +9,8 @@ from modelfactory.training.significance import (SignificanceError, backtest_over
     long_run_variance, mcnemar, minimum_track_record, paired_differences, paired_tests, plot_critical_difference, plot_differences, plot_ranks, probabilistic_sharpe, rank_models, row_losses,
     stamp_sums, superior_ability)
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 
 def books(seed=0, models=20, days=250, skill=0., shared=.5):
     "Daily profit with fat tails that models share in part; the last one has a daily Sharpe ratio of about `skill`."

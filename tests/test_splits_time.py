@@ -16,6 +16,8 @@ import pytest
 from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.splits import SplitOverlap, read_splits
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 SESSIONS = dict(  # name -> (bar, weekdays, first hour, last hour) of a symbol's day
     around_the_clock=("1h", range(7), 0, 24), weekdays_around_the_clock=("1h", range(5), 0, 24), day_session=("30min", range(5), 9.5, 16),
     short_session=("15min", range(5), 10, 12), over_lunch=("1h", range(5), 8, 18), daily=("1D", range(5), 0, 24), every_day=("1D", range(7), 0, 24), five_minutes=("5min", range(5), 9, 11))

@@ -9,6 +9,8 @@ from modelfactory.data import splits
 from modelfactory.data.dataset import TimeSeriesDataset, Windows
 from modelfactory.data.splits import SplitsError, read_split
 
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+
 def examples(n): return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 UNDEFINED = dict(missing=np.nan, upstream=-99.)
 
