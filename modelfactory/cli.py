@@ -242,8 +242,9 @@ def new(name: Annotated[str, typer.Argument(help="of the model: a lower-case wor
         output: Annotated[Path, typer.Option(help="folder of your work", file_okay=False)] = Path(".")):
     "Write the notebook and YAML of a working tiny model.\n\nExample: modelfactory new mymodel --family myfamily"
     from modelfactory.models.template import new_model
-    for file in new_model(name, family, output): print(f"wrote {file}")
-    print(f"settings.ini there must name it: plugins = {name}.ipynb")
+    files = new_model(name, family, output)
+    for file in files: print(f"wrote {file}")
+    if files[-1].name != "settings.ini": print(f"settings.ini there must name it: plugins = {name}.ipynb")
 
 # %% ../nbs/cli.ipynb #e99a541a
 def main(

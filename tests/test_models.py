@@ -17,7 +17,8 @@ def test_conformance_on_windows(name, config):
 @pytest.mark.parametrize("name", [m["name"] for m in ModelRegistry.list_models()])
 def test_a_model_has_a_yaml_with_a_quick_preset_and_a_search_space(name):
     params = read_params(name)
-    assert params.presets["quick"] and params.search and params.resources
+    assert "quick" in params.presets and params.search and params.resources
+    assert set(params.about) == {"paper", "sees", "misses", "use"} and all(params.about.values())
 
 
 @pytest.mark.parametrize("grid", ["all", "quick"])
@@ -26,4 +27,4 @@ def test_a_grid_of_all_models_is_planned(grid):
     jobs = plan(replace(asked, data=("planted",)))
     models = [m for m in ModelRegistry.list_models() if m["family"] != "ensemble"]
     lacking = {m["name"] for m in models if not m["available"]}
-    assert len(jobs) == 2 * len(models) == 40 and {j.parameters["model"] for j in jobs if j.unavailable} == lacking <= {"timesfm", "timellm"}
+    assert len(jobs) == 2 * len(models) >= 40 and {j.parameters["model"] for j in jobs if j.unavailable} == lacking <= {"timesfm", "timellm"}
