@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
+export PYTHONDONTWRITEBYTECODE :=  # each run is a process that imports the package: it is compiled once
 
 .PHONY: setup demo test soak browser lab edit hooks bench readme picture docs
 setup: .venv/.done
@@ -9,7 +10,7 @@ setup: .venv/.done
 .venv/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"python 3.11 or later is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: setup  # train six models on three data sets, compare them, say what it means
