@@ -1447,6 +1447,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'modelfactory.runs.engine._kernel_manager': ( 'runs/engine.html#_kernel_manager',
                                                                                         'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine._live': ('runs/engine.html#_live', 'modelfactory/runs/engine.py'),
+                                          'modelfactory.runs.engine._save_by_the_second': ( 'runs/engine.html#_save_by_the_second',
+                                                                                            'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine._sign': ('runs/engine.html#_sign', 'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine._watch': ('runs/engine.html#_watch', 'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine._why': ('runs/engine.html#_why', 'modelfactory/runs/engine.py'),

@@ -13,8 +13,8 @@ from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
-__all__ = ['RARELY', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute', 'main', 'Outcome', 'Limits',
-           'environment', 'gigabytes', 'end_run', 'run_notebook']
+__all__ = ['RARELY', 'START', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute', 'main', 'Outcome',
+           'Limits', 'environment', 'gigabytes', 'end_run', 'run_notebook']
 
 # %% ../../nbs/runs/01_engine.ipynb #fe60489e
 def find_notebook(
@@ -35,6 +35,7 @@ def check_parameters(notebook: Path, parameters: dict):
 
 # %% ../../nbs/runs/01_engine.ipynb #44d175c9
 RARELY = 20_000  # new objects between two searches for cycles: at Python's 700 (3.11), imports and messages are looked through again and again
+START = f"import gc, runpy, sys; gc.set_threshold({RARELY}); sys.modules['debugpy'] = None; runpy.run_module('ipykernel_launcher', run_name='__main__')"  # of a kernel, which nobody will debug
 
 def _kernel_manager(runtime):
     "A kernel manager whose sockets are files in folder `runtime`, where no other run's are."
@@ -43,7 +44,10 @@ def _kernel_manager(runtime):
     if os.name != "posix": return AsyncKernelManager
     class IPCKernelManager(AsyncKernelManager):
         transport, ip = Unicode("ipc"), Unicode(f"{runtime}/kernel")
-        def format_kernel_cmd(self, *args, **kw): return [*super().format_kernel_cmd(*args, **kw), f"--IPKernelApp.exec_lines=__import__('gc').set_threshold({RARELY})"]
+        def format_kernel_cmd(self, *args, **kw):
+            command = super().format_kernel_cmd(*args, **kw)
+            if (at := command.index("-m") if "-m" in command else -1) > 0 and command[at + 1] == "ipykernel_launcher": command[at:at + 2] = ["-c", START]
+            return command
     return IPCKernelManager
 
 # %% ../../nbs/runs/01_engine.ipynb #0486c635
@@ -55,11 +59,21 @@ def execute(
     "Runs a notebook through papermill in this process; raises what its cell raised."
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar of addresses, for a second, that no notebook needs
     import papermill
+    _save_by_the_second()
     with tempfile.TemporaryDirectory(prefix="mf") as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime
         papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False, autosave_cell_every=1,
                                    start_timeout=180, coalesce_streams=True, kernel_manager_class=_kernel_manager(runtime))
     _sign(output)
+
+def _save_by_the_second():
+    "papermill writes and checks the whole notebook before and after each cell, most of which take milliseconds."
+    from papermill.engines import NotebookExecutionManager as Manager
+    if (whole := Manager.save).__module__ == __name__: return
+    def save(self, **kw):
+        over, late = self.end_time is not None, (self.now() - self.last_save_time).total_seconds() >= 1
+        if over or late or not os.path.exists(self.output_path): whole(self, **kw)
+    Manager.save = save
 
 def _sign(output):
     import nbformat
