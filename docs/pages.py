@@ -35,8 +35,9 @@ def processed(nb, tables=False):
         if not source.strip() or "hide" in directives or "lab" in cell.metadata.get("tags", []): continue
         cell.source = source
         if cell.cell_type == "markdown": level = len((re.findall(r"^(#+) ", source, re.M) or ["#" * level])[-1])
-        if "export" in directives: cells += [nbformat.v4.new_markdown_cell(text) for text in documented(source, "#" * (level + 1))]
-        if "export" in directives or cell.cell_type == "code" and tables and not any(output.output_type == "stream" for output in cell.outputs): cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+        exports, makes_table = "export" in directives, tables and cell.cell_type == "code" and not any(output.output_type == "stream" for output in cell.outputs)
+        if exports: cells += [nbformat.v4.new_markdown_cell(text) for text in documented(source, "#" * (level + 1))]
+        if exports or makes_table: cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         cells.append(cell)
     nb.cells = cells
     nb.metadata["language_info"] = dict(name="python")
@@ -61,12 +62,11 @@ def public(body): return [node for node in body if isinstance(node, (ast.Functio
 
 
 def entry(source, node, heading):
-    lines = source.split("\n")
-    head = "\n".join(lines[node.lineno - 1:node.body[0].lineno])
-    last = lines[node.body[0].lineno - 1]
-    head = head[:len(head) - len(last) + len(last.encode()[:node.body[0].col_offset].decode())].rstrip()
-    if isinstance(node, ast.ClassDef): head += "".join("\n" + "\n".join(lines[f.lineno - 1:f.end_lineno]) for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_"))
-    return f"{heading}\n\n```python\n{textwrap.dedent(head)}\n```\n\n{ast.get_docstring(node) or ''}\n\n"
+    lines, body = source.encode().split(b"\n"), node.body[0]
+    head = b"\n".join([*lines[node.lineno - 1:body.lineno - 1], lines[body.lineno - 1][:body.col_offset]]).rstrip()  # ast counts bytes
+    fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_")] if isinstance(node, ast.ClassDef) else []
+    shown = b"\n".join([head, *(line for f in fields for line in lines[f.lineno - 1:f.end_lineno])]).decode()
+    return f"{heading}\n\n```python\n{textwrap.dedent(shown)}\n```\n\n{ast.get_docstring(node) or ''}\n\n"
 
 
 if __name__ == "__main__": write_pages()
