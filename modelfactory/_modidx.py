@@ -1832,6 +1832,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'modelfactory.settings.build_config': ('settings.html#build_config', 'modelfactory/settings.py'),
                                        'modelfactory.settings.did_you_mean': ('settings.html#did_you_mean', 'modelfactory/settings.py'),
                                        'modelfactory.settings.field_notes': ('settings.html#field_notes', 'modelfactory/settings.py'),
+                                       'modelfactory.settings.html_table': ('settings.html#html_table', 'modelfactory/settings.py'),
                                        'modelfactory.settings.params_folder': ('settings.html#params_folder', 'modelfactory/settings.py'),
                                        'modelfactory.settings.plugin_files': ('settings.html#plugin_files', 'modelfactory/settings.py'),
                                        'modelfactory.settings.read_yaml': ('settings.html#read_yaml', 'modelfactory/settings.py'),

@@ -18,7 +18,8 @@ import modelfactory
 
 # %% auto #0
 __all__ = ['SHOWN', 'Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
-           'field_notes', 'ShownConfig', 'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files', 'params_folder']
+           'field_notes', 'html_table', 'ShownConfig', 'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files',
+           'params_folder']
 
 # %% ../nbs/00_settings.ipynb #198bfcc1
 class ConfigError(ValueError):
@@ -80,14 +81,21 @@ def field_notes(
         with suppress(OSError, TypeError): notes |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(c), re.M)) if is_dataclass(c) else {}
     return notes
 
-# %% ../nbs/00_settings.ipynb #5144d241
+# %% ../nbs/00_settings.ipynb #82c2bdbb
+def html_table(
+    rows,  # of cells: HTML and the style it has besides
+) -> str:  # HTML
+    "A table with its styles in its cells: JupyterLab drops style sheets of a notebook that it does not trust."
+    cell = "padding:1px 14px 1px 0;text-align:left;border:none;"
+    body = ("".join(f"<td style='{cell}{style}'>{html}</td>" for html, style in row) for row in rows)
+    return "<table style='font-size:12px;border-collapse:collapse'>" + "".join(f"<tr style='background:none'>{cells}</tr>" for cells in body) + "</table>"
+
 class ShownConfig:
     "A config dataclass that shows each key with its value and meaning, bold where it is not the default."
     def _repr_html_(self):
-        notes, cell = field_notes(type(self)), "padding:1px 14px 1px 0;text-align:left;border:none;"
+        notes = field_notes(type(self))
         rows = [(f.name, repr(v := getattr(self, f.name)), notes.get(f.name, ""), v != (f.default_factory() if callable(f.default_factory) else f.default)) for f in fields(self)]
-        html = "".join(f"<tr style='background:none'><td style='{cell}'>{escape(name)}</td><td style='{cell}{'font-weight:bold' if own else ''}'>{escape(value)}</td><td style='{cell}color:#7f7f7f'>{escape(note)}</td></tr>" for name, value, note, own in rows)
-        return f"<table style='font-size:12px;border-collapse:collapse'>{html}</table>"
+        return html_table([(escape(name), ""), (escape(value), "font-weight:bold" if own else ""), (escape(note), "color:#7f7f7f")] for name, value, note, own in rows)
 
 # %% ../nbs/00_settings.ipynb #dd35ff83
 def read_yaml(

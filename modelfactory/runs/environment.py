@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import modelfactory
-from ..settings import settings
+from ..settings import Settings, html_table, settings
 
 # %% auto #0
 __all__ = ['MARKS', 'COLOURS', 'Finding', 'Environment', 'versions_that_differ', 'kernel_python', 'check_environment']
@@ -34,9 +34,8 @@ class Environment(list):
     def ok(self) -> bool: return not any(f.state == "fail" for f in self)
     def __repr__(self): return "\n".join(f"{MARKS[f.state]} {f.what:10} {f.found}" + (f"\n{'':13}{f.mend}" if f.mend else "") for f in self)
     def _repr_html_(self):
-        cell = "padding:1px 14px 1px 0;text-align:left;border:none;vertical-align:top"
-        rows = [f"<td style='{cell};color:{COLOURS[f.state]}'>{MARKS[f.state]}</td><td style='{cell}'>{f.what}</td><td style='{cell}'>{escape(f.found)}{f'<br><b>{escape(f.mend)}</b>' if f.mend else ''}</td>" for f in self]
-        return "<table style='font-size:12px;border-collapse:collapse'>" + "".join(f"<tr style='background:none'>{r}</tr>" for r in rows) + "</table>"
+        top = "vertical-align:top"
+        return html_table([(MARKS[f.state], f"{top};color:{COLOURS[f.state]}"), (f.what, top), (escape(f.found) + (f"<br><b>{escape(f.mend)}</b>" if f.mend else ""), top)] for f in self)
 
 # %% ../../nbs/runs/12_environment.ipynb #d67a0b14
 def versions_that_differ(
@@ -97,28 +96,26 @@ def _kernel():
     if Path(found).parent != Path(sys.executable).parent: return Finding("kernel", f"python3 is {found}, which is not this environment", "fail", mend)
     return Finding("kernel", "python3 is this environment")
 
-# %% ../../nbs/runs/12_environment.ipynb #b919db20
-def _settings():
-    here = settings()
+# %% ../../nbs/runs/12_environment.ipynb #47a0b882
+def _settings(here: Settings):
     file = here.root / "settings.ini"
-    return Finding("settings", f"{file}" if file.is_file() else "no settings.ini from here upwards: defaults")
+    return Finding("settings", str(file) if file.is_file() else "no settings.ini from here upwards: defaults")
 
-def _data():
+def _data(here: Settings):
     from modelfactory.data.bundled import BUNDLED
-    where = settings().data
-    if where.is_dir() and any(where.glob("*.parquet")): return Finding("data", f"{_short(where)}: modelfactory check looks into it")
-    return Finding("data", f"nothing in {_short(where)} yet; {', '.join(BUNDLED)} can be asked for by name")
+    name = _short(here, here.data)
+    if here.data.is_dir() and any(here.data.glob("*.parquet")): return Finding("data", f"{name}: modelfactory check looks into it")
+    return Finding("data", f"nothing in {name} yet; {', '.join(BUNDLED)} can be asked for by name")
 
-def _runs():
-    where = settings().runs
-    place = next(p for p in (where, *where.parents) if p.exists())
+def _runs(here: Settings):
+    name, place = _short(here, here.runs), next(p for p in (here.runs, *here.runs.parents) if p.exists())
     try: tempfile.TemporaryFile(dir=place).close()
-    except OSError as e: return Finding("runs", f"{_short(where)} cannot be written: {e.strerror}", "fail", "runs= in settings.ini, or MODELFACTORY_RUNS, names another folder")
+    except OSError as e: return Finding("runs", f"{name} cannot be written: {e.strerror}", "fail", "runs= in settings.ini, or MODELFACTORY_RUNS, names another folder")
     free = shutil.disk_usage(place).free / 2 ** 30
-    if free < 1: return Finding("runs", f"{_short(where)} has {free:.1f} GiB left", "warn", "make room, or name another folder as runs= in settings.ini: a run keeps its weights, predictions and notebook")
-    return Finding("runs", f"{_short(where)} can be written, {free:,.0f} GiB free")
+    if free < 1: return Finding("runs", f"{name} has {free:.1f} GiB left", "warn", "make room, or name another folder as runs= in settings.ini: a run keeps its weights, predictions and notebook")
+    return Finding("runs", f"{name} can be written, {free:,.0f} GiB free")
 
-def _short(path): return str(path.relative_to(settings().root)) if path.is_relative_to(settings().root) else str(path)
+def _short(here, path): return str(path.relative_to(here.root)) if path.is_relative_to(here.root) else str(path)
 
 # %% ../../nbs/runs/12_environment.ipynb #13730705
 def _models():
@@ -131,4 +128,5 @@ def _models():
 # %% ../../nbs/runs/12_environment.ipynb #48756233
 def check_environment() -> Environment:
     "Looks at Python, packages, machine, GPU, kernel, settings, folders and models; raises `SettingsError` when `settings.ini` cannot be read."
-    return Environment([_python(), _packages(), _machine(), _gpu(), _kernel(), _settings(), _data(), _runs(), *_models()])
+    here = settings()
+    return Environment([_python(), _packages(), _machine(), _gpu(), _kernel(), _settings(here), _data(here), _runs(here), *_models()])
