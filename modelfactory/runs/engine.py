@@ -46,7 +46,9 @@ def _kernel_manager(runtime):
         transport, ip = Unicode("ipc"), Unicode(f"{runtime}/kernel")
         def format_kernel_cmd(self, *args, **kw):
             command = super().format_kernel_cmd(*args, **kw)
-            if (at := command.index("-m") if "-m" in command else -1) > 0 and command[at + 1] == "ipykernel_launcher": command[at:at + 2] = ["-c", START]
+            if "ipykernel_launcher" in command:
+                at = command.index("ipykernel_launcher")
+                command[at - 1:at + 1] = ["-c", START]  # for -m ipykernel_launcher
             return command
     return IPCKernelManager
 
