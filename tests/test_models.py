@@ -8,6 +8,7 @@ from modelfactory.models.params import read_params
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.grid import grid_config, plan
 
+
 @pytest.mark.parametrize("name, config", [("logistic_regression", {}), ("xgboost", dict(n_rounds=80)), ("stacking", {})])
 def test_conformance_on_windows(name, config):
     "Windows are laid out as rows in one place, `TabularModel`: a linear model, trees and an ensemble stand for all (each notebook runs the suite on rows)."
@@ -17,7 +18,7 @@ def test_conformance_on_windows(name, config):
 @pytest.mark.parametrize("name", [m["name"] for m in ModelRegistry.list_models()])
 def test_a_model_has_a_yaml_with_a_quick_preset_and_a_search_space(name):
     params = read_params(name)
-    assert "quick" in params.presets and params.search and params.resources
+    assert params.presets["quick"] and params.search and params.resources
     assert set(params.about) == {"paper", "sees", "misses", "use"} and all(params.about.values())
 
 

@@ -58,7 +58,7 @@ YAML = """# {name}: what differs from the defaults in {name}.ipynb
 model_name: {name}
 model_family: {family}
 presets:
-  quick: {{}}
+  quick: {{sharpness: 1.0}}
 resources: {{cpus: 1, gpus: 0}}
 search:
   sharpness: {{type: float, low: 0.1, high: 10, log: true}}
