@@ -17,10 +17,12 @@ from modelfactory.models.conformance import check_model, planted, predict_in_fre
 from modelfactory.models.persistence import CheckpointError, load_model
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.grid import grid_config, plan
-from modelfactory.training.backtest import tranche_backtest
+from modelfactory.evaluation.backtest import tranche_backtest
 from modelfactory.training.confidence import plot_calibration_change, plot_threshold_sweep
-from modelfactory.training.evaluator import EvaluationError, ModelEvaluator, brier_decomposition, confidence_bins, expected_calibration_error
-from modelfactory.training.robustness import lean, strategies, threshold_sweep
+from modelfactory.evaluation.evaluator import ModelEvaluator
+from modelfactory.evaluation.metrics import (
+    EvaluationError, brier_decomposition, confidence_bins, expected_calibration_error)
+from modelfactory.evaluation.robustness import expected_sign, compare_exit_rules, threshold_sweep
 from modelfactory.training.trainer import Trainer
 
 TASK = planted()
@@ -279,17 +281,17 @@ def test_nothing_cut_is_the_evaluators_own_book(traded):
     metrics = evaluator.compute_all_metrics(predictions, y, prices)
     row = threshold_sweep(evaluator, predictions, y, prices, (0.,)).iloc[0]
     assert np.isclose(row.sharpe_net, metrics["sharpe_net"]) and np.isclose(row.directional_accuracy, metrics["directional_accuracy"])
-    fixed = strategies(evaluator, predictions, y, prices).set_index("strategy").loc["fixed"]
+    fixed = compare_exit_rules(evaluator, predictions, y, prices).set_index("strategy").loc["fixed"]
     for name in ("sharpe", "sharpe_net", "turnover", "exposure", "max_drawdown"): assert np.isclose(fixed[name], metrics[name]), name
 
 
 def test_lean_is_up_less_down_and_as_large_as_the_model_is_sure(traded):
     evaluator, predictions, y, prices = traded
     p = predictions.probabilities.astype(float)
-    assert np.allclose(lean(predictions), p[:, 2] - p[:, 0], atol=1e-6)
+    assert np.allclose(expected_sign(predictions), p[:, 2] - p[:, 0], atol=1e-6)
     certain = replace(predictions, probabilities=np.eye(3, dtype=np.float32)[predictions.predictions + 1])
-    assert np.array_equal(lean(certain), predictions.predictions)
-    books = strategies(evaluator, certain, y, prices).set_index("strategy").drop(columns=["n_trades"])
+    assert np.array_equal(expected_sign(certain), predictions.predictions)
+    books = compare_exit_rules(evaluator, certain, y, prices).set_index("strategy").drop(columns=["n_trades"])
     assert np.allclose(books.loc["fixed"].astype(float), books.loc["lean"].astype(float))
 
 

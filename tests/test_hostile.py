@@ -31,7 +31,7 @@ from modelfactory.runs.grid import GridResult, GridStatus
 from modelfactory.runs.engine import Outcome
 from modelfactory.runs.store import FAILED, MANIFEST, RunError, list_runs, load_run, publish, start_attempt, write_run
 from modelfactory.settings import ConfigError
-from modelfactory.training.plots import header_card, metrics_table
+from modelfactory.evaluation.tables import header_card, metrics_table
 from modelfactory.training.trainer import Trainer
 
 MODELS = dict(logistic_regression={}, xgboost=dict(n_rounds=5), gru=dict(hidden_size=8, n_layers=1, max_epochs=1, sequence_length=4))

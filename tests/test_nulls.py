@@ -6,9 +6,12 @@ import pandas as pd
 import pytest
 
 from modelfactory.models.base import to_output
-from modelfactory.training.backtest import tranche_backtest
-from modelfactory.training.evaluator import EvaluationError, ModelEvaluator
-from modelfactory.training.nulls import NullError, draw_shifts, last_rows, persistence_predictions, shift_test, volatility_floor
+from modelfactory.evaluation.backtest import tranche_backtest
+from modelfactory.evaluation.evaluator import ModelEvaluator
+from modelfactory.evaluation.metrics import EvaluationError
+from modelfactory.evaluation.baselines import persistence_predictions
+from modelfactory.evaluation.permutation import (
+    PermutationError, random_shifts, ffill_index, shift_test, f1_null_interval)
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
@@ -88,17 +91,17 @@ def test_every_row_has_a_source_whatever_is_missing():
         there = rng.random((T, S)) < .5
         there[:, 0], there[rng.integers(T), :] = True, True
         stamps, symbols = np.nonzero(there)
-        table = last_rows(stamps, symbols)
+        table = ffill_index(stamps, symbols)
         for u, s in np.ndindex(table.shape):
             back = next(k for k in range(T) if there[(u - k) % T, s])
             assert stamps[table[u, s]] == (u - back) % T and symbols[table[u, s]] == s
 
 
 def test_the_floor_holds_what_shuffling_gives_and_no_direction_stays_on_it():
-    above = [volatility_floor(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
+    above = [f1_null_interval(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
     missed = np.mean([not f["f1_above_floor_ci_low"] <= 0 <= f["f1_above_floor_ci_high"] for f in above])
     assert missed < .11
-    assert np.mean([volatility_floor(*market(seed=s, skill=.25)[:2], n_boot=300)["f1_above_floor_ci_low"] > 0 for s in range(30)]) > .8
+    assert np.mean([f1_null_interval(*market(seed=s, skill=.25)[:2], n_boot=300)["f1_above_floor_ci_low"] > 0 for s in range(30)]) > .8
 
 
 def test_persistence_pays_where_labels_persist_and_never_looks_ahead():
@@ -121,7 +124,7 @@ def test_persistence_of_a_symbol_that_train_never_saw_is_the_most_frequent_class
 
 def test_what_is_refused():
     predictions, y, prices = market()
-    with pytest.raises(NullError, match="expected 19 or more"): shift_test(predictions, y, prices, horizon=90)
-    with pytest.raises(NullError, match="smaller step"): draw_shifts(1000, 20, step=100)
-    with pytest.raises(NullError, match="no direction"): volatility_floor(predictions, y, classes=(0, 1))
+    with pytest.raises(PermutationError, match="expected 19 or more"): shift_test(predictions, y, prices, horizon=90)
+    with pytest.raises(PermutationError, match="smaller step"): random_shifts(1000, 20, step=100)
+    with pytest.raises(PermutationError, match="no direction"): f1_null_interval(predictions, y, classes=(0, 1))
     with pytest.raises(EvaluationError, match="shape"): shift_test(predictions, y[:-1], prices, 5)

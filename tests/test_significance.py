@@ -3,11 +3,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from modelfactory.training.backtest import calmar_ratio, drawdown, sharpe_ratio, sortino_ratio
-from modelfactory.training.evaluator import percentile_interval
-from modelfactory.training.significance import (SignificanceError, backtest_overfitting, class_differences, critical_difference, deflated_sharpe, diebold_mariano, expected_best, holm,
-    long_run_variance, mcnemar, minimum_track_record, paired_differences, paired_tests, plot_critical_difference, plot_differences, plot_ranks, probabilistic_sharpe, rank_models, row_losses,
-    stamp_sums, superior_ability)
+from modelfactory.evaluation.backtest import calmar_ratio, drawdown, sharpe_ratio, sortino_ratio
+from modelfactory.evaluation.bootstrap import percentile_interval
+from modelfactory.evaluation.significance import (
+    SignificanceError, backtest_overfitting, class_differences, critical_difference, deflated_sharpe,
+    diebold_mariano, expected_max, holm, long_run_variance, mcnemar, minimum_track_record, paired_differences,
+    paired_tests, plot_critical_difference, plot_differences, plot_ranks, probabilistic_sharpe, rank_models,
+    row_losses, timestamp_sums, spa_test)
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
@@ -83,7 +85,7 @@ def test_superior_ability_is_that_of_arch(seed):
     gains = overlapping(rng, 400, 3, (8,)) * .5 + np.linspace(-.5, .06, 8)
     theirs = bootstrap.SPA(np.zeros(400), -gains, block_size=10, reps=4000, seed=seed)
     theirs.compute()
-    ours = superior_ability(gains, n_boot=4000, mean_block=10, studentise=False)
+    ours = spa_test(gains, n_boot=4000, mean_block=10, studentise=False)
     assert all(abs(ours[k] - theirs.pvalues[k]) < .035 for k in ("lower", "consistent", "upper"))
     assert ours["white"] == ours["upper"] and ours["lower"] <= ours["consistent"] <= ours["upper"]
 
@@ -126,7 +128,7 @@ def test_the_best_of_many_without_skill_is_not_believed():
 
 def test_expected_best_is_that_of_a_simulation():
     draws = np.random.default_rng(0).normal(size=(4000, 400))
-    for n in (10, 100, 400): assert abs(expected_best(n) - draws[:, :n].max(1).mean()) < .06
+    for n in (10, 100, 400): assert abs(expected_max(n) - draws[:, :n].max(1).mean()) < .06
 
 
 def test_overfitting_is_even_without_skill_and_rare_with_it():
@@ -141,7 +143,7 @@ def test_superior_ability_has_its_size_and_power(horizon):
     null, planted, hopeless = [], [], []
     for s in range(150):
         gains = overlapping(np.random.default_rng([s, horizon]), 1000, horizon, (20,))
-        ask = lambda x: superior_ability(x, horizon, n_boot=300, seed=s)["consistent"] <= .05
+        ask = lambda x: spa_test(x, horizon, n_boot=300, seed=s)["consistent"] <= .05
         null.append(ask(gains)), planted.append(ask(gains + np.r_[np.zeros(19), (5 if horizon < 20 else 8) * (horizon / 1000) ** .5])), hopeless.append(ask(gains - np.linspace(0, 2, 20)))
     assert .005 < np.mean(null) < .11 and np.mean(hopeless) < .11
     assert np.mean(planted) > .85
@@ -154,7 +156,7 @@ def test_paired_tests_have_their_size(horizon):
     for s in range(150):
         frame = stack([0, 0], [s, horizon], horizon=horizon)
         losses, hits = row_losses(frame), row_losses(frame, "error") == 0
-        sums, overlap = stamp_sums(frame, losses, horizon)
+        sums, overlap = timestamp_sums(frame, losses, horizon)
         found.append(mcnemar(hits.m0, hits.m1, frame.datetime, overlap) | dict(dm=diebold_mariano(sums[:, 0] - sums[:, 1], overlap)[1]))
     share = (pd.DataFrame(found)[["p_exact", "p", "dm"]] <= .05).mean()
     assert abs(share.p - .05) < .055 and abs(share.dm - .05) < .055
@@ -169,10 +171,10 @@ def test_a_planted_difference_is_found():
 
 def test_differences_to_the_best_hold_together():
     "Equal models: in about 95% of the markets no interval, of all to the one that looks best, leaves out the true difference 0."
-    outside = [(~class_differences(stack([0] * 6, s, bars=800), 5, "log_loss", n_boot=200).as_good).any() for s in range(80)]
+    outside = [(~class_differences(stack([0] * 6, s, bars=800), 5, "log_loss", n_boot=200).not_worse).any() for s in range(80)]
     assert np.mean(outside) < .11
     found = [class_differences(stack([0, 0, 0, .6], s, bars=800), 5, "log_loss", n_boot=300) for s in range(30)]
-    assert np.mean([t.index[0] == "m3" and not t.as_good[["m0", "m1", "m2"]].any() for t in found]) > .8
+    assert np.mean([t.index[0] == "m3" and not t.not_worse[["m0", "m1", "m2"]].any() for t in found]) > .8
 
 
 def test_one_comparison_is_an_ordinary_interval():
@@ -197,7 +199,7 @@ def test_long_run_variance_of_overlapping_noise():
     (lambda: backtest_overfitting(books(models=1)), "at least 2 models"),
     (lambda: backtest_overfitting(books(days=20)), "at least 2 models x 32 days"),
     (lambda: backtest_overfitting(books() * np.nan), "finite"),
-    (lambda: superior_ability(books()[0]), "expected (T, models)"),
+    (lambda: spa_test(books()[0]), "expected (T, models)"),
     (lambda: diebold_mariano(np.zeros(30), 20), "expected more than 40"),
     (lambda: row_losses(stack([0]).drop(columns="y_true")), "no column 'y_true'"),
     (lambda: row_losses(stack([])), "no model"),

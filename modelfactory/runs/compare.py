@@ -14,11 +14,12 @@ import pandas as pd
 from ..data.bundled import resolve_data
 from ..data.splits import MissingFile, excluded_by_reason
 from .final import looks
-from .judge import judge, say
+from .significance import judge, say
 from .store import FAILED, RunError, RunList, list_runs
 from ..settings import settings
-from ..training.evaluator import METRICS, NULLS, better, classification_metrics, classification_stats, directional_interval
-from ..training.nulls import directionless_cells
+from ..evaluation.bootstrap import directional_interval
+from ..evaluation.metrics import METRICS, NULLS, metric_sign, classification_metrics, classification_stats
+from ..evaluation.permutation import shuffled_direction_confusion
 
 # %% auto #0
 __all__ = ['SHOWN', 'WORTH', 'leaderboard', 'plain', 'Table', 'leaderboard_table', 'direction_tests', 'best_per_horizon',
@@ -74,8 +75,8 @@ def _cell(row, metric):
 def _best(table, metric):
     "Index of the best model row of each data set and horizon."
     models = table[(table.family != "baseline") & table[metric].notna()]
-    if not better(metric) or not len(models): return set()
-    return set((models[metric] * better(metric)).groupby([models.data, models.horizon]).idxmax())
+    if not metric_sign(metric) or not len(models): return set()
+    return set((models[metric] * metric_sign(metric)).groupby([models.data, models.horizon]).idxmax())
 
 # %% ../../nbs/runs/03_compare.ipynb #48359898
 def leaderboard_table(table: pd.DataFrame) -> Table:
@@ -147,10 +148,10 @@ def ceiling_scores(
 
 # %% ../../nbs/runs/03_compare.ipynb #308e0ab7
 def _scores(known, p):
-    "Class metrics, and as `f1_floor` the F1 with the direction shuffled."
+    "Class metrics, and as `f1_null` the F1 with the direction shuffled."
     y, called = known.y_true.to_numpy() + 1, p.argmax(1)
-    cells = directionless_cells(y, called, (-1, 0, 1)).sum(0)
-    return classification_metrics(y, called, p) | dict(f1_floor=float(classification_stats(np.pad(cells, (0, 2)))["f1_macro"]))
+    cells = shuffled_direction_confusion(y, called, (-1, 0, 1)).sum(0)
+    return classification_metrics(y, called, p) | dict(f1_null=float(classification_stats(np.pad(cells, (0, 2)))["f1_macro"]))
 
 # %% ../../nbs/runs/03_compare.ipynb #d4dd1d73
 WORTH = dict(directional_accuracy=.02, log_loss=.002, f1_macro=.01)  # a ceiling that is no farther from nothing leaves nothing to attain: ties of its probabilities are broken by rounding
@@ -161,10 +162,10 @@ def attained(runs: RunList) -> pd.DataFrame:  # data, horizon, model, seed, metr
     for r in runs.latest():
         if not _has_answer(r.data, r.horizon): continue
         best = ceiling_scores(r.data, r.horizon, r.predictions())
-        nothing = dict(directional_accuracy=.5, log_loss=r.baseline["log_loss"], f1_macro=best["full"]["f1_floor"])
+        nothing = dict(directional_accuracy=.5, log_loss=r.baseline["log_loss"], f1_macro=best["full"]["f1_null"])
         rows += [dict(data=names[r.data], horizon=r.horizon, model=r.manifest["model"], seed=r.seed, metric=m, found=r.metrics[m], nothing=nothing[m], one_row=best["row"][m], full_history=best["full"][m]) for m in WORTH]
     found = pd.DataFrame(rows, columns=["data", "horizon", "model", "seed", "metric", "found", "nothing", "one_row", "full_history"])
-    share = lambda ceiling: ((found.found - found.nothing) / (ceiling - found.nothing)).where((ceiling - found.nothing) * found.metric.map(better) > found.metric.map(WORTH))
+    share = lambda ceiling: ((found.found - found.nothing) / (ceiling - found.nothing)).where((ceiling - found.nothing) * found.metric.map(metric_sign) > found.metric.map(WORTH))
     return found.assign(share_of_row=share(found.one_row), share=share(found.full_history))
 
 # %% ../../nbs/runs/03_compare.ipynb #473e8dd4

@@ -11,7 +11,7 @@ from ..models.base import probability_columns
 from ..models.persistence import file_hash
 from .compare import plain
 from .store import FEATURES, MANIFEST, Run, RunError, load_run, write_json
-from ..training.evaluator import METRICS
+from ..evaluation.metrics import METRICS
 
 # %% auto #0
 __all__ = ['SHOWN', 'EXAMPLE', 'contract', 'model_card', 'export_run']
@@ -24,7 +24,7 @@ def contract(run: Run) -> dict:
                 sequence_length=model.config.sequence_length, gap=asked["gap"], nan=asked["nan"], versions=run.manifest["versions"])
 
 # %% ../../nbs/runs/09_export.ipynb #86644a40
-SHOWN = ("directional_accuracy", "log_loss", "f1_macro", "f1_above_floor", "ece", "sharpe_net", "max_drawdown")
+SHOWN = ("directional_accuracy", "log_loss", "f1_macro", "f1_skill", "ece", "sharpe_net", "max_drawdown")
 
 def model_card(run: Run) -> str:
     "Markdown: data, period, figures with intervals beside the prior, verdict, limits."

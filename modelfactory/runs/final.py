@@ -12,7 +12,7 @@ import pandas as pd
 from filelock import FileLock
 
 from .store import Run, RunError, load_run
-from ..training.evaluator import better
+from ..evaluation.metrics import metric_sign
 
 # %% auto #0
 __all__ = ['LEDGER', 'COMPARED', 'read_ledger', 'looks', 'score_on_test', 'final']
@@ -64,4 +64,4 @@ def final(
     runs = [load_run(p) for p in dict.fromkeys(Path(p).resolve() for p in paths)]
     for r in runs: r.verify()
     scored = [(r, score_on_test(r)) for r in runs]
-    return pd.DataFrame([dict(run=r.path.name, metric=m, val=r.metrics[m], test=found[m], low=found.get(f"{m}_ci_low"), high=found.get(f"{m}_ci_high"), worse=bool((found[m] - r.metrics[m]) * (better(m) or 1) < 0)) for r, found in scored for m in COMPARED])
+    return pd.DataFrame([dict(run=r.path.name, metric=m, val=r.metrics[m], test=found[m], low=found.get(f"{m}_ci_low"), high=found.get(f"{m}_ci_high"), worse=bool((found[m] - r.metrics[m]) * (metric_sign(m) or 1) < 0)) for r, found in scored for m in COMPARED])

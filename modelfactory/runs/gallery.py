@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import probability_columns
-from .judge import task_runs
+from .significance import task_runs
 from .store import RunError, RunList
-from ..training.evaluator import better, block_indices, confidence_bins, stationary_blocks
+from ..evaluation.bootstrap import block_indices, stationary_blocks
+from ..evaluation.metrics import metric_sign, confidence_bins
 from ..training import plots
-from ..training.significance import row_losses, stacked_models
+from ..evaluation.significance import row_losses, stacked_models
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -51,13 +52,13 @@ def plot_forest(
 _NOTHING = dict(directional_accuracy=.5, sharpe=0., sharpe_net=0.)
 
 def _forest(ax, rows, metric, title):
-    rows = rows.sort_values(metric, ascending=better(metric) > 0, na_position="first")
+    rows = rows.sort_values(metric, ascending=metric_sign(metric) > 0, na_position="first")
     models = rows[rows.family != "baseline"]
     for y, (_, r) in enumerate(rows.iterrows()):
         style = family_style(r.family)
         ax.plot([r.get(f"{metric}_ci_low"), r.get(f"{metric}_ci_high")], [y, y], color=style["color"], lw=1.5)
         ax.plot(r[metric], y, ms=5, **style)
-        if metric == "f1_macro": ax.plot(r.get("f1_floor", math.nan), y, "|", color="#7f7f7f", ms=9)
+        if metric == "f1_macro": ax.plot(r.get("f1_null", math.nan), y, "|", color="#7f7f7f", ms=9)
     if len(models) and models[metric].notna().any(): ax.axvspan(models.iloc[-1].get(f"{metric}_ci_low"), models.iloc[-1].get(f"{metric}_ci_high"), color="#0072B2", alpha=.07, lw=0)
     ax.axvline(_NOTHING.get(metric, rows[rows.model == "prior"][metric].mean()), ls="--", color="#7f7f7f", lw=.9)
     ax.set_yticks(range(len(rows)), rows.model, fontsize=9); ax.set_ylim(-.6, len(rows) - .4)
@@ -195,6 +196,6 @@ def _time_facet(ax, rows, metric, title):
     best = -math.inf
     for _, r in rows.iterrows():
         ax.semilogx(r.fit_seconds, r[metric], **family_style(r.family))
-        if (score := r[metric] * (better(metric) or 1)) > best: best = score; ax.annotate(r.model, (r.fit_seconds, r[metric]), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        if (score := r[metric] * (metric_sign(metric) or 1)) > best: best = score; ax.annotate(r.model, (r.fit_seconds, r[metric]), xytext=(5, 3), textcoords="offset points", fontsize=8)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3))); ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_locator(NullLocator())
     ax.margins(x=.25, y=.2); ax.set_title(title, fontsize=9); ax.set_xlabel("seconds to fit", fontsize=9); ax.set_ylabel(metric.replace("_", " "), fontsize=9); ax.tick_params(labelsize=8)

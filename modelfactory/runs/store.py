@@ -148,7 +148,7 @@ def _write_predictions(trainer, split, predictions, folder):
     prefix = "" if split == "val" else f"{split}_"
     write_json(folder / f"metrics/{prefix}metrics.json", trainer.metrics[split])
     write_json(folder / f"metrics/{prefix}baselines.json", trainer.baselines(split))
-    if hangs_on := trainer.robustness(split): write_json(folder / f"metrics/{prefix}robustness.json", hangs_on.to_dict())
+    if robustness_by_split := trainer.robustness(split): write_json(folder / f"metrics/{prefix}robustness.json", robustness_by_split.to_dict())
     if book := trainer.backtest(split): book.daily.rename_axis("day").reset_index().to_parquet(folder / f"predictions/{split}_daily.parquet", index=False)
 
 def _write_figure(figure, file):
@@ -200,7 +200,7 @@ class Run:
     @cached_property
     def metrics(self):
         "Of validation, NaN where undefined."
-        from modelfactory.training.plots import Metrics
+        from modelfactory.evaluation.tables import Metrics
         return Metrics(self._numbers("metrics.json"))
 
     baselines = cached_property(lambda self: {k: _nan_for_null(v) for k, v in self._json("baselines.json").items()})  # name -> metrics

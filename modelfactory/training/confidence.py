@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import PredictionOutput
-from .evaluator import expected_calibration_error
+from ..evaluation.metrics import expected_calibration_error
 from .plots import _axes, _bin_means, _classes, class_styles
 
 if TYPE_CHECKING: from matplotlib.figure import Figure

@@ -4,23 +4,22 @@
 
 # %% ../../nbs/training/02_plots.ipynb #5a9443fd
 from __future__ import annotations
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..models.base import PredictionOutput
-from .evaluator import METRICS, NULLS, EvaluationError, better, brier_decomposition
+from ..evaluation.metrics import EvaluationError, brier_decomposition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from modelfactory.training.backtest import Backtest
+    from modelfactory.evaluation.backtest import Backtest
 
 # %% auto #0
 __all__ = ['class_styles', 'png', 'plot_confusion', 'plot_reliability', 'precision_recall', 'plot_precision_recall',
            'plot_equity', 'date_axis', 'plot_importance', 'plot_learning_curve', 'prediction_shares',
-           'plot_probabilities', 'format_metric', 'beats', 'metrics_table', 'Metrics', 'verdict', 'header_card']
+           'plot_probabilities']
 
 # %% ../../nbs/training/02_plots.ipynb #cad45edd
 def class_styles(classes: tuple) -> dict[int, dict]:  # class -> label, color, marker
@@ -224,76 +223,3 @@ def plot_probabilities(
         ax.set(ylim=(0, 1), yticks=(0, .5, 1), ylabel=name); ax.margins(x=0)
     axes[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(classes), frameon=False, fontsize=8); date_axis(axes[-1, 0])
     return fig
-
-# %% ../../nbs/training/02_plots.ipynb #0f7ab6c9
-def format_metric(
-    metrics: dict,
-    name: str,  # of a metric
-) -> str:
-    "`0.388 [0.367, 0.409]`: value and interval, or the value alone, or a dash where there is none."
-    value, ends = metrics.get(name), [metrics.get(f"{name}_ci_{side}") for side in ("low", "high")]
-    if isinstance(value, str): return value
-    if value is None or np.isnan(value): return "–"
-    number = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.3f}" if abs(v) < 100 else f"{v:,.0f}"
-    return number(value) + (f" [{number(ends[0])}, {number(ends[1])}]" if None not in ends and not np.isnan(ends).any() else "")
-
-# %% ../../nbs/training/02_plots.ipynb #06e88eae
-def beats(
-    metrics: dict,
-    name: str,  # of a metric
-    value: float | None,  # the baseline's
-) -> bool:
-    "Whether the whole interval of a metric lies on the better side of `value`."
-    ends = metrics.get(f"{name}_ci_low"), metrics.get(f"{name}_ci_high")
-    if None in ends or value is None or not isinstance(value, (int, float)): return False
-    return bool(ends[0] > value if better(name) > 0 else ends[1] < value if better(name) < 0 else False)
-
-# %% ../../nbs/training/02_plots.ipynb #b1c0fd60
-_CELL = "padding:2px 14px 2px 0;text-align:{};border:none;{}"
-def _row(cells, tag="td", bold=False):
-    aligned = [("left", ""), ("right", "font-weight:bold;" if bold else ""), ("right", "color:#7f7f7f;"), ("left", "color:#7f7f7f;")]
-    html = "".join(f"<{tag} style='{_CELL.format(side, style)}'>{escape(str(c))}</{tag}>" for c, (side, style) in zip(cells, aligned))
-    return f"<tr style='background:none'>{html}</tr>"
-
-def metrics_table(
-    metrics: dict,  # from `compute_all_metrics`
-    baseline: dict | None = None,  # another's metrics, to stand beside
-    names: tuple = tuple(METRICS),  # metrics to show
-) -> str:  # HTML
-    "Value, interval, baseline and meaning of each metric; bold where the interval beats the baseline."
-    base = baseline or {}
-    head = _row(("metric", "value [interval]", "baseline" if baseline else "", "meaning"), "th")
-    rows = [_row((n, format_metric(metrics, n), format_metric({n: base.get(n)}, n) if baseline else "", (METRICS | NULLS).get(n, "")), bold=beats(metrics, n, base.get(n)))
-            for n in names if n in metrics or n not in METRICS]
-    return f"<table style='font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse'>{head}{''.join(rows)}</table>"
-
-# %% ../../nbs/training/02_plots.ipynb #87b201df
-class Metrics(dict):
-    "Metrics by name; shown as a table of values, intervals and meanings."
-    def _repr_html_(self): return metrics_table(self, names=tuple(METRICS | NULLS))
-    def __repr__(self): return "\n".join(f"{n:25} {format_metric(self, n):34} {meaning}" for n, meaning in (METRICS | NULLS).items() if n in self)
-
-# %% ../../nbs/training/02_plots.ipynb #1395a71b
-def verdict(
-    metrics: dict,
-) -> str:
-    "A sentence on direction against .5, by the interval."
-    value = format_metric(metrics, "directional_accuracy")
-    if "[" not in value: return "Direction: no interval, no verdict"
-    if beats(metrics, "directional_accuracy", .5): return f"Direction: {value}, better than chance"
-    worse = metrics["directional_accuracy_ci_high"] < .5
-    return f"Direction: {value}, " + ("worse than chance" if worse else "not distinguishable from chance")
-
-# %% ../../nbs/training/02_plots.ipynb #f1affc70
-def header_card(
-    model: str,
-    horizon: int,  # bars ahead of the label
-    metrics: dict,  # from `compute_all_metrics`
-    **facts,  # what else to say, such as data, seed, fingerprint; None is left out
-) -> str:  # HTML
-    "Model, horizon, data and verdict in a box."
-    seconds = metrics.get("fit_seconds")
-    facts |= dict(rows=f"{metrics['n_samples']:,}" if "n_samples" in metrics else None, fit=f"{seconds:.1f} s" if seconds and seconds == seconds else None)
-    said = " · ".join(f"{escape(str(k))} <b>{escape(str(v))}</b>" for k, v in facts.items() if v is not None)
-    box = "border-left:4px solid #0072B2;padding:6px 12px;margin:6px 0;font-size:13px;font-variant-numeric:tabular-nums"
-    return f"<div style='{box}'><div style='font-size:17px'><b>{escape(model)}</b>, horizon {horizon}</div><div>{said}</div><div>{verdict(metrics)}</div></div>"

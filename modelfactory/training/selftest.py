@@ -20,15 +20,15 @@ from ..data.splits import Split, read_splits
 from ..models.base import BaseModel
 from ..models.registry import ModelRegistry
 from ..progress import Progress
-from .evaluator import directional_interval
+from ..evaluation.bootstrap import directional_interval
 from .trainer import Trainer
 
 # %% auto #0
-__all__ = ['TABULAR', 'ALPHA', 'ROWS', 'other_future', 'known_by', 'Stability', 'future_perturbation', 'prefix_test',
+__all__ = ['TABULAR', 'ALPHA', 'ROWS', 'perturb_future', 'truncate', 'InvarianceResult', 'future_perturbation', 'prefix_test',
            'peeking_features', 'null_splits', 'SelfTest', 'selftest']
 
 # %% ../../nbs/training/06_selftest.ipynb #19a1e032
-def other_future(
+def perturb_future(
     split: Split,
     after: pd.Timestamp,  # the last moment that stays
     seed: int = 0,
@@ -42,7 +42,7 @@ def other_future(
     return replace(split, matrix=matrix, market=market)
 
 # %% ../../nbs/training/06_selftest.ipynb #25b9734b
-def known_by(
+def truncate(
     split: Split,
     until: pd.Timestamp,  # the last moment
 ) -> Split:
@@ -54,7 +54,7 @@ def known_by(
 
 # %% ../../nbs/training/06_selftest.ipynb #cb5f698f
 @dataclass(frozen=True)
-class Stability:
+class InvarianceResult:
     "Whether predictions stayed as they were, and the first that did not."
     test: str  # what was tried
     n: int  # predictions compared
@@ -88,7 +88,7 @@ def _compare(test, model, dataset, others, tolerance):
     moves = pd.concat(moves)
     moved = moves[~(moves.move <= tolerance)].sort_values("datetime")
     first = f"{moved.symbol.iloc[0]} {moved.datetime.iloc[0]} by {moved.move.iloc[0]:.3g}" if len(moved) else ""
-    return Stability(test, len(moves), len(moved), float(moves.move.max()) if len(moves) else 0., first)
+    return InvarianceResult(test, len(moves), len(moved), float(moves.move.max()) if len(moves) else 0., first)
 
 # %% ../../nbs/training/06_selftest.ipynb #c52e3712
 def future_perturbation(
@@ -96,10 +96,10 @@ def future_perturbation(
     dataset: TimeSeriesDataset | None = None,  # None: the trainer's val
     shares: tuple = (.2, .5, .8),  # where in the samples the future is replaced
     seed: int = 0,
-) -> Stability:
+) -> InvarianceResult:
     "Replaces everything after a moment; predictions up to it must stay the same to the last bit."
     model, ds = _fitted(model, dataset)
-    changed = lambda t, i: TimeSeriesDataset(other_future(ds.split, t, seed + i), ds.horizon, ds.seq_len, ds.gap)
+    changed = lambda t, i: TimeSeriesDataset(perturb_future(ds.split, t, seed + i), ds.horizon, ds.seq_len, ds.gap)
     return _compare("another future", model, ds, [(t, changed(t, i)) for i, t in enumerate(_moments(ds, shares))], 0)
 
 # %% ../../nbs/training/06_selftest.ipynb #52140bc4
@@ -108,10 +108,10 @@ def prefix_test(
     dataset: TimeSeriesDataset | None = None,  # None: the trainer's val
     shares: tuple = (.2, .5, .8),  # how much of the samples a prefix holds
     tolerance: float = 1e-5,  # of a probability
-) -> Stability:
+) -> InvarianceResult:
     "Predicts from the bars up to a moment alone; the predictions must be those made with all bars."
     model, ds = _fitted(model, dataset)
-    cut = lambda t: TimeSeriesDataset(known_by(ds.split, t), ds.horizon, ds.seq_len, ds.gap)
+    cut = lambda t: TimeSeriesDataset(truncate(ds.split, t), ds.horizon, ds.seq_len, ds.gap)
     return _compare("only a prefix", model, ds, [(t, cut(t)) for t in _moments(ds, shares)], tolerance)
 
 # %% ../../nbs/training/06_selftest.ipynb #cd04b3a7

@@ -17,10 +17,12 @@ from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, ShownConfig, build_config, read_yaml, settings
-from .evaluator import ModelEvaluator, has_direction
-from .nulls import all_baselines, null_metrics
-from .plots import Metrics
-from .robustness import plot_robustness, robustness
+from ..evaluation.evaluator import ModelEvaluator
+from ..evaluation.metrics import has_direction
+from ..evaluation.baselines import all_baselines
+from ..evaluation.permutation import null_metrics
+from ..evaluation.tables import Metrics
+from ..evaluation.robustness import plot_robustness, robustness
 
 # %% auto #0
 __all__ = ['TrainerConfig', 'trainer_config', 'Trainer', 'trainer_plots']
@@ -61,7 +63,7 @@ class Trainer:
         self.config = trainer_config(config)
         self.frames, self.callbacks = data, list(callbacks)
         self.model, self.datasets, self.report, self.history = None, {}, None, None
-        self.predictions, self.metrics, self.seconds, self.hangs_on, self.known_nothing = {}, {}, {}, {}, {}
+        self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = {}, {}, {}, {}, {}
         self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, dict(random_seed=self.config.seed, classes=self.config.data.classes))
 
     def __repr__(self):
@@ -80,7 +82,7 @@ class Trainer:
     def prepare_data(self):
         "Reads and checks train and val, and cuts them into samples: `datasets`, `report`."
         self.datasets, self.report = self._load(("train", "val"))
-        self.known_nothing = {}
+        self.baseline_metrics = {}
         return self.report
 
     def build_model(self):
@@ -108,7 +110,7 @@ class Trainer:
         ds, start = self.datasets[split], time.perf_counter()
         self.predictions[split] = self.model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
-        self.hangs_on.pop(split, None)
+        self.robustness_by_split.pop(split, None)
         self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.nulls(split))
         return self.metrics[split]
 
@@ -130,20 +132,20 @@ class Trainer:
 
     def robustness(self, split="val"):
         "What the profit of a split's predictions hangs on, computed once; None for classes without a direction."
-        if split not in self.hangs_on and has_direction(self.config.data.classes):
+        if split not in self.robustness_by_split and has_direction(self.config.data.classes):
             ds = self.datasets[split]
-            self.hangs_on[split] = robustness(self.evaluator, self.predictions[split], ds.y, read_prices(ds, self.config.data.prices)[0], ds.metadata.label_bars.to_numpy() if self.config.horizon in ds.split.bars_to_hit else None)
-        return self.hangs_on.get(split)
+            self.robustness_by_split[split] = robustness(self.evaluator, self.predictions[split], ds.y, read_prices(ds, self.config.data.prices)[0], ds.metadata.label_bars.to_numpy() if self.config.horizon in ds.split.bars_to_hit else None)
+        return self.robustness_by_split.get(split)
 
     @property
     def evaluator(self): return ModelEvaluator(self.config.horizon, self.config.cost_bps, self.config.trading_days, self.config.data.classes, seed=self.config.seed)
 
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
         "Metrics of models that know nothing of the features, to stand beside ours, computed once: prior, flat, long, persistence."
-        if split not in self.known_nothing:
+        if split not in self.baseline_metrics:
             found = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
-            self.known_nothing[split] = {name: self.score(predictions, split) for name, predictions in found.items()}
-        return self.known_nothing[split]
+            self.baseline_metrics[split] = {name: self.score(predictions, split) for name, predictions in found.items()}
+        return self.baseline_metrics[split]
 
     def baseline(self, split: str = "val") -> dict:
         "Metrics of the prior, which knows train's class shares alone."

@@ -24,7 +24,9 @@ from ..models.params import read_params, resolve_config
 from ..models.registry import ModelRegistry
 from ..progress import Progress
 from ..settings import ConfigError, Positive, build_config, did_you_mean, read_yaml, settings
-from .evaluator import ModelEvaluator, baseline_predictions, better, has_direction
+from ..evaluation.baselines import baseline_predictions
+from ..evaluation.evaluator import ModelEvaluator
+from ..evaluation.metrics import metric_sign, has_direction
 from .trainer import Trainer, TrainerConfig
 
 # %% auto #0
@@ -349,7 +351,7 @@ class OptunaModelTuner:
         import optuna
         how = dict(study_name=self.study_name, storage=open_storage(self.storage, self.heartbeat), sampler=_sampler(self.config.seed), pruner=_pruner())
         try:
-            study = optuna.create_study(direction="maximize" if better(self.objective.metric) > 0 else "minimize", **how)
+            study = optuna.create_study(direction="maximize" if metric_sign(self.objective.metric) > 0 else "minimize", **how)
             start = {k: v for k, r in self.space.items() if r.holds(v := self.trainer.model_config[k])}
             study.enqueue_trial(start, user_attrs=dict(default=True) if len(start) == len(self.space) else None)
         except optuna.exceptions.DuplicatedStudyError: study = optuna.load_study(**how)
@@ -382,7 +384,7 @@ class OptunaModelTuner:
     def measure(self, trial) -> float:
         "The objective of one trial; raises `optuna.TrialPruned`, or what its model raises."
         from optuna import TrialPruned
-        try: values = self.objective.values(self.resolve({key: r.suggest(trial, key) for key, r in self.space.items()}), Watch(trial, -better(self.objective.metric)))
+        try: values = self.objective.values(self.resolve({key: r.suggest(trial, key) for key, r in self.space.items()}), Watch(trial, -metric_sign(self.objective.metric)))
         except Exception as e:
             trial.set_user_attr("reason", f"{type(e).__name__}: {' '.join(str(e).split())}"[:300])
             raise
