@@ -99,9 +99,9 @@ def test_every_row_has_a_source_whatever_is_missing():
 
 def test_the_floor_holds_what_shuffling_gives_and_no_direction_stays_on_it():
     above = [f1_null_interval(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
-    missed = np.mean([not f["f1_above_floor_ci_low"] <= 0 <= f["f1_above_floor_ci_high"] for f in above])
+    missed = np.mean([not f["f1_skill_ci_low"] <= 0 <= f["f1_skill_ci_high"] for f in above])
     assert missed < .11
-    assert np.mean([f1_null_interval(*market(seed=s, skill=.25)[:2], n_boot=300)["f1_above_floor_ci_low"] > 0 for s in range(30)]) > .8
+    assert np.mean([f1_null_interval(*market(seed=s, skill=.25)[:2], n_boot=300)["f1_skill_ci_low"] > 0 for s in range(30)]) > .8
 
 
 def test_persistence_pays_where_labels_persist_and_never_looks_ahead():

@@ -8,7 +8,7 @@ __all__ = ['ROOMS']
 # %% ../../nbs/runs/11_package.ipynb #7ebd5b0d
 from importlib import import_module
 
-ROOMS = dict(list_runs="store", load_run="store", run_grid="grid", stack="judge")  # name -> room
+ROOMS = dict(list_runs="store", load_run="store", run_grid="grid", stack="significance")  # name -> room
 
 def __getattr__(name):
     if name in ROOMS: return getattr(import_module(f"modelfactory.runs.{ROOMS[name]}"), name)
