@@ -57,12 +57,9 @@ def timestamps_per_bar(
     stamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
     symbols: np.ndarray,  # (n,)
 ) -> float:  # at least 1
-    "Timestamps between two rows of a symbol, for the symbol that has the fewest."
-    symbol, stamps = pd.factorize(np.asarray(symbols))[0], np.asarray(stamps)
-    count = np.bincount(symbol)
-    first, last = np.full(len(count), stamps.max()), np.zeros(len(count), int)
-    np.minimum.at(first, symbol, stamps), np.maximum.at(last, symbol, stamps)
-    return ((last - first + 1) / count).max()
+    "Timestamps between two rows of a symbol: the mean over symbols, weighted by their rows."
+    spans = pd.Series(np.asarray(stamps)).groupby(np.asarray(symbols)).agg(["min", "max"])
+    return float((spans["max"] - spans["min"] + 1).sum() / len(stamps))
 
 def block_length(
     stamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
