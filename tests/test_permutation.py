@@ -124,6 +124,69 @@ def test_persistence_of_a_symbol_that_train_never_saw_is_the_most_frequent_class
     assert said.predictions.tolist() == [1] * 3 + [-1] * 17
 
 
+def joined(*parts):
+    "Predictions, labels and prices of several markets, the symbols of later ones renamed."
+    names = ("predictions", "probabilities", "timestamps", "symbols", "horizons")
+    columns = {k: np.concatenate([getattr(p, k) for p, _, _ in parts]) for k in names if k != "timestamps"}
+    columns["symbols"] = np.concatenate([[f"{k}{s}" for s in p.symbols] for k, (p, _, _) in enumerate(parts)])
+    times = pd.DatetimeIndex(np.concatenate([p.timestamps for p, _, _ in parts]))
+    prices = pd.concat([t.assign(symbol=str(k) + t.symbol) for k, (_, _, t) in enumerate(parts)], ignore_index=True)
+    return replace(parts[0][0], **columns, timestamps=times), np.concatenate([y for _, y, _ in parts]), prices
+
+
+def thinned(part, every):
+    predictions, y, prices = part
+    keep = np.arange(len(y)) % every == 0
+    return rows_of(predictions, keep), y[keep], prices[keep]
+
+
+def test_a_symbol_with_80_rows_leaves_the_p_values_of_the_others():
+    "It moved the p-value from .011 to .134: its bars are 100 timestamps apart, and so was the margin of all shifts."
+    many, few = market(bars=8000, skill=1.), thinned(market(bars=8000, symbols=1, seed=1), 100)
+    assert len(few[1]) == 80
+    alone, both = shift_test(*many, 5, n_draws=99), shift_test(*joined(many, few), 5, n_draws=99)
+    for name, p in alone.p_values.items():
+        assert p < .012 and abs(both.p_values[name] - p) < .005
+
+
+def test_a_daily_symbol_beside_five_minute_symbols_leaves_a_null_distribution():
+    predictions, y, prices = market(bars=60 * 78, horizon=20, symbols=3, skill=.5)
+    both = joined((predictions, y, prices), thinned(market(bars=60 * 78, horizon=20, symbols=1, seed=1), 78))
+    metrics = null_metrics(*both, horizon=20)
+    assert np.isfinite([metrics[k] for k in NULL_METRICS]).all()
+    assert metrics["directional_skill_p_shift"] < .05
+
+
+def slow_skill(y, predictions, symbols):
+    "Mean over rows with two signs of (q - mean q)(z - mean z), means over such rows of each symbol."
+    gains = []
+    for s in np.unique(symbols):
+        pairs = [(np.sign(q), np.sign(z)) for q, z, of in zip(predictions, y, symbols) if of == s and q and z]
+        if not pairs: continue
+        mean_q, mean_z = np.mean(pairs, axis=0)
+        gains += [(q - mean_q) * (z - mean_z) for q, z in pairs]
+    return np.mean(gains) if gains else np.nan
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_directional_skill_is_the_slow_covariance(seed):
+    predictions, y, prices = market(bars=300, seed=seed, skill=.3, symbols=3)
+    test = shift_test(predictions, y, prices, 5, n_draws=19)
+    assert np.isclose(test.observed["directional_skill"], slow_skill(y, predictions.predictions, predictions.symbols))
+    wide = predictions.predictions.reshape(3, 300)
+    for k in test.draws.index[:5]:
+        expected = slow_skill(y, np.roll(wide, k, 1).ravel(), predictions.symbols)
+        assert np.isclose(test.draws.directional_skill[k], expected)
+
+
+def test_a_constant_call_has_no_directional_skill_whatever_the_base_rates():
+    predictions, y, prices = market(bars=400)
+    y = np.where(np.arange(len(y)) % 10 < 3, -1, 1)
+    calls = np.where(predictions.symbols == "S0", 1, -1).astype(np.int8)
+    test = shift_test(replace(predictions, predictions=calls), y, prices, 5, n_draws=19)
+    assert abs(test.observed["directional_skill"]) < 1e-12 and np.isclose(test.p_values["directional_skill"], 1)
+
+
 def test_what_is_refused():
     predictions, y, prices = market()
     with pytest.raises(PermutationError, match="expected 19 or more"): shift_test(predictions, y, prices, horizon=90)
