@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_folds import panel
-from test_nulls import market
+from test_permutation import market
 
 from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.folds import Labels
@@ -272,11 +272,11 @@ def test_a_sweep_is_the_slow_loop(traded):
         assert np.isclose(r.precision, np.mean([c == t for c, t in zip(position[called], y[called])]))
         assert np.isclose(r.directional_accuracy, np.mean([c == t for c, t in zip(position, y) if c and t]))
         frame = pd.DataFrame(dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=position.astype(float)))
-        assert np.isclose(r.sharpe_net, tranche_backtest(frame, prices, horizon=5, cost_bps=.5, trading_days=252).metrics()["sharpe_net"])
+        assert np.isclose(r.sharpe_net, tranche_backtest(frame, prices, horizon=5, cost_bps=.5).metrics()["sharpe_net"])
     assert swept.calls.iloc[-1] == 0 < swept.calls.iloc[-2] < swept.calls[0]
 
 
-def test_nothing_cut_is_the_evaluators_own_book(traded):
+def test_a_threshold_of_zero_is_the_evaluators_own_backtest(traded):
     evaluator, predictions, y, prices = traded
     metrics = evaluator.compute_all_metrics(predictions, y, prices)
     row = threshold_sweep(evaluator, predictions, y, prices, (0.,)).iloc[0]
@@ -285,14 +285,14 @@ def test_nothing_cut_is_the_evaluators_own_book(traded):
     for name in ("sharpe", "sharpe_net", "turnover", "exposure", "max_drawdown"): assert np.isclose(fixed[name], metrics[name]), name
 
 
-def test_lean_is_up_less_down_and_as_large_as_the_model_is_sure(traded):
+def test_the_expected_sign_is_the_probability_of_up_less_that_of_down(traded):
     evaluator, predictions, y, prices = traded
     p = predictions.probabilities.astype(float)
     assert np.allclose(expected_sign(predictions), p[:, 2] - p[:, 0], atol=1e-6)
     certain = replace(predictions, probabilities=np.eye(3, dtype=np.float32)[predictions.predictions + 1])
     assert np.array_equal(expected_sign(certain), predictions.predictions)
-    books = compare_exit_rules(evaluator, certain, y, prices).set_index("strategy").drop(columns=["n_trades"])
-    assert np.allclose(books.loc["fixed"].astype(float), books.loc["lean"].astype(float))
+    rules = compare_exit_rules(evaluator, certain, y, prices).set_index("strategy").drop(columns=["n_trades"])
+    assert np.allclose(rules.loc["fixed"].astype(float), rules.loc["expected sign"].astype(float))
 
 
 def test_pictures_of_a_model_that_calls_nothing_and_of_two_classes(traded):

@@ -27,7 +27,7 @@ __all__ = ['SHOWN', 'WORTH', 'leaderboard', 'plain', 'Table', 'leaderboard_table
            'to_markdown', 'compare']
 
 # %% ../../nbs/runs/03_compare.ipynb #37b62181
-SHOWN = ("directional_accuracy", "directional_accuracy_p_shift", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
+SHOWN = ("directional_accuracy", "directional_skill_p_shift", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
 
 def leaderboard(
     runs: RunList,

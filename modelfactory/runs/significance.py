@@ -123,7 +123,7 @@ def task_significance(runs: RunList, data: str, horizon: int) -> dict:
 def _of_profit(models, profit, trials):
     sharpe = {name: models[name].metrics["sharpe_net"] for name in profit}
     best_sharpe_model = max(sharpe, key=lambda m: -math.inf if math.isnan(sharpe[m]) else sharpe[m])
-    found, days = dict(best_sharpe_model=best_sharpe_model, sharpe_net=sharpe[best_sharpe_model]), next(iter(models.values())).config["trading_days"]
+    found, days = dict(best_sharpe_model=best_sharpe_model, sharpe_net=sharpe[best_sharpe_model]), next(iter(models.values())).metrics.get("days_per_year", 252)
     with contextlib.suppress(SignificanceError): found["p_profit"] = spa_test(profit.to_numpy())["consistent"]
     with contextlib.suppress(SignificanceError): found["deflated"] = float(deflated_sharpe(profit.to_numpy().T, trials, trading_days=days)[list(profit).index(best_sharpe_model)])
     with contextlib.suppress(SignificanceError): found["overfitting"] = backtest_overfitting(profit.to_numpy().T).probability

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Mapping
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from ..data.bundled import resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
-from ..settings import NonNegative, Positive, ShownConfig, build_config, read_yaml, settings
+from ..settings import NonNegative, Positive, Rate, ShownConfig, build_config, read_yaml, settings
 from ..evaluation.evaluator import ModelEvaluator
 from ..evaluation.metrics import has_direction
 from ..evaluation.baselines import all_baselines
@@ -38,7 +38,8 @@ class TrainerConfig(ShownConfig):
     preset: str | None = None  # preset of the model's YAML
     seed: NonNegative = 42  # of everything random
     cost_bps: Annotated[float, Ge(0)] = 1.0  # cost on each change of position, basis points
-    trading_days: Positive = 252  # trading days a year
+    trading_days: Rate | None = None  # trading days a year; auto (None): from the bars
+    day_start: Annotated[int, Interval(ge=0, le=23)] = 0  # hour at which a trading day begins, in the bars' time zone
 
 # %% ../../nbs/training/03_trainer.ipynb #79c20d51
 def trainer_config(
@@ -50,7 +51,9 @@ def trainer_config(
     values, s = dict(values) if isinstance(values, dict) else read_yaml(values), settings()
     if isinstance(values.get("data"), (str, Path)): values["data"] = {"data": str(values["data"])}
     if isinstance(values.get("data"), dict): values["data"] = {"data": str(s.data), "gap": s.gap} | values["data"]
-    return build_config(TrainerConfig, dict(seed=s.seed, cost_bps=s.cost_bps, trading_days=s.trading_days) | values, where)
+    if values.get("trading_days") == "auto": values["trading_days"] = None
+    defaults = dict(seed=s.seed, cost_bps=s.cost_bps, trading_days=s.trading_days, day_start=s.day_start)
+    return build_config(TrainerConfig, defaults | values, where)
 
 # %% ../../nbs/training/03_trainer.ipynb #225ac76b
 class Trainer:
@@ -117,7 +120,8 @@ class Trainer:
     def nulls(self, split="val") -> dict:
         "What the predictions of a split are worth by chance: p-values of shifts in time, F1 that volatility alone gives."
         c, ds = self.config, self.datasets[split]
-        return null_metrics(self.predictions[split], ds.y, read_prices(ds, c.data.prices)[0], c.horizon, c.seed, c.cost_bps, c.trading_days, c.data.classes)
+        rules = c.horizon, c.seed, c.cost_bps, c.trading_days, c.data.classes, c.day_start
+        return null_metrics(self.predictions[split], ds.y, read_prices(ds, c.data.prices)[0], *rules)
 
     def score(self, predictions, split="val") -> dict:
         "Metrics of any predictions of a split: the model's, or a baseline's."
@@ -126,9 +130,10 @@ class Trainer:
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
 
     def backtest(self, split="val"):
-        "The book of a split's predictions, None where it cannot be traded."
+        "Backtest of a split's predictions, None for classes without a direction."
         ds = self.datasets[split]
-        return self.evaluator.backtest(self.predictions[split], read_prices(ds, self.config.data.prices)[0], ds.y)
+        prices, source = read_prices(ds, self.config.data.prices)
+        return self.evaluator.backtest(self.predictions[split], prices, ds.y, source)
 
     def robustness(self, split="val"):
         "What the profit of a split's predictions hangs on, computed once; None for classes without a direction."
@@ -138,7 +143,10 @@ class Trainer:
         return self.robustness_by_split.get(split)
 
     @property
-    def evaluator(self): return ModelEvaluator(self.config.horizon, self.config.cost_bps, self.config.trading_days, self.config.data.classes, seed=self.config.seed)
+    def evaluator(self):
+        c = self.config
+        rules = dict(seed=c.seed, day_start=c.day_start, gap=c.data.gap)
+        return ModelEvaluator(c.horizon, c.cost_bps, c.trading_days, c.data.classes, **rules)
 
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
         "Metrics of models that know nothing of the features, to stand beside ours, computed once: prior, flat, long, persistence."
@@ -167,12 +175,14 @@ def trainer_plots(
     trainer: Trainer,  # evaluated
     split: str = "val",
 ) -> dict:  # name -> matplotlib Figure
-    "Learning curve, confusion, reliability, precision and recall, equity, robustness, importance, predictions over time."
+    "Learning curve, confusion, reliability, precision and recall, equity (with prices), robustness, importance, shares."
     from modelfactory.training import plots
     predictions, y = trainer.predictions[split], trainer.datasets[split].y
     figures = {}
     if trainer.history.get("val_loss"): figures["learning_curve"] = plots.plot_learning_curve(trainer.history)
     figures |= dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
-    if book := trainer.backtest(split): figures |= dict(equity=plots.plot_equity(book), robustness=plot_robustness(trainer.robustness(split)))
+    if backtest := trainer.backtest(split):
+        if backtest.has_prices: figures["equity"] = plots.plot_equity(backtest)
+        figures["robustness"] = plot_robustness(trainer.robustness(split))
     if importance := trainer.model.feature_importance(): figures["importance"] = plots.plot_importance(importance)
     return figures | dict(predictions=plots.plot_probabilities(predictions))
