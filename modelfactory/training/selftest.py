@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.audit import AuditReport, audit
-from ..data.bars import bar_features, peeking, write_splits
+from ..data.bars import bar_features, find_lookahead, write_splits
 from ..data.dataset import TimeSeriesDataset
 from ..data.market import PRESETS, market_table, simulate
 from ..data.splits import Split, read_splits
@@ -128,7 +128,7 @@ def peeking_features(
     "Features that change when bars after them change or are cut off, the kit's and the user's."
     bars = simulate(replace(PRESETS["null"], rows=(1200, 2, 2))).bars if bars is None else bars
     times = bars["datetime"].drop_duplicates().sort_values()
-    return peeking(lambda b: _joined(b, features), bars, times.iloc[np.linspace(.5, .95, moments) * (len(times) - 1)])
+    return find_lookahead(lambda b: _joined(b, features), bars, times.iloc[np.linspace(.5, .95, moments) * (len(times) - 1)])
 
 # %% ../../nbs/training/06_selftest.ipynb #28524f27
 TABULAR = ("logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost")
