@@ -22,7 +22,9 @@ __all__ = ['predict_run', 'told']
 # %% ../../nbs/runs/04_predict.ipynb #ef2f02aa
 def _rows(bars, own, seq_len, gap, ahead):
     "Row that each prediction is for (one beyond the last for the bar to come), in the order of symbols, then time."
-    rows = sample_rows(bars.codes, np.isin(np.arange(len(bars)), own), seq_len, gap)
+    predicted = np.zeros(len(bars), bool)
+    predicted[own] = True
+    rows = sample_rows(bars.codes, predicted, seq_len, gap)
     if not ahead or not gap: return rows
     last = np.searchsorted(bars.codes, np.arange(len(bars.symbols)), side="right") - 1
     whole = last - np.searchsorted(bars.codes, np.arange(len(bars.symbols))) + 1 >= seq_len

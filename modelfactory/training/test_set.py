@@ -60,7 +60,7 @@ def test_set_uses(
 ) -> list[str]:  # a sentence a data set
     "How often the test set of each data set was used, and for how many models."
     ledger = read_ledger(runs)
-    ledger["who"] = ledger.run.where(ledger.run != "", ledger.model + " h" + ledger.horizon.astype(str))
+    ledger["who"] = [run or f"{model} h{h}" for run, model, h in zip(ledger.run, ledger.model, ledger.horizon)]
     return [_sentence(data, len(uses), uses.who.nunique()) for data, uses in ledger.groupby("data", sort=False)]
 
 test_set_uses.__test__ = False  # pytest takes it for a test where it is imported
