@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SplitsError', 'MissingFile',
-           'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
+__all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError',
+           'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
            'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
            'split_files', 'Split', 'read_split', 'bars_between', 'label_bars', 'reaching_over', 'label_reach',
            'effective_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings',
@@ -507,16 +507,23 @@ def read_scaler(folder: Path) -> dict | None:  # None where there is no such fil
     except (OSError, ValueError, TypeError) as e: raise UnreadableFile(f"{file}: not a JSON object ({e})") from None
 
 # %% ../../nbs/data/00_splits.ipynb #72426939
+SPLIT_ORDER = ("train", "val", "test")  # in time
+
 def fingerprint(
     data: Path | Mapping,  # as in `read_splits`
-    splits: tuple = ("train", "val"),  # the splits a run sees
+    splits: tuple | None = None,  # None: train and val, and test where there is one
 ) -> str:  # 16 hex digits
-    "Hash of the content of the splits."
+    "Hash of the content of the splits. The bytes of test are hashed, none of its rows is read."
+    if splits is None:
+        splits = SPLIT_ORDER if _has_test(data) else SPLIT_ORDER[:2]
     digest = hashlib.blake2b(digest_size=8)
     for name, source in split_files(data, splits).items():
         digest.update(name.encode())
         digest.update(_digest_frame(source) if isinstance(source, pd.DataFrame) else _digest_file(source))
     return digest.hexdigest()
+
+def _has_test(data):
+    return "test" in data if isinstance(data, Mapping) else (Path(data) / "test_scaled.parquet").is_file()
 
 def _digest_file(file):
     with open(file, "rb") as f: return hashlib.file_digest(f, "blake2b").digest()

@@ -99,7 +99,7 @@ def future_perturbation(
 ) -> InvarianceResult:
     "Replaces everything after a moment; predictions up to it must stay the same to the last bit."
     model, ds = _fitted(model, dataset)
-    changed = lambda t, i: TimeSeriesDataset(perturb_future(ds.split, t, seed + i), ds.horizon, ds.seq_len, ds.gap)
+    changed = lambda t, i: ds.with_split(perturb_future(ds.split, t, seed + i))
     return _compare("another future", model, ds, [(t, changed(t, i)) for i, t in enumerate(_moments(ds, shares))], 0)
 
 # %% ../../nbs/training/06_selftest.ipynb #52140bc4
@@ -111,7 +111,7 @@ def prefix_test(
 ) -> InvarianceResult:
     "Predicts from the bars up to a moment alone; the predictions must be those made with all bars."
     model, ds = _fitted(model, dataset)
-    cut = lambda t: TimeSeriesDataset(truncate(ds.split, t), ds.horizon, ds.seq_len, ds.gap)
+    cut = lambda t: ds.with_split(truncate(ds.split, t))
     return _compare("only a prefix", model, ds, [(t, cut(t)) for t in _moments(ds, shares)], tolerance)
 
 # %% ../../nbs/training/06_selftest.ipynb #cd04b3a7
