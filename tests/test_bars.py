@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from modelfactory.data.bars import UNDEFINED, WARMUP, bar_features, bars_to_splits, check_bars, find_lookahead
-from modelfactory.data.splits import MIN_BLOCKS, SplitsWarning, effective_blocks, read_split, read_splits
+from modelfactory.data.splits import MIN_BLOCKS, SplitsWarning, split_blocks, read_split, read_splits
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
@@ -81,7 +81,7 @@ def test_a_sparse_symbol_does_not_decide_the_number_of_blocks():
     "A symbol with a bar a day beside one with a bar an hour: weighted by rows it doubles a block, by its own bars it would be 24 times as long."
     dense, sparse = walk(4_000).assign(label_h5=1, x=0.), walk(4_000, "B").iloc[::24].assign(label_h5=1, x=0.)
     alone, both = read_split(dense), read_split(pd.concat([dense, sparse]))
-    assert effective_blocks(alone, 5) == 200 and effective_blocks(both, 5) > 90
+    assert split_blocks(alone, 5) == 200 and split_blocks(both, 5) > 90
 
 
 def test_the_report_says_how_often_a_constant_call_is_right(tmp_path):

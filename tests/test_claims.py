@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 from scipy.signal import lfilter
 
+from modelfactory.data.splits import MIN_BLOCKS, effective_blocks, timestamps_per_bar
 from modelfactory.evaluation.bootstrap import (
-    MIN_BLOCKS, block_length, classification_draws, count_frequencies, effective_blocks, timestamps_per_bar)
+    block_length, classification_draws, count_frequencies)
 from modelfactory.evaluation.examples import example_predictions
 from modelfactory.evaluation.metrics import METRICS, directional_gains, directional_skill, metric_names
 from modelfactory.evaluation.significance import (

@@ -22,8 +22,8 @@ __all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS
            'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
            'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
            'split_files', 'Split', 'read_split', 'bars_between', 'label_bars', 'reaching_over', 'label_reach',
-           'effective_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings',
-           'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits',
+           'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -338,18 +338,39 @@ def label_reach(
     return int(label_bars(split, horizon)[defined].max(initial=0)) or horizon
 
 # %% ../../nbs/data/00_splits.ipynb #280b6841
-MIN_BLOCKS = 8  # of four label lengths; with fewer, skill cannot be claimed
+MIN_BLOCKS = 8  # stretches of four label lengths with scored rows below which no claim is made
+
+def timestamps_per_bar(
+    timestamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
+    symbols: np.ndarray,  # (n,)
+) -> float:  # at least 1
+    "Timestamps from one row of a symbol to its next: mean over symbols, weighted by their rows."
+    codes, timestamps = pd.factorize(np.asarray(symbols))[0], np.asarray(timestamps)
+    count = np.bincount(codes)
+    first, last = np.full(len(count), timestamps.max()), np.zeros(len(count), int)
+    np.minimum.at(first, codes, timestamps)
+    np.maximum.at(last, codes, timestamps)
+    return float(np.average((last - first + 1) / count, weights=count))
 
 def effective_blocks(
+    timestamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
+    symbols: np.ndarray,  # (n,)
+    horizon: int,  # bars ahead of the label
+    scored: np.ndarray | None = None,  # (n,) bool: rows that enter the score; None: all
+) -> int:
+    "Stretches of four label lengths that hold at least one scored row."
+    timestamps = np.asarray(timestamps)
+    length = 4 * horizon * timestamps_per_bar(timestamps, symbols)
+    rows = timestamps if scored is None else timestamps[np.asarray(scored)]
+    return len(np.unique(np.floor(rows / length)))
+
+def split_blocks(
     split: Split,
     horizon: int,  # bars ahead
 ) -> int:
-    "Number of stretches of four label lengths, in timestamps, that hold at least one label."
-    defined = split.labels[horizon] != NO_TARGET
+    "Effective blocks of the labels of a split."
     timestamps = np.unique(split.datetimes.asi8, return_inverse=True)[1]
-    spans = [np.ptp(timestamps[split.codes == code]) + 1 for code in np.unique(split.codes)]
-    timestamps_per_bar = sum(spans) / len(split)
-    return len(np.unique((timestamps[defined] / (4 * horizon * timestamps_per_bar)).astype(int)))
+    return effective_blocks(timestamps, split.codes, horizon, split.labels[horizon] != NO_TARGET)
 
 # %% ../../nbs/data/00_splits.ipynb #93c07ed4
 def excluded_by_reason(excluded: pd.DataFrame) -> pd.DataFrame:  # role, reason, columns, such as
@@ -444,7 +465,7 @@ def _report(read, roles, classes, fills):
 def _label_row(split, horizon, classes):
     y = split.labels[horizon]
     return dict(split=split.name, horizon=horizon, **_shares(y, classes), no_target=int((y == NO_TARGET).sum()),
-                constant_call=_constant_call(y, classes), label_reach=label_reach(split, horizon), blocks=effective_blocks(split, horizon))
+                constant_call=_constant_call(y, classes), label_reach=label_reach(split, horizon), blocks=split_blocks(split, horizon))
 
 def _constant_call(y, classes):
     "The sign that is right more often among labels with a sign, and how often; empty where the classes have one sign only."

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .backtest import TRADING_METRICS, Backtest, label_backtest, tranche_backtest
+from ..data.splits import MIN_BLOCKS
 from .bootstrap import (
-    MIN_BLOCKS, bootstrap_metrics, directional_interval, percentile_interval, trading_draws)
+    bootstrap_metrics, directional_interval, percentile_interval, trading_draws)
 from .metrics import EvaluationError, _checked, classification_metrics, has_direction
 from .significance import DirectionClaim, direction_claim
 from ..models.base import PredictionOutput

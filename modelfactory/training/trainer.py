@@ -146,6 +146,10 @@ class Trainer:
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
 
+    def direction_claim(self, split: str = "val", trials: int = 1):
+        "What may be claimed of the direction of a split's predictions: a `DirectionClaim`."
+        return self.evaluator.direction_claim(self.predictions[split], self.datasets[split].y, trials)
+
     def backtest(self, split="val"):
         "Backtest of a split's predictions, None for classes without a direction."
         ds = self.datasets[split]
