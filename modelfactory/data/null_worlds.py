@@ -17,10 +17,10 @@ from .splits import SplitsError
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['BARRIER', 'NULL_WORLDS', 'WARMUP', 'TAIL', 'ROWS', 'SPARSE', 'CALENDARS', 'STEPS', 'CORRELATION', 'BAR_VOLATILITY',
+__all__ = ['BARRIER', 'NULL_WORLDS', 'WARMUP', 'TAIL', 'ROWS', 'SPARSE', 'CALENDARS', 'N_STEPS', 'CORRELATION', 'BAR_VOLATILITY',
            'AVERAGE_RANGE', 'NullWorldError', 'NullWorld', 'find_world', 'simulate_null']
 
-# %% ../../nbs/data/08_null_worlds.ipynb #807ca136
+# %% ../../nbs/data/08_null_worlds.ipynb #57949b84
 class NullWorldError(SplitsError):
     "A world, or a market of one, that cannot be simulated as asked for."
 
@@ -39,7 +39,7 @@ class NullWorld:
     reversion: float = 0.  # share of its distance from the mean that the log price returns in one bar
     calendar: str = "sessions"  # sessions, out_of_step, around_the_clock, sparse or daily
     max_bars: int = 1  # bars until an undecided label is flat, in horizons
-    fixed_barriers: bool = False  # barriers as a fixed share of the price instead of average true ranges
+    fixed_barriers: bool = False  # barriers as a fixed share of the price, at the mean of the average true range
     val_volatility: float = 1.  # standard deviation of val's bars over that of train's
     closes: bool = True  # whether a backtest may use closes; if not, there are labels only
     marked: str = "close"  # column that labels are measured from and positions are marked at: close or mid
@@ -53,32 +53,38 @@ class NullWorld:
 
 BARRIER = .7  # barriers at one bar, in average true ranges, as in the bundled markets
 
-# %% ../../nbs/data/08_null_worlds.ipynb #013b0bf3
+# %% ../../nbs/data/08_null_worlds.ipynb #abb8d5a6
 NULL_WORLDS = {w.name: w for w in [
     NullWorld("symmetric", "a random walk, barriers at equal distances"),
-    NullWorld("barriers_1.1", "the upper barrier is 1.1 times as far as the lower one", barrier_ratio=1.1),
-    NullWorld("barriers_1.5", "the upper barrier is 1.5 times as far", barrier_ratio=1.5),
-    NullWorld("barriers_2", "the upper barrier is twice as far", barrier_ratio=2.),
-    NullWorld("drift_.02", "prices rise by .02 standard deviations a bar", drifts=(.02,)),
-    NullWorld("drift_.05", "prices rise by .05 standard deviations a bar", drifts=(.05,)),
+    NullWorld("barriers_1.1", "the upper barrier is 1.1 times as far as the lower one", barrier_ratio=1.1,
+              fixed_barriers=True),
+    NullWorld("barriers_1.5", "the upper barrier is 1.5 times as far", barrier_ratio=1.5,
+              fixed_barriers=True),
+    NullWorld("barriers_2", "the upper barrier is twice as far", barrier_ratio=2.,
+              fixed_barriers=True),
+    NullWorld("drift_.02", "prices rise by .02 standard deviations a bar", drifts=(.02,),
+              fixed_barriers=True),
+    NullWorld("drift_.05", "prices rise by .05 standard deviations a bar", drifts=(.05,),
+              fixed_barriers=True),
     NullWorld("heavy_tails", "Student-t bars with 3 degrees of freedom", tail_dof=3.),
     NullWorld("volatility_clusters", "GARCH(1, 1) volatility", garch=(.1, .88)),
     NullWorld("bid_ask_bounce", "traded prices bounce around a random-walk mid", bounce=.5, marked="mid"),
     NullWorld("mean_reverting", "traded prices revert to a mean, with bid-ask bounce", bounce=.25, reversion=.02,
               predictable=True),
-    NullWorld("ten_out_of_step", "ten correlated symbols, a minute apart", symbols=10, calendar="out_of_step"),
-    NullWorld("own_drifts", "four symbols, each with a drift of its own", symbols=4, drifts=(-.05, -.02, .02, .05)),
+    NullWorld("ten_out_of_step", "ten correlated symbols with 30-minute bars, a minute apart", symbols=10, calendar="out_of_step"),
+    NullWorld("own_drifts", "four symbols, each with a drift of its own", symbols=4, drifts=(-.05, -.02, .02, .05),
+              fixed_barriers=True),
     NullWorld("around_the_clock", "a symbol that trades 24/7 beside one with sessions", calendar="around_the_clock"),
     NullWorld("sparse_symbol", "a symbol with 80 rows beside two full ones", symbols=3, calendar="sparse"),
     NullWorld("daily_bars", "32 years of daily bars that rise by .03 standard deviations a day", drifts=(.03,),
-              calendar="daily"),
+              fixed_barriers=True, calendar="daily"),
     NullWorld("late_labels", "labels are decided up to three horizons later", max_bars=3),
     NullWorld("no_closes", "labels without closes", closes=False),
     NullWorld("moving_shares", "fixed barriers, and val is 1.4 times as volatile as train", fixed_barriers=True,
               val_volatility=1.4),
 ]}
 
-# %% ../../nbs/data/08_null_worlds.ipynb #afe55794
+# %% ../../nbs/data/08_null_worlds.ipynb #a22ceed7
 WARMUP, TAIL = 60, 60  # bars before the first row and after the last one
 ROWS = dict(train=12_000, val=4_000)  # over all symbols
 
@@ -104,7 +110,7 @@ def _even(clock, symbols):
 
 def _out_of_step(symbols):
     minute = pd.Timedelta("1min").value
-    even = _even(_sessions(ROWS["train"], minutes=10), symbols)
+    even = _even(_sessions(ROWS["train"], minutes=30), symbols)
     return [(clock + s * minute, split) for s, (clock, split) in enumerate(even)]
 
 
@@ -150,20 +156,21 @@ def _calendar(name, symbols):
     "Timestamps in nanoseconds and split of each bar, for each symbol."
     return CALENDARS[name](symbols)
 
-# %% ../../nbs/data/08_null_worlds.ipynb #56627850
-STEPS = 10  # steps of the path in one bar
+# %% ../../nbs/data/08_null_worlds.ipynb #998cebc7
+N_STEPS = dict(out_of_step=30)  # steps of the path in one bar by calendar, elsewhere 10; a minute each out of step
 CORRELATION = .5  # of the symbols of a market, where they trade side by side
 
 
 def _steps(world, lengths, rng):
-    "Standard normal steps of each symbol, (bars, 10)."
-    n, symbols = max(lengths) * STEPS, len(lengths)
+    "Standard normal steps of each symbol, (bars, steps)."
+    n_steps = N_STEPS.get(world.calendar, 10)
+    n, symbols = max(lengths) * n_steps, len(lengths)
     own, common = rng.standard_normal((symbols, n)), rng.standard_normal(n + symbols)
     delay = np.arange(symbols) * (world.calendar == "out_of_step")
     if len(set(lengths)) > 1:
-        return [x[:k * STEPS].reshape(k, STEPS) for x, k in zip(own, lengths)]
+        return [x[:k * n_steps].reshape(k, n_steps) for x, k in zip(own, lengths)]
     mixed = [CORRELATION ** .5 * common[d:d + n] + (1 - CORRELATION) ** .5 * x for x, d in zip(own, delay)]
-    return [x.reshape(-1, STEPS) for x in mixed]
+    return [x.reshape(-1, n_steps) for x in mixed]
 
 
 def _volatility(world, split, steps, rng):
@@ -174,7 +181,7 @@ def _volatility(world, split, steps, rng):
         level = np.sqrt((dof - 2) / rng.chisquare(dof, len(steps)))
     if world.garch:
         alpha, beta = world.garch
-        growth = alpha * steps.sum(1) ** 2 / STEPS + beta
+        growth = alpha * steps.sum(1) ** 2 / steps.shape[1] + beta
         variance = accumulate(growth[:-1].tolist(), lambda v, g: 1 - alpha - beta + g * v, initial=1.)
         level = np.sqrt(np.fromiter(variance, float, len(steps)))
     later = np.arange(len(split)) >= np.argmax(split == "val")
@@ -182,11 +189,11 @@ def _volatility(world, split, steps, rng):
 
 
 def _quotes(world, sigma, steps, drift):
-    "Log mid price before the bar and after each of its steps, (bars, 11)."
+    "Log mid price before the bar and after each of its steps, (bars, 1 + steps)."
     from scipy.signal import lfilter
-    sigma = sigma[:, None]
-    moves = (drift * sigma - sigma ** 2 / 2) / STEPS + sigma * steps / STEPS ** .5
-    keep = 1 - world.reversion / STEPS
+    sigma, n_steps = sigma[:, None], steps.shape[1]
+    moves = (drift * sigma - sigma ** 2 / 2) / n_steps + sigma * steps / n_steps ** .5
+    keep = 1 - world.reversion / n_steps
     path = lfilter([1.], [1., -keep], moves.ravel()).reshape(moves.shape)
     return np.column_stack([np.r_[0., path[:-1, -1]], path])
 
@@ -196,9 +203,9 @@ def _prices(path):
     ends = dict(open=path[:, 0], high=path.max(1), low=path.min(1), close=path[:, -1])
     return {name: 100 * np.exp(x) for name, x in ends.items()}
 
-# %% ../../nbs/data/08_null_worlds.ipynb #dee7cbba
+# %% ../../nbs/data/08_null_worlds.ipynb #b38a3c71
 BAR_VOLATILITY = dict(daily=1e-2)  # standard deviation of a bar's log return by calendar; elsewhere .001
-AVERAGE_RANGE = 1.4  # true range of a random-walk bar, in its standard deviations
+AVERAGE_RANGE = 1.27  # mean true range of a random-walk bar of ten steps, in its standard deviations
 
 
 def _labels(world, bars, split, horizon):

@@ -182,7 +182,7 @@ def null_models(
     models |= _constant_models(table[labelled], table[is_val], shares, horizon, rng)
     return models | {name: logistic(X[is_val]) for name, X in elsewhere.items()}, shares
 
-# %% ../../nbs/training/07_null_zoo.ipynb #9a8a02a4
+# %% ../../nbs/training/07_null_zoo.ipynb #81ea079d
 ALPHA = .05
 LOG_LOSS_NULL = ("prior", "uniform", "slow_a", "slow_b", "elsewhere_a", "elsewhere_b")
 EQUAL_PAIRS = dict(slow=("slow_a", "slow_b"), elsewhere=("elsewhere_a", "elsewhere_b"))
@@ -230,8 +230,10 @@ def _old_direction_p(frame, models, horizon):
 
 
 def _called_worse(frame, pair, horizon, shares):
-    "Whether one of two equal models is said to be worse than the other."
+    "Whether one of two equal models is said to be worse than the other; None where no test is made."
     summary = significance.significance_summary(_of_models(frame, pair), horizon, shares)
+    if summary["not_worse"] is None:
+        return None
     return bool(set(pair) - {summary["best"], *summary["not_worse"]})
 
 
