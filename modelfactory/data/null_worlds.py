@@ -20,7 +20,7 @@ from ..settings import did_you_mean
 __all__ = ['BARRIER', 'NULL_WORLDS', 'WARMUP', 'TAIL', 'ROWS', 'SPARSE', 'CALENDARS', 'N_STEPS', 'CORRELATION', 'BAR_VOLATILITY',
            'AVERAGE_RANGE', 'NullWorldError', 'NullWorld', 'find_world', 'simulate_null']
 
-# %% ../../nbs/data/08_null_worlds.ipynb #57949b84
+# %% ../../nbs/data/08_null_worlds.ipynb #9c66f126
 class NullWorldError(SplitsError):
     "A world, or a market of one, that cannot be simulated as asked for."
 
@@ -38,6 +38,7 @@ class NullWorld:
     bounce: float = 0.  # half the bid-ask spread, in standard deviations of a bar
     reversion: float = 0.  # share of its distance from the mean that the log price returns in one bar
     calendar: str = "sessions"  # sessions, out_of_step, around_the_clock, sparse or daily
+    bar_minutes: int = 5  # length of a bar within a day
     max_bars: int = 1  # bars until an undecided label is flat, in horizons
     fixed_barriers: bool = False  # barriers as a fixed share of the price, at the mean of the average true range
     val_volatility: float = 1.  # standard deviation of val's bars over that of train's
@@ -53,7 +54,7 @@ class NullWorld:
 
 BARRIER = .7  # barriers at one bar, in average true ranges, as in the bundled markets
 
-# %% ../../nbs/data/08_null_worlds.ipynb #abb8d5a6
+# %% ../../nbs/data/08_null_worlds.ipynb #50adca40
 NULL_WORLDS = {w.name: w for w in [
     NullWorld("symmetric", "a random walk, barriers at equal distances"),
     NullWorld("barriers_1.1", "the upper barrier is 1.1 times as far as the lower one", barrier_ratio=1.1,
@@ -71,10 +72,12 @@ NULL_WORLDS = {w.name: w for w in [
     NullWorld("bid_ask_bounce", "traded prices bounce around a random-walk mid", bounce=.5, marked="mid"),
     NullWorld("mean_reverting", "traded prices revert to a mean, with bid-ask bounce", bounce=.25, reversion=.02,
               predictable=True),
-    NullWorld("ten_out_of_step", "ten correlated symbols with 30-minute bars, a minute apart", symbols=10, calendar="out_of_step"),
+    NullWorld("ten_out_of_step", "ten correlated symbols, a minute apart", symbols=10,
+              calendar="out_of_step", bar_minutes=30),
     NullWorld("own_drifts", "four symbols, each with a drift of its own", symbols=4, drifts=(-.05, -.02, .02, .05),
-              fixed_barriers=True),
-    NullWorld("around_the_clock", "a symbol that trades 24/7 beside one with sessions", calendar="around_the_clock"),
+              fixed_barriers=True, bar_minutes=15),
+    NullWorld("around_the_clock", "a symbol that trades 24/7 beside one with sessions", calendar="around_the_clock",
+              bar_minutes=15),
     NullWorld("sparse_symbol", "a symbol with 80 rows beside two full ones", symbols=3, calendar="sparse"),
     NullWorld("daily_bars", "32 years of daily bars that rise by .03 standard deviations a day", drifts=(.03,),
               fixed_barriers=True, calendar="daily"),
@@ -84,12 +87,12 @@ NULL_WORLDS = {w.name: w for w in [
               val_volatility=1.4),
 ]}
 
-# %% ../../nbs/data/08_null_worlds.ipynb #a22ceed7
+# %% ../../nbs/data/08_null_worlds.ipynb #d2542c4a
 WARMUP, TAIL = 60, 60  # bars before the first row and after the last one
 ROWS = dict(train=12_000, val=4_000)  # over all symbols
 
 
-def _sessions(n, minutes=5, start="2020-01-06"):
+def _sessions(n, minutes, start="2020-01-06"):
     "The first `n` bars of sessions from 09:30 to 16:00 on business days."
     per_day = 390 // minutes
     days = pd.bdate_range(start, periods=-(-n // per_day)).as_unit("ns").asi8
@@ -108,16 +111,16 @@ def _even(clock, symbols):
     return [(clock[:len(split)], split)] * symbols
 
 
-def _out_of_step(symbols):
+def _out_of_step(symbols, minutes):
     minute = pd.Timedelta("1min").value
-    even = _even(_sessions(ROWS["train"], minutes=30), symbols)
+    even = _even(_sessions(ROWS["train"], minutes), symbols)
     return [(clock + s * minute, split) for s, (clock, split) in enumerate(even)]
 
 
-def _around_the_clock(symbols):
+def _around_the_clock(symbols, minutes):
     "A symbol that always trades and one with sessions, cut at the same moments."
-    always = pd.date_range("2020-01-06", periods=20_000, freq="5min").as_unit("ns").asi8
-    clocks, begin = [always, _sessions(6_000)], pd.Timestamp("2020-01-09").value
+    always = pd.date_range("2020-01-06", periods=20_000, freq=f"{minutes}min").as_unit("ns").asi8
+    clocks, begin = [always, _sessions(6_000, minutes)], pd.Timestamp("2020-01-13").value
     merged = np.sort(np.concatenate([clock[clock >= begin] for clock in clocks]))
     cuts = [begin, merged[ROWS["train"]], merged[sum(ROWS.values())]]
     edges = [np.searchsorted(clock, cuts) for clock in clocks]
@@ -127,23 +130,23 @@ def _around_the_clock(symbols):
 SPARSE = dict(train=240, val=80)  # rows of the sparse symbol
 
 
-def _sparse(symbols):
+def _sparse(symbols, minutes):
     "Full symbols, and a last one that has a bar now and then."
     full = {split: (ROWS[split] - SPARSE[split]) // (symbols - 1) for split in ROWS}
     step, rows = full["train"] / SPARSE["train"], sum(SPARSE.values())
     margin = int(step * (WARMUP + 1))
-    clock, split = _sessions(sum(full.values()) + 2 * margin), _split_names(*full.values())
+    clock, split = _sessions(sum(full.values()) + 2 * margin, minutes), _split_names(*full.values())
     picks = margin + np.floor(step * np.arange(-WARMUP, rows + TAIL)).astype(int)
     return [(clock[margin - WARMUP:][:len(split)], split)] * (symbols - 1) + [
         (clock[picks], _split_names(*SPARSE.values()))]
 
 
-def _daily(symbols):
+def _daily(symbols, minutes):
     return _even(pd.bdate_range("1985-01-01", periods=ROWS["train"]).as_unit("ns").asi8, symbols)
 
 
 CALENDARS = dict(
-    sessions=lambda symbols: _even(_sessions(ROWS["train"]), symbols),
+    sessions=lambda symbols, minutes: _even(_sessions(ROWS["train"], minutes), symbols),
     out_of_step=_out_of_step,
     around_the_clock=_around_the_clock,
     sparse=_sparse,
@@ -152,9 +155,9 @@ CALENDARS = dict(
 
 
 @lru_cache(maxsize=None)
-def _calendar(name, symbols):
+def _calendar(name, symbols, minutes):
     "Timestamps in nanoseconds and split of each bar, for each symbol."
-    return CALENDARS[name](symbols)
+    return CALENDARS[name](symbols, minutes)
 
 # %% ../../nbs/data/08_null_worlds.ipynb #998cebc7
 N_STEPS = dict(out_of_step=30)  # steps of the path in one bar by calendar, elsewhere 10; a minute each out of step
@@ -241,7 +244,7 @@ def _symbol_table(world, s, clock, split, steps, scale, horizon, rng):
     table[f"label_h{horizon}"], table[f"bars_to_hit_h{horizon}"] = label.astype(np.int8), hit.astype(np.int32)
     return table.assign(split=split)[split != ""]
 
-# %% ../../nbs/data/08_null_worlds.ipynb #373a5106
+# %% ../../nbs/data/08_null_worlds.ipynb #522cb789
 def find_world(world: NullWorld | str) -> NullWorld:
     "A world by name; raises `NullWorldError` with near names."
     if isinstance(world, NullWorld):
@@ -262,7 +265,7 @@ def simulate_null(
         limit = TAIL // world.max_bars
         raise NullWorldError(f"horizon is {horizon}, expected a whole number of bars from 1 to {limit}")
     rng = np.random.default_rng([seed, crc32(world.name.encode())])
-    calendar = _calendar(world.calendar, world.symbols)
+    calendar = _calendar(world.calendar, world.symbols, world.bar_minutes)
     steps = _steps(world, [len(clock) for clock, _ in calendar], rng)
     longest = max(len(clock) for clock, _ in calendar)
     scales = [_bar_volatility(world)] * world.symbols

@@ -294,8 +294,8 @@ def judge_null_market(
     return dict(world=world, seed=seed, horizon=horizon, claims=claims, p=p, cards=cards,
                 seconds=round(time.process_time() - start, 2))
 
-# %% ../../nbs/training/07_null_zoo.ipynb #03e08bfd
-STRENGTHS = (.1, .15, .2)  # of the planted signal, as shares of the bundled market's
+# %% ../../nbs/training/07_null_zoo.ipynb #dd97e71f
+STRENGTHS = (.2, .25, .35)  # of the planted signal, as shares of the strength of the bundled market
 
 
 def _planted_table(strength, horizon, seed):
