@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..models.base import probability_columns
 from ..models.persistence import file_hash
-from .compare import plain
+from .compare import escape_markdown
 from .store import FEATURES, MANIFEST, Run, RunError, load_run, write_json
 from ..evaluation.metrics import METRICS
 
@@ -24,27 +24,38 @@ def contract(run: Run) -> dict:
                 sequence_length=model.config.sequence_length, gap=asked["gap"], nan=asked["nan"], versions=run.manifest["versions"])
 
 # %% ../../nbs/runs/09_export.ipynb #86644a40
-SHOWN = ("directional_accuracy", "log_loss", "f1_macro", "f1_skill", "ece", "sharpe_net", "max_drawdown")
+SHOWN = ("directional_skill", "directional_accuracy", "directional_accuracy_constant", "log_loss", "f1_macro", "f1_skill", "ece", "sharpe_net", "max_drawdown")
 
-def model_card(run: Run) -> str:
-    "Markdown: data, period, figures with intervals beside the prior, verdict, limits."
-    m, data = run.manifest, json.loads((run.path / "splits.json").read_text())
-    said = [f"# {plain(m['model'])}, {run.horizon} bars ahead", "", f"Trained by modelfactory {m['versions']['modelfactory']}, seed {run.seed}, on `{plain(Path(run.data).name)}` (fingerprint {m['data_fingerprint']}), {data['n_features']} features.", "",
-            "| split | rows | symbols | first | last |", "|---|---|---|---|---|", *(f"| {s['split']} | {s['rows']:,} | {s['symbols']} | {str(s['first'])[:16]} | {str(s['last'])[:16]} |" for s in data["splits"]), "",
-            "## On validation", "", "| | value | class shares of train | |", "|---|---|---|---|", *(f"| {name.replace('_', ' ')} | {_figure(run.metrics, name)} | {_figure(run.baseline, name)} | {METRICS.get(name, '')} |" for name in SHOWN if name in run.metrics), "", _verdict(run.metrics), "",
-            "## Limits", "", f"- Validation took part in early stopping{' and calibration did not' if run.config['config'].get('calibration') else ''}; test was {'scored, see metrics/' if (run.path / 'metrics/test_metrics.json').is_file() else 'never looked at by this run'}.",
-            "- Sharpe ratios are of staggered positions at the close, with cost and without slippage or financing.", "- It knows nothing of symbols: one that train has not seen is predicted like the others.",
-            *(f"- {plain(w)}" for w in data["warnings"]), "", "## Licence", "", "Of the weights: to be named by whoever hands them over.", ""]
-    return "\n".join(said)
+def model_card(
+    run: Run,
+) -> str:  # markdown
+    "Data, period, scores with intervals beside the class shares of train, the claim on direction, limits."
+    report = json.loads((run.path / "splits.json").read_text())
+    parts = [_card_head(run, report), "## On validation", "", *_card_scores(run), "", f"**{escape_markdown(run.claim)}**", "", *_card_limits(run, report),
+             "", "## Licence", "", "Of the weights: to be named by whoever hands them over.", ""]
+    return "\n".join(parts)
+
+def _card_head(run, report):
+    m = run.manifest
+    made = f"Trained by modelfactory {m['versions']['modelfactory']}, seed {run.seed}, on `{escape_markdown(Path(run.data).name)}` (fingerprint {m['data_fingerprint']}), {report['n_features']} features."
+    splits = [f"| {s['split']} | {s['rows']:,} | {s['symbols']} | {str(s['first'])[:16]} | {str(s['last'])[:16]} |" for s in report["splits"]]
+    title = f"# {escape_markdown(m['model'])}, {run.horizon} bars ahead"
+    return "\n".join([title, "", made, "", "| split | rows | symbols | first | last |", "|---|---|---|---|---|", *splits, ""])
+
+def _card_scores(run):
+    rows = [f"| {name.replace('_', ' ')} | {_figure(run.metrics, name)} | {_figure(run.baseline, name)} | {METRICS.get(name, '')} |" for name in SHOWN if name in run.metrics]
+    return ["| | value | class shares of train | |", "|---|---|---|---|", *rows]
+
+def _card_limits(run, report):
+    calibration = " and calibration did not" if run.config["config"].get("calibration") else ""
+    test = "scored, see metrics/" if (run.path / "metrics/test_metrics.json").is_file() else "never scored by this run"
+    return ["## Limits", "", f"- Validation took part in early stopping{calibration}; test was {test}.",
+            "- Sharpe ratios are of staggered positions at the close, with cost and without slippage or financing.",
+            "- Symbols are not a feature: one that train has not seen is predicted like the others.", *(f"- {escape_markdown(w)}" for w in report["warnings"])]
 
 def _figure(values, name):
     value, low, high = (values.get(f"{name}{end}", float("nan")) for end in ("", "_ci_low", "_ci_high"))
     return "–" if value != value else f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low == low else "")
-
-def _verdict(metrics):
-    low = metrics.get("directional_accuracy_ci_low", float("nan"))
-    if low != low: return "**These classes have no direction.**"
-    return "**Its direction is better than a coin's**, were it the only model that was tried." if low > .5 else "**Its direction cannot be told from a coin's.**"
 
 # %% ../../nbs/runs/09_export.ipynb #3ab65e46
 EXAMPLE = '''"""Predicts new bars with this bundle: python predict.py bars.parquet predictions.parquet
@@ -80,7 +91,7 @@ def export_run(
         write_json(aside / "contract.json", contract(run))
         (aside / "MODEL_CARD.md").write_text(model_card(run)), (aside / "predict.py").write_text(EXAMPLE)
         files = {str(f.relative_to(aside)): file_hash(f) for f in sorted(aside.rglob("*")) if f.is_file()}
-        write_json(aside / MANIFEST, run.manifest | dict(name=output.name, bundle_of=run.path.name, files=files))
+        write_json(aside / MANIFEST, run.manifest | dict(name=output.name, bundle_of=run.path.name, claim=run.claim, files=files))
         aside.rename(output)
     except BaseException: shutil.rmtree(aside, ignore_errors=True); raise
     return output

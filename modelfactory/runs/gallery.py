@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..evaluation import bootstrap
+from ..evaluation.bootstrap import block_indices, block_sums, series_block_length, stationary_blocks
 from ..evaluation.metrics import confidence_bins, metric_sign
 from ..evaluation.significance import row_losses, stacked_models
 from .significance import Task
@@ -134,25 +134,19 @@ def null_band(
     "Where the equity of the best of as many models without skill would be."
     x = np.asarray(daily, float).reshape(len(daily), -1)
     x = x - x.mean(0)
-    starts, lengths = bootstrap.stationary_blocks(len(x), _days_in_block(x, overlap), n_boot, seed)
-    sums, squares = (bootstrap.block_sums(values, starts, lengths) / len(x) for values in (x, x ** 2))
+    starts, lengths = stationary_blocks(len(x), series_block_length(x, overlap), n_boot, seed)
+    sums, squares = (block_sums(values, starts, lengths) / len(x) for values in (x, x ** 2))
     variance = squares - sums ** 2
     sharpe = np.where(variance > 1e-12 * squares, sums / np.sqrt(np.where(variance > 0, variance, 1)), 0.)
     best = sharpe.argmax(1)
     draws = np.concatenate([x[days, best[part][:, None]] for part, days in _drawn_days(starts, lengths)])
     return np.quantile(np.cumprod(1 + draws, 1), (.025, .975), axis=0)
 
-def _days_in_block(x, overlap):
-    "Mean block in days."
-    rule = getattr(bootstrap, "series_block_length", None)
-    block = rule(x, overlap) if rule else max(len(x) ** (1 / 3), 2 * overlap)
-    return float(np.clip(block, 1, len(x)))
-
 def _drawn_days(starts, lengths):
     "Days of the draws, a part of the draws at a time: all at once would need much memory."
     n_days = int(lengths[0].sum())
     for part in np.array_split(np.arange(len(starts)), max(1, len(starts) * n_days // 2 ** 21)):
-        yield part, bootstrap.block_indices(starts[part], lengths[part])
+        yield part, block_indices(starts[part], lengths[part])
 
 # %% ../../nbs/runs/10_gallery.ipynb #d694e114
 def plot_equities(

@@ -165,14 +165,14 @@ def _tuning_trials(tried, horizon):
     storages = {settings().storage or r.path.parent / "tuning.db" for r in tried}
     return sum(n_trials_of(None, horizon, prints, storage, folders) for storage in storages)
 
-# %% ../../nbs/runs/07_significance.ipynb #82d3b149
+# %% ../../nbs/runs/07_significance.ipynb #29441c07
 RESCORE = "scored by an earlier version: run `modelfactory rescore`"
 
 def daily_profit(
     tables: list,  # `daily` of the backtests of one model, one a seed
 ) -> pd.DataFrame:  # by day: net, hold, constant; share of capital
-    "Daily profit of a model: the mean over its seeds; raises `KeyError` where a column is missing."
-    tables = [t[["net", "hold", "constant"]] for t in tables]
+    "Daily profit of a model: the mean over its seeds."
+    tables = [t.filter(["net", "hold", "constant"]) for t in tables]
     return tables[0] if len(tables) == 1 else pd.concat(tables).groupby(level=0).mean()
 
 def stored_daily(
@@ -184,7 +184,7 @@ def stored_daily(
     if backtests is None and any(r.scoring < SCORING_VERSION for r in task.runs): return None, RESCORE
     daily = (lambda run: run.daily()) if backtests is None else (lambda run: backtests[run.path.name].daily)
     try: return {model: daily_profit([daily(r) for r in seeds]) for model, seeds in task.models.items()}, ""
-    except (RunError, KeyError, AttributeError): return None, "no prices"
+    except (RunError, AttributeError): return None, "no prices"
 
 # %% ../../nbs/runs/07_significance.ipynb #31d8356d
 def task_significance(
@@ -244,7 +244,7 @@ def _direction_sentence(task):
         return f"the {len(models)} models together have directional skill{_in_brackets(p_value, _trials(task))}, none of them by itself."
     return f"no model can be told from the better constant call{_in_brackets(constant_call_text(best), p_value, _trials(task))}."
 
-# %% ../../nbs/runs/07_significance.ipynb #f979d896
+# %% ../../nbs/runs/07_significance.ipynb #34bcf9c7
 def _log_loss_sentence(task):
     p, models, best = task["p_log_loss"], task["models"], task["best"]
     if p is None: return _not_tested(task, "log_loss", "log loss")
@@ -253,6 +253,7 @@ def _log_loss_sentence(task):
         return f"{who} better than that of the class shares of train ({_p(p)}, {_trials(task)})."
     head = f"{best} has a better log loss than the class shares of train ({_p(p)}, {_trials(task)})"
     if len(models) == 1: return head + "."
+    if task["not_worse"] is None: return head + "."
     others = [m for m in task["not_worse"] if m != best]
     if not others: return head + ", and a better one than every other model."
     which = "1 other is" if len(others) == 1 else f"{len(others)} others are"

@@ -364,7 +364,7 @@ class Run:
 
     def __repr__(self):
         task = f"{self.manifest['model']} on {self.data}, horizon {self.horizon}"
-        return f"Run({self.path.name}: {task}; {self.claim}; net Sharpe ratio {self.metrics['sharpe_net']:.2f})"
+        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {self.metrics['sharpe_net']:.2f})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
 
 def _read(file):
