@@ -162,7 +162,8 @@ def _tuning_trials(tried, horizon):
     from modelfactory.training.tuner import n_trials_of
     prints = {r.manifest.get("data_fingerprint") for r in tried} - {None}
     folders = {r.data for r in tried}
-    storages = {settings().storage or r.path.parent / "tuning.db" for r in tried}
+    shared = settings().storage
+    storages = {shared} if shared else {folder / "tuning.db" for folder in {r.path.parent for r in tried}}
     return sum(n_trials_of(None, horizon, prints, storage, folders) for storage in storages)
 
 # %% ../../nbs/runs/07_significance.ipynb #29441c07
@@ -173,7 +174,8 @@ def daily_profit(
 ) -> pd.DataFrame:  # by day: net, hold, constant; share of capital
     "Daily profit of a model: the mean over its seeds."
     tables = [t.filter(["net", "hold", "constant"]) for t in tables]
-    return tables[0] if len(tables) == 1 else pd.concat(tables).groupby(level=0).mean()
+    if all(t.index.equals(tables[0].index) for t in tables): return sum(tables) / len(tables)
+    return pd.concat(tables).groupby(level=0).mean()
 
 def stored_daily(
     task: Task,
