@@ -134,7 +134,8 @@ class Settings:
     sequence_length: Positive = 60  # bars in a window of a sequence model
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # bars between the window's end and the labelled bar
     cost_bps: Annotated[float, Ge(0)] = 1.0  # cost on each change of position, basis points
-    trading_days: Positive = 252  # trading days a year
+    trading_days: Rate | None = None  # trading days a year; auto (None): from the bars
+    day_start: Annotated[int, Interval(ge=0, le=23)] = 0  # hour at which a trading day begins, in the bars' time zone
     engine: Literal["local", "ray"] = "local"  # where the runs of a grid are made
     address: str = ""  # of a Ray cluster; empty: one on this machine
     tracking: str = ""  # MLflow: sqlite for runs/mlflow.db, or an address; empty: off
@@ -168,6 +169,7 @@ def _given():
     file = _find_file()
     given = {**(_read_file(file) if file else {}), **_read_environment()}
     for key in {"horizons", "plugins"} & set(given): given[key] = [t.strip() for t in given[key].split(",") if t.strip()]
+    if given.get("trading_days") == "auto": given["trading_days"] = None
     return file, file.resolve().parent if file else Path.cwd(), given
 
 # %% ../nbs/00_settings.ipynb #d2ffc2d6

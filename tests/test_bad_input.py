@@ -346,7 +346,7 @@ def settings_ini(name, *says, text, call=settings):
 
 
 settings_ini("an unknown setting", "'horizon'", "did you mean 'horizons'", text="[modelfactory]\nhorizon = 5\n")
-settings_ini("a setting that is no number", "trading_days = 'many'", "integer", text="[modelfactory]\ntrading_days = many\n")
+settings_ini("a setting that is no number", "trading_days = 'many'", "number", text="[modelfactory]\ntrading_days = many\n")
 settings_ini("horizons that are no numbers", "horizons", "'five'", text="[modelfactory]\nhorizons = five\n")
 settings_ini("a setting out of range", "gap = '2'", text="[modelfactory]\ngap = 2\n")
 settings_ini("malformed settings", "no sign of equality", text="[modelfactory]\nno sign of equality\n")

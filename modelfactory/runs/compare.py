@@ -16,7 +16,6 @@ from ..data.splits import MissingFile, excluded_by_reason
 from ..evaluation.metrics import METRICS, classification_metrics, classification_stats, metric_sign
 from ..evaluation.permutation import shuffled_direction_confusion
 from ..models.base import probability_columns
-from .final import looks
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .significance import (
     constant_call_text, count_trials, describe, read_task, stored_daily, task_significance)

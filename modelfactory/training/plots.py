@@ -141,6 +141,7 @@ def plot_precision_recall(
 # %% ../../nbs/training/02_plots.ipynb #51d49544
 def plot_equity(book: Backtest) -> Figure:
     "Equity before and after cost by day, the drawdown after cost, and where there are days enough the Sharpe ratio of a moving window."
+    if not book.has_prices: raise EvaluationError("labels without prices have no equity; expected a backtest on prices")
     days, window = book.daily.index, min(63, len(book.daily) // 2)
     fig, axes = _axes(3 if window >= 20 else 2, size=(6, 4.4 if window >= 20 else 3.6), sharex=True, height_ratios=[3, 1, 1][:3 if window >= 20 else 2])
     top, below = axes[0, 0], axes[1, 0]

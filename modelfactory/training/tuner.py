@@ -256,8 +256,9 @@ class Objective:
         return self.splits.report
 
     def dataset(self, split: str, seq_len: int) -> TimeSeriesDataset:
-        "Samples of a split."
-        return TimeSeriesDataset(self.splits[split], self.config.horizon, seq_len, self.config.data.gap)
+        "Samples of a split; those of val have train before them."
+        context = self.splits["train"] if split == "val" else None
+        return TimeSeriesDataset(self.splits[split], self.config.horizon, seq_len, self.config.data.gap, context, self.trainer.context_rows)
 
     def cut(self, seq_len: int) -> Folds:
         "The folds of train; raises `FoldsError`."
@@ -268,14 +269,21 @@ class Objective:
         if seq_len not in self._parts:
             if self.on == "train": cut = [(samples(folds.ds, train), samples(folds.ds, test)) for folds in [self.cut(seq_len)] for train, test in folds]
             else: cut = [tuple(samples(self.dataset(split, seq_len), slice(None)) for split in ("train", "val"))]
-            prices = read_prices(self.dataset(self.on, seq_len), self.config.data.prices)[0] if self.metric == "sharpe_net" else None
+            prices = self._prices(seq_len) if self.metric == "sharpe_net" else None
             self._parts[seq_len] = [Part(train, test, prices, self._prior(train, test)) for train, test in cut]
         return self._parts[seq_len]
+
+    def _prices(self, seq_len):
+        prices = read_prices(self.dataset(self.on, seq_len), self.config.data.prices)[0]
+        if prices is None:
+            raise TunerError("objective = 'sharpe_net': the splits have no close; give prices=, or take log_loss or f1_macro")
+        return prices
 
     def score(self, predictions, y, prices=None) -> dict:
         "All metrics, without intervals."
         c = self.config
-        return ModelEvaluator(c.horizon, c.cost_bps, c.trading_days, c.data.classes, n_boot=0).compute_all_metrics(predictions, y, prices)
+        evaluator = ModelEvaluator(c.horizon, c.cost_bps, c.trading_days, c.data.classes, 0, day_start=c.day_start)
+        return evaluator.compute_all_metrics(predictions, y, prices)
 
     def _prior(self, train, test): return self.score(baseline_predictions("prior", train[1], test[2], self.config.data.classes), test[1])["log_loss"]
 
@@ -337,7 +345,7 @@ class OptunaModelTuner:
         "`{model}_h{horizon}_{objective}_{on}{folds}_{fingerprint}_{hash of the rest}`."
         c, o = self.config, self.objective
         data = {k: v for k, v in asdict(c.data).items() if k != "data"}
-        rest = dict(base=self.trainer.model_config, space={k: [type(r).__name__, vars(r)] for k, r in self.space.items()}, embargo=o.embargo, data=data, cost=[c.cost_bps, c.trading_days], seed=c.seed, version=modelfactory.__version__)
+        rest = dict(base=self.trainer.model_config, space={k: [type(r).__name__, vars(r)] for k, r in self.space.items()}, embargo=o.embargo, data=data, cost=[c.cost_bps, c.trading_days, c.day_start], seed=c.seed, version=modelfactory.__version__)
         digest = hashlib.blake2b(json.dumps(rest, sort_keys=True, default=list).encode(), digest_size=4).hexdigest()
         return f"{self.model}_h{c.horizon}_{o.metric}_{o.on}{o.folds if o.on == 'train' else ''}_{self.facts['data_fingerprint']}_{digest}"
 

@@ -1,4 +1,4 @@
-"Moved predictions on markets with a known answer: the size and power of the test, and that symbols stay together."
+"Shifted predictions on simulated markets: size and power of the test, sparse symbols, base rates, symbols kept together."
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from modelfactory.evaluation.evaluator import ModelEvaluator
 from modelfactory.evaluation.metrics import EvaluationError
 from modelfactory.evaluation.baselines import persistence_predictions
 from modelfactory.evaluation.permutation import (
-    PermutationError, random_shifts, ffill_index, shift_test, f1_null_interval)
+    NULL_METRICS, PermutationError, random_shifts, ffill_index, null_metrics, shift_test, f1_null_interval)
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
@@ -22,8 +22,8 @@ def market(bars=700, horizon=5, skill=0., seed=0, symbols=2, shared=.7):
     slow = lambda k: np.stack([np.convolve(x, np.ones(k) / k ** .5, "same") for x in shared * rng.normal(size=bars) + (1 - shared ** 2) ** .5 * rng.normal(size=(symbols, bars))])
     returns = 1e-3 * (shared * rng.normal(size=bars) + (1 - shared ** 2) ** .5 * rng.normal(size=(symbols, bars)))
     ahead = np.stack([np.convolve(r, np.ones(horizon))[horizon:] for r in np.pad(returns, [(0, 0), (0, 1)])]) / horizon ** .5 * 1e3
-    lean = skill * ahead + slow(3 * horizon)
-    p = np.exp(np.stack([-lean, 0 * lean + .3, lean], -1)).reshape(-1, 3)
+    opinion = skill * ahead + slow(3 * horizon)
+    p = np.exp(np.stack([-opinion, 0 * opinion + .3, opinion], -1)).reshape(-1, 3)
     meta = pd.DataFrame(dict(datetime=np.tile(pd.date_range("2024-01-02", periods=bars, freq="h"), symbols), symbol=np.repeat([f"S{i}" for i in range(symbols)], bars), horizon=horizon))
     return to_output(p, meta, (-1, 0, 1)), np.digitize(ahead, [-.4, .4]).ravel() - 1, meta.assign(close=100 * np.exp(returns.cumsum(1)).ravel())
 
@@ -41,11 +41,11 @@ def test_without_skill_a_p_value_of_5_percent_comes_up_5_percent_of_the_time(hor
     assert ((p <= .05).mean() <= .1).all() and (abs((p <= .5).mean() - .5) < .16).all()
 
 
-def test_near_places_count():
+def test_shifts_of_less_than_a_horizon_count():
     predictions, y, prices = market(skill=1.)
     test = shift_test(predictions, y, prices, 5, n_draws=99)
     assert np.isclose(test.p_values["log_loss"], 9 / 700 + (1 - 9 / 700) / 100)
-    assert np.isclose(shift_test(predictions, y, prices, 5, step=7).near, 1 / 100)
+    assert np.isclose(shift_test(predictions, y, prices, 5, step=7).excluded_fraction, 1 / 100)
 
 
 def test_a_planted_skill_is_found(): assert ((p_values(40, skill=.25) <= .05).mean() > .8).all()
@@ -64,8 +64,9 @@ def test_a_shift_of_symbols_together_is_a_shift_of_the_frame():
         moved = pd.DataFrame(np.roll(wide.to_numpy(), k, 0), stamps, wide.columns).stack().rename("prediction").reset_index().set_axis(["datetime", "symbol", "prediction"], axis=1)
         asked = source[["datetime", "symbol"]].merge(moved, on=["datetime", "symbol"])
         assert len(asked) == len(keep)
-        book = tranche_backtest(asked, prices, 5)
-        assert np.isclose(book.metrics()["sharpe_net"], test.draws.sharpe_net[k]) and np.allclose(book.daily.net, test.pnl[k])
+        slow = tranche_backtest(asked, prices, 5)
+        assert np.isclose(slow.metrics()["sharpe_net"], test.draws.sharpe_net[k])
+        assert np.allclose(slow.daily.net, test.pnl[k])
 
 
 def test_the_order_of_rows_changes_nothing():
@@ -81,7 +82,8 @@ def test_observed_scores_are_those_of_the_evaluator():
         for close in (prices, None):
             scores = ModelEvaluator(horizon, cost, n_boot=0).compute_all_metrics(predictions, y, close)
             observed = shift_test(predictions, y, close, horizon, 19, cost_bps=cost).observed
-            assert all(np.isclose(observed[k], scores[k]) for k in observed)
+            for k in ("sharpe_net", "log_loss"): assert np.isclose(observed[k], scores[k], equal_nan=True)
+            assert np.isnan(observed["sharpe_net"]) == (close is None)
 
 
 def test_every_row_has_a_source_whatever_is_missing():
@@ -120,6 +122,69 @@ def test_persistence_of_a_symbol_that_train_never_saw_is_the_most_frequent_class
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=20, freq="h"), symbol="A", horizon=2))
     said = persistence_predictions(np.ones(20, int), meta, -np.ones(20, int), meta.assign(symbol="B"))
     assert said.predictions.tolist() == [1] * 3 + [-1] * 17
+
+
+def joined(*parts):
+    "Predictions, labels and prices of several markets, the symbols of later ones renamed."
+    names = ("predictions", "probabilities", "timestamps", "symbols", "horizons")
+    columns = {k: np.concatenate([getattr(p, k) for p, _, _ in parts]) for k in names if k != "timestamps"}
+    columns["symbols"] = np.concatenate([[f"{k}{s}" for s in p.symbols] for k, (p, _, _) in enumerate(parts)])
+    times = pd.DatetimeIndex(np.concatenate([p.timestamps for p, _, _ in parts]))
+    prices = pd.concat([t.assign(symbol=str(k) + t.symbol) for k, (_, _, t) in enumerate(parts)], ignore_index=True)
+    return replace(parts[0][0], **columns, timestamps=times), np.concatenate([y for _, y, _ in parts]), prices
+
+
+def thinned(part, every):
+    predictions, y, prices = part
+    keep = np.arange(len(y)) % every == 0
+    return rows_of(predictions, keep), y[keep], prices[keep]
+
+
+def test_a_symbol_with_80_rows_leaves_the_p_values_of_the_others():
+    "It moved the p-value from .011 to .134: its bars are 100 timestamps apart, and so was the margin of all shifts."
+    many, few = market(bars=8000, skill=1.), thinned(market(bars=8000, symbols=1, seed=1), 100)
+    assert len(few[1]) == 80
+    alone, both = shift_test(*many, 5, n_draws=99), shift_test(*joined(many, few), 5, n_draws=99)
+    for name, p in alone.p_values.items():
+        assert p < .012 and abs(both.p_values[name] - p) < .005
+
+
+def test_a_daily_symbol_beside_five_minute_symbols_leaves_a_null_distribution():
+    predictions, y, prices = market(bars=60 * 78, horizon=20, symbols=3, skill=.5)
+    both = joined((predictions, y, prices), thinned(market(bars=60 * 78, horizon=20, symbols=1, seed=1), 78))
+    metrics = null_metrics(*both, horizon=20)
+    assert np.isfinite([metrics[k] for k in NULL_METRICS]).all()
+    assert metrics["directional_skill_p_shift"] < .05
+
+
+def slow_skill(y, predictions, symbols):
+    "Mean over rows with two signs of (q - mean q)(z - mean z), means over such rows of each symbol."
+    gains = []
+    for s in np.unique(symbols):
+        pairs = [(np.sign(q), np.sign(z)) for q, z, of in zip(predictions, y, symbols) if of == s and q and z]
+        if not pairs: continue
+        mean_q, mean_z = np.mean(pairs, axis=0)
+        gains += [(q - mean_q) * (z - mean_z) for q, z in pairs]
+    return np.mean(gains) if gains else np.nan
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_directional_skill_is_the_slow_covariance(seed):
+    predictions, y, prices = market(bars=300, seed=seed, skill=.3, symbols=3)
+    test = shift_test(predictions, y, prices, 5, n_draws=19)
+    assert np.isclose(test.observed["directional_skill"], slow_skill(y, predictions.predictions, predictions.symbols))
+    wide = predictions.predictions.reshape(3, 300)
+    for k in test.draws.index[:5]:
+        expected = slow_skill(y, np.roll(wide, k, 1).ravel(), predictions.symbols)
+        assert np.isclose(test.draws.directional_skill[k], expected)
+
+
+def test_a_constant_call_has_no_directional_skill_whatever_the_base_rates():
+    predictions, y, prices = market(bars=400)
+    y = np.where(np.arange(len(y)) % 10 < 3, -1, 1)
+    calls = np.where(predictions.symbols == "S0", 1, -1).astype(np.int8)
+    test = shift_test(replace(predictions, predictions=calls), y, prices, 5, n_draws=19)
+    assert abs(test.observed["directional_skill"]) < 1e-12 and np.isclose(test.p_values["directional_skill"], 1)
 
 
 def test_what_is_refused():
