@@ -8,10 +8,9 @@ import pandas as pd
 import yaml
 
 from modelfactory.evaluation.baselines import baseline_predictions
-from modelfactory.evaluation.evaluator import ModelEvaluator
+from modelfactory.evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from modelfactory.models.base import to_output
-from modelfactory.runs.store import (
-    RESULT, SCORING_VERSION, load_run, prediction_frame, publish, start_attempt, write_json)
+from modelfactory.runs.store import RESULT, load_run, prediction_frame, publish, start_attempt, write_json
 
 
 def bars(n=400, symbols=("A", "B"), horizon=5, shares=(1, 1, 1), seed=0, freq="h"):
@@ -60,8 +59,7 @@ def make_run(runs, model, table, *, data="/data/bars", horizon=5, seed=42, skill
     write_json(attempt / "metrics/history.json", {})
     write_json(attempt / "splits.json", dict(excluded=[["volume", "market", "raw"]], labels=[], warnings=[], splits=[], n_features=3))
     book = evaluator.backtest(output, closes, y) if prices and daily is None else None
-    if book is not None:
-        daily = book.daily.reindex(columns=[*book.daily, *{"hold", "constant"} - set(book.daily)], fill_value=0.)
+    daily = book.daily if book else daily
     if daily is not None:
         daily.rename_axis("day").reset_index().to_parquet(attempt / "predictions/val_daily.parquet", index=False)
     identity = hashlib.blake2b(json.dumps([resolved, fingerprint, code]).encode(), digest_size=8).hexdigest()

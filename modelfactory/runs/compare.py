@@ -13,22 +13,25 @@ import pandas as pd
 
 from ..data.bundled import resolve_data
 from ..data.splits import MissingFile, excluded_by_reason
-from ..evaluation.metrics import METRICS, classification_metrics, classification_stats, metric_sign
+from ..evaluation.evaluator import SCORING_VERSION
+from ..evaluation.metrics import classification_metrics, classification_stats, metric_sign
 from ..evaluation.permutation import shuffled_direction_confusion
 from ..models.base import probability_columns
+from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .significance import (
     constant_call_text, count_trials, describe, read_task, stored_daily, task_significance)
-from .store import FAILED, SCORING_VERSION, RunError, RunList, list_runs, write_json
+from .store import FAILED, RunError, RunList, list_runs, write_json
 from ..settings import ConfigError, settings
+from ..training.test_set import test_set_uses
 
 # %% auto #0
 __all__ = ['MIN_CEILING_GAP', 'CLAIMS', 'SHOWN', 'DIRECTION', 'BEST', 'VERDICTS', 'BOUNDS', 'STYLE', 'COMPARISON',
-           'seed_statistics', 'variance_split', 'ceiling_scores', 'comparison', 'plain_data', 'early_stopping_sentence',
-           'read_comparison', 'failures', 'leaderboard', 'escape_markdown', 'Table', 'leaderboard_table',
-           'direction_tests', 'best_per_horizon', 'best_verdict', 'verdict_table', 'seed_table', 'variance_table',
-           'fraction_of_ceiling', 'ceiling_table', 'conclusion', 'notes', 'task_notes', 'summary', 'seconds_table',
-           'excluded_table', 'to_html', 'to_markdown', 'write_comparison', 'compare']
+           'seed_statistics', 'variance_split', 'ceiling_scores', 'comparison', 'plain_data', 'read_comparison',
+           'failures', 'leaderboard', 'escape_markdown', 'Table', 'leaderboard_table', 'direction_tests',
+           'best_per_horizon', 'best_verdict', 'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling',
+           'ceiling_table', 'conclusion', 'notes', 'task_notes', 'summary', 'seconds_table', 'excluded_table',
+           'to_html', 'to_markdown', 'write_comparison', 'compare']
 
 # %% ../../nbs/runs/03_compare.ipynb #5ccc091c
 def _task_scores(task):
@@ -194,7 +197,7 @@ def comparison(
     folders = list(dict.fromkeys([runs.folder] if runs.folder else [r.path.parent for r in runs]))
     return plain_data(dict(
         schema=1, scoring=SCORING_VERSION, tasks=tasks, excluded=_excluded(runs), failed=[row for f in folders for row in failures(f)], unread=unread,
-        test_set_uses=[sentence for f in folders for sentence in looks(f)], early_stopping=_early_stopping(runs)))
+        test_set_uses=[sentence for f in folders for sentence in test_set_uses(f)], early_stopping=_early_stopping(runs)))
 
 def plain_data(value):
     "A value as JSON holds it: numbers of Python, None where undefined."
@@ -203,20 +206,13 @@ def plain_data(value):
     if isinstance(value, np.generic): value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def early_stopping_sentence(
-    model_config: dict,  # resolved config of a model
-) -> str:  # empty where nothing is to be said
-    "What early stopping on val does to the scores on val."
-    try: from modelfactory.training.trainer import early_stopping_note
-    except ImportError: return ""
-    return early_stopping_note(model_config) or ""
-
 def _early_stopping(runs):
     "Sentences on early stopping with the models that they hold for."
+    from modelfactory.training.trainer import early_stopping_note
     notes = {}
     for model, run in {r.manifest["model"]: r for r in runs.latest()}.items():
-        try: note = early_stopping_sentence(run.config["config"])
-        except ConfigError: continue
+        try: note = early_stopping_note(run.config["config"])
+        except (ConfigError, UnknownModel): continue  # the model's plugin or the run's config is not there any more
         if note: notes.setdefault(note, []).append(model)
     return [dict(sentence=note, models=models) for note, models in notes.items()]
 

@@ -185,7 +185,8 @@ def net_profit(
     "Net profit by day of each model, the mean over its seeds."
     try: daily = {model: [r.daily()["net"] for r in seeds] for model, seeds in task.models.items()}
     except RunError: return None
-    return pd.DataFrame({model: pd.concat(seeds, axis=1).mean(axis=1) for model, seeds in daily.items()}).fillna(0.)
+    net = pd.DataFrame({model: pd.concat(seeds, axis=1).mean(axis=1, skipna=False) for model, seeds in daily.items()})
+    return None if net.isna().all(axis=None) else net.fillna(0.)
 
 def _overlap(task, net):
     "Days over which the positions of neighbouring predictions overlap."

@@ -14,14 +14,14 @@ import pandas as pd
 from filelock import FileLock
 
 from ..data.splits import SplitsError
-from ..evaluation.evaluator import ModelEvaluator
+from ..evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from ..evaluation.backtest import BacktestError
 from ..evaluation.metrics import EvaluationError, has_direction, metric_names
 from ..evaluation.permutation import null_metrics
 from ..models.base import PredictionOutput, probability_columns, to_output
 from ..models.persistence import file_hash
 from .store import (
-    MANIFEST, SCORING_VERSION, STAGED, Run, RunError, finish_swaps, list_runs, load_run, replace_run, score_files,
+    MANIFEST, STAGED, Run, RunError, finish_swaps, list_runs, load_run, replace_run, score_files,
     write_json, write_scores)
 from ..settings import ConfigError
 
@@ -40,7 +40,7 @@ def scoring_trainer(
     from modelfactory.models.registry import UnknownModel
     from modelfactory.training.trainer import Trainer
     try:
-        trainer = Trainer(run.config)
+        trainer = Trainer(_scoring_config(run))
         prints = {trainer.fingerprint(), fingerprint(resolve_data(run.data), ("train", "val"))}
         if run.manifest["data_fingerprint"] not in prints: raise RunError(f"{run.data} has changed since the training")
         trainer.datasets, trainer.report = trainer._load(("train", *splits))
@@ -48,6 +48,10 @@ def scoring_trainer(
     return trainer
 
 # %% ../../nbs/runs/13_rescore.ipynb #7cfb5093
+def _scoring_config(run):
+    "The run's config; version 1 stored the days of a year although nobody had set them."
+    return {k: v for k, v in run.config.items() if run.scoring > 1 or k != "trading_days"}
+
 def rows_of(
     dataset,  # TimeSeriesDataset
     frame: pd.DataFrame,  # predictions: datetime, symbol, y_true
@@ -149,7 +153,8 @@ def _write_all(scored, split, staged):
     from modelfactory.evaluation.robustness import plot_robustness
     from modelfactory.training import plots
     write_scores(scored, split, staged)
-    if split != "val" or not (backtest := scored.backtest(split)): return
+    backtest = scored.backtest(split)
+    if split != "val" or not backtest or not backtest.has_prices: return
     drawn = dict(equity=lambda: plots.plot_equity(backtest), robustness=lambda: plot_robustness(scored.robustness(split)))
     for name in FIGURES:
         file = staged / f"plots/{name}.png"

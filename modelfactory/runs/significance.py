@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation import significance
+from ..evaluation.evaluator import SCORING_VERSION
 from ..evaluation.metrics import has_direction
 from ..evaluation.significance import SignificanceError, class_differences
 from ..models.base import probability_columns
-from .store import SCORING_VERSION, Run, RunError, RunList, list_runs, load_run
+from .store import Run, RunError, RunList, list_runs, load_run
 from ..settings import ConfigError, settings
 
 # %% auto #0

@@ -19,11 +19,10 @@ from ..settings import read_yaml, settings
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SCORING_VERSION', 'SILENT',
-           'FORMER_NAMES', 'REQUIRED', 'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim',
-           'clear_partial', 'is_alive', 'write_json', 'prediction_frame', 'write_run', 'git_commit', 'score_files',
-           'write_scores', 'publish', 'replace_run', 'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList',
-           'list_runs']
+__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES', 'REQUIRED',
+           'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive',
+           'write_json', 'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish',
+           'replace_run', 'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
@@ -31,7 +30,6 @@ class RunError(ValueError):
 
 MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
 STAGED, REPLACED = ".rescored", ".replaced"  # folders of runs that are about to take a place, and of those they replace
-SCORING_VERSION = 2  # of the metrics' definitions; 2: directional skill, fixed shares of capital, days a year from the bars
 
 # %% ../../nbs/runs/00_store.ipynb #84bcecba
 def code_version(
@@ -125,6 +123,7 @@ def write_run(
     "Writes a trainer's results into `folder`, `result.json` last; the figures are closed."
     import yaml
     from modelfactory.data.explore import feature_bins
+    from modelfactory.evaluation.evaluator import SCORING_VERSION
     folder, c = Path(folder), trainer.config
     resolved = json.loads(json.dumps(trainer.resolved()))
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
