@@ -13,8 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'doctor', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'tune',
-           'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+__all__ = ['app', 'models', 'doctor', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'rescore',
+           'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -136,15 +136,25 @@ def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in p
 
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()
-def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None):
-    "Compare all finished runs: notebook, markdown, page.\n\nExample: modelfactory compare runs"
-    from modelfactory.runs.compare import compare as compare_runs, conclusion
-    from modelfactory.runs.store import list_runs
+def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; default: from settings.ini")] = None,
+            json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False):
+    "Compare all finished runs: JSON, notebook, markdown, page.\n\nExample: modelfactory compare runs"
+    from modelfactory.runs.compare import COMPARISON, compare as compare_runs, read_comparison, summary, write_comparison
     from modelfactory.settings import settings
     runs = runs or settings().runs
+    if json_:
+        write_comparison(runs)
+        print((runs / COMPARISON).read_text())
+        return
     page = compare_runs(runs)
-    print(*conclusion(list_runs(runs)), sep="\n")
+    print(*summary(read_comparison(page.with_name(COMPARISON))), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
+
+@app.command()
+def rescore(runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a folder that holds runs")]):
+    "Score stored predictions anew, without training: for runs scored by an earlier version.\n\nExample: modelfactory rescore runs"
+    from modelfactory.runs.rescore import rescore_runs
+    for row in rescore_runs(runs): print(f"{row['run']}: {row['scored']}" + (f" ({row['reason']})" if row["reason"] else ""))
 
 # %% ../nbs/cli.ipynb #b6f0fbde
 @app.command()

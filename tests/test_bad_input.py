@@ -572,7 +572,7 @@ def _(work): return lambda: load_run(work / "settings.ini")
 def _(work): (work / "runs/first/manifest.json").write_text("{"); return lambda: load_run(work / "runs/first")
 
 @kind("a manifest of something else", RunError, "manifest.json", "not a manifest")
-def _(work): (work / "runs/first/manifest.json").write_text('{"files": {}}'); return lambda: list_runs(work / "runs")
+def _(work): (work / "runs/first/manifest.json").write_text('{"files": {}}'); return lambda: load_run(work / "runs/first")
 
 @kind("a checkpoint changed after the run", RunError, "estimator.skops", "changed")
 def _(work):

@@ -25,8 +25,8 @@ from modelfactory.models.base import FeatureMismatch
 from modelfactory.models.conformance import planted
 from modelfactory.models.persistence import CheckpointError, code_in, load_model
 from modelfactory.models.registry import ModelRegistry, UnknownModel, check_name
-from modelfactory.runs.compare import best_per_horizon, compare, conclusion, excluded, leaderboard, leaderboard_table, Table
-from modelfactory.runs.compare import plain as as_markdown
+from modelfactory.runs.compare import (
+    best_per_horizon, compare, comparison, direction_tests, escape_markdown, excluded_table, leaderboard, leaderboard_table, summary, Table)
 from modelfactory.runs.grid import GridResult, GridStatus
 from modelfactory.runs.engine import Outcome
 from modelfactory.runs.store import FAILED, MANIFEST, RunError, list_runs, load_run, publish, start_attempt, write_run
@@ -464,20 +464,21 @@ def test_progress_escapes_what_it_says(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_leaderboard_escapes_names(name, strange):
-    table = leaderboard(list_runs(strange[0][0].path.parent))
+    table = leaderboard(comparison(strange[0][0].path.parent))
     harmless(leaderboard_table(table)._repr_html_()), harmless(leaderboard_table(table.assign(data=name, model=name))._repr_html_())
 
 
 def test_a_leaderboard_shows_names_as_they_are(strange):
-    assert "&lt;img src=x onerror=alert(1)&gt;" in leaderboard_table(leaderboard(list_runs(strange[0][0].path.parent)))._repr_html_()
+    assert "&lt;img src=x onerror=alert(1)&gt;" in leaderboard_table(leaderboard(comparison(strange[0][0].path.parent)))._repr_html_()
 
 
 def test_markdown_escapes_names(strange):
     runs = list_runs(strange[0][0].path.parent)
-    plain("\n".join(f"- {as_markdown(s)}" for s in conclusion(runs)))
+    result = comparison(runs)
+    plain("\n".join(f"- {escape_markdown(s)}" for s in summary(result)))
     from modelfactory.runs.export import model_card
     plain(model_card(runs[0]))
-    for table in (leaderboard_table(leaderboard(runs)), Table(best_per_horizon(runs)), Table(excluded(runs))): plain(table._repr_markdown_()), harmless(table._repr_html_())
+    for table in (leaderboard_table(leaderboard(result)), Table(best_per_horizon(result)), Table(direction_tests(result)), excluded_table(result)): plain(table._repr_markdown_()), harmless(table._repr_html_())
 
 
 def test_the_page_of_a_comparison_has_no_element_of_a_stranger(strange, tmp_path):
@@ -503,7 +504,7 @@ def test_a_manifest_of_strange_names_is_shown_escaped(published, tmp_path):
         (folder / MANIFEST).write_text(json.dumps(said | dict(model=name, family=name, data=f"/{name}", created=name, identity=name, grid=name)))
         harmless(load_run(folder)._repr_html_())
     runs = list_runs(tmp_path / "runs")
-    harmless(runs._repr_html_()), harmless((table := leaderboard_table(leaderboard(runs)))._repr_html_()), plain(table._repr_markdown_())
+    harmless(runs._repr_html_()), harmless((table := leaderboard_table(leaderboard(comparison(runs))))._repr_html_()), plain(table._repr_markdown_())
 
 
 # Secrets ------------------------------------------------------------------------------------------------------------------------

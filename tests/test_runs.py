@@ -133,10 +133,10 @@ def test_training_never_opens_the_test_split(tmp_path):
 
 def test_demo_says_what_it_means(capsys, tmp_path):
     "A small grid over the three kinds of data ends in three sentences."
-    from modelfactory.runs.compare import compare, conclusion
+    from modelfactory.runs.compare import compare, comparison, conclusion
     from modelfactory.runs.grid import run_grid
     result = run_grid(dict(data=["eurusd", "planted", "null"], models=["logistic_regression"], horizons=[5], preset="quick"), tmp_path)
     assert result.ok
-    said = conclusion(list_runs(tmp_path))
+    said = conclusion(comparison(tmp_path))
     assert [s.split(":")[0] for s in said] == ["planted", "null", "eurusd"]
     assert compare(tmp_path).is_file() and (tmp_path / "model_comparison.md").read_text().count("logistic_regression") >= 6

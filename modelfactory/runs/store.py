@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/00_store.ipynb #c11a3576
 from __future__ import annotations
-import hashlib, html, json, math, os, platform, secrets, shutil, subprocess, sys, time
+import contextlib, hashlib, html, json, math, os, platform, secrets, shutil, subprocess, sys, time
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,17 @@ from ..settings import read_yaml, settings
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'SILENT', 'RunError', 'code_version', 'run_identity',
-           'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame', 'write_run',
-           'git_commit', 'publish', 'Run', 'load_run', 'RunList', 'list_runs']
+__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES', 'REQUIRED',
+           'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive',
+           'write_json', 'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish',
+           'replace_run', 'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
     "A folder that is not a finished run, or one whose files have changed since."
 
 MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
+STAGED, REPLACED = ".rescored", ".replaced"  # folders of runs that are about to take a place, and of those they replace
 
 # %% ../../nbs/runs/00_store.ipynb #84bcecba
 def code_version(
@@ -121,17 +123,20 @@ def write_run(
     "Writes a trainer's results into `folder`, `result.json` last; the figures are closed."
     import yaml
     from modelfactory.data.explore import feature_bins
+    from modelfactory.evaluation.evaluator import SCORING_VERSION
     folder, c = Path(folder), trainer.config
     resolved = json.loads(json.dumps(trainer.resolved()))
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     trainer.model.save(folder / "checkpoints")
-    for split, predictions in trainer.predictions.items(): _write_predictions(trainer, split, predictions, folder)
+    for split, predictions in trainer.predictions.items():
+        _write_predictions(trainer, split, predictions, folder)
+        write_scores(trainer, split, folder)
     write_json(folder / "metrics/history.json", trainer.history)
     write_json(folder / "splits.json", trainer.report.to_dict())
     write_json(folder / FEATURES, feature_bins(trainer.datasets["train"].split))  # so that new bars can be compared with train
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
-    write_json(folder / RESULT, dict(model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
+    write_json(folder / RESULT, dict(scoring=SCORING_VERSION, model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
                                      code=code_version(c.model), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, train_shares=_shares(trainer), versions=_versions(trainer.model)))
 
 def git_commit(folder: Path) -> str | None:
@@ -145,11 +150,29 @@ def _write_predictions(trainer, split, predictions, folder):
     frame = prediction_frame(predictions, trainer.config.data.classes, trainer.datasets[split].y)
     (folder / "predictions").mkdir(exist_ok=True)
     frame.to_parquet(folder / f"predictions/{split}_predictions.parquet", index=False)
+
+def score_files(
+    split: str,
+) -> dict[str, str]:  # metrics, baselines, robustness, daily -> file inside the run
+    "Where a run keeps what scoring a split gives."
     prefix = "" if split == "val" else f"{split}_"
-    write_json(folder / f"metrics/{prefix}metrics.json", trainer.metrics[split])
-    write_json(folder / f"metrics/{prefix}baselines.json", trainer.baselines(split))
-    if robustness_by_split := trainer.robustness(split): write_json(folder / f"metrics/{prefix}robustness.json", robustness_by_split.to_dict())
-    if book := trainer.backtest(split): book.daily.rename_axis("day").reset_index().to_parquet(folder / f"predictions/{split}_daily.parquet", index=False)
+    files = {name: f"metrics/{prefix}{name}.json" for name in ("metrics", "baselines", "robustness")}
+    return files | dict(daily=f"predictions/{split}_daily.parquet")
+
+def write_scores(
+    trainer,  # evaluated
+    split: str,
+    folder: Path,  # an attempt
+):
+    "Writes metrics, baselines, robustness and daily profit of a split."
+    files = {name: folder / file for name, file in score_files(split).items()}
+    write_json(files["metrics"], trainer.metrics[split])
+    write_json(files["baselines"], trainer.baselines(split))
+    robustness, backtest = trainer.robustness(split), trainer.backtest(split)
+    if robustness:
+        write_json(files["robustness"], robustness.to_dict())
+    if backtest:
+        backtest.daily.rename_axis("day").reset_index().to_parquet(files["daily"], index=False)
 
 def _write_figure(figure, file):
     from modelfactory.training.plots import png
@@ -178,7 +201,59 @@ def publish(
     with open(attempt / MANIFEST) as f: os.fsync(f.fileno())
     return attempt.rename(Path(runs) / attempt.name)
 
+# %% ../../nbs/runs/00_store.ipynb #b15e1762
+def _swap_lock(folder):
+    from filelock import FileLock
+    return FileLock(folder / ".swap.lock", timeout=60)
+
+def replace_run(
+    staged: Path,  # complete, in `.rescored/` of the runs folder, with the run's name
+    run: Path,  # the folder it replaces
+):
+    "Puts a complete folder in a run's place. A kill at any moment leaves the old run or the new one."
+    old = run.parent / REPLACED / run.name
+    old.parent.mkdir(exist_ok=True)
+    with _swap_lock(run.parent):
+        _finish_swap(old)
+        os.rename(run, old)
+        os.rename(staged, run)
+        shutil.rmtree(old, ignore_errors=True)
+
+def _finish_swap(old):
+    "Ends a swap that a kill interrupted; `old` is the folder of the replaced run."
+    run, staged = old.parent.parent / old.name, old.parent.parent / STAGED / old.name
+    if old.is_dir() and not run.is_dir():
+        os.rename(staged if (staged / MANIFEST).is_file() else old, run)
+    shutil.rmtree(old, ignore_errors=True)
+
+def finish_swaps(
+    runs: Path,  # the runs folder
+):
+    "Ends every interrupted replacement of a run in a folder."
+    waiting = [f for f in (Path(runs) / REPLACED).glob("*") if f.is_dir()]
+    if not waiting: return
+    with contextlib.suppress(OSError), _swap_lock(Path(runs)):
+        for old in waiting: _finish_swap(old)
+
+# %% ../../nbs/runs/00_store.ipynb #b2b1e0e2
+FORMER_NAMES = dict(f1_floor="f1_null", f1_above_floor="f1_skill", directional_accuracy_p_shift=None)  # None: dropped
+
+def read_metrics(
+    values: dict,  # as stored; null where undefined
+) -> dict:  # NaN where undefined
+    "Stored metrics by their names of today."
+    renamed = {_current_name(name): value for name, value in values.items()}
+    return {name: math.nan if value is None else value for name, value in renamed.items() if name}
+
+def _current_name(name):
+    "The name of a stored metric today, None where there is none."
+    base = name.removesuffix("_ci_low").removesuffix("_ci_high")
+    if base not in FORMER_NAMES: return name
+    return FORMER_NAMES[base] and FORMER_NAMES[base] + name[len(base):]
+
 # %% ../../nbs/runs/00_store.ipynb #91776549
+REQUIRED = ("model", "horizon", "seed", "data", "created", "files", "identity")  # keys of a manifest
+
 class Run:
     "A finished run."
     def __init__(self, path: Path): self.path = Path(path); self.manifest
@@ -189,21 +264,30 @@ class Run:
         try: manifest = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError: raise RunError(f"{self.path}: not a finished run (no {MANIFEST}); runs are listed by `list_runs`") from None
         except (OSError, ValueError) as e: raise RunError(f"{self.path / MANIFEST}: not readable ({e})") from None
-        if not isinstance(manifest, dict) or not {"model", "horizon", "files", "identity"} <= set(manifest) or not isinstance(manifest["files"], dict): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
+        if not isinstance(manifest, dict) or not set(REQUIRED) <= set(manifest) or not isinstance(manifest["files"], dict): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
         return manifest
 
     def _json(self, name):
         file = self.path / "metrics" / name
         try: return json.loads(file.read_text())
         except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
-    def _numbers(self, name): return _nan_for_null(self._json(name))
+    def _numbers(self, name): return read_metrics(self._json(name))
     @cached_property
     def metrics(self):
         "Of validation, NaN where undefined."
         from modelfactory.evaluation.tables import Metrics
         return Metrics(self._numbers("metrics.json"))
 
-    baselines = cached_property(lambda self: {k: _nan_for_null(v) for k, v in self._json("baselines.json").items()})  # name -> metrics
+    @property
+    def scoring(self) -> int:
+        "Version of the metrics' definitions that this run was scored with."
+        return self.manifest.get("scoring", 1)
+
+    @cached_property
+    def baselines(self) -> dict:
+        "Metrics of each baseline by its name."
+        return {name: read_metrics(values) for name, values in self._json("baselines.json").items()}
+
     baseline = property(lambda self: self.baselines["prior"])  # of the class shares of train
     history = cached_property(lambda self: self._json("history.json"))  # losses by round
     robustness = cached_property(lambda self: self._json("robustness.json"))  # what the profit hangs on: tables as lists of rows
@@ -253,24 +337,55 @@ class Run:
     def __getattr__(self, name):
         if name in ("horizon", "family", "data", "seed", "identity", "created"): return self.manifest[name]
         raise AttributeError(name)
-    def __repr__(self): return f"Run({self.path.name}: {self.manifest['model']} on {self.data}, horizon {self.horizon}, directional accuracy {self.metrics['directional_accuracy']:.3f}, net Sharpe {self.metrics['sharpe_net']:.2f})"
+
+    @cached_property
+    def trials(self) -> int:
+        "Trials on this run's data set that its folder knows of, this run included."
+        from modelfactory.runs.significance import count_trials
+        runs = list_runs(self.path.parent)
+        return max(count_trials(runs, runs.data_names.get(self.data, self.data)), 1)
+
+    def direction_claim(self,
+        trials: int | None = None,  # models that were tried; None: those that the run's folder knows of
+        split: str = "val",
+    ):  # DirectionClaim
+        "Whether the run has directional skill, corrected for the number of trials."
+        from modelfactory.evaluation import significance
+        classes = tuple(self.config["data"]["classes"])
+        return significance.direction_claim(self.predictions(split), self.horizon, trials or self.trials, classes=classes)
+
+    @cached_property
+    def claim(self) -> str:
+        "The sentence on directional skill, corrected for the trials that the run's folder knows of."
+        if "claim" in self.manifest: return self.manifest["claim"]
+        try: return self.direction_claim().sentence
+        except RunError as e: return f"direction: not tested ({e})"
+
+    def __repr__(self):
+        task = f"{self.manifest['model']} on {self.data}, horizon {self.horizon}"
+        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {self.metrics['sharpe_net']:.2f})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
 
 def _read(file):
     "A small table: without the search for partitions that pandas pays for."
     from pyarrow.parquet import ParquetFile
-    return ParquetFile(file).read(use_threads=False).to_pandas()
-
-def _nan_for_null(values): return {k: math.nan if v is None else v for k, v in values.items()}
+    try: return ParquetFile(file).read(use_threads=False).to_pandas()
+    except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
 
 # %% ../../nbs/runs/00_store.ipynb #f515efcc
-def load_run(path: Path) -> Run:
+def load_run(
+    path: Path,  # folder of a run
+) -> Run:
     "A finished run; raises `RunError` when the folder is none."
+    path = Path(path)
+    if not path.is_dir(): finish_swaps(path.parent)
     return Run(path)
 
 # %% ../../nbs/runs/00_store.ipynb #fc1d70e9
 class RunList(list):
     "Runs, oldest first."
+    folder: Path | None = None  # they were listed from
+    unread: list = []  # dicts folder, reason: folders in it that cannot be read as runs
     def to_frame(self):
         "A row a run with its main metrics."
         import pandas as pd
@@ -290,6 +405,20 @@ class RunList(list):
 def list_runs(
     runs: Path | None = None,  # None: settings' runs folder
 ) -> RunList:
-    "Every finished run in a folder, oldest first."
-    folders = (f.parent for f in Path(runs or settings().runs).glob(f"*/{MANIFEST}") if not f.parent.name.startswith("."))
-    return RunList(sorted((Run(f) for f in folders), key=lambda r: (r.created, r.path.name)))
+    "Every finished run in a folder, oldest first; bundles are left out, folders that cannot be read are in `.unread`."
+    folder, found, unread = Path(runs or settings().runs), [], []
+    finish_swaps(folder)
+    for path in sorted(f for f in folder.glob("*") if not f.name.startswith(".")):
+        try: found += _listed(path)
+        except RunError as e: unread.append(dict(folder=path.name, reason=str(e).replace(f"{folder}{os.sep}", "")))
+    result = RunList(sorted(found, key=lambda r: (r.created, r.path.name)))
+    result.folder, result.unread = folder, unread
+    return result
+
+def _listed(path):
+    "The run in a folder, in a list; empty where the folder is no run."
+    if not (path / MANIFEST).is_file():
+        if (path / "config.yaml").is_file(): raise RunError(f"{path}: no {MANIFEST}; remove the folder or copy the run again")
+        return []
+    run = Run(path)
+    return [] if "bundle_of" in run.manifest else [run]

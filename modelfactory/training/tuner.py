@@ -524,18 +524,25 @@ def read_tuned(
 
 # %% ../../nbs/training/05_tuner.ipynb #1b3fc26e
 def n_trials_of(
-    model: str,
-    horizon: int,
-    data_fingerprint: str | None = None,  # None: of any data
+    model: str | None = None,  # None: of any model
+    horizon: int | None = None,  # bars ahead; None: of any horizon
+    data_fingerprint: str | set | None = None,  # one or several; None: of any data
     storage: str | Path | None = None,  # see `storage_url`
+    data: set = frozenset(),  # folders or bundled names whose studies count whatever their fingerprint
 ) -> int:  # 0 where nothing was tuned
-    "Configurations of a model that were looked at for a task, in all its studies."
-    if (file := sqlite_file(storage_url(storage))) and not file.is_file(): return 0
+    "Configurations that were tried for a task, in all its studies, those that were measured on val included."
+    file = sqlite_file(storage_url(storage))
+    if file and not file.is_file(): return 0
     import optuna
-    asked = dict(model=model, horizon=horizon) | (dict(data_fingerprint=data_fingerprint) if data_fingerprint else {})
+    prints = {data_fingerprint} if isinstance(data_fingerprint, str) else data_fingerprint
+
+    def counts(facts):
+        same_data = prints is None or facts.get("data_fingerprint") in prints or facts.get("data") in data
+        return same_data and model in (None, facts.get("model")) and horizon in (None, facts.get("horizon"))
+
     with _quiet():
         base = open_storage(storage)
-        names = [s.study_name for s in optuna.get_all_study_summaries(base) if asked.items() <= s.user_attrs.items()]
+        names = [s.study_name for s in optuna.get_all_study_summaries(base) if counts(s.user_attrs)]
         return sum(TuningResult(optuna.load_study(study_name=name, storage=base)).n_trials for name in names)
 
 # %% ../../nbs/training/05_tuner.ipynb #2c5a9c23

@@ -1,0 +1,305 @@
+"The comparison as one dictionary: its schema, and every branch of every sentence that is made from it."
+import itertools
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricate import bars, make_run, probabilities
+
+from modelfactory.cli import main
+from modelfactory.runs import compare
+from modelfactory.runs.compare import (
+    best_per_horizon, best_verdict, comparison, conclusion, direction_tests, fraction_of_ceiling, leaderboard, leaderboard_table, notes,
+    read_comparison, summary, task_notes, verdict_table)
+from modelfactory.runs.significance import describe
+from modelfactory.runs.store import RunError, list_runs, load_run
+
+TASK_KEYS = {"data", "horizon", "n_models", "n_samples", "trials", "p_direction", "direction_significant", "p_log_loss", "log_loss_significant",
+             "p_profit", "profit_significant", "best", "not_worse", "models", "baselines", "why"}
+MODEL_KEYS = {"model", "family", "seeds", "runs", "folds", "n_samples", "direction_significant", "directional_skill", "directional_accuracy",
+              "log_loss", "f1_macro", "sharpe_net"}
+PLAIN = re.compile(r"nan|None|\binf\b|\[\]|\{|\}|  |\( |,\s*\)|\(\)")
+
+
+def checked(sentences):
+    "Sentences that a person can read: no value of Python in them, one full stop at the end."
+    for s in sentences:
+        assert not PLAIN.search(s), s
+        assert s.endswith(".") and not s.endswith(".."), s
+    return sentences
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Six models without skill on labels with class shares 60/40/0, one run that cannot be read."
+    runs = tmp_path_factory.mktemp("runs")
+    table = bars(shares=(40, 0, 60), n=600)
+    for i in range(6): make_run(runs, f"model_{i}", table, noise=i)
+    (runs / "broken").mkdir()
+    (runs / "broken/manifest.json").write_text("{")
+    return runs
+
+
+@pytest.fixture(scope="module")
+def result(folder): return comparison(folder)
+
+
+def test_the_dictionary_is_that_of_the_contract(result):
+    assert result["schema"] == 1 and {"tasks", "excluded", "failed", "unread"} <= set(result)
+    task, = result["tasks"]
+    assert TASK_KEYS <= set(task) and all(MODEL_KEYS <= set(m) for m in task["models"])
+    assert task["n_models"] == 6 == len(task["models"]) and task["trials"] == 6
+    ends = [f"{m}_ci_{end}" for m in ("directional_skill", "log_loss", "f1_macro", "sharpe_net") for end in ("low", "high")]
+    assert all(end in m for m in task["models"] for end in ends)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert {"data", "role", "reason", "count"} <= set(result["excluded"][0])
+
+
+def test_class_shares_60_40_0_give_no_claim_of_direction(result):
+    "The words of the issue: no model can be told from the better constant call."
+    sentences = checked(summary(result))
+    assert any("no model can be told from the better constant call" in s and "always up would be right 60%" in s for s in sentences)
+    assert not result["tasks"][0]["direction_significant"] and not any(m["direction_significant"] for m in result["tasks"][0]["models"])
+
+
+def test_a_folder_that_cannot_be_read_does_not_end_the_comparison(folder, result, tmp_path):
+    assert [row["folder"] for row in result["unread"]] == ["broken"] and "not readable" in result["unread"][0]["reason"]
+    runs = shutil.copytree(folder, tmp_path / "runs")
+    victims = [r.path for r in list_runs(runs)]
+    (victims[0] / "metrics/metrics.json").write_text("[")
+    (victims[1] / "predictions/val_predictions.parquet").write_bytes(b"PAR1")
+    (victims[2] / "manifest.json").write_text('{"files": {}}')
+    (victims[3] / "manifest.json").unlink()
+    again = comparison(runs)
+    assert {row["folder"] for row in again["unread"]} == {"broken", *(v.name for v in victims[:4])} and len(again["tasks"][0]["models"]) == 2
+    assert all(row["reason"] for row in again["unread"])
+    assert any("5 folders are not readable" in s for s in checked(notes(again)))
+
+
+def test_every_run_unreadable_is_a_comparison_without_tasks(tmp_path):
+    run = make_run(tmp_path, "model_0", bars(n=60))
+    (run.path / "metrics/baselines.json").unlink()
+    result = comparison(tmp_path)
+    assert result["tasks"] == [] and len(result["unread"]) == 1
+    for f in (summary, direction_tests, best_per_horizon, verdict_table, fraction_of_ceiling): f(result)
+    leaderboard_table(leaderboard(result))
+
+
+def test_tables_and_sentences_need_nothing_but_the_dictionary(folder, result, tmp_path):
+    "A comparison that was stored and read gives the same page, when the runs are gone."
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(result))
+    stored = read_comparison(file)
+    for f in (summary, direction_tests, best_per_horizon, lambda r: leaderboard_table(leaderboard(r)).page, lambda r: str(verdict_table(r))):
+        a, b = f(result), f(stored)
+        assert a.equals(b) if isinstance(a, pd.DataFrame) else a == b
+    file.write_text(json.dumps(dict(schema=2)))
+    with pytest.raises(RunError, match="schema 2, expected 1"): read_comparison(file)
+
+
+def test_json_is_all_that_the_command_prints(folder, tmp_path, capsys):
+    runs = shutil.copytree(folder, tmp_path / "runs")
+    with pytest.raises(SystemExit) as end: main(["compare", str(runs), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert end.value.code == 0 and printed == read_comparison(runs / compare.COMPARISON) and printed["tasks"][0]["n_models"] == 6
+    assert not (runs / "model_comparison.html").exists()
+
+
+def test_an_empty_folder_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end: main(["compare", str(tmp_path), "--json"])
+    assert end.value.code == 2 and "no finished run" in capsys.readouterr().err
+
+
+# every branch of every sentence
+
+def a_model(name="a", significant=False, skill=.01, verdict="not significant", **more):
+    return dict(model=name, family="examples", seeds=[42], runs=[name], direction=f"Directional skill of {name}.", verdict=verdict,
+                direction_significant=significant, directional_skill=skill, directional_skill_ci_low=None if skill is None else skill - .02,
+                directional_skill_ci_high=None if skill is None else skill + .02, directional_accuracy=.6, directional_accuracy_constant=.69,
+                constant_class=1, log_loss=1., averaged=None, sharpe_net=-.5, fraction_of_ceiling=dict(directional_accuracy=.7), rank=1) | more
+
+
+def a_task(models, **more):
+    return dict(data="bars", horizon=20, n_models=len(models), n_samples=500, n_left_out=0, trials=12, p_direction=.4, direction_significant=False,
+                p_log_loss=.4, log_loss_significant=False, p_profit=.4, p_profit_cash=.3, p_profit_hold=.4, p_profit_constant=.2,
+                profit_significant=False, best=models[0]["model"], not_worse=None if len(models) < 2 else [m["model"] for m in models[1:]],
+                best_sharpe_model="a", sharpe_net=-.5, deflated_sharpe=.2, overfitting=.6, why={}, models=models, versions=1, earlier_scoring=[],
+                ceiling=None, variance=[], baselines=[dict(model="prior", family="baseline", log_loss=1.1)]) | more
+
+
+MODELS = dict(one=[a_model()], two=[a_model(), a_model("b")], six=[a_model(n) for n in "abcdef"], first=[a_model(significant=True, verdict="significant"), a_model("b")],
+              other=[a_model(), a_model("b", True, .05, "significant")], all=[a_model(n, True, .05, "significant") for n in "abc"],
+              alone=[a_model(significant=True, verdict="significant")], negative=[a_model(skill=-.1, verdict="worse"), a_model("b", skill=-.2, verdict="worse")],
+              nothing=[a_model(n, False, None, "too few rows", directional_accuracy=None) for n in "ab"],
+              undirected=[a_model(n, False, None, "no direction", directional_accuracy=None, directional_accuracy_constant=None, constant_class=0) for n in "ab"])
+DIRECTION = dict(none=dict(p_direction=None, why=dict(direction="too few rows to say: 3 blocks of four label lengths, at least 8 are needed")),
+                 no=dict(), yes=dict(p_direction=.0004, direction_significant=True))
+LOG_LOSS = dict(none=dict(p_log_loss=None), no=dict(), yes=dict(p_log_loss=.01, log_loss_significant=True), alone=dict(p_log_loss=.01, log_loss_significant=True, not_worse=[]))
+PROFIT = dict(none=dict(p_profit=None, sharpe_net=None, best_sharpe_model=None), prices=dict(p_profit=None, why=dict(profit="no prices: labels alone give no Sharpe ratio")),
+              old=dict(p_profit=None, why=dict(profit="scored by an earlier version: run `modelfactory rescore`")), no=dict(),
+              yes=dict(p_profit=.01, p_profit_cash=.01, p_profit_hold=.01, p_profit_constant=.01, profit_significant=True),
+              bare=dict(deflated_sharpe=None, overfitting=None), gone=dict(sharpe_net=None))
+
+
+@pytest.mark.parametrize("models", MODELS)
+def test_every_sentence_of_a_task_can_be_read(models):
+    for direction, log_loss, profit in itertools.product(DIRECTION.values(), LOG_LOSS.values(), PROFIT.values()):
+        why = direction.get("why", {}) | profit.get("why", {})
+        task = a_task(MODELS[models], **direction | log_loss | profit | dict(why=why))
+        sentences = checked(describe(task))
+        assert len(sentences) == 3 and all(s.startswith("bars, horizon 20: ") for s in sentences)
+        assert best_verdict(task)
+
+
+@pytest.mark.parametrize("models, text", [
+    ("one", "no model can be told"), ("first", "a has directional skill"), ("other", "not this one: b has directional skill"),
+    ("all", "a has directional skill"), ("alone", "a has directional skill"), ("negative", "no model can be told from the better constant call"),
+    ("nothing", "too few rows to say"), ("undirected", "no direction in these classes")])
+def test_the_verdict_beside_the_best_by_log_loss(models, text):
+    "`other` is what ended in a TypeError: the best by log loss makes no claim and another model does."
+    task = a_task(MODELS[models])
+    assert text in best_verdict(task)
+    assert text in best_per_horizon(dict(tasks=[task])).verdict.item()
+
+
+def test_two_others_have_skill_and_one_has():
+    both = a_task([a_model(), a_model("b", True), a_model("c", True)])
+    assert best_verdict(both) == "not this one: b, c have directional skill"
+
+
+@pytest.mark.parametrize("task, texts", [
+    (a_task(MODELS["six"]), ["no model can be told from the better constant call (always up would be right 69%, p = 0.400, corrected for 12 trials)"]),
+    (a_task(MODELS["other"], p_direction=.0001, direction_significant=True), ["1 of 2 models has directional skill (b, p < .001, corrected for 12 trials)"]),
+    (a_task(MODELS["all"], direction_significant=True, p_direction=.01), ["3 of 3 models have directional skill"]),
+    (a_task(MODELS["two"], direction_significant=True, p_direction=.01), ["the 2 models together have directional skill", "none of them by itself"]),
+    (a_task([a_model(constant_class=-1, directional_accuracy_constant=.6), a_model("b", skill=-1.)]), ["always down would be right 60%"]),
+    (a_task(MODELS["two"], p_profit=None, why=dict(profit="no prices")), ["net profit is not tested: no prices"]),
+    (a_task(MODELS["two"], **LOG_LOSS["yes"]), ["1 other is not significantly worse (b)"]),
+    (a_task(MODELS["six"], **LOG_LOSS["yes"]), ["5 others are not significantly worse"]),
+    (a_task(MODELS["two"], **LOG_LOSS["alone"]), ["and a better one than every other model"]),
+    (a_task(MODELS["one"], trials=1), ["the log loss of a is not better than that of the class shares of train (p = 0.400, corrected for 1 trial)"]),
+    (a_task(MODELS["two"], p_profit_cash=.01), ["better than that of buy-and-hold of the same symbols or its own mean position"]),
+    (a_task(MODELS["two"]), ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting 60%"]),
+    (a_task(MODELS["one"], **PROFIT["yes"]), ["the net profit of a is better than that of not trading, buy-and-hold of the same symbols and its own mean position"])])
+def test_what_the_sentences_say(task, texts):
+    said = " ".join(describe(task))
+    for text in texts: assert text in said, said
+
+
+@pytest.mark.parametrize("models", MODELS)
+def test_the_conclusion_of_each_kind_of_data(models):
+    ceiling = dict(directional_accuracy=dict(null_score=.5, one_row_policy=.6, ceiling=.7))
+    nothing = [m | dict(fraction_of_ceiling=dict(directional_accuracy=None)) for m in MODELS[models]]
+    tasks = [a_task(MODELS[models]), a_task(MODELS[models], horizon=5), a_task(MODELS[models], data="planted", ceiling=ceiling),
+             a_task(nothing, data="null", ceiling=dict(directional_accuracy=dict(null_score=.7, one_row_policy=.7, ceiling=.7)))]
+    sentences = checked(conclusion(dict(tasks=tasks)))
+    assert [s.split(":")[0] for s in sentences] == ["planted", "null", "bars"]
+    skilled = any(m["direction_significant"] for m in MODELS[models])
+    assert ("claims one" in sentences[1]) != skilled and ("can be told" in sentences[2] or "not tested" in sentences[2]) != skilled
+    assert ("at 2 horizons" in sentences[2]) == (models not in ("nothing", "undirected"))
+
+
+def test_notes_on_a_task():
+    lstm = a_model("lstm", seeds=[1, 2, 3], log_loss=1., log_loss_min=.99, log_loss_max=1.02)
+    task = a_task([lstm, a_model("gru", log_loss=1.003)], versions=2, earlier_scoring=["x", "y"], n_left_out=53)
+    said = checked(task_notes(task))
+    assert len(said) == 4 and "53 rows that not every model could score are left out" in said[2] and "run `modelfactory rescore`" in said[1]
+    assert "lstm: 0.0300 between 3 seeds, 0.0030 to gru" in said[3]
+    assert task_notes(a_task([lstm | dict(log_loss_max=.991), a_model("gru", log_loss=1.1)])) == []
+    assert "1 row that not every model could score is left out" in checked(task_notes(a_task([a_model()], n_left_out=1, earlier_scoring=["x"])))[1]
+
+
+def test_early_stopping_is_one_sentence(monkeypatch, folder):
+    from modelfactory.training import trainer
+    monkeypatch.setattr(trainer, "early_stopping_note", lambda config: "Early stopping saw val.", raising=False)
+    said = [s for s in summary(comparison(folder)) if "Early stopping" in s]
+    assert said == ["Early stopping saw val. (here: model_0, model_1, model_2, model_3, model_4, model_5)"]
+
+
+# runs that differ
+
+def test_classes_without_direction_are_compared_by_log_loss(tmp_path):
+    table = bars(n=300).assign(y_true=lambda t: t.y_true + 1)
+    for name in ("a", "b"): make_run(tmp_path, name, table, classes=(0, 1, 2), skill=.8 * (name == "a"))
+    task, = comparison(tmp_path)["tasks"]
+    assert task["p_direction"] is None and "direction" in task["why"] and task["best"] == "a" and task["log_loss_significant"]
+    assert "no direction" in describe(task)[0] and "net profit is not tested" in describe(task)[2]
+    checked(describe(task))
+
+
+def test_few_bars_say_so(tmp_path):
+    make_run(tmp_path, "a", bars(n=40, symbols=("A",)))
+    result = comparison(tmp_path)
+    said = checked(summary(result))
+    assert "too few rows to say" in said[0] and not result["tasks"][0]["direction_significant"]
+
+
+def test_models_scored_on_different_rows_are_compared_on_those_that_all_have(tmp_path):
+    "Without the data folder class metrics are computed on the common rows, and what needs prices is unknown."
+    table = bars(n=300)
+    make_run(tmp_path, "whole", table, skill=.5)
+    make_run(tmp_path, "short", table.groupby("symbol").tail(270), skill=.5)
+    task, = comparison(tmp_path)["tasks"]
+    assert task["n_left_out"] == 60 and task["n_samples"] == 540 == task["models"][0]["n_samples"]
+    whole = next(m for m in task["models"] if m["model"] == "whole")
+    frame = load_run(tmp_path / whole["runs"][0]).predictions().groupby("symbol").tail(270)
+    column = dict(zip((-1, 0, 1), ("p_down", "p_flat", "p_up")))
+    loss = -np.log([row[column[row["y_true"]]] for _, row in frame.iterrows()]).mean()
+    assert math.isclose(whole["log_loss"], loss, rel_tol=1e-5) and whole["sharpe_net"] is None and whole["log_loss_ci_low"] < loss
+    assert "60 rows that not every model could score are left out" in " ".join(checked(task_notes(task)))
+    assert "no prices" in task["why"]["profit"]
+
+
+def test_old_runs_load_and_say_that_they_are_old(tmp_path):
+    run = make_run(tmp_path, "old", bars(), scoring=1)
+    values = json.loads((run.path / "metrics/metrics.json").read_text())
+    former = values | dict(f1_floor=.31, f1_floor_ci_low=.3, f1_above_floor=.02, directional_accuracy_p_shift=.4)
+    (run.path / "metrics/metrics.json").write_text(json.dumps(former))
+    old = load_run(run.path)
+    assert old.scoring == 1 and old.metrics["f1_null"] == .31 and old.metrics["f1_null_ci_low"] == .3 and old.metrics["f1_skill"] == .02
+    assert not {"f1_floor", "f1_above_floor", "directional_accuracy_p_shift"} & set(old.metrics)
+    result = comparison(tmp_path)
+    assert result["tasks"][0]["earlier_scoring"] == [run.path.name]
+    said = checked(summary(result))
+    assert any("1 run was scored by an earlier version" in s for s in said)
+    assert any("net profit is not tested: scored by an earlier version: run `modelfactory rescore`" in s for s in said)
+
+
+def test_a_run_shows_its_claim(tmp_path):
+    run = make_run(tmp_path, "a", bars(), skill=1.)
+    assert "as the only model tried" in repr(run) and "Directional skill" in repr(run)
+    make_run(tmp_path, "b", bars())
+    assert "corrected for 2 trials" in repr(load_run(run.path))
+
+
+def test_a_claim_that_the_test_of_all_denies_is_no_claim(tmp_path, monkeypatch):
+    from modelfactory.evaluation import significance
+    make_run(tmp_path, "a", bars(), skill=1.)
+    summary_of = significance.significance_summary
+
+    def denied(*args, **kw):
+        found = summary_of(*args, **kw)
+        rows = {m: row | dict(direction_significant=False) for m, row in found["models"].items()}
+        return found | dict(direction_significant=False, p_direction=.2, models=rows)
+
+    monkeypatch.setattr(significance, "significance_summary", denied)
+    model = comparison(tmp_path)["tasks"][0]["models"][0]
+    assert not model["direction_significant"] and model["verdict"] == "not significant" and "does not confirm it" in model["direction"]
+
+
+def test_a_bundle_is_no_run_of_a_comparison(tmp_path):
+    run = make_run(tmp_path, "a", bars())
+    bundle = shutil.copytree(run.path, tmp_path / f"{run.path.name}_bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | dict(bundle_of=run.path.name, claim="Its claim.")))
+    assert [r.path for r in list_runs(tmp_path)] == [run.path] and "Its claim" in repr(load_run(bundle))
+
+
+def test_the_probabilities_of_the_helper_have_skill_only_when_asked():
+    table = bars(n=2000)
+    accuracy = lambda skill: (probabilities(table, skill).argmax(1) - 1 == table.y_true).mean()
+    assert abs(accuracy(0.) - 1 / 3) < .03 and accuracy(1.) > .6

@@ -1,0 +1,77 @@
+"Seeds of one model are one model: one row, one entry in the tests, one trial each."
+import numpy as np
+import pytest
+from fabricate import bars, make_run
+
+from modelfactory.models.base import probability_columns
+from modelfactory.runs.compare import comparison, leaderboard, leaderboard_table, seed_table, task_notes, variance_split, variance_table
+from modelfactory.runs.significance import count_trials, read_task, stack_predictions, task_runs
+from modelfactory.runs.store import list_runs
+
+COLUMNS = probability_columns((-1, 0, 1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "An LSTM with three seeds of different skill, and two models with one seed."
+    runs, table = tmp_path_factory.mktemp("runs"), bars(n=300)
+    for seed, skill in ((1, .2), (2, .9), (3, .5)): make_run(runs, "lstm", table, seed=seed, skill=skill)
+    for i in range(2): make_run(runs, f"other_{i}", table, skill=.5 + .02 * i)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def result(folder): return comparison(folder)
+
+
+def test_a_model_with_three_seeds_is_one_row(folder, result):
+    task, = result["tasks"]
+    assert task["n_models"] == 3 and [m["rank"] for m in task["models"]] == [1, 2, 3]
+    lstm = next(m for m in task["models"] if m["model"] == "lstm")
+    losses = [r.metrics["log_loss"] for r in task_runs(list_runs(folder), "bars", 5)["lstm"]]
+    assert lstm["seeds"] == [1, 2, 3] and len(lstm["runs"]) == 3
+    expected = dict(log_loss=np.mean(losses), log_loss_sd=np.std(losses, ddof=1), log_loss_min=min(losses), log_loss_max=max(losses))
+    assert {k: lstm[k] for k in expected} == pytest.approx(expected)
+    assert lstm["log_loss_ci_low"] < lstm["log_loss"] < lstm["log_loss_ci_high"]
+    table = leaderboard(result)
+    assert (table.model == "lstm").sum() == 1 and "lstm (3 seeds)" in str(leaderboard_table(table)) and " ± " in str(leaderboard_table(table))
+
+
+def test_the_entry_in_the_tests_is_the_mean_of_the_probabilities(folder, result):
+    runs = list_runs(folder)
+    tables = [r.predictions() for r in task_runs(runs, "bars", 5)["lstm"]]
+    frame, mean = stack_predictions(runs), np.mean([t[COLUMNS].to_numpy(float) for t in tables], 0)
+    assert np.allclose(frame[[f"lstm_{c}" for c in COLUMNS]], mean)
+    assert sorted(c for c in frame if c.endswith("p_up")) == ["lstm_p_up", "other_0_p_up", "other_1_p_up"]
+    predictions = read_task(runs, "bars", 5).predictions["lstm"]
+    assert (predictions.prediction.to_numpy() == mean.argmax(1) - 1).all()
+    lstm = next(m for m in result["tasks"][0]["models"] if m["model"] == "lstm")
+    y = tables[0].y_true.to_numpy() + 1
+    assert lstm["averaged"]["log_loss"] == pytest.approx(-np.log(mean[np.arange(len(y)), y]).mean(), rel=1e-5)
+    assert lstm["averaged"]["log_loss"] < lstm["log_loss"], "Jensen: the mean of the probabilities has the lower loss"
+
+
+def test_each_seed_is_a_trial(folder): assert count_trials(list_runs(folder), "bars") == 5
+
+
+def test_variance_is_split_and_the_spread_is_said(result):
+    assert seed_table(result).frame["of mean probabilities"].notna().all() and len(seed_table(result).frame) == 1
+    losses = variance_table(result).frame.set_index("metric").loc["log_loss"]
+    assert losses.seed_share > .5
+    sentences = " ".join(task_notes(result["tasks"][0]))
+    lstm = next(m for m in result["tasks"][0]["models"] if m["model"] == "lstm")
+    assert ("lstm: " in sentences) == (lstm["rank"] < 3), "said of every model but the last"
+
+
+def test_one_seed_each_gives_no_split(tmp_path):
+    for i in range(2): make_run(tmp_path, f"m{i}", bars(n=100), noise=i)
+    result = comparison(tmp_path)
+    assert seed_table(result) is None and variance_table(result) is None and result["tasks"][0]["models"][0]["averaged"] is None
+
+
+@pytest.mark.parametrize("between, within", [(.02, .01), (0., .01), (.02, .0)])
+def test_variance_split_finds_what_was_put_in(between, within):
+    rng = np.random.default_rng(0)
+    scores = {i: m + within * rng.normal(size=4) for i, m in enumerate(between * rng.normal(size=400))}
+    found = variance_split(scores)
+    assert found["model_sd"] == pytest.approx(between, abs=.003) and found["seed_sd"] == pytest.approx(within, abs=.001)
