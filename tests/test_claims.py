@@ -1,0 +1,285 @@
+"Claims on markets with drift, uneven barriers, sparse symbols and slow opinions: the set-ups in which they were wrong."
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.signal import lfilter
+
+from modelfactory.evaluation.bootstrap import (
+    MIN_BLOCKS, block_length, classification_draws, count_frequencies, effective_blocks, timestamps_per_bar)
+from modelfactory.evaluation.examples import example_predictions
+from modelfactory.evaluation.metrics import METRICS, directional_gains, directional_skill, metric_names
+from modelfactory.evaluation.significance import (
+    adjust_for_trials, backtest_overfitting, deflated_sharpe, diebold_mariano, direction_claim, direction_gains,
+    information_gains, mean_differences, profit_claims, row_losses, significance_summary, spa_test, timestamp_sums)
+
+pytestmark = pytest.mark.no_cover  # thousands of small calls: the notebooks go through the same lines
+UNEVEN = (.55, .5, 0, .05), (.625, .5, 0, .3), (1., .5, 0, .9), (.5, .5, .05, .5)
+
+
+def barrier_labels(rng, bars, down, up, drift=0., max_bars=20, steps=4):
+    "First touch of barriers `down` and `up` (in sd of `max_bars` bars) by a random walk within `max_bars` bars."
+    walk = np.cumsum(rng.normal(drift / steps, steps ** -.5, (bars + max_bars) * steps))
+    path = np.lib.stride_tricks.sliding_window_view(walk, max_bars * steps)[::steps][:bars]
+    start = np.r_[0, walk[steps - 1::steps]][:bars, None]
+    scale = max_bars ** .5
+    above, below = path - start >= up * scale, path - start <= -down * scale
+    first = lambda hit: np.where(hit.any(1), hit.argmax(1), path.shape[1])
+    return np.sign(first(below) - first(above))
+
+
+def market(seed, down=.5, up=.5, drift=0., bars=2000, symbols=2, max_bars=20):
+    "Keys and labels of symbols that walk at random."
+    rng = np.random.default_rng(seed)
+    times = pd.date_range("2024-01-02", periods=bars, freq="h")
+    names = np.repeat([f"S{i}" for i in range(symbols)], bars)
+    frame = pd.DataFrame(dict(datetime=np.tile(times, symbols), symbol=names))
+    frame["y_true"] = np.concatenate([barrier_labels(rng, bars, down, up, drift, max_bars) for _ in range(symbols)])
+    return frame
+
+
+def add(frame, name, prediction, confidence=.6):
+    "Columns of a model that gives each predicted class the same confidence."
+    p = np.full((len(frame), 3), (1 - confidence) / 2)
+    p[np.arange(len(frame)), np.asarray(prediction) + 1] = confidence
+    frame[[f"{name}_p_down", f"{name}_p_flat", f"{name}_p_up"]] = p
+
+
+def opinions(rng, n, tau):
+    "An AR(1) series of unit variance that forgets in `tau` steps."
+    rho = np.exp(-1 / tau)
+    return lfilter([(1 - rho ** 2) ** .5], [1, -rho], rng.normal(size=n + 20 * tau))[-n:]
+
+
+def unskilled_models(frame, seed):
+    "Always up, a constant call a symbol, random calls, and slow opinions that lean upwards."
+    rng, n = np.random.default_rng(seed), len(frame)
+    add(frame, "up", np.ones(n, int))
+    add(frame, "symbol", np.where(frame.symbol == "S0", 1, -1))
+    add(frame, "random", rng.choice([-1, 0, 1], n))
+    add(frame, "slow", np.where(opinions(rng, n, 50) > -.5, 1, -1))
+    return frame
+
+
+def p_signed_hits(frame, horizon):
+    "The rule that was replaced: signs called right less signs called wrong."
+    names = [c.removesuffix("_p_up") for c in frame if c.endswith("_p_up")]
+    calls = {m: np.sign(frame[f"{m}_p_up"] - frame[f"{m}_p_down"]) * frame.y_true for m in names}
+    sums, overlap = timestamp_sums(frame, pd.DataFrame(calls), horizon)
+    return spa_test(sums, overlap, n_boot=300)["consistent"]
+
+
+@pytest.mark.parametrize("down, up, drift, before", UNEVEN)
+def test_constant_calls_have_no_skill_where_barriers_are_uneven_or_prices_drift(down, up, drift, before):
+    "Walks with barriers 1:1.1, 1:1.25, 1:2, and with drift: the level holds; signed hits claim in `before` of them."
+    new, old = [], []
+    for s in range(60):
+        frame = unskilled_models(market(s, down, up, drift), s)
+        sums, overlap = timestamp_sums(frame, direction_gains(frame), 20)
+        new.append(spa_test(sums, overlap, n_boot=300)["consistent"] <= .05)
+        old.append(p_signed_hits(frame, 20) <= .05)
+    assert np.mean(new) <= .05 + 2 * (.05 * .95 / 60) ** .5
+    assert np.mean(old) >= before
+
+
+def test_a_constant_call_is_never_claimed_whatever_its_accuracy():
+    "Barriers 1.5 down and 3.0 up: always down is right in two of three signed rows, with skill 0."
+    frame = market(1, 1.5 / 20 ** .5, 3. / 20 ** .5)
+    claim = direction_claim(frame.assign(prediction=-1), 20)
+    assert claim.accuracy == claim.constant > .6 and claim.skill == 0 and claim.verdict == "not significant"
+    assert f"always down {claim.constant:.3f}" in claim.sentence
+
+
+def test_cards_of_unskilled_models_claim_at_their_level():
+    claims = []
+    for s in range(100):
+        frame = market(s, .5, .75, .03, bars=1500)
+        slow = np.where(opinions(np.random.default_rng(s), len(frame), 100) > -.3, 1, -1)
+        claims.append(direction_claim(frame.assign(prediction=slow), 20).significant)
+    assert np.mean(claims) <= .05 + 2 * (.05 * .95 / 100) ** .5
+
+
+@pytest.mark.parametrize("strength", [.08, .12, .2])
+def test_planted_skill_is_found_as_often_as_by_signed_hits(strength):
+    "On symmetric labels a model that is right in .5 + strength of the rows: no loss of power over .02."
+    new, old = [], []
+    for s in range(60):
+        frame, rng = market(s, bars=1000), np.random.default_rng([s, 1])
+        blocks = np.repeat(rng.random(len(frame) // 20 + 1) < 2 * strength, 20)[:len(frame)]
+        guess = np.repeat(rng.choice([-1, 1], len(frame) // 20 + 1), 20)[:len(frame)]
+        add(frame, "model", np.where(blocks & (frame.y_true != 0), frame.y_true, guess))
+        sums, overlap = timestamp_sums(frame, direction_gains(frame), 20)
+        new.append(spa_test(sums, overlap, n_boot=300)["consistent"] <= .05)
+        old.append(p_signed_hits(frame, 20) <= .05)
+    assert np.mean(new) >= np.mean(old) - .02 - 1 / 60
+    if strength == .2: assert np.mean(new) > .8
+
+
+def test_gains_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    y, q, symbols = rng.choice([-1, 0, 1], 300), rng.choice([-1, 0, 1], (300, 2)), rng.choice(list("abc"), 300)
+    gains, scored = directional_gains(y, q, symbols)
+    for m in range(2):
+        for s in "abc":
+            rows = (symbols == s) & (y != 0) & (q[:, m] != 0)
+            expected = (q[rows, m] - q[rows, m].mean()) * (y[rows] - y[rows].mean())
+            assert np.allclose(gains[rows, m], expected) and not gains[(symbols == s) & ~rows, m].any()
+        assert np.isclose(directional_skill(y, q[:, m], symbols), gains[:, m].sum() / scored[:, m].sum())
+
+
+def test_two_daily_random_walks_are_too_few_rows_to_say():
+    "252 daily bars of two symbols leave 38 validation rows each; no card claims anything."
+    verdicts = set()
+    for s in range(40):
+        frame = market(s, bars=38, max_bars=20)
+        frame["datetime"] = np.tile(pd.bdate_range("2024-01-02", periods=38), 2)
+        claim = direction_claim(frame.assign(prediction=np.sign(frame.y_true) * (np.arange(76) % 10 == 0)), 20)
+        verdicts.add(claim.verdict)
+        assert np.isnan(claim.low) and not claim.significant and "too few rows to say" in claim.sentence
+    assert verdicts == {"too few rows"}
+
+
+def test_every_verdict_has_its_sentence():
+    frame = market(0)
+    right = direction_claim(frame.assign(prediction=frame.y_true), 20, trials=36)
+    wrong = direction_claim(frame.assign(prediction=-frame.y_true), 20)
+    flat = direction_claim(frame.assign(prediction=0), 20)
+    unsigned = direction_claim(frame.assign(y_true=abs(frame.y_true), prediction=1), 20, classes=(0, 1))
+    never = direction_claim(frame.assign(y_true=0, prediction=1), 20)
+    assert right.significant and "significant, corrected for 36 trials" in right.sentence
+    assert wrong.verdict == "worse" and "significantly negative, as the only model tried" in wrong.sentence
+    assert flat.verdict == "too few rows" and unsigned.verdict == never.verdict == "no direction"
+    assert np.isclose(right.level, 1 - .05 / 36)
+
+
+@pytest.mark.parametrize("tau", [20, 200])
+@pytest.mark.parametrize("horizon", [5, 20])
+def test_equal_models_with_slow_opinions_are_not_told_apart(tau, horizon):
+    "Loss differences that forget slowly, beside the noise of overlapping labels: the test keeps near its level."
+    rng, T, rejected, thrown_out = np.random.default_rng(tau + horizon), 4000, [], []
+    for s in range(200):
+        noise = np.convolve(rng.normal(size=T + horizon - 1), np.ones(horizon) / horizon ** .5, "valid")
+        d = .3 ** .5 * opinions(rng, T, tau) + .7 ** .5 * noise
+        rejected.append(diebold_mariano(d, horizon)[1] < .05)
+    assert np.mean(rejected) <= .05 + 2 * (.05 * .95 / 200) ** .5
+    keys = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=T, freq="h"), symbol="A"))
+    for s in range(100):
+        losses = pd.DataFrame({m: .3 * opinions(rng, T, tau) + rng.normal(size=T) for m in "abc"})
+        thrown_out.append(not mean_differences(losses, keys, horizon).not_worse.all())
+    assert np.mean(thrown_out) <= .05 + 2 * (.05 * .95 / 100) ** .5
+
+
+def test_a_real_difference_between_models_is_found():
+    rng, T = np.random.default_rng(0), 2000
+    keys = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=T, freq="h"), symbol="A"))
+    found = []
+    for s in range(40):
+        losses = pd.DataFrame({m: rng.normal(size=T) for m in "abc"}) + [0, .25, .25]
+        table = mean_differences(losses, keys, 5)
+        found.append(table.index[0] == "a" and not table.not_worse[["b", "c"]].any())
+    assert np.mean(found) > .8
+
+
+def test_one_sparse_symbol_does_not_decide_for_all():
+    "A symbol with 80 rows beside two with 2,000: the block stays near what it is without it."
+    t, s = np.tile(np.arange(2000), 2), np.repeat([0, 1], 2000)
+    sparse_t, sparse_s = np.r_[t, np.arange(0, 2000, 25)], np.r_[s, np.full(80, 2)]
+    assert timestamps_per_bar(t, s) == 1 and timestamps_per_bar(sparse_t, sparse_s) < 1.6
+    alone, beside = block_length(t, s, 20), block_length(sparse_t, sparse_s, 20)
+    assert beside < 1.7 * alone
+    assert effective_blocks(sparse_t, sparse_s, 20) >= MIN_BLOCKS
+
+
+def test_the_best_of_fifty_of_which_one_is_seen_is_corrected_for_fifty():
+    naive, corrected = [], []
+    for s in range(150):
+        gains = np.random.default_rng(s).normal(size=(400, 50))
+        best = gains[:, [gains.mean(0).argmax()]]
+        p = spa_test(best, n_boot=300)["consistent"]
+        naive.append(p <= .05), corrected.append(adjust_for_trials(p, 1, 50) <= .05)
+    assert np.mean(naive) > .6 and np.mean(corrected) <= .05 + 2 * (.05 * .95 / 150) ** .5
+
+
+def strategies(seed, skilled, models=8, days=250, drift=0., exposure=1.):
+    rng = np.random.default_rng(seed)
+    index, prices = pd.date_range("2024-01-02", periods=days, freq="B"), rng.normal(drift, .01, days)
+    tables = {}
+    for m in range(models):
+        own, held = rng.normal(.003 * (m < skilled), .01, days), exposure * prices * (drift != 0)
+        columns = dict(net=own + held, hold=prices, constant=held)
+        tables[f"m{m}"] = pd.DataFrame(columns, index)
+    return tables
+
+
+def test_profit_is_claimed_where_half_of_the_strategies_have_a_sharpe_ratio_near_five():
+    "The variance over trials holds their skill, so the deflated ratio misses what the test of superior ability finds."
+    claims = [profit_claims(strategies(s, 9, 18), 18) for s in range(20)]
+    assert np.mean([c["p_profit"] <= .05 for c in claims]) > .95
+    assert np.mean([c["deflated_sharpe"] >= .95 for c in claims]) < .5
+
+
+@pytest.mark.parametrize("drift, exposure", [(0., 1.), (.002, 1.), (-.002, -1.), (.002, .5)])
+def test_profit_of_strategies_that_ride_a_drift_is_not_claimed(drift, exposure):
+    claims = [profit_claims(strategies(s, 0, drift=drift, exposure=exposure), 8) for s in range(40)]
+    assert np.mean([c["p_profit"] <= .05 for c in claims]) <= .05 + 2 * (.05 * .95 / 40) ** .5
+
+
+def test_why_no_profit_is_claimed():
+    tables = strategies(0, 0)
+    short = {m: t[:15] for m, t in tables.items()}
+    flat = {m: t * 0 for m, t in tables.items()}
+    old = {m: t[["net"]] for m, t in tables.items()}
+    cases = (short, "too few days"), (flat, "nothing was traded"), (old, "earlier version"), ({}, "no prices")
+    for daily, reason in cases:
+        claim = profit_claims(daily, 18)
+        assert claim["p_profit"] is None and reason in claim["why"]
+
+
+def test_overfitting_works_from_sixteen_days_on():
+    assert len(backtest_overfitting(np.random.default_rng(0).normal(size=(5, 16))).logits) == 70
+
+
+def test_class_shares_that_move_are_no_skill():
+    "Flats get more frequent after train; a model that gives them more probability beats the shares of train."
+    found = []
+    for s in range(40):
+        rng = np.random.default_rng(s)
+        y = rng.choice([-1, 0, 1], 3000, p=[.25, .5, .25])
+        frame = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=3000, freq="h"), symbol="A", y_true=y))
+        frame[["model_p_down", "model_p_flat", "model_p_up"]] = [.3, .4, .3]
+        noisy = np.clip(.4 + .02 * opinions(rng, 3000, 50), .2, .6)
+        frame["noisy_p_down"] = frame["noisy_p_up"] = (1 - noisy) / 2
+        frame["noisy_p_flat"] = noisy
+        summary = significance_summary(frame, 5, [1 / 3] * 3)
+        found.append(summary["log_loss_significant"])
+        assert np.allclose(information_gains(frame)["model"], 0)
+    assert np.mean(found) <= .05 + 2 * (.05 * .95 / 40) ** .5
+
+
+def test_a_summary_has_all_its_keys_for_one_model_and_for_many():
+    for models in (1, 3):
+        frame = market(3)
+        for m in range(models): add(frame, f"m{m}", frame.y_true if m else np.ones(len(frame), int), .5)
+        summary = significance_summary(frame, 20, [.4, .2, .4], strategies(0, 0, models), trials=7)
+        assert summary["trials"] == 7 and summary["n_models"] == models
+        assert set(summary["models"]) == {f"m{m}" for m in range(models)}
+        assert summary["direction_significant"] is (models == 3) and summary["why"] == {}
+        assert (summary["not_worse"] is None) is (models == 1)
+        flags = [m for m, row in summary["models"].items() if row["direction_significant"]]
+        assert flags == ["m1", "m2"][:models - 1]
+
+
+def test_the_noise_floor_of_the_calibration_error_falls_with_the_root_of_the_rows():
+    draws = lambda bars: classification_draws(*example_predictions(bars, horizon=1, skill=0.), 1, n_boot=200)[0]
+    short, long = (draws(bars)["ece_null"].mean() for bars in (600, 2400))
+    assert abs(long / short - .5) < .1
+
+
+def test_the_table_of_metrics_is_complete():
+    kinds = {"class", "direction", "trading", "permutation", "run"}
+    assert all(m.sign in (-1, 0, 1) and m.kind in kinds for m in METRICS.values())
+    assert len(metric_names()) == len(METRICS) and "sharpe_net" in metric_names("trading")
+
+
+def test_white_noise_keeps_most_of_its_degrees_of_freedom():
+    counts = [count_frequencies(np.random.default_rng(s).normal(size=2000), 5) for s in range(100)]
+    assert np.median(counts) == 50 and np.mean(counts) > 40
