@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from modelfactory.data.audit import FEWEST, LeakFound, aligned, audit, knowledge, scaled_on_everything
+from modelfactory.data.audit import MIN_ROWS, LeakFound, aligned, audit, scaled_on_everything, score_columns
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.market import PRESETS, market_table, simulate
 from modelfactory.data.splits import NO_TARGET, read_split, read_splits
@@ -54,7 +54,7 @@ def test_a_planted_leak_is_named(splits, name, horizon):
     report = audit(with_column(splits["train"], leak(splits["train"], name, horizon)))
     assert {f.column for f in report.findings} == {"innocent"}
     worst = report.findings[0]
-    if name == "bars_to_hit": assert report.ok and worst.kind == "neutrality" and worst.looks_ahead > 1
+    if name == "bars_to_hit": assert report.ok and worst.kind == "neutrality" and worst.verdict == "warn" and worst.looks_ahead is None
     else:
         assert not report.ok and worst.kind == "direction" and worst.size > .1
         with pytest.raises(LeakFound, match="innocent"): report.raise_if_leaky()
@@ -77,7 +77,7 @@ def test_a_scaler_that_saw_later_splits_is_found(splits, fit, seen):
                      "minimum and maximum": (every.min(0), np.ptp(every, 0))}[fit]
     again = {name: replace(s, matrix=((s.matrix - centre) / np.where(width > 0, width, 1)).astype(np.float32)) for name, s in splits.items()}
     found = scaled_on_everything(again)
-    assert len(found) > (10 if fit == "minimum and maximum" else 60) and set(found.ruler) == {fit}  # most extremes lie in train
+    assert len(found) > (10 if fit == "minimum and maximum" else 60) and set(found.scaler) == {fit}  # most extremes lie in train
     assert not audit(again).ok
     thinned = {name: replace(s, matrix=s.matrix[5:]) for name, s in again.items()}
     assert len(scaled_on_everything(thinned)) > 40 or fit == "minimum and maximum"
@@ -85,7 +85,7 @@ def test_a_scaler_that_saw_later_splits_is_found(splits, fit, seen):
 
 def test_splits_of_the_kit_are_clean(splits):
     report = audit(splits)
-    assert report.ok and not report.findings and not report.silent and report.columns >= 100
+    assert report.ok and not report.findings and not report.skipped and report.columns >= 100
 
 
 @pytest.mark.parametrize("seed", range(70, 74))
@@ -105,8 +105,8 @@ def test_few_rows_are_met_with_silence():
     for h in few.labels: few.labels[h] = np.where(np.arange(len(few)) % 9, NO_TARGET, few.labels[h])
     few = replace(few, market={})
     report = audit(few)
-    assert report.ok and not report.findings and len(report.silent) == 4 and f"fewer than {FEWEST}" in report.silent[0]
-    assert len(knowledge(few)) == 0 and "not asked: label_h5, direction" in repr(report)
+    assert report.ok and not report.findings and len(report.skipped) == 4 and f"fewer than {MIN_ROWS}" in report.skipped[0]
+    assert len(score_columns(few)) == 0 and "skipped: label_h5, direction" in repr(report)
 
 
 def test_without_closes_the_labels_still_tell():

@@ -3,8 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from modelfactory.data.bars import UNDEFINED, WARMUP, bar_features, bars_to_splits, check_bars, peeking
-from modelfactory.data.splits import read_splits
+from modelfactory.data.bars import UNDEFINED, WARMUP, bar_features, bars_to_splits, check_bars, find_lookahead
+from modelfactory.data.splits import MIN_BLOCKS, SplitsWarning, split_blocks, read_split, read_splits
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
@@ -31,9 +31,10 @@ def test_features_are_finite_and_causal(bars):
     features = bar_features(bars).iloc[:, 2:]
     warm = (bars.groupby("symbol").cumcount() >= WARMUP).to_numpy()
     assert np.isfinite(features[warm]).all().all()
-    assert peeking(bar_features, bars, bars.datetime.sample(2, random_state=0)) == []
+    assert find_lookahead(bar_features, bars, bars.datetime.sample(2, random_state=0)) == []
 
 
+@pytest.mark.filterwarnings("ignore::modelfactory.data.splits.SplitsWarning")
 def test_no_label_reaches_the_next_split(bars, tmp_path):
     "Against the bars themselves: the bar at which each label is decided lies before the next split begins."
     out = bars_to_splits(bars, tmp_path / "splits", embargo=pd.Timedelta("5h"))
@@ -47,3 +48,50 @@ def test_no_label_reaches_the_next_split(bars, tmp_path):
                 defined = rows[rows[f"label_h{h}"] != UNDEFINED]
                 decided = times[np.searchsorted(times, defined.datetime.to_numpy()) + defined[f"bars_to_hit_h{h}"].to_numpy()]
                 assert (decided + np.timedelta64(5, "h") <= first.to_datetime64()).all()
+
+
+def walk(n, symbol="A", seed=0, step="1h", drift=0.):
+    "Bars of a random walk."
+    rng = np.random.default_rng(seed)
+    close = np.exp(rng.normal(drift * 1e-3, 1e-3, n).cumsum())
+    open_ = np.r_[1., close[:-1]]
+    wick = rng.exponential(3e-4, (2, n))
+    return pd.DataFrame(dict(
+        datetime=pd.date_range("2024", periods=n, freq=step), symbol=symbol, open=open_, high=np.maximum(open_, close) * (1 + wick[0]),
+        low=np.minimum(open_, close) * (1 - wick[1]), close=close, volume=1.))
+
+
+def test_a_horizon_with_too_few_blocks_of_val_is_a_warning(tmp_path):
+    "400 rows of val are 20 blocks at h5 and 5 at h20."
+    with pytest.warns(SplitsWarning) as shown: out = bars_to_splits(walk(200 + 2_667), tmp_path / "few")
+    assert [str(w.message) for w in shown] == [
+        f"label_h20: {split} holds 5 blocks of 80 bars; fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon" for split in ("val", "test")]
+    assert all(w.filename == __file__ for w in shown)
+    report = read_splits(out, splits=("train", "val", "test")).report
+    assert [w for w in report.warnings if "too few rows" in w] == [str(w.message) for w in shown]
+    assert not [w for w in read_splits(out, splits=("train",)).report.warnings if "too few rows" in w]
+
+
+def test_enough_blocks_are_no_warning(tmp_path, recwarn):
+    bars_to_splits(walk(200 + 7_000), tmp_path / "enough")
+    assert not [w for w in recwarn if w.category is SplitsWarning]
+
+
+def test_a_sparse_symbol_does_not_decide_the_number_of_blocks():
+    "A symbol with a bar a day beside one with a bar an hour: weighted by rows it doubles a block, by its own bars it would be 24 times as long."
+    dense, sparse = walk(4_000).assign(label_h5=1, x=0.), walk(4_000, "B").iloc[::24].assign(label_h5=1, x=0.)
+    alone, both = read_split(dense), read_split(pd.concat([dense, sparse]))
+    assert split_blocks(alone, 5) == 200 and split_blocks(both, 5) > 90
+
+
+def test_the_report_says_how_often_a_constant_call_is_right(tmp_path):
+    "Barriers of 1.5 ATR down and 3 up, or a drift: always down, always up."
+    out = bars_to_splits(walk(8_000), tmp_path / "barriers", horizons=(20,), barriers={20: (3., 1.5)})
+    splits = read_splits(out)
+    share = {s.name: (s.labels[20] == -1).sum() / np.isin(s.labels[20], (-1, 1)).sum() for s in splits.values()}
+    assert splits.report.labels.constant_call.tolist() == [f"down {share[s]:.2f}" for s in ("train", "val")] and share["val"] > .6
+    calls = [f"always down would be right {round(share[s], 2):.0%} of the time in {s}" for s in ("train", "val")]
+    sentence = f"label_h20: {calls[0]}, {calls[1]}; judge directional accuracy against that"
+    assert sentence in splits.report.warnings and sentence in repr(splits.report)
+    drift = read_splits(bars_to_splits(walk(8_000, drift=.15), tmp_path / "drift", horizons=(20,))).report
+    assert all(call.startswith("up") for call in drift.labels.constant_call)

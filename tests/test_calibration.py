@@ -12,7 +12,7 @@ from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.folds import Labels
 from modelfactory.data.splits import read_split
 from modelfactory.models.base import NotFittedError
-from modelfactory.models.calibration import KINDS, Calibrated, Calibration, CalibrationError, fit_calibration, held_out
+from modelfactory.models.calibration import KINDS, Calibrated, Calibration, CalibrationError, fit_calibration, purged_holdout
 from modelfactory.models.conformance import check_model, planted, predict_in_fresh_process
 from modelfactory.models.persistence import CheckpointError, load_model
 from modelfactory.models.registry import ModelRegistry
@@ -116,7 +116,7 @@ def test_no_label_of_the_earlier_part_is_decided_in_the_end(seed, known):
     ds = TimeSeriesDataset(read_split(panel(seed, ["around_the_clock", "day_session", "short_session"], 12, 4, with_hits=known)), 4, 1)
     labels, metadata = Labels(ds), ds.metadata if known else ds.metadata.drop(columns="label_bars")
     for share in (.1, .35, .8):
-        first, end = held_out(metadata, share)
+        first, end = purged_holdout(metadata, share)
         cut = labels.start[end].min()
         assert set(end) == set(np.flatnonzero(labels.start >= cut)) and len(first) and (labels.end[first] < cut).all()
         purged = np.setdiff1d(np.flatnonzero(labels.start < cut), first)
@@ -124,7 +124,7 @@ def test_no_label_of_the_earlier_part_is_decided_in_the_end(seed, known):
 
 
 def test_the_end_of_train_teaches_the_calibration_alone():
-    first, end = held_out(TASK.meta, .2)
+    first, end = purged_holdout(TASK.meta, .2)
     X, y = TASK.X[:].copy(), TASK.y.copy()
     X[end], y[end] = X[end][::-1] * 3, -y[end]
     before, after = fitted(), fitted(X=X, y=y)
@@ -190,7 +190,7 @@ def test_every_way_to_configure_a_model_leads_to_it():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_end_that_cannot_tell_is_refused(kind):
-    end = held_out(TASK.meta, .2)[1]
+    end = purged_holdout(TASK.meta, .2)[1]
     lacking = TASK.y.copy()
     lacking[end] = np.where(lacking[end] == 0, 1, lacking[end])
     with pytest.raises(CalibrationError, match=f"holds out {len(end)} rows without class 0"): fitted(kind, lacking)
@@ -202,7 +202,7 @@ def test_an_end_that_cannot_tell_is_refused(kind):
 
 
 def test_a_fit_that_fails_leaves_nothing_that_predicts(tmp_path):
-    model, end = fitted(), held_out(TASK.meta, .2)[1]
+    model, end = fitted(), purged_holdout(TASK.meta, .2)[1]
     lacking = TASK.y.copy()
     lacking[end] = 1
     with pytest.raises(CalibrationError): model.fit(TASK.X, lacking, TASK.X_val, TASK.y_val, TASK.meta, TASK.meta_val)

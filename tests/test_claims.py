@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 from scipy.signal import lfilter
 
+from modelfactory.data.splits import MIN_BLOCKS, effective_blocks, timestamps_per_bar
 from modelfactory.evaluation.bootstrap import (
-    MIN_BLOCKS, block_length, classification_draws, count_frequencies, effective_blocks, timestamps_per_bar)
+    block_length, classification_draws, count_frequencies)
 from modelfactory.evaluation.examples import example_predictions
 from modelfactory.evaluation.metrics import METRICS, directional_gains, directional_skill, metric_names
 from modelfactory.evaluation.significance import (
@@ -155,7 +156,7 @@ def test_every_verdict_has_its_sentence():
 @pytest.mark.parametrize("horizon", [5, 20])
 def test_equal_models_with_slow_opinions_are_not_told_apart(tau, horizon):
     "Loss differences that forget slowly, beside the noise of overlapping labels: the test keeps near its level."
-    rng, T, rejected, thrown_out = np.random.default_rng(tau + horizon), 4000, [], []
+    rng, T, rejected, thrown_out = np.random.default_rng(tau + horizon), 6000, [], []
     for s in range(200):
         noise = np.convolve(rng.normal(size=T + horizon - 1), np.ones(horizon) / horizon ** .5, "valid")
         d = .3 ** .5 * opinions(rng, T, tau) + .7 ** .5 * noise

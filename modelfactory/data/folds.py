@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from .dataset import TimeSeriesDataset, Windows
-from .splits import SplitsError, label_bars
+from .dataset import TimeSeriesDataset, Windows, sample_rows
+from .splits import NO_TARGET, SplitsError, label_bars
 
 # %% auto #0
 __all__ = ['FOREVER', 'STATES', 'FoldsError', 'longest', 'Labels', 'Fold', 'Folds', 'walk_forward', 'combinatorial_purged',
@@ -41,7 +41,9 @@ class Labels:
         self.rows, ends_at, last = rows, rows + label_bars(s, ds.horizon)[rows], self.lasts[s.codes[rows]]  # (n,) rows where labels start and end
         self.ends_at = np.minimum(ends_at, last)
         self.start, self.end = self.times[rows], self.times[self.ends_at] + self._beyond(ends_at - last)  # (n,) nanoseconds
-        self.stamps, self.stamp = np.unique(self.start, return_inverse=True)  # (T,) timestamps, (n,) which of them
+        shortest = sample_rows(s.codes, s.labels[ds.horizon] != NO_TARGET, 1, ds.gap)
+        self.stamps = np.union1d(self.start, self.times[shortest])  # (T,) timestamps, the same for windows of any length
+        self.stamp = np.searchsorted(self.stamps, self.start)  # (n,) which of them
 
     def _beyond(self, bars):
         "Nanoseconds that labels last after their symbol's last bar."
@@ -83,6 +85,9 @@ def _fold(labels, blocks, embargo, ahead):
     test, purged, near = np.zeros((3, labels.n), bool)
     for lo, hi in blocks:
         block = (labels.stamp >= lo) & (labels.stamp < hi)
+        if not block.any():
+            raise FoldsError(f"a test of {hi - lo:,} timestamps has no row with a whole window before it; "
+                             "take fewer folds or shorter windows")
         begin, over = labels.stamps[lo], labels.end[block].max()
         test |= block
         purged |= (labels.start <= over) & (labels.end >= begin)

@@ -35,13 +35,28 @@ def baseline_predictions(
 # %% ../../nbs/evaluation/03_baselines.ipynb #b7438736
 def last_known_labels(
     y: np.ndarray,  # (n,) class values
-    metadata: pd.DataFrame,  # n rows: datetime, symbol, horizon
+    metadata: pd.DataFrame,  # n rows: datetime, symbol, horizon, and label_bars where it is known
     gap: int = 1,  # bars between the last one seen and the labelled row
-) -> np.ndarray:  # (n,) class values, NaN where none is closed yet
-    "The newest label of its symbol that a prediction of each row may know."
-    table = pd.DataFrame(dict(datetime=metadata["datetime"].to_numpy(), symbol=metadata["symbol"].to_numpy(), y=np.asarray(y, float)))
-    lag = int(metadata["horizon"].max()) + gap
-    return table.sort_values("datetime", kind="stable").groupby("symbol").y.shift(lag).reindex(table.index).to_numpy()
+) -> np.ndarray:  # (n,) class values, NaN where none is decided yet
+    "The newest label of its symbol that is decided when each row is predicted."
+    symbols = pd.factorize(metadata["symbol"])[0]
+    order = np.lexsort((np.arange(len(symbols)), metadata["datetime"], symbols))
+    newest = _newest_decided(symbols[order], metadata.get("label_bars", metadata["horizon"]).to_numpy()[order], gap)
+    known = np.full(len(symbols), np.nan)
+    known[order] = np.where(newest >= 0, np.asarray(y, float)[order][newest], np.nan)
+    return known
+
+def _newest_decided(symbols, label_bars, gap):
+    "For each row the newest row of its symbol whose label is decided `gap` rows before it; -1 where there is none."
+    rows = np.arange(len(symbols))
+    starts = np.searchsorted(symbols, symbols)
+    known_from = rows + np.asarray(label_bars, int) + gap
+    stops = np.searchsorted(symbols, symbols, side="right")
+    inside = known_from < stops
+    newest = np.full(len(symbols), -1)
+    np.maximum.at(newest, known_from[inside], rows[inside])
+    newest = np.maximum.accumulate(newest) if len(newest) else newest
+    return np.where(newest >= starts, newest, -1)
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #14adaa46
 def persistence_predictions(
@@ -52,14 +67,21 @@ def persistence_predictions(
 ) -> PredictionOutput:
     "Predicts the newest closed label; probabilities are the class shares that followed it in train."
     train, K = len(y_train), len(classes)
-    y, meta = np.concatenate([y_train, y_val]), pd.concat([metadata_train, metadata_val], ignore_index=True)
-    codes, known = _codes(y, classes, "y"), last_known_labels(y, meta, gap)
+    y = np.concatenate([y_train, y_val])
+    meta = pd.concat([_decision_times(metadata_train), _decision_times(metadata_val)], ignore_index=True)
+    codes = _codes(y, classes, "y")
+    known = last_known_labels(y, meta, gap)
     before = np.where(np.isnan(known), K, _codes(np.nan_to_num(known, nan=classes[0]), classes, "y"))
     followed = np.ones((K + 1, K))
     np.add.at(followed, (before[:train], codes[:train]), 1)
     followed[K] = followed.sum(0)
-    said = np.append(np.arange(K), followed[K].argmax())[before[train:]]
-    return replace(to_output(followed[before[train:]], metadata_val, classes), predictions=np.asarray(classes, np.int8)[said])
+    y_pred = np.append(np.arange(K), followed[K].argmax())[before[train:]]
+    return replace(to_output(followed[before[train:]], metadata_val, classes), predictions=np.asarray(classes, np.int8)[y_pred])
+
+def _decision_times(metadata):
+    "What `last_known_labels` reads, with the horizon where the bars of a label are not known."
+    label_bars = metadata.get("label_bars", metadata["horizon"])
+    return metadata[["datetime", "symbol", "horizon"]].assign(label_bars=label_bars)
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #360fc0d0
 def all_baselines(

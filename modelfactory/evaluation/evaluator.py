@@ -11,14 +11,19 @@ import numpy as np
 import pandas as pd
 
 from .backtest import TRADING_METRICS, Backtest, label_backtest, tranche_backtest
-from .bootstrap import bootstrap_metrics, percentile_interval, trading_draws
+from ..data.splits import MIN_BLOCKS
+from .bootstrap import (
+    bootstrap_metrics, directional_interval, percentile_interval, trading_draws)
 from .metrics import EvaluationError, _checked, classification_metrics, has_direction
+from .significance import DirectionClaim, direction_claim
 from ..models.base import PredictionOutput
 
 # %% auto #0
-__all__ = ['ModelEvaluator']
+__all__ = ['SCORING_VERSION', 'ModelEvaluator']
 
 # %% ../../nbs/evaluation/05_evaluator.ipynb #80a55a5c
+SCORING_VERSION = 2  # raised when the same predictions get other scores: runs of earlier versions can be rescored
+
 @dataclass
 class ModelEvaluator:
     "Scores predictions of one horizon."
@@ -67,18 +72,37 @@ class ModelEvaluator:
     ) -> dict:  # name -> number; NaN where undefined
         "All metrics with their intervals; raises `EvaluationError`, or `BacktestError` where a bar has no price."
         scores = classification_metrics(*_checked(predictions, y_true, self.classes), self.classes)
+        claim = self.direction_claim(predictions, y_true)
+        scores |= dict(directional_skill=claim.skill, directional_accuracy_constant=claim.constant)
         result = self.backtest(predictions, prices, y_true, returns_source)
         scores |= result.metrics() if result else dict.fromkeys(TRADING_METRICS, np.nan)
         scores |= dict(n_samples=len(y_true), returns_source=result.returns_source if result else None)
         scores |= dict(fit_seconds=_seconds(fit_seconds), predict_seconds=_seconds(predict_seconds))
         scores = {k: v.item() if isinstance(v, np.generic) else v for k, v in scores.items()}
-        return scores | self._intervals(predictions, y_true, result)
+        return scores | self._intervals(predictions, y_true, result, claim)
 
-    def _intervals(self, predictions, y_true, result):
+    def direction_claim(self,
+        predictions: PredictionOutput,
+        y_true: np.ndarray,  # (n,) class values
+        trials: int = 1,  # models that were tried
+    ) -> DirectionClaim:
+        "What may be claimed of the direction of predictions."
+        rows = _rows(predictions, y_true)
+        return direction_claim(rows, self.horizon, trials, 1 - self.level, self.classes)
+
+    def _intervals(self, predictions, y_true, result, claim):
         if not self.n_boot: return {}
         rules = self.horizon, self.level, self.classes, self.n_boot, self.seed
-        ends = bootstrap_metrics(predictions, y_true, *rules)
+        ends = bootstrap_metrics(predictions, y_true, *rules) | claim.metrics()
+        if has_direction(self.classes):
+            interval = directional_interval(_rows(predictions, y_true), self.horizon, self.level)[1:]
+            if claim.n_blocks < MIN_BLOCKS: interval = np.nan, np.nan
+            ends |= dict(zip(("directional_accuracy_ci_low", "directional_accuracy_ci_high"), interval))
         if result: ends |= percentile_interval(*trading_draws(result, self.n_boot, self.seed), self.level)
         return ends
+
+def _rows(predictions, y_true):
+    keys = dict(datetime=predictions.timestamps, symbol=predictions.symbols)
+    return pd.DataFrame(keys | dict(y_true=y_true, prediction=predictions.predictions))
 
 def _seconds(s): return np.nan if s is None else float(s)

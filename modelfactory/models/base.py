@@ -42,6 +42,8 @@ class ModelConfig(ShownConfig):
     random_seed: NonNegative = 42  # seed of everything random in the model
     early_stopping: bool = True  # stop when the validation loss no longer falls, where the library can
     patience: Positive = 10  # rounds or epochs without improvement before stopping
+    stop_on: Literal["val", "train_tail"] = "val"  # rows that early stopping sees: validation, or the purged end of train, which is then not learnt from
+    stop_share: Annotated[float, Interval(gt=0, lt=1)] = .15  # of train's timestamps that are held out for `stop_on: train_tail`
     classes: Annotated[tuple[int, ...], Len(2)] = (-1, 0, 1)  # values of the label, in the order of the probability columns
     class_weight: Literal["balanced"] | None = None  # weigh classes by inverse frequency in train
     sample_weight: Literal["column"] | None = None  # weigh rows by `sample_weight` in the metadata
@@ -102,6 +104,16 @@ class BaseModel(ABC):
     def lacks(cls, config: dict) -> str:
         "Why it cannot work here with this config, in one line, beyond libraries that are missing; empty when it can. Has to be cheap."
         return ""
+
+    @classmethod
+    def history_length(cls, config: dict) -> int:
+        "Rows, up to the last one of a window, that a prediction reads: those of the window, or more of the raw columns."
+        return config["sequence_length"]
+
+    @classmethod
+    def stops_early(cls, config: dict) -> bool:
+        "Whether `fit` uses the validation rows to decide when to stop. A model whose `fit` ignores them says False."
+        return config["early_stopping"]
 
     @abstractmethod
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:

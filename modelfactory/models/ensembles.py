@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, to_output
-from .calibration import _part, held_out, label_spans
+from .calibration import _part, label_spans, purged_holdout
 from .params import resolve_config
 from .persistence import load_header, save_header
 from .registry import ModelRegistry
-from ..settings import ConfigError
+from ..settings import ConfigError, build_config
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -51,7 +51,7 @@ def out_of_fold(
     y, found = np.asarray(y), None
     for learn, block in purged_blocks(metadata, n_folds):
         of_learn = metadata.iloc[learn].reset_index(drop=True)
-        fit, stop = (learn[part] for part in held_out(of_learn, .15))
+        fit, stop = (learn[part] for part in purged_holdout(of_learn, .15))
         model = ModelRegistry.create(name, config, horizon, feature_columns)
         model.fit(*_part(X, y, fit), *_part(X, y, stop), *(metadata.iloc[rows].reset_index(drop=True) for rows in (fit, stop)))
         p = model.predict(_part(X, y, block)[0], metadata.iloc[block].reset_index(drop=True)).probabilities
@@ -85,6 +85,14 @@ class EnsembleModel(BaseModel):
     def lacks(cls, config):
         reasons = {name: ModelRegistry.reason(name, overrides or {}) for name, overrides in config.get("members", cls.Config().members).items()}
         return next((f"its member {name}: {reason}" for name, reason in reasons.items() if reason), "")
+
+    @classmethod
+    def history_length(cls, config):
+        return max(model.history_length(own) for model, own in _members_of(cls, config))
+
+    @classmethod
+    def stops_early(cls, config):
+        return any(model.stops_early(own) for model, own in _members_of(cls, config))
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
         codes = check_y(self, y_train, len(check_X(self, X_train)))
@@ -135,3 +143,8 @@ def member_configs(config: EnsembleConfig) -> dict:  # name -> resolved config
     if nested := [n for n in config.members if issubclass(ModelRegistry.get(n), EnsembleModel)]: raise ConfigError(f"{config.model_name}: member {nested[0]} is an ensemble itself; name its members instead")
     shared = {k: getattr(config, k) for k in SHARED}
     return {name: resolve_config(name, config.horizon, config.member_preset, overrides or {}, shared) for name, overrides in config.members.items()}
+
+def _members_of(ensemble, config):
+    "The class and the resolved config of each member of an ensemble with this config."
+    configs = member_configs(build_config(ensemble.Config, config, ensemble.name))
+    return [(ModelRegistry.get(name), own) for name, own in configs.items()]

@@ -120,9 +120,9 @@ class ModelRegistry:
         "A new, unfitted model; raises `ModelUnavailable` when a library or a checkpoint it needs is missing."
         model = cls.get(model_name)(config, horizon, feature_columns)
         if reason := cls.reason(model.name, vars(model.config)): raise ModelUnavailable(f"{model.name}: {reason}")
-        if not model.config.calibration: return model
-        from modelfactory.models.calibration import Calibrated
-        return Calibrated(model)
+        if model.config.stop_on == "val" and not model.config.calibration: return model
+        from modelfactory.models.calibration import wrapped
+        return wrapped(model)
 
     @classmethod
     def list_models(cls, family: str | None = None) -> ModelList:

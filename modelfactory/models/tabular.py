@@ -101,6 +101,9 @@ class SklearnModel(TabularModel):
     trusted = ()  # qualified names of types that the saved estimator holds
     weight_key = "sample_weight"  # where the estimator's `fit` takes weights
 
+    @classmethod
+    def stops_early(cls, config): return False
+
     @abstractmethod
     def estimator(self, n: int): "The unfitted estimator for `n` training rows."
 

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 
 from ..data.audit import AuditReport, audit
-from ..data.bars import bar_features, peeking, write_splits
+from ..data.bars import bar_features, find_lookahead, write_splits
 from ..data.dataset import TimeSeriesDataset
 from ..data.market import PRESETS, market_table, simulate
 from ..data.splits import Split, read_splits
 from ..models.base import BaseModel
 from ..models.registry import ModelRegistry
 from ..progress import Progress
-from ..evaluation.bootstrap import directional_interval
+from ..evaluation.significance import direction_claim
 from .trainer import Trainer
 
 # %% auto #0
@@ -99,7 +99,7 @@ def future_perturbation(
 ) -> InvarianceResult:
     "Replaces everything after a moment; predictions up to it must stay the same to the last bit."
     model, ds = _fitted(model, dataset)
-    changed = lambda t, i: TimeSeriesDataset(perturb_future(ds.split, t, seed + i), ds.horizon, ds.seq_len, ds.gap)
+    changed = lambda t, i: ds.with_split(perturb_future(ds.split, t, seed + i))
     return _compare("another future", model, ds, [(t, changed(t, i)) for i, t in enumerate(_moments(ds, shares))], 0)
 
 # %% ../../nbs/training/06_selftest.ipynb #52140bc4
@@ -111,7 +111,7 @@ def prefix_test(
 ) -> InvarianceResult:
     "Predicts from the bars up to a moment alone; the predictions must be those made with all bars."
     model, ds = _fitted(model, dataset)
-    cut = lambda t: TimeSeriesDataset(truncate(ds.split, t), ds.horizon, ds.seq_len, ds.gap)
+    cut = lambda t: ds.with_split(truncate(ds.split, t))
     return _compare("only a prefix", model, ds, [(t, cut(t)) for t in _moments(ds, shares)], tolerance)
 
 # %% ../../nbs/training/06_selftest.ipynb #cd04b3a7
@@ -128,7 +128,7 @@ def peeking_features(
     "Features that change when bars after them change or are cut off, the kit's and the user's."
     bars = simulate(replace(PRESETS["null"], rows=(1200, 2, 2))).bars if bars is None else bars
     times = bars["datetime"].drop_duplicates().sort_values()
-    return peeking(lambda b: _joined(b, features), bars, times.iloc[np.linspace(.5, .95, moments) * (len(times) - 1)])
+    return find_lookahead(lambda b: _joined(b, features), bars, times.iloc[np.linspace(.5, .95, moments) * (len(times) - 1)])
 
 # %% ../../nbs/training/06_selftest.ipynb #28524f27
 TABULAR = ("logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost")
@@ -156,21 +156,22 @@ def _told(r):
     "The problems of a model, from its row."
     who = f"{r.model} h{r.horizon}: "
     if r.error: yield who + r.error
-    if r.alarm: yield who + f"says it knows a direction that nobody can: {r.accuracy:.3f} [{r.low:.3f}, {r.high:.3f}]"
+    if r.alarm:
+        yield who + f"has directional skill where none is possible: {r.skill:.3f} [{r.low:.3f}, {r.high:.3f}]"
     for test in (r.future, r.prefix):
         if test and not test.ok: yield who + repr(test)
 
 def _cells(table):
     "What a person reads of the table."
     stays = lambda tests: ["–" if t is None else "same" if t.ok else f"{t.moved:,} moved" for t in tests]
-    interval = [f"{a:.3f} [{lo:.3f}, {hi:.3f}]" if a == a else "–" for a, lo, hi in zip(table.accuracy, table.low, table.high)]
-    return pd.DataFrame({"model": table.model, "horizon": table.horizon, "direction": interval, "another future": stays(table.future), "only a prefix": stays(table.prefix), "seconds": table.seconds.round(1)})
+    interval = [f"{a:.3f} [{lo:.3f}, {hi:.3f}]" if a == a else "–" for a, lo, hi in zip(table.skill, table.low, table.high)]
+    return pd.DataFrame({"model": table.model, "horizon": table.horizon, "directional skill": interval, "another future": stays(table.future), "only a prefix": stays(table.prefix), "seconds": table.seconds.round(1)})
 
 # %% ../../nbs/training/06_selftest.ipynb #eb34b9a2
 @dataclass
 class SelfTest:
     "What the self-test found, model by model."
-    table: pd.DataFrame  # model, horizon, n, accuracy, low, high, alarm, future, prefix, seconds, error
+    table: pd.DataFrame  # model, horizon, n, accuracy, skill with low and high, alarm, future, prefix, seconds, error
     audit: AuditReport  # of the market's columns
     peeking: list  # features that look ahead
     level: float  # of each interval
@@ -198,7 +199,7 @@ class SelfTest:
 # %% ../../nbs/training/06_selftest.ipynb #9413f17d
 def _try(model, horizon, folder, preset, level, seed):
     "A row of the self-test: one model, one horizon."
-    row, start = dict(model=model, horizon=horizon, n=0, accuracy=np.nan, low=np.nan, high=np.nan, alarm=False, future=None, prefix=None, error=""), time.perf_counter()
+    row, start = dict(model=model, horizon=horizon, n=0, accuracy=np.nan, skill=np.nan, low=np.nan, high=np.nan, alarm=False, future=None, prefix=None, error=""), time.perf_counter()
     try:
         trainer = Trainer(dict(model=model, horizon=horizon, data=str(folder), preset=preset, seed=seed))
         trainer.train()
@@ -208,9 +209,10 @@ def _try(model, horizon, folder, preset, level, seed):
 
 def _judged(trainer, level):
     val = trainer.datasets["val"]
-    said = val.metadata.assign(y_true=val.y, prediction=trainer.model.predict(val.X, val.metadata).predictions)
-    accuracy, low, high = directional_interval(said, val.horizon, level)
-    return dict(n=len(val), accuracy=accuracy, low=low, high=high, alarm=bool(low > .5 or high < .5))
+    predicted = trainer.model.predict(val.X, val.metadata).predictions
+    claim = direction_claim(val.metadata.assign(y_true=val.y, prediction=predicted), val.horizon, alpha=1 - level)
+    alarm = claim.verdict in ("significant", "worse")
+    return dict(n=len(val), accuracy=claim.accuracy, skill=claim.skill, low=claim.low, high=claim.high, alarm=alarm)
 
 # %% ../../nbs/training/06_selftest.ipynb #6a63b75f
 def selftest(

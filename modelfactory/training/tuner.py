@@ -256,8 +256,9 @@ class Objective:
         return self.splits.report
 
     def dataset(self, split: str, seq_len: int) -> TimeSeriesDataset:
-        "Samples of a split."
-        return TimeSeriesDataset(self.splits[split], self.config.horizon, seq_len, self.config.data.gap)
+        "Samples of a split; those of val have train before them."
+        context = self.splits["train"] if split == "val" else None
+        return TimeSeriesDataset(self.splits[split], self.config.horizon, seq_len, self.config.data.gap, context, self.trainer.context_rows)
 
     def cut(self, seq_len: int) -> Folds:
         "The folds of train; raises `FoldsError`."

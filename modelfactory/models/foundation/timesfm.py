@@ -20,8 +20,9 @@ from ...progress import Progress
 from ...settings import NonNegative, Positive, Rate, settings
 
 # %% auto #0
-__all__ = ['CONTEXT', 'TimesFMConfig', 'context_of', 'see', 'quantiles_at', 'Reader', 'score_of', 'volatility', 'estimated_width',
-           'atr_of', 'phase_1_widths', 'Barriers', 'ContextBatches', 'tuned', 'TimesFMModel', 'teach']
+__all__ = ['CONTEXT', 'PATCH', 'ATR_ROWS', 'TimesFMConfig', 'context_of', 'see', 'quantiles_at', 'Reader', 'score_of',
+           'volatility', 'estimated_width', 'atr_of', 'phase_1_widths', 'Barriers', 'ContextBatches', 'tuned',
+           'TimesFMModel', 'teach']
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #0a39e80c
 @dataclass
@@ -43,6 +44,8 @@ class TimesFMConfig(SequenceConfig):
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #bdd80ea0
 CONTEXT = 2048  # points that the network was trained on at most
+PATCH = 32  # points of a patch
+ATR_ROWS = 256  # bars after which Wilder's average of 14 bars differs by less than 1e-8 from one over all bars
 
 def context_of(
     windows,  # `Windows`
@@ -51,13 +54,15 @@ def context_of(
     length: int,  # points
 ):  # -> Windows (n, length, 2): value, padding
     "The series that is to be forecast; raises `ValueError` when the windows carry no such column."
-    from modelfactory.data.dataset import Windows, context
+    import pandas as pd
+    from modelfactory.data.dataset import Windows, history_windows
     if series in features: return _of_feature(windows, features.index(series), length)
     if windows.history is None: raise ValueError(f"series={series!r} is no feature, and an array carries no raw column: give the windows of a TimeSeriesDataset, or name one of {', '.join(features[:5])}")
     values = windows.history[series]
     if (values <= 0).any(): raise ValueError(f"series={series!r} holds {values[values <= 0][0]:g}; expected positive prices, whose logarithm is forecast")
     values = np.log(values)
-    return context(windows, values - values[windows.history.starts], length)
+    first = pd.Series(values).groupby(windows.history.codes).transform("first").to_numpy()
+    return history_windows(windows, values - first, length)
 
 def _of_feature(windows, j, length):
     from modelfactory.data.dataset import Windows
@@ -238,6 +243,14 @@ class TimesFMModel(SequenceClassifier):
     pretrained, widths = None, None  # which checkpoint, by hash; estimated distances of the barriers
 
     lacks = classmethod(lacks_checkpoint)
+
+    @classmethod
+    def history_length(cls, config):
+        "Rows of the context in whole patches, and enough for the average range to forget where it started."
+        return max(config["sequence_length"], config["context_length"] + PATCH, ATR_ROWS)
+
+    @classmethod
+    def stops_early(cls, config): return config["mode"] == "finetune" and super().stops_early(config)
 
     def read(self):
         "Loads the checkpoint: `reader`, `pretrained`."

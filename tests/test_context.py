@@ -1,0 +1,205 @@
+"Every model is scored on the same rows: the first windows of a later split take context from the earlier splits."
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_foundation import checkpoints, market  # noqa: F401, a fixture
+from test_windows import naive, tables
+
+from modelfactory.data.bundled import resolve_data
+from modelfactory.data.dataset import DatasetConfig, TimeSeriesDataset, history_windows, last_rows, load_datasets
+from modelfactory.data.splits import BadDatetime, FeatureSetsDiffer, SplitOverlap, SplitsError, read_split
+from modelfactory.models.conformance import planted
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs.engine import run_notebook
+from modelfactory.runs.predict import predict_run
+from modelfactory.runs.store import load_run
+from modelfactory.training.selftest import future_perturbation, prefix_test
+from modelfactory.training.trainer import Trainer
+from modelfactory.training.tuner import Objective
+
+
+def examples(n): return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def cut(frame, shares):
+    "The frame in parts by time, oldest first."
+    times = np.sort(frame.datetime.unique())
+    edges = [times[int(share * len(times))] for share in shares]
+    part = np.searchsorted(edges, frame.datetime.to_numpy(), side="right")
+    return [frame[part == k].reset_index(drop=True) for k in range(len(shares) + 1)]
+
+
+def cut_and_purge(frame, share, horizon=5):
+    "Train and val; train's last labels of each symbol are null, since bars of val decide them."
+    train, val = cut(frame.sort_values(["symbol", "datetime"]), [share])
+    last = train.groupby("symbol").cumcount(ascending=False) < horizon
+    return train.assign(label_h5=train.label_h5.where(~last)), val
+
+
+def last_part_of(samples, frame, late):
+    "The naive samples of the whole frame that are labelled in the late part, in the order of its symbols."
+    X, y, meta = samples
+    order = {symbol: i for i, symbol in enumerate(dict.fromkeys(late.symbol))}
+    start = late.datetime.min()
+    rows = [i for i, m in enumerate(meta) if m[0] >= start]
+    rows.sort(key=lambda i: order[meta[i][1]])
+    return [X[i] for i in rows], [y[i] for i in rows], [meta[i] for i in rows]
+
+
+@pytest.mark.no_cover
+@examples(120)
+@given(tables(), st.integers(1, 12), st.integers(0, 1), st.lists(st.floats(.1, .9), min_size=1, max_size=2))
+def test_samples_are_those_of_one_concatenated_frame(frame, seq_len, gap, shares):
+    "Symbols that come, go and are missing in some part; rows in any order; labels that may be undefined."
+    *early, late = cut(frame, sorted(shares))
+    early = [part for part in early if len(part)]
+    X, y, meta = last_part_of(naive(frame, seq_len, gap), frame, late)
+    context = [read_split(part) for part in early]
+    if not y:
+        with pytest.raises(SplitsError, match="no sample"): TimeSeriesDataset(read_split(late), 3, seq_len, gap, context)
+        return
+    ds = TimeSeriesDataset(read_split(late), 3, seq_len, gap, context)
+    expected = np.stack(X)[:, 0] if seq_len == 1 else np.stack(X)
+    assert np.array_equal(np.asarray(ds.X), expected) and ds.y.tolist() == y
+    names = ["datetime", "symbol", "horizon", "sample_weight", "close"]
+    assert list(ds.metadata[names].itertuples(index=False, name=None)) == meta
+    assert np.array_equal(ds.split.labels[3][ds.rows], ds.y)
+    assert ds.context is None or ds.context.datetimes.max() < late.datetime.min()
+
+
+@pytest.mark.no_cover
+@examples(60)
+@given(tables(), st.integers(1, 6), st.integers(1, 20), st.floats(.2, .8))
+def test_raw_columns_reach_back_as_far_as_asked(frame, seq_len, length, share):
+    early, late = cut(frame, [share])
+    if not len(early): return
+    both, gap = read_split(pd.concat([early, late])), 1
+    try: ds = TimeSeriesDataset(read_split(late), 3, seq_len, gap, read_split(early), context_rows=length + gap - 1)
+    except SplitsError: return
+    found, whole = history_windows(ds.X, "close", length), TimeSeriesDataset(both, 3, seq_len, gap)
+    keys = pd.MultiIndex.from_frame(whole.metadata[["datetime", "symbol"]])
+    rows = keys.get_indexer(pd.MultiIndex.from_frame(ds.metadata[["datetime", "symbol"]]))
+    assert (rows >= 0).all()
+    assert np.array_equal(np.asarray(found), np.asarray(history_windows(whole.X, "close", length))[rows])
+
+
+def test_the_number_of_samples_does_not_depend_on_the_window():
+    "Today: 3,712 rows for tabular models, 3,653 for networks of 60 bars."
+    for data in ("eurusd", "planted"):
+        config = DatasetConfig(str(resolve_data(data)))
+        short, long = (load_datasets(config, 5, seq_len, ("train", "val", "test"))[0] for seq_len in (1, 60))
+        for split in ("val", "test"):
+            assert short[split].metadata.equals(long[split].metadata) and np.array_equal(short[split].y, long[split].y)
+            assert len(short[split]) == (short[split].split.labels[5] != -128).sum()
+        assert len(long["train"]) < len(short["train"]) and long["train"].context is None
+
+
+def test_a_symbol_that_no_earlier_split_has_loses_its_first_rows_and_no_other_does():
+    rng = np.random.default_rng(0)
+    def bars(start, n, symbol):
+        times = pd.date_range(start, periods=n, freq="h")
+        return pd.DataFrame(dict(datetime=times, symbol=symbol, f0=rng.normal(size=n), label_h3=rng.integers(-1, 2, n)))
+    train = bars("2024-01-01", 50, "OLD")
+    val = pd.concat([bars("2024-02-01", 30, "NEW"), bars("2024-02-01", 30, "OLD")])
+    ds = TimeSeriesDataset(read_split(val), 3, 10, 1, read_split(train))
+    assert ds.metadata.symbol.value_counts().to_dict() == dict(OLD=30, NEW=20)
+
+
+def test_nothing_is_copied_where_nothing_is_prepended_and_few_rows_are_kept():
+    train, val = (read_split(part) for part in cut(market(400), [.7]))
+    alone, ds = TimeSeriesDataset(val, 5, 16), TimeSeriesDataset(val, 5, 16, 1, train)
+    assert alone.X.base is val.matrix and ds.split is val
+    assert len(ds.X.base) == len(val) + 16 * 2 and len(ds.context) == 16 * 2 and not np.shares_memory(ds.context.matrix, train.matrix)
+
+
+def test_a_context_that_cannot_stand_before_the_split_is_refused():
+    train, val = cut(market(200), [.5])
+    for context, words, error in ((val, "does not come after", SplitOverlap),
+                                  (train.assign(extra=1.), "extra", FeatureSetsDiffer),
+                                  (train.assign(datetime=train.datetime.dt.tz_localize("UTC")), "time zone", BadDatetime)):
+        with pytest.raises(error, match=words): TimeSeriesDataset(read_split(val), 5, 4, 1, read_split(context))
+    first, second = (read_split(part) for part in cut(train, [.5]))
+    with pytest.raises(SplitOverlap): TimeSeriesDataset(read_split(val), 5, 99, 1, [second, first])
+
+
+# models
+
+def as_dict(*frames): return dict(zip(("train", "val", "test"), frames))
+
+
+@pytest.mark.parametrize("name, config", [("logistic_regression", dict(sequence_length=12)), ("gru", dict(sequence_length=12, max_epochs=1))])
+def test_a_fitted_model_predicts_what_it_predicts_on_one_concatenated_frame(name, config):
+    train, val = cut_and_purge(market(600), .6)
+    trainer = Trainer(dict(model=name, horizon=5, data="in memory", config=config), as_dict(train, val))
+    trainer.run_full_pipeline()
+    whole = TimeSeriesDataset(read_split(pd.concat([train, val])), 5, 12)
+    late = np.flatnonzero(whole.metadata.datetime >= val.datetime.min())
+    ds = trainer.datasets["val"]
+    assert len(late) == len(ds) == len(val)
+    expected = trainer.model.predict(whole.X.subset(late), whole.metadata.iloc[late].reset_index(drop=True))
+    assert np.array_equal(expected.symbols, ds.metadata.symbol)
+    assert np.allclose(trainer.model.predict(ds.X, ds.metadata).probabilities, expected.probabilities, rtol=0, atol=1e-6)
+    assert future_perturbation(trainer).ok and prefix_test(trainer).ok
+
+
+@pytest.mark.parametrize("mode", [dict(mode="probe"), dict(mode="zero_shot", barrier_up=1., barrier_down=1.)], ids=["probe", "zero_shot"])
+def test_timesfm_reads_the_closes_of_earlier_splits(mode, checkpoints):  # noqa: F811
+    train, val = cut_and_purge(market(600), .8)
+    config = dict(checkpoint=str(checkpoints["timesfm"]), sequence_length=1, context_length=64, cache=False) | mode
+    trainer = Trainer(dict(model="timesfm", horizon=5, data="in memory", config=config), as_dict(train, val))
+    trainer.prepare_data(), trainer.train()
+    ds, whole = trainer.datasets["val"], TimeSeriesDataset(read_split(pd.concat([train, val])), 5)
+    late = np.flatnonzero(whole.metadata.datetime >= val.datetime.min())
+    expected = trainer.model.predict(whole.X.subset(late), whole.metadata.iloc[late].reset_index(drop=True)).probabilities
+    found = trainer.model.predict(ds.X, ds.metadata).probabilities
+    assert len(found) == len(val) and np.allclose(found, expected, rtol=0, atol=1e-4)
+    alone = TimeSeriesDataset(ds.split, 5)
+    assert not np.allclose(trainer.model.predict(alone.X, alone.metadata).probabilities, found[np.isin(ds.rows, alone.rows)], rtol=0, atol=1e-3)
+    assert future_perturbation(trainer).ok and prefix_test(trainer).ok
+
+
+@pytest.mark.parametrize("seq_len", [1, 16])
+def test_predict_on_a_folder_equals_the_evaluation_of_its_test_set(seq_len, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path))
+    model, config = ("gru", dict(max_epochs=1, sequence_length=16)) if seq_len > 1 else ("logistic_regression", {})
+    outcome = run_notebook(dict(model=model, horizon=5, data="planted", preset="quick", config=config, evaluate_test=True), tmp_path)
+    run = load_run(outcome.path)
+    for split in ("val", "test"):
+        stored, now = run.predictions(split), predict_run(run, "planted", split)
+        both = stored.merge(now, on=["datetime", "symbol"], suffixes=("", "_now"))
+        assert len(both) == len(stored) and len(now) == len(pd.read_parquet(resolve_data("planted") / f"{split}_scaled.parquet"))
+        assert np.allclose(both.p_up, both.p_up_now, rtol=0, atol=1e-6) and not now.attrs["skipped"]
+    bars = pd.read_parquet(resolve_data("planted") / "test_scaled.parquet")
+    assert len(predict_run(run, bars)) == len(bars) - seq_len * bars.symbol.nunique()
+
+
+def test_a_folder_without_earlier_splits_is_predicted_as_a_file(tmp_path):
+    outcome = run_notebook(dict(model="logistic_regression", horizon=5, data="planted", preset="quick"), tmp_path / "runs")
+    bars = pd.read_parquet(resolve_data("planted") / "test_scaled.parquet")
+    (tmp_path / "new").mkdir()
+    bars.to_parquet(tmp_path / "new/test_scaled.parquet")
+    assert predict_run(outcome.path, tmp_path / "new").equals(predict_run(outcome.path, bars))
+
+
+@pytest.mark.parametrize("on", ["train", "val"])
+def test_the_tuner_scores_windows_of_every_length_on_the_same_rows(on):
+    trainer = Trainer(dict(model="gru", horizon=5, data="planted", config=dict(sequence_length=4)))
+    objective = Objective(trainer, on=on)
+    objective.prepare_data()
+    short, long = (objective.parts(seq_len) for seq_len in (4, 60))
+    assert all(a.test[2].equals(b.test[2]) for a, b in zip(short, long)) and len(short) == len(long)
+
+
+def test_an_ensemble_reads_as_far_back_as_its_members(checkpoints):  # noqa: F811
+    config = dict(members=dict(logistic_regression={}, timesfm=dict(checkpoint=str(checkpoints["timesfm"]), context_length=512)))
+    trainer = Trainer(dict(model="average", horizon=5, data="planted", config=config))
+    assert trainer.context_rows == 512 + 32
+
+
+def test_the_context_of_a_later_split_spans_several_earlier_ones():
+    a, b, c = cut(market(90, symbols=("A",)), [.4, .45])
+    rows = last_rows([read_split(a), read_split(b)], ["A"], 20)
+    assert len(rows) == 20 and rows.datetimes.equals(pd.DatetimeIndex(np.sort(np.r_[a.datetime, b.datetime])[-20:]))
+    assert planted().X.shape == (900, 5) and len(c) and ModelRegistry.get("gru").history_length(dict(sequence_length=7)) == 7

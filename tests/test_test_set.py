@@ -1,0 +1,120 @@
+"Every use of a test set is in the ledger, its content is in the fingerprint, and it is checked against the earlier splits."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_context import cut, cut_and_purge
+from test_foundation import market
+
+from modelfactory.cli import main
+from modelfactory.data.splits import SplitOverlap, fingerprint
+from modelfactory.runs.final import final, looks
+from modelfactory.runs.store import MANIFEST, list_runs
+from modelfactory.training.test_set import LEDGER, read_ledger, record_test_use, test_set_uses
+from modelfactory.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    "A runs folder of its own."
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def frames(n=900):
+    train, rest = cut_and_purge(market(n), .6)
+    val, test = cut_and_purge(rest, .5)
+    return dict(train=train, val=val, test=test)
+
+
+def trainer(data=None, **kw): return Trainer(dict(model="logistic_regression", horizon=5, data="in memory"), data or frames(), **kw)
+
+
+def call(*args):
+    with pytest.raises(SystemExit) as done: main([str(a) for a in args])
+    return done.value.code
+
+
+def test_a_trainer_in_a_notebook_records_each_use_before_it_returns(runs, tmp_path):
+    ours = trainer()
+    ours.run_full_pipeline()
+    assert not (runs / LEDGER).exists()
+    ours.evaluate("test"), ours.evaluate("test")
+    trainer(runs=tmp_path / "elsewhere").evaluate("test")
+    ledger = read_ledger(runs)
+    assert ledger.model.tolist() == ["logistic_regression"] * 2 and set(ledger.run) == {""} and set(ledger.horizon) == {5}
+    assert set(ledger.fingerprint) == {ours.fingerprint()} and len(read_ledger(tmp_path / "elsewhere")) == 1
+    assert test_set_uses(runs) == ["in memory: the test set was used 2 times, for 1 model: its scores are no longer those of a single use."]
+
+
+def test_no_score_is_returned_where_the_use_cannot_be_recorded(tmp_path):
+    (tmp_path / "file").write_text("")
+    ours = trainer(runs=tmp_path / "file")
+    with pytest.raises(OSError): ours.evaluate("test")
+    assert "test" not in ours.metrics and "test" not in ours.predictions
+
+
+def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(tmp_path, capsys):
+    folder = tmp_path / "output"
+    assert call("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output", folder, "--test") == 0
+    run, = list_runs(folder)
+    ledger = read_ledger(folder)
+    assert ledger.run.tolist() == [run.path.name] and ledger.fingerprint.tolist() == [run.manifest["data_fingerprint"]]
+    final([run.path])
+    assert read_ledger(folder).run.tolist() == [run.path.name] * 2
+    assert looks(folder)[0].startswith("planted: the test set was used 2 times, for 1 model")
+    assert not (tmp_path / "runs" / LEDGER).exists()
+
+
+def test_a_run_whose_fingerprint_left_test_out_can_still_be_scored_on_test(tmp_path):
+    folder = tmp_path / "output"
+    assert call("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output", folder) == 0
+    run, = list_runs(folder)
+    manifest = json.loads((run.path / MANIFEST).read_text())
+    manifest["data_fingerprint"] = Trainer(run.config).fingerprint(("train", "val"))
+    (run.path / MANIFEST).write_text(json.dumps(manifest))
+    assert len(final([run.path])) and len(read_ledger(folder)) == 1
+
+
+def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
+    line = dict(when="2024-01-01T00:00:00+00:00", run="gru_h5_1", data="mine", fingerprint="0", model="gru", horizon=5)
+    (tmp_path / LEDGER).write_text(json.dumps(line) + "\n")
+    record_test_use(tmp_path, "mine", "1", "xgboost", 5)
+    assert test_set_uses(tmp_path)[0].startswith("mine: the test set was used 2 times, for 2 models")
+
+
+def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):
+    data = frames()
+    other = data | dict(test=data["test"].assign(rsi=0.))
+    without = {k: v for k, v in data.items() if k != "test"}
+    assert len({fingerprint(data), fingerprint(other), fingerprint(without)}) == 3
+    assert fingerprint(data, ("train", "val")) == fingerprint(without) == fingerprint(other, ("train", "val"))
+    for name, frame in data.items(): frame.to_parquet(tmp_path / f"{name}_scaled.parquet")
+    whole = fingerprint(tmp_path)
+    other["test"].to_parquet(tmp_path / "test_scaled.parquet")
+    changed = fingerprint(tmp_path)
+    (tmp_path / "test_scaled.parquet").write_bytes(b"no parquet: hashed, not read")
+    assert len({whole, changed, fingerprint(tmp_path)}) == 3
+    (tmp_path / "test_scaled.parquet").unlink()
+    assert fingerprint(tmp_path) == fingerprint(tmp_path, ("train", "val"))
+
+
+def test_labels_of_val_that_bars_of_test_decide_are_found_when_test_is_read(runs):
+    "Today only train is checked against test."
+    train, rest = cut_and_purge(market(900), .6)
+    val, test = cut(rest, [.5])
+    ours = trainer(dict(train=train, val=val, test=test))
+    assert ours.run_full_pipeline()["n_samples"] > 0
+    with pytest.raises(SplitOverlap, match="val frame: label_h5: 10 rows decided by bars of test frame"): ours.evaluate("test")
+    assert "test" not in ours.metrics and read_ledger(runs).empty
+
+
+def test_test_has_its_context_from_val(tmp_path):
+    data = frames()
+    ours = Trainer(dict(model="logistic_regression", horizon=5, data="in memory", config=dict(sequence_length=30)), data)
+    ours.evaluate("test")
+    ds = ours.datasets["test"]
+    assert len(ds) == len(data["test"]) - data["test"].label_h5.isna().sum() and len(ds.context) == 2 * 30
+    last = pd.concat([part.tail(30) for _, part in data["val"].groupby("symbol")])
+    assert np.array_equal(np.sort(ds.context.matrix[:, 0]), np.sort(last.rsi.to_numpy(np.float32)))
