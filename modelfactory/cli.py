@@ -229,12 +229,12 @@ def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")
             ahead: Annotated[bool, typer.Option("--ahead", help="also the bar to come of each symbol")] = False,
             output: Annotated[Path, typer.Option(help="parquet file to write", dir_okay=False)] = Path("predictions.parquet")):
     "Predict new bars, which need no labels, with a finished run or a bundle.\n\nExample: modelfactory predict runs/xgboost_h5_… new_bars.parquet --ahead --output p.parquet"
-    from modelfactory.runs.predict import predict_run, told
+    from modelfactory.runs.predict import prediction_warnings, predict_run
     frame = predict_run(run, data, split, ahead)
     aside = output.with_name(f".{output.name}.partial")
     frame.to_parquet(aside, index=False)
     aside.replace(output)
-    print(*told(frame), f"see {output}", sep="\n")
+    print(*prediction_warnings(frame), f"see {output}", sep="\n")
 
 # %% ../nbs/cli.ipynb #95b180f2
 @app.command("export")

@@ -10,7 +10,7 @@ from modelfactory.data.bundled import resolve_data
 from modelfactory.data.splits import SplitsError
 from modelfactory.runs import load_run
 from modelfactory.runs.engine import run_notebook
-from modelfactory.runs.predict import told
+from modelfactory.runs.predict import prediction_warnings
 from modelfactory.runs.store import FEATURES, MANIFEST
 
 
@@ -64,7 +64,7 @@ def test_runs_without_bins_say_so(run, bars, tmp_path):
     said = json.loads((old / MANIFEST).read_text())
     del said["files"][FEATURES]
     (old / MANIFEST).write_text(json.dumps(said))
-    assert "drift is not known" in told(load_run(old).predict(bars[:50]))[-1]
+    assert "drift is not known" in prediction_warnings(load_run(old).predict(bars[:50]))[-1]
 
 
 @pytest.mark.parametrize("breaks, words", [

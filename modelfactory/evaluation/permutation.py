@@ -18,14 +18,14 @@ from modelfactory.evaluation.backtest import (
 from .bootstrap import (
     block_sums, block_length, percentile_interval, timestamps_per_bar, stationary_blocks)
 from .metrics import (
-    _checked, _per_timestamp, metric_sign, classification_stats, has_direction)
+    NULLS, _checked, _per_timestamp, classification_stats, has_direction, metric_sign)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['NULL_METRICS', 'PermutationError', 'ffill_index', 'random_shifts', 'profit_by_day', 'ShiftTest', 'shift_test',
-           'plot_shift_test', 'shuffled_direction_confusion', 'f1_null_interval', 'null_metrics']
+__all__ = ['PermutationError', 'ffill_index', 'random_shifts', 'profit_by_day', 'ShiftTest', 'shift_test', 'plot_shift_test',
+           'shuffled_direction_confusion', 'f1_null_interval', 'null_metrics']
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #54249a2b
 class PermutationError(ValueError):
@@ -100,7 +100,7 @@ class ShiftTest:
         return {k: self._p(k) if v == v else np.nan for k, v in self.observed.items()}
 
     def _p(self, name):
-        sign = metric_sign(name) or 1
+        sign = metric_sign(name)
         as_good = self.draws[name] * sign >= self.observed[name] * sign - 1e-12
         share = (1 + as_good.sum()) / (1 + self.draws[name].notna().sum())
         return float(self.excluded_fraction + (1 - self.excluded_fraction) * share)
@@ -160,7 +160,7 @@ def shift_test(
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #fd6852cc
 def _directional_skill(truth, prediction, symbols):
-    "Mean of the product of two signs less their means by symbol, over the rows where both are not 0; NaN without any."
+    "`metrics.directional_skill` of signs and symbol codes, from sums by symbol: half the time of a shift test."
     both = (truth * prediction != 0).astype(float)
     n = np.bincount(symbols, both)
     if not n.any(): return np.nan
@@ -250,8 +250,6 @@ def _f1_macro(cells):
     return classification_stats(without_losses, tuple(range(round(cells.shape[-1] ** .5))))["f1_macro"]
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #88fc7a0d
-NULL_METRICS = ("directional_skill_p_shift", "log_loss_p_shift", "sharpe_net_p_shift", "f1_null", "f1_skill")
-
 def null_metrics(
     predictions: PredictionOutput,
     y_true: np.ndarray,  # (n,) class values
@@ -262,9 +260,9 @@ def null_metrics(
     trading_days: float | None = None,  # days in a year, None: from the bars
     classes: tuple = (-1, 0, 1),
     day_start: int = 0,  # hour at which a trading day begins
-) -> dict[str, float]:  # names of `NULL_METRICS`, and interval ends of the F1
+) -> dict[str, float]:  # names of `NULLS`, and interval ends of the F1
     "P-values of the shift test, and the F1 with the direction shuffled."
-    metrics = dict.fromkeys(NULL_METRICS, np.nan)
+    metrics = dict.fromkeys(NULLS, np.nan)
     rules = dict(cost_bps=cost_bps, trading_days=trading_days, classes=classes, day_start=day_start)
     with contextlib.suppress(PermutationError):
         metrics |= shift_test(predictions, y_true, prices, horizon, seed=seed, **rules).metrics()

@@ -66,12 +66,12 @@ import sys
 from pathlib import Path
 
 from modelfactory.runs import load_run
-from modelfactory.runs.predict import told
+from modelfactory.runs.predict import prediction_warnings
 
 run = load_run(Path(__file__).resolve().parent)  # every file is checked against its hash before it is used
 bars, output = sys.argv[1], sys.argv[2]
 predictions = run.predict(bars, ahead=True)  # a row a bar, and one without a datetime for the bar to come
-print(*told(predictions), sep="\\n")
+print(*prediction_warnings(predictions), sep="\\n")
 predictions.to_parquet(output, index=False)
 '''
 

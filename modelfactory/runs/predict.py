@@ -12,12 +12,12 @@ import pandas as pd
 
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
-from ..data.explore import FAR, drift
+from ..data.explore import population_stability_index
 from ..data.splits import SPLIT_ORDER, BadValue, read_split, split_files
 from .store import prediction_frame
 
 # %% auto #0
-__all__ = ['predict_run', 'told']
+__all__ = ['BEYOND', 'predict_run', 'prediction_warnings']
 
 # %% ../../nbs/runs/04_predict.ipynb #ef2f02aa
 def _rows(bars, own, seq_len, gap, ahead):
@@ -42,7 +42,7 @@ def predict_run(
     data: Path | pd.DataFrame,  # a parquet file, a frame, a folder with Phase 1 splits or a bundled name
     split: str = "test",  # which split of a folder
     ahead: bool = False,  # also the bar to come of each symbol
-) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after; `.attrs`: skipped, unseen, drift
+) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after; `.attrs`: skipped, unseen, drift, limits
     "Predictions by the run's verified model; raises `SplitsError` or `RunError`."
     from modelfactory.runs.store import Run, load_run
     run = run if isinstance(run, Run) else load_run(run)
@@ -50,7 +50,8 @@ def predict_run(
     folder = resolve_data(data) if isinstance(data, (str, Path)) and (str(data) in BUNDLED or Path(data).is_dir()) else None
     if folder is not None: data = split_files(folder, (split,))[split]
     bars = read_split(data, split, (), model.feature_columns, nan=asked["nan"])
-    drifted = drift(bars, run.train_features).to_dict("records") if run.train_features else []
+    drifted = []
+    if run.train_features: drifted = population_stability_index(bars, run.train_features).to_dict("records")
     fills = json.loads((run.path / "splits.json").read_text())["fills"]
     _fill(bars, fills, asked["nan"])
     context_rows = model.history_length(vars(model.config)) + asked["gap"] - 1
@@ -61,7 +62,10 @@ def predict_run(
     predictions = model.predict(windows, keys)
     frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[seen])
     skipped = pd.Series(bars.codes).value_counts().sort_index() - keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0).to_numpy()
-    frame.attrs |= dict(skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n}, unseen=[s for s in bars.symbols if run.train_features and s not in run.train_features["symbols"]], drift=drifted)
+    known = run.train_features or {}
+    frame.attrs |= dict(
+        skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n}, unseen=[s for s in bars.symbols if known and s not in known["symbols"]],
+        drift=drifted, limits=known.get("lengths", []))  # lengths for which there are limits
     return frame
 
 def _context(folder, bars, n, fills, nan):
@@ -84,15 +88,25 @@ def _fill(bars, fills, nan):
         elif nan == "median" and np.isnan(bars.matrix[:, j]).any(): raise BadValue(f"{bars.file}: {name}: NaN, which train never had, so there is no value fitted to fill it; fill it before predicting")
 
 # %% ../../nbs/runs/04_predict.ipynb #240ed617
-def told(
+def prediction_warnings(
     frame: pd.DataFrame,  # of `predict_run`
-) -> list[str]:  # sentences
-    "What to know of predictions: rows left out, symbols never seen, features unlike train."
-    a, drifted = frame.attrs, pd.DataFrame(frame.attrs["drift"])
-    found = [f"{len(frame):,} predictions"]
-    if a["skipped"]: found.append(f"{sum(a['skipped'].values()):,} bars without a whole window before them: {', '.join(f'{s} {n}' for s, n in list(a['skipped'].items())[:5])}")
-    if a["unseen"]: found.append(f"{len(a['unseen'])} symbols that train has not seen, predicted all the same: {', '.join(map(str, a['unseen'][:5]))}")
-    if not len(drifted): return [*found, "this run kept no bins of its features: drift is not known"]
-    far = drifted[drifted["index"] > FAR]
-    if len(far): found.append(("MOST FEATURES ARE UNLIKE TRAIN, were they scaled in the same way? " if len(far) > len(drifted) / 2 else "") + f"{len(far)} of {len(drifted)} features are distributed otherwise than in train: {', '.join(far.feature[:5])}")
-    return found
+) -> list[str]:  # sentences, the first one the number of predictions
+    "Rows left out, symbols that train does not have, features distributed unlike train."
+    skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
+    sentences = [f"{len(frame):,} predictions"]
+    if skipped: sentences.append(f"{sum(skipped.values()):,} bars without a whole window before them: {', '.join(f'{s} {n}' for s, n in list(skipped.items())[:5])}")
+    if unseen: sentences.append(f"{len(unseen)} symbols that train has not seen, predicted all the same: {', '.join(map(str, unseen[:5]))}")
+    return sentences + _drift_warnings(pd.DataFrame(drift), frame.attrs.get("limits", ()))
+
+BEYOND = .5  # share of a feature's values beyond all of train from which it is reported whatever the number of bars
+
+def _drift_warnings(drift, lengths):
+    "At most one sentence on features distributed unlike train."
+    if not len(drift): return ["this run kept no bins of its features: drift is not known"]
+    unlike = drift[(drift["index"] > drift.limit) | (drift.outside > BEYOND)]
+    if len(unlike):
+        most = "MOST FEATURES ARE UNLIKE TRAIN, were they scaled in the same way? " if len(unlike) > len(drift) / 2 else ""
+        return [f"{most}{len(unlike)} of {len(drift)} features are distributed otherwise than in train: {', '.join(unlike.feature[:5])}"]
+    if drift.limit.notna().any(): return []
+    if not len(lengths): return ["this run stored no limits: drift is not judged"]
+    return [f"too few bars to say whether features are distributed as in train: fewer than {lengths[0]} a symbol"]
