@@ -18,12 +18,14 @@ from ..evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from ..evaluation.backtest import BacktestError
 from ..evaluation.metrics import EvaluationError, has_direction, metric_names
 from ..evaluation.permutation import null_metrics
+from ..evaluation.robustness import plot_robustness
 from ..models.base import PredictionOutput, probability_columns, to_output
 from ..models.persistence import file_hash
 from .store import (
     MANIFEST, STAGED, Run, RunError, finish_swaps, list_runs, load_run, replace_run, score_files,
     write_json, write_scores)
 from ..settings import ConfigError
+from ..training import plots
 
 # %% auto #0
 __all__ = ['FIGURES', 'scoring_trainer', 'rows_of', 'stored_output', 'score_with_data', 'score_without_data', 'rescore_run',
@@ -150,8 +152,6 @@ FIGURES = ("equity", "robustness")  # pictures that show what rescoring changes
 
 def _write_all(scored, split, staged):
     "Scores of a split and, for val, the pictures that show them."
-    from modelfactory.evaluation.robustness import plot_robustness
-    from modelfactory.training import plots
     write_scores(scored, split, staged)
     backtest = scored.backtest(split)
     if split != "val" or not backtest or not backtest.has_prices: return
