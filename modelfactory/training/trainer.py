@@ -78,7 +78,8 @@ class Trainer:
     def _load(self, splits):
         c = self.config
         folder = c.data if self.frames is not None else _at(c.data, resolve_data(c.data.data))
-        return load_datasets(folder, c.horizon, self.model_config["sequence_length"], splits, self.frames, self.context_rows)
+        seq_len = self.model_config["sequence_length"]
+        return load_datasets(folder, c.horizon, seq_len, splits, self.frames, self.context_rows)
 
     @property
     def context_rows(self) -> int:
@@ -192,8 +193,8 @@ class Trainer:
 def _at(data, folder): return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
 
 # %% ../../nbs/training/03_trainer.ipynb #c413ba48
-EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for boosting than "
-                       "on unseen data; stop_on: train_tail avoids that.")
+EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
+                       "boosting than on unseen data; stop_on: train_tail avoids that.")
 
 def early_stopping_note(
     model_config: dict,  # resolved config of a model, as `Trainer.model_config` or a run's config.yaml has it
