@@ -2650,6 +2650,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'modelfactory/training/null_zoo.py'),
                                                 'modelfactory.training.null_zoo._tilted': ( 'training/null_zoo.html#_tilted',
                                                                                             'modelfactory/training/null_zoo.py'),
+                                                'modelfactory.training.null_zoo._without_docstrings': ( 'training/null_zoo.html#_without_docstrings',
+                                                                                                        'modelfactory/training/null_zoo.py'),
                                                 'modelfactory.training.null_zoo.above_limit': ( 'training/null_zoo.html#above_limit',
                                                                                                 'modelfactory/training/null_zoo.py'),
                                                 'modelfactory.training.null_zoo.claim_limit': ( 'training/null_zoo.html#claim_limit',

@@ -337,10 +337,20 @@ CODE = ("data.bars", "data.market", "data.null_worlds", "evaluation.metrics", "e
 
 @lru_cache(maxsize=None)
 def code_hash() -> str:
-    "A hash of the code that results depend on; comments and layout do not count."
+    "A hash of the code that results depend on; comments, docstrings and layout do not count."
     package = Path(significance.__file__).parents[1]
     sources = [(package / f"{name.replace('.', '/')}.py").read_text(encoding="utf8") for name in CODE]
-    return hashlib.sha256("".join(ast.dump(ast.parse(s)) for s in sources).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join(map(_without_docstrings, sources)).encode()).hexdigest()[:12]
+
+
+def _without_docstrings(source):
+    "The syntax tree of a module as text."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return ast.dump(tree)
 
 
 def _judge(world, seed):
