@@ -2800,6 +2800,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'modelfactory/training/trainer.py'),
                                                'modelfactory.training.trainer.Trainer.fingerprint': ( 'training/trainer.html#trainer.fingerprint',
                                                                                                       'modelfactory/training/trainer.py'),
+                                               'modelfactory.training.trainer.Trainer.notes': ( 'training/trainer.html#trainer.notes',
+                                                                                                'modelfactory/training/trainer.py'),
                                                'modelfactory.training.trainer.Trainer.nulls': ( 'training/trainer.html#trainer.nulls',
                                                                                                 'modelfactory/training/trainer.py'),
                                                'modelfactory.training.trainer.Trainer.prepare_data': ( 'training/trainer.html#trainer.prepare_data',

@@ -17,6 +17,7 @@ from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, Rate, ShownConfig, build_config, read_yaml, settings
+from ..evaluation.backtest import GAP_0
 from ..evaluation.evaluator import ModelEvaluator
 from ..evaluation.metrics import has_direction
 from ..evaluation.baselines import all_baselines
@@ -146,6 +147,11 @@ class Trainer:
         ds, mine = self.datasets[split], predictions is self.predictions.get(split)
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
+
+    def notes(self) -> tuple:  # sentences
+        "What to know of the scores: early stopping on validation, trades at the close that the model saw."
+        gap = GAP_0[:1].upper() + GAP_0[1:] + "." if self.config.data.gap == 0 else None
+        return tuple(note for note in (early_stopping_note(self.model_config), gap) if note)
 
     def direction_claim(self, split: str = "val", trials: int = 1):
         "What may be claimed of the direction of a split's predictions: a `DirectionClaim`."
