@@ -2632,6 +2632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'modelfactory/training/null_zoo.py'),
                                                 'modelfactory.training.null_zoo._number': ( 'training/null_zoo.html#_number',
                                                                                             'modelfactory/training/null_zoo.py'),
+                                                'modelfactory.training.null_zoo._of_markets': ( 'training/null_zoo.html#_of_markets',
+                                                                                                'modelfactory/training/null_zoo.py'),
                                                 'modelfactory.training.null_zoo._of_models': ( 'training/null_zoo.html#_of_models',
                                                                                                'modelfactory/training/null_zoo.py'),
                                                 'modelfactory.training.null_zoo._old_direction_p': ( 'training/null_zoo.html#_old_direction_p',
