@@ -928,6 +928,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'modelfactory/evaluation/significance.py'),
                                                       'modelfactory.evaluation.significance._of_model': ( 'evaluation/significance.html#_of_model',
                                                                                                           'modelfactory/evaluation/significance.py'),
+                                                      'modelfactory.evaluation.significance._p_log_loss': ( 'evaluation/significance.html#_p_log_loss',
+                                                                                                            'modelfactory/evaluation/significance.py'),
                                                       'modelfactory.evaluation.significance._p_of_best': ( 'evaluation/significance.html#_p_of_best',
                                                                                                            'modelfactory/evaluation/significance.py'),
                                                       'modelfactory.evaluation.significance._predicted': ( 'evaluation/significance.html#_predicted',

@@ -24,7 +24,8 @@ from ..data.bars import UNDEFINED, triple_barrier
 from ..data.market import MarketConfig, news_effect, news_kernel, simulate, state_effect
 from ..data.null_worlds import NULL_WORLDS, find_world, simulate_null
 from ..evaluation import significance
-from ..evaluation.backtest import tranche_backtest
+from ..evaluation.backtest import (
+    _benchmarks, _returns, _signals, _traded_bars, trading_day, trailing_sum)
 from ..models.base import probability_columns
 from ..progress import Progress
 from ..settings import settings
@@ -209,16 +210,22 @@ def stacked_frame(
 
 
 def _daily_tables(val, price, models, horizon):
-    "The daily table of each model's backtest, before cost; one backtest for models with equal positions."
-    prices = val[["datetime", "symbol"]].assign(close=val[price])
-    backtests, daily = {}, {}
+    "Net profit by day of each model and of its benchmarks, before cost: the columns of `tranche_backtest` that claims need."
+    rows = val[["datetime", "symbol"]].assign(prediction=0)
+    prices = rows[["datetime", "symbol"]].assign(close=val[price])
+    signals = _signals(rows)
+    numbered = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
+    bars = _traded_bars(signals, prices, horizon).merge(numbered, how="left", on=["datetime", "symbol"])
+    symbol, returns = bars["symbol"].factorize()[0], _returns(bars, bars["symbol"].factorize()[0])
+    day, days = trading_day(pd.DatetimeIndex(bars["datetime"]), 0).factorize(sort=True)
+    predicted, n_symbols = bars["row"].notna().to_numpy(), symbol[-1] + 1
+    source, daily = bars["row"][predicted].astype(int).to_numpy(), {}
     for name, p in models.items():
-        position = p.argmax(1) - 1
-        key = position.astype(np.int8).tobytes()
-        if key not in backtests:
-            signals = val[["datetime", "symbol"]].assign(prediction=position)
-            backtests[key] = tranche_backtest(signals, prices, horizon, cost_bps=0.).daily
-        daily[name] = backtests[key]
+        wanted = np.zeros(len(bars))
+        wanted[predicted] = (p.argmax(1) - 1)[source]
+        held = trailing_sum(wanted, symbol, horizon) / horizon
+        columns = dict(net=held * returns) | _benchmarks(symbol, returns, held, 0.)
+        daily[name] = pd.DataFrame({k: np.bincount(day, v) / n_symbols for k, v in columns.items()}, days)
     return daily
 
 
@@ -229,12 +236,10 @@ def _old_direction_p(frame, models, horizon):
     return significance.spa_test(*significance.timestamp_sums(frame, gains, horizon))["consistent"]
 
 
-def _called_worse(frame, pair, horizon, shares):
-    "Whether one of two equal models is said to be worse than the other; None where no test is made."
-    summary = significance.significance_summary(_of_models(frame, pair), horizon, shares)
-    if summary["not_worse"] is None:
-        return None
-    return bool(set(pair) - {summary["best"], *summary["not_worse"]})
+def _called_worse(frame, pair, horizon):
+    "Whether one of two equal models is called worse than the other."
+    losses = significance.row_losses(_of_models(frame, pair))
+    return not significance.mean_differences(losses, frame, horizon)["not_worse"].all()
 
 
 def _of_models(frame, models):
@@ -288,9 +293,9 @@ def judge_null_market(
     blind = {name: p for name, p in models.items() if not (w.predictable and name in SEES_BARS)}
     claims, p, cards = _direction_and_profit(val, blind, shares, horizon, w.marked if w.closes else None)
     frame = stacked_frame(val, {name: models[name] for name in LOG_LOSS_NULL}, horizon)
-    p["log_loss"] = _number(significance.significance_summary(frame, horizon, shares)["p_log_loss"])
+    p["log_loss"] = significance._p_log_loss(frame, horizon, shares, len(LOG_LOSS_NULL), (-1, 0, 1))
     claims["log_loss"] = _claim(p["log_loss"])
-    claims |= {f"worse_{name}": _called_worse(frame, pair, horizon, shares) for name, pair in EQUAL_PAIRS.items()}
+    claims |= {f"worse_{name}": _called_worse(frame, pair, horizon) for name, pair in EQUAL_PAIRS.items()}
     return dict(world=world, seed=seed, horizon=horizon, claims=claims, p=p, cards=cards,
                 seconds=round(time.process_time() - start, 2))
 
