@@ -38,7 +38,7 @@ def doctor():
 @app.command()
 def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
           nan: Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")] = None):
-    "Check splits: roles of columns, labels, distance in time, and what no column may know.\n\nExample: modelfactory check data/splits/scaled"
+    "Check splits: roles of columns, labels, their reach and blocks, distance in time, and columns that predict too well.\n\nExample: modelfactory check data/splits/scaled"
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.splits import read_splits

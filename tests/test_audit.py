@@ -1,12 +1,14 @@
-"Leaks planted on three data sets, honest columns on markets that no limit was set on, and whole self-tests of honest and of cheating pipelines."
+"Leaks planted on three data sets, honest columns on markets that no threshold was set on, and whole self-tests of honest and of cheating pipelines."
 import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.signal import lfilter
 
-from modelfactory.data.audit import MIN_ROWS, LeakFound, aligned, audit, scaled_on_everything, score_columns
+from modelfactory.data.audit import MIN_ROWS, LeakFound, aligned, audit, leaks, scaled_on_everything, score_columns
+from modelfactory.data.bars import WARMUP, bar_features, check_bars, triple_barrier
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.market import PRESETS, market_table, simulate
 from modelfactory.data.splits import NO_TARGET, read_split, read_splits
@@ -59,6 +61,7 @@ def test_a_planted_leak_is_named(splits, name, horizon):
         assert not report.ok and worst.kind == "direction" and worst.size > .1
         with pytest.raises(LeakFound, match="innocent"): report.raise_if_leaky()
     if name == "label of the row before": assert worst.shift == -1 and worst.looks_ahead == int(worst.target.removeprefix("label_h")) - 1
+    else: assert worst.looks_ahead is None and "ahead" not in worst.sentence
 
 
 @pytest.mark.parametrize("ago", [1, 2, 4])
@@ -99,7 +102,151 @@ def test_decoys_raise_no_alarm():
     assert not audit(made("null", 75, width=400)).findings
 
 
-def test_few_rows_are_met_with_silence():
+STEPS = 6  # prices in a bar
+
+
+def simulated(seed, kind, rows=6_000, symbols=2, width=None):
+    "Five-minute bars without skill to find: `reverting` to a mean with bid-ask bounce, `bounce` alone, `asymmetric` barriers with seasonal volatility, `drifts` of each symbol, `slow` labels."
+    rng, n = np.random.default_rng(seed), (rows // symbols + WARMUP) * STEPS
+    season = np.exp(.5 * np.sin(2 * np.pi * np.arange(n) / (288 * STEPS)) + lfilter([1], [1, -.999], rng.normal(0, .02, n)))
+    bars = []
+    for number in range(symbols):
+        steps = rng.normal(0, 4e-4, n) * (season if kind in ("asymmetric", "slow") else 1)
+        if kind == "drifts": steps = steps + (number - symbols / 2 + .5) * 1.2e-5
+        memory = .5 ** (1 / STEPS / 15) if kind == "reverting" else 1.
+        bounce = dict(reverting=2e-4, bounce=4e-4).get(kind, 0) * rng.choice([-1, 1], n)
+        price = np.exp(lfilter([1], [1, -memory], steps) + bounce).reshape(-1, STEPS)
+        times = pd.date_range("2024", periods=len(price), freq="5min")
+        bars.append(pd.DataFrame(dict(
+            datetime=times, symbol=f"S{number}", open=price[:, 0], high=price.max(1), low=price.min(1), close=price[:, -1], volume=rng.exponential(100, len(price)))))
+    bars = check_bars(pd.concat(bars))
+    barriers = dict(asymmetric={5: (2.4, 1.2), 20: (5., 2.5)}, slow={5: (2.5, 2.5, 15), 20: (3., 1.5, 40)}).get(kind, {5: (), 20: ()})
+    labels = [triple_barrier(bars, h, *b) for h, b in barriers.items()]
+    table = pd.concat([bars, bar_features(bars).drop(columns=["datetime", "symbol"]), *labels], axis=1)
+    return read_split(table[bars.groupby("symbol").cumcount() >= WARMUP].reset_index(drop=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["reverting", "bounce", "asymmetric", "drifts", "slow"])
+def test_honest_columns_raise_no_alarm_where_past_bars_predict(kind, seed):
+    report = audit(simulated(seed, kind))
+    assert not report.findings, report
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_positions_of_the_close_raise_no_alarm_on_a_price_that_reverts_to_its_mean(seed):
+    "Half-life of half a bar, volatility that changes slowly: no move of the past predicts direction as well as a causal position of the close, which failed."
+    rng, rows = np.random.default_rng(seed), 40_000
+    steps = (rows + WARMUP) * STEPS
+    middle = lfilter([1], [1, -.5 ** (2 / STEPS)], rng.normal(size=steps))
+    volatility = 2e-4 * np.exp(1.5 * lfilter([1], [1, -.9999], rng.normal(0, (1 - .9999 ** 2) ** .5, steps)))
+    price = np.exp((volatility * np.diff(middle, prepend=0)).cumsum()).reshape(-1, STEPS)
+    times = pd.date_range("2024", periods=len(price), freq="5min")
+    bars = check_bars(pd.DataFrame(dict(datetime=times, symbol="A", open=price[:, 0], high=price.max(1), low=price.min(1), close=price[:, -1], volume=1.)))
+    positions = ["bollinger_20", "bollinger_60", "rsi_28", "ema_gap_50", "sma_gap_100", "stochastic_14"]
+    table = pd.concat([bars, bar_features(bars)[positions], triple_barrier(bars, 5)], axis=1)[WARMUP:].reset_index(drop=True)
+    split = read_split(table)
+    scores = score_columns(split).query("kind == 'direction'")
+    assert scores["size"].max() > .4 and not audit(split).findings
+
+
+def test_an_honest_volatility_is_never_said_to_look_ahead():
+    "Wilder's ATR, also where a user brings one that is over the threshold: the sentence says the score and nothing about later bars."
+    split = simulated(2, "asymmetric")
+    scores = score_columns(split).assign(warn=-1.)
+    sentences = [f.sentence for f in leaks(split, scores[scores.column.isin(["log_atr", "true_range"])])]
+    assert len(sentences) >= 2
+    for sentence in sentences: assert "AUC 0." in sentence and "strongest at shift" in sentence and "check how it is computed" in sentence and "ahead" not in sentence and "knows" not in sentence
+
+
+def day_high(split):
+    "Distance of the close from the high of its whole day, which is known when the day is over."
+    high = pd.Series(split.market["high"]).groupby([split.codes, split.datetimes.normalize()]).transform("max")
+    return np.log(split.close / high.to_numpy()).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["eurusd", "null"])
+def test_the_close_against_the_high_of_its_whole_day_is_a_warning(name):
+    train = read_splits(resolve_data(name))["train"]
+    report = audit(with_column(train, day_high(train)))
+    assert report.named("warn") + report.named("fail") == ["innocent"]
+    assert report.findings[0].kind == "direction" and report.findings[0].size > .1
+
+
+@pytest.mark.parametrize("seed", [80, 81, 82])
+def test_the_high_of_the_day_is_a_warning_on_other_null_markets(seed):
+    split = made("null", seed, rows=12_000)
+    assert audit(with_column(split, day_high(split))).named("warn") == ["innocent"]
+
+
+def test_a_leak_in_the_rows_of_one_symbol_is_a_warning():
+    "One of four symbols holds the distance from the high of the day, the others noise."
+    split = made("null", 83, rows=60_000, symbols=4)
+    split = replace(split, matrix=split.matrix[:, :4].copy(), features=split.features[:4])
+    noise = np.random.default_rng(0).normal(size=len(split)).astype(np.float32)
+    column = np.where(split.codes == 2, day_high(split) / day_high(split).std(), noise)
+    report = audit(with_column(split, column.astype(np.float32)))
+    assert report.ok and {f.symbol for f in report.findings if f.column == "innocent"} == {split.symbols[2]}
+    assert f"of {split.symbols[2]} with AUC" in report.findings[0].sentence
+
+
+@pytest.mark.parametrize("ago, verdicts", [(8, ["fail"]), (14, ["fail"]), (15, [])])
+def test_a_label_is_closed_when_the_slowest_label_is_decided(ago, verdicts):
+    "Labels of horizon 5 that are decided up to 15 bars later: most of those of 8 rows ago are undecided."
+    split = simulated(0, "slow", rows=4_000)
+    assert split.bars_to_hit[5].max() == 15 and (split.bars_to_hit[5] > 8).mean() > .3
+    label = np.where(split.labels[5] == NO_TARGET, 0, split.labels[5])
+    findings = audit(with_column(split, aligned(label.astype(np.float32), split.codes, -ago, 0))).findings
+    assert [f.verdict for f in findings] == verdicts
+    if findings: assert findings[0].looks_ahead == 15 - ago and f"up to {15 - ago} bar" in findings[0].sentence
+
+
+def by_construction(n, seed):
+    "Columns that fit a scaler by their nature: bounded ones, and the code of the week of four years, whose mean, median and range are those of any whole years."
+    rng = np.random.default_rng(seed)
+    close = pd.Series(rng.normal(size=n).cumsum())
+    place = lambda k: ((close - close.rolling(k, min_periods=1).min()) / (close.rolling(k, min_periods=1).max() - close.rolling(k, min_periods=1).min())).fillna(.5)
+    week, year = np.arange(n) // 100 % 52, np.arange(n) // 5_200
+    return dict(
+        stochastic_14=place(14), stochastic_60=place(60), robust_week=(week - 25.5) / 25.5, standard_week=(week - 25.5) / np.std(np.arange(52)), week=week / 51, year=year / 3,
+        fixed=np.clip(rng.normal(size=n), -1, 1), quantised=(rng.random(n) * 52 // 1) / 51, rank=rng.integers(0, 101, n) / 100, hour=np.arange(n) % 24 / 23)
+
+
+def cut(columns, share):
+    "Train of a share, the rest in halves."
+    matrix = np.column_stack(list(columns.values())).astype(np.float32)
+    a, b = int(share * len(matrix)), int((share + 1) / 2 * len(matrix))
+    split = lambda m: replace(made_once(), matrix=m, features=list(columns))
+    return dict(train=split(matrix[:a]), val=split(matrix[a:b]), test=split(matrix[b:]))
+
+
+def made_once(cache=[]):
+    if not cache: cache.append(made("null", 79, rows=2_000))
+    return cache[0]
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["alone", "beside scaled features"])
+def test_columns_that_fit_a_scaler_by_construction_are_not_accused(noise):
+    "15 cuts; in each the code of the week was said to be scaled on all splits together."
+    for share in np.linspace(.3, .85, 15):
+        columns = by_construction(20_800, 3)
+        if noise:
+            raw = np.random.default_rng(4).gamma(2, 3, (12, 20_800))
+            train = raw[:, :int(share * 20_800)]
+            columns |= {f"x{j}": (x - t.mean()) / t.std() for j, (x, t) in enumerate(zip(raw, train))}
+        assert scaled_on_everything(cut(columns, share)).empty, share
+
+
+def test_a_scaler_of_all_splits_is_found_beside_columns_that_fit_by_construction():
+    raw = np.random.default_rng(5).gamma(2, 3, (12, 20_800))
+    scaled = {f"x{j}": (x - x.min()) / np.ptp(x) for j, x in enumerate(raw)}
+    assert set(scaled_on_everything(cut(by_construction(20_800, 3) | scaled, .5)).column) <= set(scaled)
+    assert len(scaled_on_everything(cut(by_construction(20_800, 3) | scaled, .5))) > 4
+    one = by_construction(20_800, 3) | {"x": (raw[0] - raw[0].mean()) / raw[0].std()}
+    assert scaled_on_everything(cut(one, .5)).column.tolist() == ["x"]
+
+
+def test_scores_with_few_rows_are_skipped_and_listed():
     split = made("null", 76)
     few = with_column(split, leak(split, "mfe", 5))
     for h in few.labels: few.labels[h] = np.where(np.arange(len(few)) % 9, NO_TARGET, few.labels[h])

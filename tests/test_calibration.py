@@ -12,7 +12,8 @@ from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.folds import Labels
 from modelfactory.data.splits import read_split
 from modelfactory.models.base import NotFittedError
-from modelfactory.models.calibration import KINDS, Calibrated, Calibration, CalibrationError, fit_calibration, purged_holdout
+from modelfactory.models.calibration import (
+    KINDS, Calibrated, Calibration, CalibrationError, fit_calibration, purged_holdout)
 from modelfactory.models.conformance import check_model, planted, predict_in_fresh_process
 from modelfactory.models.persistence import CheckpointError, load_model
 from modelfactory.models.registry import ModelRegistry

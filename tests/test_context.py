@@ -10,8 +10,6 @@ from test_windows import naive, tables
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.dataset import DatasetConfig, TimeSeriesDataset, history_windows, last_rows, load_datasets
 from modelfactory.data.splits import BadDatetime, FeatureSetsDiffer, SplitOverlap, SplitsError, read_split
-from modelfactory.models.conformance import planted
-from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.engine import run_notebook
 from modelfactory.runs.predict import predict_run
 from modelfactory.runs.store import load_run
@@ -20,7 +18,8 @@ from modelfactory.training.trainer import Trainer
 from modelfactory.training.tuner import Objective
 
 
-def examples(n): return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def examples(n):
+    return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def cut(frame, shares):
@@ -58,7 +57,8 @@ def test_samples_are_those_of_one_concatenated_frame(frame, seq_len, gap, shares
     X, y, meta = last_part_of(naive(frame, seq_len, gap), frame, late)
     context = [read_split(part) for part in early]
     if not y:
-        with pytest.raises(SplitsError, match="no sample"): TimeSeriesDataset(read_split(late), 3, seq_len, gap, context)
+        with pytest.raises(SplitsError, match="no sample"):
+            TimeSeriesDataset(read_split(late), 3, seq_len, gap, context)
         return
     ds = TimeSeriesDataset(read_split(late), 3, seq_len, gap, context)
     expected = np.stack(X)[:, 0] if seq_len == 1 else np.stack(X)
@@ -111,14 +111,15 @@ def test_nothing_is_copied_where_nothing_is_prepended_and_few_rows_are_kept():
     train, val = (read_split(part) for part in cut(market(400), [.7]))
     alone, ds = TimeSeriesDataset(val, 5, 16), TimeSeriesDataset(val, 5, 16, 1, train)
     assert alone.X.base is val.matrix and ds.split is val
-    assert len(ds.X.base) == len(val) + 16 * 2 and len(ds.context) == 16 * 2 and not np.shares_memory(ds.context.matrix, train.matrix)
+    assert len(ds.X.base) == len(val) + 16 * 2 and len(ds.context) == 16 * 2
+    assert not np.shares_memory(ds.context.matrix, train.matrix)
 
 
 def test_a_context_that_cannot_stand_before_the_split_is_refused():
     train, val = cut(market(200), [.5])
-    for context, words, error in ((val, "does not come after", SplitOverlap),
-                                  (train.assign(extra=1.), "extra", FeatureSetsDiffer),
-                                  (train.assign(datetime=train.datetime.dt.tz_localize("UTC")), "time zone", BadDatetime)):
+    in_utc = train.assign(datetime=train.datetime.dt.tz_localize("UTC"))
+    for context, words, error in ((val, "does not come after", SplitOverlap), (in_utc, "time zone", BadDatetime),
+                                  (train.assign(extra=1.), "extra", FeatureSetsDiffer)):
         with pytest.raises(error, match=words): TimeSeriesDataset(read_split(val), 5, 4, 1, read_split(context))
     first, second = (read_split(part) for part in cut(train, [.5]))
     with pytest.raises(SplitOverlap): TimeSeriesDataset(read_split(val), 5, 99, 1, [second, first])
@@ -129,10 +130,11 @@ def test_a_context_that_cannot_stand_before_the_split_is_refused():
 def as_dict(*frames): return dict(zip(("train", "val", "test"), frames))
 
 
-@pytest.mark.parametrize("name, config", [("logistic_regression", dict(sequence_length=12)), ("gru", dict(sequence_length=12, max_epochs=1))])
+@pytest.mark.parametrize("name, config", [("logistic_regression", {}), ("gru", dict(max_epochs=1))])
 def test_a_fitted_model_predicts_what_it_predicts_on_one_concatenated_frame(name, config):
     train, val = cut_and_purge(market(600), .6)
-    trainer = Trainer(dict(model=name, horizon=5, data="in memory", config=config), as_dict(train, val))
+    asked = dict(model=name, horizon=5, data="in memory", config=config | dict(sequence_length=12))
+    trainer = Trainer(asked, as_dict(train, val))
     trainer.run_full_pipeline()
     whole = TimeSeriesDataset(read_split(pd.concat([train, val])), 5, 12)
     late = np.flatnonzero(whole.metadata.datetime >= val.datetime.min())
@@ -140,11 +142,15 @@ def test_a_fitted_model_predicts_what_it_predicts_on_one_concatenated_frame(name
     assert len(late) == len(ds) == len(val)
     expected = trainer.model.predict(whole.X.subset(late), whole.metadata.iloc[late].reset_index(drop=True))
     assert np.array_equal(expected.symbols, ds.metadata.symbol)
-    assert np.allclose(trainer.model.predict(ds.X, ds.metadata).probabilities, expected.probabilities, rtol=0, atol=1e-6)
+    found = trainer.model.predict(ds.X, ds.metadata)
+    assert np.allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-6)
     assert future_perturbation(trainer).ok and prefix_test(trainer).ok
 
 
-@pytest.mark.parametrize("mode", [dict(mode="probe"), dict(mode="zero_shot", barrier_up=1., barrier_down=1.)], ids=["probe", "zero_shot"])
+MODES = dict(probe=dict(mode="probe"), zero_shot=dict(mode="zero_shot", barrier_up=1., barrier_down=1.))
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_timesfm_reads_the_closes_of_earlier_splits(mode, checkpoints):  # noqa: F811
     train, val = cut_and_purge(market(600), .8)
     config = dict(checkpoint=str(checkpoints["timesfm"]), sequence_length=1, context_length=64, cache=False) | mode
@@ -152,11 +158,13 @@ def test_timesfm_reads_the_closes_of_earlier_splits(mode, checkpoints):  # noqa:
     trainer.prepare_data(), trainer.train()
     ds, whole = trainer.datasets["val"], TimeSeriesDataset(read_split(pd.concat([train, val])), 5)
     late = np.flatnonzero(whole.metadata.datetime >= val.datetime.min())
-    expected = trainer.model.predict(whole.X.subset(late), whole.metadata.iloc[late].reset_index(drop=True)).probabilities
+    keys = whole.metadata.iloc[late].reset_index(drop=True)
+    expected = trainer.model.predict(whole.X.subset(late), keys).probabilities
     found = trainer.model.predict(ds.X, ds.metadata).probabilities
     assert len(found) == len(val) and np.allclose(found, expected, rtol=0, atol=1e-4)
     alone = TimeSeriesDataset(ds.split, 5)
-    assert not np.allclose(trainer.model.predict(alone.X, alone.metadata).probabilities, found[np.isin(ds.rows, alone.rows)], rtol=0, atol=1e-3)
+    without = trainer.model.predict(alone.X, alone.metadata).probabilities
+    assert not np.allclose(without, found[np.isin(ds.rows, alone.rows)], rtol=0, atol=1e-3)
     assert future_perturbation(trainer).ok and prefix_test(trainer).ok
 
 
@@ -164,19 +172,22 @@ def test_timesfm_reads_the_closes_of_earlier_splits(mode, checkpoints):  # noqa:
 def test_predict_on_a_folder_equals_the_evaluation_of_its_test_set(seq_len, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path))
     model, config = ("gru", dict(max_epochs=1, sequence_length=16)) if seq_len > 1 else ("logistic_regression", {})
-    outcome = run_notebook(dict(model=model, horizon=5, data="planted", preset="quick", config=config, evaluate_test=True), tmp_path)
+    asked = dict(model=model, horizon=5, data="planted", preset="quick", config=config, evaluate_test=True)
+    outcome = run_notebook(asked, tmp_path)
     run = load_run(outcome.path)
     for split in ("val", "test"):
         stored, now = run.predictions(split), predict_run(run, "planted", split)
         both = stored.merge(now, on=["datetime", "symbol"], suffixes=("", "_now"))
-        assert len(both) == len(stored) and len(now) == len(pd.read_parquet(resolve_data("planted") / f"{split}_scaled.parquet"))
+        assert len(both) == len(stored)
+        assert len(now) == len(pd.read_parquet(resolve_data("planted") / f"{split}_scaled.parquet"))
         assert np.allclose(both.p_up, both.p_up_now, rtol=0, atol=1e-6) and not now.attrs["skipped"]
     bars = pd.read_parquet(resolve_data("planted") / "test_scaled.parquet")
     assert len(predict_run(run, bars)) == len(bars) - seq_len * bars.symbol.nunique()
 
 
 def test_a_folder_without_earlier_splits_is_predicted_as_a_file(tmp_path):
-    outcome = run_notebook(dict(model="logistic_regression", horizon=5, data="planted", preset="quick"), tmp_path / "runs")
+    asked = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
+    outcome = run_notebook(asked, tmp_path / "runs")
     bars = pd.read_parquet(resolve_data("planted") / "test_scaled.parquet")
     (tmp_path / "new").mkdir()
     bars.to_parquet(tmp_path / "new/test_scaled.parquet")
@@ -193,13 +204,13 @@ def test_the_tuner_scores_windows_of_every_length_on_the_same_rows(on):
 
 
 def test_an_ensemble_reads_as_far_back_as_its_members(checkpoints):  # noqa: F811
-    config = dict(members=dict(logistic_regression={}, timesfm=dict(checkpoint=str(checkpoints["timesfm"]), context_length=512)))
+    timesfm = dict(checkpoint=str(checkpoints["timesfm"]), context_length=512)
+    config = dict(members=dict(logistic_regression={}, timesfm=timesfm))
     trainer = Trainer(dict(model="average", horizon=5, data="planted", config=config))
     assert trainer.context_rows == 512 + 32
 
 
 def test_the_context_of_a_later_split_spans_several_earlier_ones():
-    a, b, c = cut(market(90, symbols=("A",)), [.4, .45])
+    a, b, _ = cut(market(90, symbols=("A",)), [.4, .45])
     rows = last_rows([read_split(a), read_split(b)], ["A"], 20)
     assert len(rows) == 20 and rows.datetimes.equals(pd.DatetimeIndex(np.sort(np.r_[a.datetime, b.datetime])[-20:]))
-    assert planted().X.shape == (900, 5) and len(c) and ModelRegistry.get("gru").history_length(dict(sequence_length=7)) == 7

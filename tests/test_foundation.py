@@ -42,7 +42,8 @@ def test_a_context_is_what_the_naive_loop_gives(bars, length, seed):
     rng, codes = np.random.default_rng(seed), np.repeat(np.arange(len(bars)), bars)
     values = np.where(rng.random(len(codes)) < 0.1, np.nan, rng.normal(size=len(codes)))
     ends = rng.integers(0, len(codes), 20)
-    found = history_windows(Windows(np.zeros((len(codes), 1)), ends, 1, RawColumns(dict(close=values), codes)), "close", length)
+    windows = Windows(np.zeros((len(codes), 1)), ends, 1, RawColumns(dict(close=values), codes))
+    found = history_windows(windows, "close", length)
     for end, window in zip(ends, np.asarray(found).reshape(len(ends), length, 2)):
         first = np.flatnonzero(codes == codes[end])[0]
         mine = values[max(first, end - length + 1) : end + 1]
@@ -52,7 +53,8 @@ def test_a_context_is_what_the_naive_loop_gives(bars, length, seed):
 
 def test_a_subset_keeps_its_past_and_an_array_says_that_it_has_none():
     ds = TimeSeriesDataset(read_split(market()), 5)
-    assert np.array_equal(history_windows(ds.X.subset([7, 3]), "close", 9)[:], history_windows(ds.X, "close", 9)[[7, 3]])
+    some = history_windows(ds.X.subset([7, 3]), "close", 9)
+    assert np.array_equal(some[:], history_windows(ds.X, "close", 9)[[7, 3]])
     with pytest.raises(ValueError, match="no history"):
         history_windows(Windows(np.zeros((4, 1)), [2, 3], 1), "close", 9)
     with pytest.raises(KeyError, match="volume.*high, low, close"):

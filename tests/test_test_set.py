@@ -1,4 +1,4 @@
-"Every use of a test set is in the ledger, its content is in the fingerprint, and it is checked against the earlier splits."
+"Every use of a test set is in the ledger; the fingerprint covers it; it is checked against the earlier splits."
 import json
 
 import numpy as np
@@ -28,7 +28,11 @@ def frames(n=900):
     return dict(train=train, val=val, test=test)
 
 
-def trainer(data=None, **kw): return Trainer(dict(model="logistic_regression", horizon=5, data="in memory"), data or frames(), **kw)
+LOGISTIC = dict(model="logistic_regression", horizon=5, data="in memory")
+TRAIN = ("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output")
+
+
+def trainer(data=None, **kw): return Trainer(LOGISTIC, data or frames(), **kw)
 
 
 def call(*args):
@@ -43,9 +47,11 @@ def test_a_trainer_in_a_notebook_records_each_use_before_it_returns(runs, tmp_pa
     ours.evaluate("test"), ours.evaluate("test")
     trainer(runs=tmp_path / "elsewhere").evaluate("test")
     ledger = read_ledger(runs)
-    assert ledger.model.tolist() == ["logistic_regression"] * 2 and set(ledger.run) == {""} and set(ledger.horizon) == {5}
+    assert ledger.model.tolist() == ["logistic_regression"] * 2
+    assert set(ledger.run) == {""} and set(ledger.horizon) == {5}
     assert set(ledger.fingerprint) == {ours.fingerprint()} and len(read_ledger(tmp_path / "elsewhere")) == 1
-    assert test_set_uses(runs) == ["in memory: the test set was used 2 times, for 1 model: its scores are no longer those of a single use."]
+    assert test_set_uses(runs) == ["in memory: the test set was used 2 times, for 1 model: "
+                                   "its scores are no longer those of a single use."]
 
 
 def test_no_score_is_returned_where_the_use_cannot_be_recorded(tmp_path):
@@ -57,7 +63,7 @@ def test_no_score_is_returned_where_the_use_cannot_be_recorded(tmp_path):
 
 def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(tmp_path, capsys):
     folder = tmp_path / "output"
-    assert call("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output", folder, "--test") == 0
+    assert call(*TRAIN, folder, "--test") == 0
     run, = list_runs(folder)
     ledger = read_ledger(folder)
     assert ledger.run.tolist() == [run.path.name] and ledger.fingerprint.tolist() == [run.manifest["data_fingerprint"]]
@@ -69,7 +75,7 @@ def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(
 
 def test_a_run_whose_fingerprint_left_test_out_can_still_be_scored_on_test(tmp_path):
     folder = tmp_path / "output"
-    assert call("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output", folder) == 0
+    assert call(*TRAIN, folder) == 0
     run, = list_runs(folder)
     manifest = json.loads((run.path / MANIFEST).read_text())
     manifest["data_fingerprint"] = Trainer(run.config).fingerprint(("train", "val"))
@@ -106,13 +112,14 @@ def test_labels_of_val_that_bars_of_test_decide_are_found_when_test_is_read(runs
     val, test = cut(rest, [.5])
     ours = trainer(dict(train=train, val=val, test=test))
     assert ours.run_full_pipeline()["n_samples"] > 0
-    with pytest.raises(SplitOverlap, match="val frame: label_h5: 10 rows decided by bars of test frame"): ours.evaluate("test")
+    with pytest.raises(SplitOverlap, match="val frame: label_h5: 10 rows decided by bars of test frame"):
+        ours.evaluate("test")
     assert "test" not in ours.metrics and read_ledger(runs).empty
 
 
 def test_test_has_its_context_from_val(tmp_path):
     data = frames()
-    ours = Trainer(dict(model="logistic_regression", horizon=5, data="in memory", config=dict(sequence_length=30)), data)
+    ours = Trainer(LOGISTIC | dict(config=dict(sequence_length=30)), data)
     ours.evaluate("test")
     ds = ours.datasets["test"]
     assert len(ds) == len(data["test"]) - data["test"].label_h5.isna().sum() and len(ds.context) == 2 * 30

@@ -112,7 +112,8 @@ def yardsticks(split: Split) -> dict:  # name -> (N,) float64
     if split.close is None: return columns
     columns |= {f"move {n}": log_returns(split, n) for n in MOVES}
     edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
-    parts = [_positions(*(split.market.get(c, split.close)[a:b] for c in ("high", "low", "close"))) for a, b in zip(edges, edges[1:])]
+    prices = [split.market.get(c, split.close) for c in ("high", "low", "close")]
+    parts = [_positions(*(p[a:b] for p in prices)) for a, b in zip(edges, edges[1:])]
     return columns | {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -124,7 +125,8 @@ def _positions(high, low, close):
     for n in POSITIONS:
         past = close.rolling(n, min_periods=2)
         lowest, highest = low.rolling(n, min_periods=1).min(), high.rolling(n, min_periods=1).max()
-        columns |= {f"bollinger {n}": (close - past.mean()) / past.std(), f"stochastic {n}": (close - lowest) / (highest - lowest)}
+        columns[f"bollinger {n}"] = (close - past.mean()) / past.std()
+        columns[f"stochastic {n}"] = (close - lowest) / (highest - lowest)
     for n in STRENGTHS:
         rise, fall = (x.ewm(alpha=1 / n, adjust=False).mean() for x in (change.clip(lower=0), -change.clip(upper=0)))
         columns[f"rsi {n}"] = rise / (rise + fall)
@@ -170,10 +172,14 @@ def _class_rows(classes, first, kind):
 
 def _questions(split, first):
     "(target, reach, label, kind, rows of the classes in the second half) of each score, and sentences on those with too few rows."
-    scores = [(name, h, y, kind) for name, (h, y) in targets(split).items() for kind in SCORES if (name, kind) != (NEXT_BAR, "neutrality")]
-    rows = [_class_rows(_classes(y, split.codes), first, kind) for _, _, y, kind in scores]
-    skipped = [f"{q[0]}, {q[3]}: {n.min():,} rows of a class in a half of {split.name}, fewer than {MIN_ROWS}" for q, n in zip(scores, rows) if n.min() < MIN_ROWS]
-    return [(*q, n[1]) for q, n in zip(scores, rows) if n.min() >= MIN_ROWS], skipped
+    pairs = [(name, h, y, kind) for name, (h, y) in targets(split).items() for kind in SCORES]
+    scored, skipped = [], []
+    for name, h, y, kind in pairs:
+        if (name, kind) == (NEXT_BAR, "neutrality"): continue
+        rows = _class_rows(_classes(y, split.codes), first, kind)
+        if rows.min() >= MIN_ROWS: scored.append((name, h, y, kind, rows[1]))
+        else: skipped.append(f"{name}, {kind}: {rows.min():,} rows of a class in a half of {split.name}, fewer than {MIN_ROWS}")
+    return scored, skipped
 
 # %% ../../nbs/data/02_audit.ipynb #1775b422
 SCORE_COLUMNS = ["column", "view", "target", "symbol", "horizon", "kind", "size", "past", "usual", "warn", "limit"]
@@ -183,17 +189,21 @@ def score_columns(
 ) -> pd.DataFrame:  # `SCORE_COLUMNS`; sizes are AUC - 0.5, `symbol` is empty for all rows together, `horizon` is the reach
     "How well each column predicts each label, how well it predicts closed ones, what is usual, and from where it warns and fails."
     first, day = _first_half(split), day_of(split)
-    bins = {view: [_view_bins(_column(split, j), split, view, first) for j in range(len(split.features))] for view in VIEWS}
+    columns = range(len(split.features))
+    bins = {view: [_view_bins(_column(split, j), split, view, first) for j in columns] for view in VIEWS}
     usual = [_view_bins(x, split, view, first) for x in yardsticks(split).values() for view in VIEWS]
     parts = []
     for name, h, y, kind, rows in _questions(split, first)[0]:
         classes = [_classes(y, split.codes, s) for s in (0, -h, -day * -(-h // day))]
-        about = dict(target=name, horizon=h, kind=kind, symbol="")
-        parts += [_scores(bins[view], usual, first, classes, kind, rows, h).assign(column=split.features, view=view, **about) for view in VIEWS]
+        about = dict(column=split.features, target=name, horizon=h, kind=kind)
+        for view in VIEWS:
+            table = _scores(bins[view], usual, first, classes, kind, rows, h)
+            parts.append(table.assign(view=view, symbol="", **about))
         for symbol, span, n in _symbol_spans(split, first, classes[0], kind):
-            own = dict(first=first[span], classes=[classes[0][span]], kind=kind, rows=n, h=h)
-            cut = lambda columns: [b[span] for b in columns]
-            parts += [_scores(cut(bins[view]), cut(usual), **own).assign(column=split.features, view=view, limit=np.inf, **about | dict(symbol=symbol)) for view in VIEWS]
+            cut = lambda arrays: [x[span] for x in arrays]
+            for view in VIEWS:
+                table = _scores(cut(bins[view]), cut(usual), first[span], cut(classes[:1]), kind, n, h)
+                parts.append(table.assign(view=view, symbol=symbol, **about | dict(limit=np.inf)))
     return pd.concat(parts, ignore_index=True)[SCORE_COLUMNS] if parts else pd.DataFrame(columns=SCORE_COLUMNS)
 
 def _scores(bins, usual, first, classes, kind, rows, h):
@@ -206,7 +216,8 @@ def _scores(bins, usual, first, classes, kind, rows, h):
         level = np.maximum(best, past)
         return pd.DataFrame(dict(size=size, past=past, usual=level, warn=level + NEUTRALITY + 2 * error, limit=np.inf))
     limit = best + DIRECTION + 2 * error
-    return pd.DataFrame(dict(size=size, past=past, usual=best, warn=min(limit, best + max(SUSPECT, SUSPECT_ERRORS * error)), limit=limit))
+    warn = min(limit, best + max(SUSPECT, SUSPECT_ERRORS * error))
+    return pd.DataFrame(dict(size=size, past=past, usual=best, warn=warn, limit=limit))
 
 def _symbol_spans(split, first, classes, kind):
     "(symbol, its rows, rows of the classes in the second half) of each symbol that has enough of them; direction only."
@@ -278,7 +289,7 @@ def _scaled_together(pooled, alone):
     continuous = np.array([_is_continuous(x) for x in pooled], bool)
     proof = np.c_[continuous, continuous, [_single_extremes(x) for x in pooled]]
     exact, near = residuals < 1e-5, (residuals < .01) & (residuals < alone / 10)
-    most = lambda mask: np.array([mask[proof[:, i], i].mean() > .5 if proof[:, i].sum() > 2 else False for i in range(3)])
+    most = lambda mask: (mask & proof).sum(0) > np.maximum(proof.sum(0) / 2, 1)
     alone_proves = proof & [True, True, False]
     extremes = [True, True, False] | proof  # an attained bound is no evidence, whatever the others are
     return exact & (alone > 1e-4) & extremes & (alone_proves | most(exact)) | near & most(near) & [True, True, False]
@@ -311,8 +322,9 @@ def _finding(split, row):
     "The finding of a row of `score_columns`."
     shift = int(auc_by_shift(split, row.column, row.target, row.kind, row.view, row.symbol).idxmax())
     fails = row.size > row.limit
-    limit = float(row.limit if fails else row.warn)
-    return Finding(row.column, row.kind, float(row.size), limit, row.target, row.symbol, shift, None, "fail" if fails else "warn", _sentence(row, limit, shift))
+    limit, verdict = (float(row.limit), "fail") if fails else (float(row.warn), "warn")
+    sentence = _sentence(row, limit, shift)
+    return Finding(row.column, row.kind, float(row.size), limit, row.target, row.symbol, shift, None, verdict, sentence)
 
 def leaks(
     split: Split,
@@ -320,7 +332,8 @@ def leaks(
 ) -> list:  # of `Finding`
     "For each column and kind the score furthest above its threshold, one that fails before one that warns."
     over = scores[scores["size"] > scores.warn]
-    over = over.assign(fails=over["size"] > over.limit, above=over["size"] - over.warn).sort_values(["fails", "above"], ascending=False)
+    over = over.assign(fails=over["size"] > over.limit, above=over["size"] - over.warn)
+    over = over.sort_values(["fails", "above"], ascending=False)
     return [_finding(split, row) for row in over.drop_duplicates(["column", "kind"]).itertuples(index=False)]
 
 # %% ../../nbs/data/02_audit.ipynb #2af993a8
@@ -339,7 +352,8 @@ def find_label_copies(
 def _copy(column, target, shift, line):
     ahead = int(line.index.max()) + shift
     row = f" of {_count(abs(shift), 'row')} {'before' if shift < 0 else 'later'}" if shift else ""
-    sentence = f"column {column} is {target}{row}, which is decided up to {_count(ahead, 'bar')} later than the row; exclude=[{column!r}] leaves it out"
+    sentence = (f"column {column} is {target}{row}, which is decided up to {_count(ahead, 'bar')} later than the row; "
+                f"exclude=[{column!r}] leaves it out")
     return Finding(column, "direction", float(line.max()), SAME, target, "", shift, ahead, "fail", sentence)
 
 # %% ../../nbs/data/02_audit.ipynb #0322ad8c
@@ -374,7 +388,9 @@ class AuditReport:
         if self.ok: return
         names = self.named("fail")
         first = next(f.sentence for f in self.findings if f.verdict == "fail")
-        raise LeakFound(f"{_count(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{' …' * (len(names) > 8)}; {first}; all of them: exclude={names[:8]}")
+        more = " …" if len(names) > 8 else ""
+        raise LeakFound(f"{_count(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{more}; "
+                        f"{first}; all of them: exclude={names[:8]}")
 
     def _lines(self):
         head = f"leak audit of {self.columns} columns on {self.rows:,} rows: {len(self.named('fail'))} fail, {len(self.named('warn'))} warn"
@@ -403,11 +419,15 @@ def audit(
     splits = data if isinstance(data, Mapping) else dict(train=data.split if isinstance(data, TimeSeriesDataset) else data)
     train = next(iter(splits.values()))
     scores = score_columns(train)
-    findings = [*leaks(train, scores), *find_label_copies(train, scores), *map(_scaler_finding, scaled_on_everything(splits).itertuples())]
+    findings = leaks(train, scores) + find_label_copies(train, scores)
+    findings += [_scaler_finding(row) for row in scaled_on_everything(splits).itertuples()]
     allowed = {f.column for f in findings if f.column in allow or f.kind in allow}
     kept = {(f.column, f.kind): f for f in findings if f.column not in allowed}
-    return AuditReport(sorted(kept.values(), key=lambda f: f.verdict), len(train.features), len(train), _questions(train, _first_half(train))[1], sorted(allowed))
+    worst_first = sorted(kept.values(), key=lambda f: f.verdict)
+    skipped = _questions(train, _first_half(train))[1]
+    return AuditReport(worst_first, len(train.features), len(train), skipped, sorted(allowed))
 
 def _scaler_finding(row):
-    sentence = f"column {row.column} has the {row.scaler} of a scaler in all splits together and not in train: fit the scaler on train alone, and scale again"
+    sentence = (f"column {row.column} has the {row.scaler} of a scaler in all splits together and not in train: "
+                "fit the scaler on train alone, and scale again")
     return Finding(row.column, "scaler", float(row.size), 1e-4, "later splits", "", 0, None, "fail", sentence)

@@ -13,9 +13,9 @@ import pandas as pd
 from annotated_types import Interval
 
 from ..settings import ShownConfig
-from modelfactory.data.splits import (
-    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, MissingFile, Split, SplitOverlap, SplitsError, UnreadableFile,
-    label_bars, read_splits)
+from .splits import (
+    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, MissingFile, Split, SplitOverlap, SplitsError,
+    UnreadableFile, label_bars, read_splits)
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
@@ -184,7 +184,8 @@ def _check_context(split, context):
         raise FeatureSetsDiffer(f"{split.file}: its context has other features ({', '.join(differing[:5])}); "
                                 "read all splits with the same features")
     if (context.datetimes.tz is None) != (split.datetimes.tz is None):
-        raise BadDatetime(f"{split.file}: the split or its context has a time zone, the other has none; convert both to one")
+        raise BadDatetime(f"{split.file}: the split or its context has a time zone, the other has none; "
+                          "convert both to one")
 
 # %% ../../nbs/data/01_dataset.ipynb #ca066cc6
 class TimeSeriesDataset:
@@ -210,8 +211,8 @@ class TimeSeriesDataset:
             defined[own] = labels != NO_TARGET
         positions = sample_rows(joined.codes, defined, seq_len, gap)
         if not len(positions):
-            raise SplitsError(f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, {int(defined.sum()):,} "
-                              f"with a target, none with {seq_len + gap - 1} rows of its symbol before it")
+            raise SplitsError(f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, "
+                              f"{int(defined.sum()):,} with a target, none with {seq_len + gap - 1} rows of its symbol before it")
         self.rows = positions if self.context is None else np.searchsorted(own, positions)  # (n,) rows of the split
         self.X = Windows(joined.matrix, positions - gap, seq_len, RawColumns(joined.market, joined.codes))
         self.y = labels[self.rows]
@@ -235,8 +236,8 @@ class TimeSeriesDataset:
         values, counts = np.unique(self.y, return_counts=True)
         shares = ", ".join(f"{v}: {c / len(self):.3f}" for v, c in zip(values, counts))
         before = f", {len(self.context):,} rows of earlier splits before them" if self.context else ""
-        return (f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of {self.X.shape[1:]}, "
-                f"classes {shares}, {len(self.split) - len(self):,} rows are context only{before}")
+        return (f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of "
+                f"{self.X.shape[1:]}, classes {shares}, {len(self.split) - len(self):,} rows are context only{before}")
     def _repr_html_(self): return f"<p>{self!r}</p>{self.metadata.head(3).to_html(index=False, border=0)}"
 
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8

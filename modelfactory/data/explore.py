@@ -121,7 +121,9 @@ def _stretch_limits(split, bins, numbers):
     if not lengths: return [], [[] for _ in bins]
     block = np.repeat(np.arange(n_blocks.sum()), STRETCH) * 13
     total = np.zeros((len(bins), n_blocks.sum() + 1, 12), np.float32)
-    for counts, n in zip(total, numbers): counts[1:] = np.bincount(block + n[rows], minlength=13 * n_blocks.sum()).reshape(-1, 13)[:, :12].cumsum(0)
+    for counts, n in zip(total, numbers):
+        by_block = np.bincount(block + n[rows], minlength=13 * n_blocks.sum()).reshape(-1, 13)
+        counts[1:] = by_block[:, :12].cumsum(0)
     shares = np.stack([_padded(b) for b in bins])[:, None]
     limits = [_limit(total, shares, n_blocks, L // STRETCH) for L in lengths]
     return lengths, np.round(np.stack(limits, 1).astype(float), 3).tolist()

@@ -42,7 +42,7 @@ class Labels:
         self.ends_at = np.minimum(ends_at, last)
         self.start, self.end = self.times[rows], self.times[self.ends_at] + self._beyond(ends_at - last)  # (n,) nanoseconds
         shortest = sample_rows(s.codes, s.labels[ds.horizon] != NO_TARGET, 1, ds.gap)
-        self.stamps = np.union1d(self.start, self.times[shortest])  # (T,) timestamps, the same for windows of any length
+        self.stamps = np.union1d(self.start, self.times[shortest])  # (T,) timestamps, for windows of any length
         self.stamp = np.searchsorted(self.stamps, self.start)  # (n,) which of them
 
     def _beyond(self, bars):

@@ -502,7 +502,8 @@ def constant_call_warnings(
     sentences = []
     for horizon, rows in labels[labels.constant_call != ""].groupby("horizon"):
         calls = [(*row.constant_call.split(), row.split) for row in rows.itertuples()]
-        frequent = [f"always {sign} would be right {float(share):.0%} of the time in {split}" for sign, share, split in calls if float(share) > CONSTANT_CALL]
+        frequent = [f"always {sign} would be right {float(share):.0%} of the time in {split}"
+                    for sign, share, split in calls if float(share) > CONSTANT_CALL]
         if frequent: sentences.append(f"label_h{horizon}: {', '.join(frequent)}; judge directional accuracy against that")
     return sentences
 
@@ -511,8 +512,8 @@ def block_warnings(
 ) -> list[str]:  # a sentence a split and horizon
     "Horizons that leave fewer than `MIN_BLOCKS` blocks on val or test."
     few = labels[(labels.blocks < MIN_BLOCKS) & labels.split.isin(["val", "test"])]
-    return [f"label_h{row.horizon}: {row.split} holds {row.blocks} block{'s' * (row.blocks != 1)} of {4 * row.horizon} bars; fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon"
-            for row in few.itertuples()]
+    return [f"label_h{row.horizon}: {row.split} holds {row.blocks} block{'s' * (row.blocks != 1)} of {4 * row.horizon} bars; "
+            f"fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon" for row in few.itertuples()]
 
 # %% ../../nbs/data/00_splits.ipynb #86763194
 def check_splits(data, **kw) -> SplitsReport:

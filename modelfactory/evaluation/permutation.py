@@ -18,7 +18,7 @@ from modelfactory.evaluation.backtest import (
 from .bootstrap import (
     block_sums, block_length, percentile_interval, timestamps_per_bar, stationary_blocks)
 from .metrics import (
-    NULLS, _checked, _per_timestamp, classification_stats, has_direction, metric_sign)
+    _checked, _per_timestamp, classification_stats, has_direction, metric_names, metric_sign)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,9 +260,9 @@ def null_metrics(
     trading_days: float | None = None,  # days in a year, None: from the bars
     classes: tuple = (-1, 0, 1),
     day_start: int = 0,  # hour at which a trading day begins
-) -> dict[str, float]:  # names of `NULLS`, and interval ends of the F1
+) -> dict[str, float]:  # metrics of kind `permutation`, and interval ends of the F1
     "P-values of the shift test, and the F1 with the direction shuffled."
-    metrics = dict.fromkeys(NULLS, np.nan)
+    metrics = dict.fromkeys(metric_names("permutation"), np.nan)
     rules = dict(cost_bps=cost_bps, trading_days=trading_days, classes=classes, day_start=day_start)
     with contextlib.suppress(PermutationError):
         metrics |= shift_test(predictions, y_true, prices, horizon, seed=seed, **rules).metrics()

@@ -194,8 +194,9 @@ def _check_classes(model, codes, first, end):
     absent = [model.classes[k] for k in np.setdiff1d(codes[first], codes[end])]
     if absent:
         raise CalibrationError(
-            f"{model.name}: calibration_share {model.config.calibration_share:g} holds out {len(end)} rows without class "
-            f"{', '.join(map(str, absent))}, expected every class that the model learns; raise it, or set calibration to null")
+            f"{model.name}: calibration_share {model.config.calibration_share:g} holds out {len(end)} rows without "
+            f"class {', '.join(map(str, absent))}, expected every class that the model learns; "
+            "raise it, or set calibration to null")
 
 def _read(values, n_classes):
     "A calibration from plain data, with every number looked at."

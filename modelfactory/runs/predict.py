@@ -47,8 +47,9 @@ def predict_run(
     from modelfactory.runs.store import Run, load_run
     run = run if isinstance(run, Run) else load_run(run)
     model, asked = run.loaded, run.config["data"]
-    folder = resolve_data(data) if isinstance(data, (str, Path)) and (str(data) in BUNDLED or Path(data).is_dir()) else None
-    if folder is not None: data = split_files(folder, (split,))[split]
+    is_folder = isinstance(data, (str, Path)) and (str(data) in BUNDLED or Path(data).is_dir())
+    folder = resolve_data(data) if is_folder else None
+    if is_folder: data = split_files(folder, (split,))[split]
     bars = read_split(data, split, (), model.feature_columns, nan=asked["nan"])
     drifted = []
     if run.train_features: drifted = population_stability_index(bars, run.train_features).to_dict("records")

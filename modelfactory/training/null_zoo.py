@@ -330,17 +330,27 @@ def judge_planted_market(
     return dict(world=f"planted_{strength:g}", seed=seed, horizon=horizon, claims=claims, p=p, cards=cards,
                 seconds=round(time.process_time() - start, 2))
 
-# %% ../../nbs/training/07_null_zoo.ipynb #fde228ed
+# %% ../../nbs/training/07_null_zoo.ipynb #ed448de3
 CODE = ("data.bars", "data.market", "data.null_worlds", "evaluation.metrics", "evaluation.bootstrap",
         "evaluation.backtest", "evaluation.significance", "training.null_zoo")  # modules whose change may change a result
 
 
 @lru_cache(maxsize=None)
 def code_hash() -> str:
-    "A hash of the code that results depend on; comments and layout do not count."
+    "A hash of the code that results depend on; comments, docstrings and layout do not count."
     package = Path(significance.__file__).parents[1]
     sources = [(package / f"{name.replace('.', '/')}.py").read_text(encoding="utf8") for name in CODE]
-    return hashlib.sha256("".join(ast.dump(ast.parse(s)) for s in sources).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join(map(_without_docstrings, sources)).encode()).hexdigest()[:12]
+
+
+def _without_docstrings(source):
+    "The syntax tree of a module as text."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return ast.dump(tree)
 
 
 def _judge(world, seed):
@@ -375,26 +385,31 @@ def run_zoo(
     stored = read_results(folder, any_code)
     done = set(zip(stored["world"], stored["seed"]))
     tasks = [(w, s) for s in range(n_markets) for w in worlds if (w, s) not in done]
+    if not tasks:
+        return _of_markets(stored, worlds, n_markets)
     bar = Progress(len(tasks), "null zoo")
     for n, result in enumerate(_results(tasks, workers), 1):
         with open(folder / f"{result['world']}.jsonl", "a", encoding="utf8") as file:
             file.write(json.dumps(result | dict(code=code_hash())) + "\n")
         bar.update(n, result["world"])
     bar.close()
-    results = read_results(folder, any_code)
+    return _of_markets(read_results(folder, any_code), worlds, n_markets)
+
+
+def _of_markets(results, worlds, n_markets):
     return results[results["world"].isin(worlds) & (results["seed"] < n_markets)].reset_index(drop=True)
 
 
 def _results(tasks, workers):
     "Results in the order in which they are finished."
-    if not workers or not tasks:
+    if not workers:
         yield from (_judge(*task) for task in tasks)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(_judge, *task) for task in tasks]):
             yield future.result()
 
-# %% ../../nbs/training/07_null_zoo.ipynb #c51593f1
+# %% ../../nbs/training/07_null_zoo.ipynb #e8000c86
 def claim_table(
     results: pd.DataFrame,  # as from `run_zoo`
     by: str | list = "world",  # columns to group by
@@ -419,7 +434,7 @@ def above_limit(
 ) -> list:  # (world, claim, share)
     "Shares above their limit; the old rule does not count."
     claims = [c for c in table if c not in ("markets", "old_direction")]
-    return [(world, c, round(row[c], 3)) for world, row in table.iterrows() for c in claims
+    return [(world, c, round(float(row[c]), 3)) for world, row in table.iterrows() for c in claims
             if row[c] > claim_limit(row.markets)]
 
 # %% ../../nbs/training/07_null_zoo.ipynb #2e8bd24b

@@ -17,6 +17,7 @@ from ..data.splits import fingerprint
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, Rate, ShownConfig, build_config, read_yaml, settings
+from ..evaluation.backtest import GAP_0
 from ..evaluation.evaluator import ModelEvaluator
 from ..evaluation.metrics import has_direction
 from ..evaluation.baselines import all_baselines
@@ -78,7 +79,8 @@ class Trainer:
     def _load(self, splits):
         c = self.config
         folder = c.data if self.frames is not None else _at(c.data, resolve_data(c.data.data))
-        return load_datasets(folder, c.horizon, self.model_config["sequence_length"], splits, self.frames, self.context_rows)
+        seq_len = self.model_config["sequence_length"]
+        return load_datasets(folder, c.horizon, seq_len, splits, self.frames, self.context_rows)
 
     @property
     def context_rows(self) -> int:
@@ -146,6 +148,11 @@ class Trainer:
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
 
+    def notes(self) -> tuple:  # sentences
+        "What to know of the scores: early stopping on validation, trades at the close that the model saw."
+        gap = GAP_0[:1].upper() + GAP_0[1:] + "." if self.config.data.gap == 0 else None
+        return tuple(note for note in (early_stopping_note(self.model_config), gap) if note)
+
     def direction_claim(self, split: str = "val", trials: int = 1):
         "What may be claimed of the direction of a split's predictions: a `DirectionClaim`."
         return self.evaluator.direction_claim(self.predictions[split], self.datasets[split].y, trials)
@@ -192,8 +199,8 @@ class Trainer:
 def _at(data, folder): return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
 
 # %% ../../nbs/training/03_trainer.ipynb #c413ba48
-EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for boosting than "
-                       "on unseen data; stop_on: train_tail avoids that.")
+EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
+                       "boosting than on unseen data; stop_on: train_tail avoids that.")
 
 def early_stopping_note(
     model_config: dict,  # resolved config of a model, as `Trainer.model_config` or a run's config.yaml has it

@@ -258,7 +258,8 @@ class Objective:
     def dataset(self, split: str, seq_len: int) -> TimeSeriesDataset:
         "Samples of a split; those of val have train before them."
         context = self.splits["train"] if split == "val" else None
-        return TimeSeriesDataset(self.splits[split], self.config.horizon, seq_len, self.config.data.gap, context, self.trainer.context_rows)
+        horizon, gap = self.config.horizon, self.config.data.gap
+        return TimeSeriesDataset(self.splits[split], horizon, seq_len, gap, context, self.trainer.context_rows)
 
     def cut(self, seq_len: int) -> Folds:
         "The folds of train; raises `FoldsError`."

@@ -1,0 +1,33 @@
+"Real bars with uneven barriers: class shares near 60/40/0, six tabular models, and no claim that a constant call has as well."
+import numpy as np
+import pytest
+
+from modelfactory.data.bars import bars_to_splits, read_eurusd
+from modelfactory.runs.compare import comparison, describe
+from modelfactory.runs.grid import run_grid
+from modelfactory.runs.store import list_runs
+
+MODELS = ["logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uneven")
+    data = bars_to_splits(read_eurusd(), folder / "eurusd_1_3", horizons=(20,), barriers={20: (4.5, 1.5, 80)})
+    grid = dict(data=[str(data)], models=MODELS, horizons=[20], preset="quick")
+    result = run_grid(grid, folder / "runs", workers=2)
+    assert result.ok
+    return comparison(list_runs(folder / "runs"))["tasks"][0]
+
+
+def test_no_model_can_be_told_from_the_better_constant_call(task):
+    text = " ".join(describe(task))
+    assert "no model can be told from the better constant call" in text
+    assert not task["direction_significant"] and not any(m["direction_significant"] for m in task["models"])
+
+
+def test_directional_accuracy_stands_beside_the_constant_call(task):
+    constant = {m["directional_accuracy_constant"] for m in task["models"]}
+    accuracy = [m["directional_accuracy"] for m in task["models"]]
+    assert len(constant) == 1 and constant.pop() > .6
+    assert np.nanmax(accuracy) > .5
