@@ -43,9 +43,17 @@ def _task_scores(task):
     tables = {r.path.name: (r, task.tables[r.path.name].assign(horizon=task.horizon)) for r in task.runs}
     if trainer is None:
         scored = {name: score_without_data(*pair, nulls=False) for name, pair in tables.items()}
-        return {name: metrics for name, (metrics, _) in scored.items()}, next(iter(scored.values()))[1], None, f"no prices: {reason}"
+        return (
+            {name: metrics for name, (metrics, _) in scored.items()},
+            next(iter(scored.values()))[1],
+            None,
+            f"no prices: {reason}",
+        )
     scored = {name: score_with_data(trainer, *pair, nulls=False) for name, pair in tables.items()}
-    metrics, baselines = {name: s.metrics["val"] for name, s in scored.items()}, next(iter(scored.values())).baselines("val")
+    metrics, baselines = (
+        {name: s.metrics["val"] for name, s in scored.items()},
+        next(iter(scored.values())).baselines("val"),
+    )
     daily, reason = stored_daily(task, {name: s.backtest("val") for name, s in scored.items()})
     return metrics, baselines, daily, reason
 
@@ -53,8 +61,10 @@ def _any_trainer(task):
     "The data of a task, from the newest run whose data can be read; None and the reason where none can."
     reason = ""
     for run in sorted(task.runs, key=lambda r: r.created, reverse=True):
-        try: return scoring_trainer(run), ""
-        except RunError as e: reason = reason or str(e)
+        try:
+            return scoring_trainer(run), ""
+        except RunError as e:
+            reason = reason or str(e)
     return None, reason
 
 # %% ../../nbs/runs/03_compare.ipynb #c66f00cd
@@ -90,8 +100,10 @@ def variance_split(
 
 # %% ../../nbs/runs/03_compare.ipynb #58fdc0b0
 def _has_answer(data, horizon):
-    try: return (resolve_data(data) / f"ceiling_h{horizon}.parquet").is_file()
-    except MissingFile: return False  # runs outlive their data
+    try:
+        return (resolve_data(data) / f"ceiling_h{horizon}.parquet").is_file()
+    except MissingFile:
+        return False  # runs outlive their data
 
 def ceiling_scores(
     data: str,  # a folder or bundled name
@@ -99,9 +111,13 @@ def ceiling_scores(
     predictions: pd.DataFrame,  # of a run: which rows are scored
 ) -> dict | None:  # row and full: directional_accuracy, f1_macro, log_loss ...; None where the answer is not known
     "Class metrics of the optimum with one row, and with the full history, on these rows."
-    if not _has_answer(data, horizon): return None
+    if not _has_answer(data, horizon):
+        return None
     from modelfactory.data.market import read_ceiling
-    known = predictions[["datetime", "symbol", "y_true"]].merge(read_ceiling(resolve_data(data), horizon), on=["datetime", "symbol"])
+
+    known = predictions[["datetime", "symbol", "y_true"]].merge(
+        read_ceiling(resolve_data(data), horizon), on=["datetime", "symbol"]
+    )
     p = {which: known[[f"{which}_down", f"{which}_flat", f"{which}_up"]].to_numpy() for which in ("row", "full")}
     return {which: _scores(known, p) for which, p in p.items()}
 
@@ -113,14 +129,19 @@ def _scores(known, p):
     return classification_metrics(y, y_pred, p) | dict(f1_null=f1_null)
 
 # %% ../../nbs/runs/03_compare.ipynb #7ef221ac
-MIN_CEILING_GAP = dict(directional_accuracy=.02, log_loss=.002, f1_macro=.01)  # below it there is nothing to attain: ties of probabilities are broken by rounding
+MIN_CEILING_GAP = dict(
+    directional_accuracy=0.02, log_loss=0.002, f1_macro=0.01
+)  # below it there is nothing to attain: ties of probabilities are broken by rounding
 
 def _ceiling(task, prior, constant):
     "Null score, one-row policy and ceiling of a task, by metric; None where the answer is not known."
     best = ceiling_scores(task.runs[-1].data, task.horizon, next(iter(task.predictions.values())))
-    if best is None: return None
+    if best is None:
+        return None
     null = dict(directional_accuracy=constant, log_loss=prior, f1_macro=best["full"]["f1_null"])
-    return {m: dict(null_score=null[m], one_row_policy=best["row"][m], ceiling=best["full"][m]) for m in MIN_CEILING_GAP}
+    return {
+        m: dict(null_score=null[m], one_row_policy=best["row"][m], ceiling=best["full"][m]) for m in MIN_CEILING_GAP
+    }
 
 def _fraction(score, null_score, ceiling, metric):
     "Share of the way from the null score to a ceiling; NaN where there is none."
@@ -137,16 +158,29 @@ def _claim_figures(tests, model):
     denied = claim.significant and not significant
     sentence = claim.sentence + (" The test of all models together does not confirm it." if denied else "")
     verdict = "not significant" if denied else claim.verdict
-    return dict(direction=sentence, verdict=verdict, direction_significant=significant, direction_level=claim.level,
-                directional_skill=claim.skill, directional_skill_ci_low=claim.low, directional_skill_ci_high=claim.high,
-                directional_accuracy=claim.accuracy, directional_accuracy_constant=claim.constant, constant_class=claim.constant_class)
+    return dict(
+        direction=sentence,
+        verdict=verdict,
+        direction_significant=significant,
+        direction_level=claim.level,
+        directional_skill=claim.skill,
+        directional_skill_ci_low=claim.low,
+        directional_skill_ci_high=claim.high,
+        directional_accuracy=claim.accuracy,
+        directional_accuracy_constant=claim.constant,
+        constant_class=claim.constant_class,
+    )
 
 def _model_entry(task, model, metrics, tests):
     runs = task.models[model]
     values = seed_statistics([metrics[r.path.name] for r in runs])
     averaged = _averaged(task, model) if len(runs) > 1 else None
-    about = dict(model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs], folds=1)
-    return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim_figures(tests, model)
+    about = dict(
+        model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs], folds=1
+    )
+    return (
+        about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim_figures(tests, model)
+    )
 
 def _averaged(task, model):
     "Class metrics of the mean of the seeds' probabilities."
@@ -154,36 +188,78 @@ def _averaged(task, model):
     p = table[probability_columns(task.classes)].to_numpy(float)
     return classification_metrics(classes.get_indexer(table.y_true), p.argmax(1), p, task.classes)
 
-def _entry_loss(entry): return (entry["averaged"] or entry)["log_loss"]
+def _entry_loss(entry):
+    return (entry["averaged"] or entry)["log_loss"]
 
 # %% ../../nbs/runs/03_compare.ipynb #e988d1d8
-CLAIMS = ("n_models", "n_samples", "n_blocks", "trials", "p_direction", "direction_significant", "p_log_loss", "log_loss_significant",
-          "p_profit", "p_profit_cash", "p_profit_hold", "p_profit_constant", "profit_significant", "best", "not_worse",
-          "best_sharpe_model", "sharpe_net", "deflated_sharpe", "overfitting", "why")
+CLAIMS = (
+    "n_models",
+    "n_samples",
+    "n_blocks",
+    "trials",
+    "p_direction",
+    "direction_significant",
+    "p_log_loss",
+    "log_loss_significant",
+    "p_profit",
+    "p_profit_cash",
+    "p_profit_hold",
+    "p_profit_constant",
+    "profit_significant",
+    "best",
+    "not_worse",
+    "best_sharpe_model",
+    "sharpe_net",
+    "deflated_sharpe",
+    "overfitting",
+    "why",
+)
 
 def _task_entry(task, trials):
     metrics, baselines, daily, reason = _task_scores(task)
     tests = task_significance(task, trials, daily, reason)
     models = sorted((_model_entry(task, m, metrics, tests) for m in task.models), key=_entry_loss)
-    for rank, entry in enumerate(models, 1): entry["rank"] = rank
+    for rank, entry in enumerate(models, 1):
+        entry["rank"] = rank
     ceiling = _ceiling(task, baselines["prior"]["log_loss"], models[0]["directional_accuracy_constant"])
     for entry in models if ceiling else ():
         entry["fraction_of_ceiling"] = _fractions(entry, ceiling, "ceiling")
         entry["fraction_of_one_row_policy"] = _fractions(entry, ceiling, "one_row_policy")
     about = dict(data=task.data, horizon=task.horizon, classes=list(task.classes), n_left_out=task.n_left_out)
-    return about | {k: tests[k] for k in CLAIMS} | dict(
-        earlier_scoring=[r.path.name for r in task.runs if r.scoring < SCORING_VERSION],
-        versions=len({r.manifest.get("data_fingerprint") for r in task.runs}), ceiling=ceiling, variance=_variance(task, metrics), models=models,
-        baselines=[dict(model=name, family="baseline") | seed_statistics([values]) for name, values in baselines.items()])
+    return (
+        about
+        | {k: tests[k] for k in CLAIMS}
+        | dict(
+            earlier_scoring=[r.path.name for r in task.runs if r.scoring < SCORING_VERSION],
+            versions=len({r.manifest.get("data_fingerprint") for r in task.runs}),
+            ceiling=ceiling,
+            variance=_variance(task, metrics),
+            models=models,
+            baselines=[
+                dict(model=name, family="baseline") | seed_statistics([values]) for name, values in baselines.items()
+            ],
+        )
+    )
 
 def _variance(task, metrics):
     "Variance of the main scores, split into models and seeds."
-    scores = {m: {model: [metrics[r.path.name].get(m, math.nan) for r in runs] for model, runs in task.models.items()} for m in SHOWN}
+    scores = {
+        m: {model: [metrics[r.path.name].get(m, math.nan) for r in runs] for model, runs in task.models.items()}
+        for m in SHOWN
+    }
     split = {m: variance_split(by_model) for m, by_model in scores.items() if m != "fit_seconds"}
     return [dict(metric=m) | found for m, found in split.items() if found]
 
 # %% ../../nbs/runs/03_compare.ipynb #7303af9d
-SHOWN = ("directional_skill", "directional_accuracy", "log_loss", "f1_macro", "sharpe_net", "max_drawdown", "fit_seconds")
+SHOWN = (
+    "directional_skill",
+    "directional_accuracy",
+    "log_loss",
+    "f1_macro",
+    "sharpe_net",
+    "max_drawdown",
+    "fit_seconds",
+)
 
 def comparison(
     runs: RunList | Path,  # finished runs, or the folder that holds them
@@ -193,27 +269,44 @@ def comparison(
     names, unread, tasks = runs.data_names, list(runs.unread), []
     for data, horizon in sorted({(names[r.data], r.horizon) for r in runs}):
         task = read_task(runs, data, horizon, unread=unread)
-        if task.models: tasks.append(_task_entry(task, count_trials(runs, data)))
+        if task.models:
+            tasks.append(_task_entry(task, count_trials(runs, data)))
     folders = list(dict.fromkeys([runs.folder] if runs.folder else [r.path.parent for r in runs]))
-    return plain_data(dict(
-        schema=1, scoring=SCORING_VERSION, tasks=tasks, excluded=_excluded(runs), failed=[row for f in folders for row in failures(f)], unread=unread,
-        test_set_uses=[sentence for f in folders for sentence in test_set_uses(f)], early_stopping=_early_stopping(runs)))
+    return plain_data(
+        dict(
+            schema=1,
+            scoring=SCORING_VERSION,
+            tasks=tasks,
+            excluded=_excluded(runs),
+            failed=[row for f in folders for row in failures(f)],
+            unread=unread,
+            test_set_uses=[sentence for f in folders for sentence in test_set_uses(f)],
+            early_stopping=_early_stopping(runs),
+        )
+    )
 
 def plain_data(value):
     "A value as JSON holds it: numbers of Python, None where undefined."
-    if isinstance(value, dict): return {str(k): plain_data(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)): return [plain_data(v) for v in value]
-    if isinstance(value, np.generic): value = value.item()
+    if isinstance(value, dict):
+        return {str(k): plain_data(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain_data(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def _early_stopping(runs):
     "Sentences on early stopping with the models that they hold for."
     from modelfactory.training.trainer import early_stopping_note
+
     notes = {}
     for model, run in {r.manifest["model"]: r for r in runs.latest()}.items():
-        try: note = early_stopping_note(run.config["config"])
-        except (ConfigError, UnknownModel): continue  # the model's plugin or the run's config is not there any more
-        if note: notes.setdefault(note, []).append(model)
+        try:
+            note = early_stopping_note(run.config["config"])
+        except (ConfigError, UnknownModel):
+            continue  # the model's plugin or the run's config is not there any more
+        if note:
+            notes.setdefault(note, []).append(model)
     return [dict(sentence=note, models=models) for note, models in notes.items()]
 
 # %% ../../nbs/runs/03_compare.ipynb #c7e724f1
@@ -222,25 +315,37 @@ def read_comparison(
 ) -> dict:
     "A stored comparison; raises `RunError` on another schema."
     result = json.loads(Path(file).read_text())
-    if result.get("schema") != 1: raise RunError(f"{file}: schema {result.get('schema')}, expected 1; run `modelfactory compare` again")
+    if result.get("schema") != 1:
+        raise RunError(f"{file}: schema {result.get('schema')}, expected 1; run `modelfactory compare` again")
     return result
 
 # %% ../../nbs/runs/03_compare.ipynb #7972e214
 def _excluded(runs):
-    "Columns that are no features by data set and reason, and rows without a target; from the newest run of each data set."
+    "Columns that are no features, and rows without a target, from the newest run of each data set."
     names, reports = runs.data_names, {}
     for run in runs:
         file = run.path / "splits.json"
-        if file.is_file(): reports[names[run.data]] = file
+        if file.is_file():
+            reports[names[run.data]] = file
     return [dict(data=data) | row for data, file in reports.items() for row in _excluded_rows(file)]
 
 def _excluded_rows(file):
-    try: report = json.loads(file.read_text())
-    except (OSError, ValueError): return []
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
     columns = excluded_by_reason(pd.DataFrame(report["excluded"], columns=["column", "role", "reason"]))
     columns = columns.rename(columns={"columns": "count", "such as": "examples"}).to_dict("records")
-    rows = [dict(role="row", reason=f"no target at horizon {label['horizon']} in {label['split']}", count=label["no_target"], examples="")
-            for label in report["labels"] if label["no_target"]]
+    rows = [
+        dict(
+            role="row",
+            reason=f"no target at horizon {label['horizon']} in {label['split']}",
+            count=label["no_target"],
+            examples="",
+        )
+        for label in report["labels"]
+        if label["no_target"]
+    ]
     return columns + rows
 
 # %% ../../nbs/runs/03_compare.ipynb #e2aeb3a3
@@ -250,13 +355,21 @@ def failures(
     "The newest failure of each model, data set, horizon and seed that was not finished later."
     finished, found = {_asked(r.data, r.manifest) for r in list_runs(runs)}, {}
     for attempt in sorted((Path(runs) / FAILED).glob("*/job.json"), key=lambda f: f.parent.name[-22:]):
-        try: asked, outcome = json.loads(attempt.read_text())["parameters"], json.loads((attempt.parent / "outcome.json").read_text())
-        except (OSError, ValueError): continue
+        try:
+            asked, outcome = (
+                json.loads(attempt.read_text())["parameters"],
+                json.loads((attempt.parent / "outcome.json").read_text()),
+            )
+        except (OSError, ValueError):
+            continue
         title = f"{asked['model']} h{asked['horizon']} {Path(asked['data']).name}"
-        found[_asked(asked["data"], asked)] = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.parent.name)
+        found[_asked(asked["data"], asked)] = dict(
+            run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.parent.name
+        )
     return [row for key, row in found.items() if key not in finished]
 
-def _asked(data, what): return str(data), what["model"], what["horizon"], settings().seed if what["seed"] is None else what["seed"]
+def _asked(data, what):
+    return str(data), what["model"], what["horizon"], settings().seed if what["seed"] is None else what["seed"]
 
 # %% ../../nbs/runs/03_compare.ipynb #b09da8bb
 def leaderboard(
@@ -265,17 +378,33 @@ def leaderboard(
 ) -> pd.DataFrame:  # data, horizon, rank, model, family, seeds, metrics, their interval ends and spread over seeds
     "Every model and the baselines, by data set and horizon; best log loss first."
     rows = [_row(task, entry, metrics) for task in result["tasks"] for entry in task["models"] + task["baselines"]]
-    if not rows: return pd.DataFrame(columns=["data", "horizon", "rank", "model", "family", "seeds", *metrics])
+    if not rows:
+        return pd.DataFrame(columns=["data", "horizon", "rank", "model", "family", "seeds", *metrics])
     table = pd.DataFrame(rows)
     numbers = table.columns.difference(["data", "horizon", "model", "family"], sort=False)
     table[numbers] = table[numbers].astype(float)
     return table.sort_values(["data", "horizon", "loss"], kind="stable").drop(columns="loss").reset_index(drop=True)
 
 def _row(task, entry, metrics):
-    known = [f"{m}{end}" for m in metrics for end in ("", "_ci_low", "_ci_high", "_sd", "_min", "_max") if not end or f"{m}{end}" in entry]
+    known = [
+        f"{m}{end}"
+        for m in metrics
+        for end in ("", "_ci_low", "_ci_high", "_sd", "_min", "_max")
+        if not end or f"{m}{end}" in entry
+    ]
     loss = _entry_loss(entry) if entry.get("averaged") else entry.get("log_loss")
-    about = dict(data=task["data"], horizon=task["horizon"], rank=entry.get("rank"), model=entry["model"], family=entry["family"])
-    return about | dict(seeds=len(entry.get("seeds", [])), loss=loss, directional_accuracy_constant=entry.get("directional_accuracy_constant")) | {name: entry.get(name) for name in known}
+    about = dict(
+        data=task["data"], horizon=task["horizon"], rank=entry.get("rank"), model=entry["model"], family=entry["family"]
+    )
+    return (
+        about
+        | dict(
+            seeds=len(entry.get("seeds", [])),
+            loss=loss,
+            directional_accuracy_constant=entry.get("directional_accuracy_constant"),
+        )
+        | {name: entry.get(name) for name in known}
+    )
 
 # %% ../../nbs/runs/03_compare.ipynb #0c8c4937
 def escape_markdown(
@@ -303,15 +432,19 @@ def _markdown_cell(value):
 # %% ../../nbs/runs/03_compare.ipynb #306d56b7
 def _cell(row, metric):
     value, low, high, sd = row[metric], *(row.get(f"{metric}_{end}", math.nan) for end in ("ci_low", "ci_high", "sd"))
-    if value != value: return "–"
+    if value != value:
+        return "–"
     digits = 1 if metric == "fit_seconds" else 2 if abs(value) >= 2 or metric.startswith("sharpe") else 3
     spread = f" ± {sd:.{digits}f}" if sd == sd else ""
-    return f"{value:.{digits}f}{spread}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low and high == high else "")
+    return f"{value:.{digits}f}{spread}" + (
+        f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low and high == high else ""
+    )
 
 def _best(table, metric):
     "Index of the best model row of each data set and horizon."
     models = table[(table.family != "baseline") & table[metric].notna()]
-    if not metric_sign(metric) or not len(models): return set()
+    if not metric_sign(metric) or not len(models):
+        return set()
     return set((models[metric] * metric_sign(metric)).groupby([models.data, models.horizon]).idxmax())
 
 # %% ../../nbs/runs/03_compare.ipynb #610e9d7f
@@ -323,29 +456,48 @@ def leaderboard_table(
     metrics = [m for m in metrics if m in table]
     model = [f"{name} ({n:.0f} seeds)" if n > 1 else name for name, n in zip(table.model, table.seeds)]
     rank = ["" if r != r else f"{r:.0f}" for r in table["rank"]]
-    cells = table[["data", "horizon"]].assign(rank=rank, model=model, **{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics})
+    cells = table[["data", "horizon"]].assign(
+        rank=rank, model=model, **{m: [_cell(r, m) for _, r in table.iterrows()] for m in metrics}
+    )
     return Table(cells, _leaderboard_page(table, cells, {m: _best(table, m) for m in metrics}))
 
 def _leaderboard_page(table, cells, best):
     style = "padding:2px 10px 2px 0;text-align:left;white-space:nowrap;"
-    head = "".join(f"<th style='{style}border-bottom:1px solid #333'>{html.escape(c.replace('_', ' '))}</th>" for c in cells)
+    head = "".join(
+        f"<th style='{style}border-bottom:1px solid #333'>{html.escape(c.replace('_', ' '))}</th>" for c in cells
+    )
     body, new_task = "", (table.data != table.data.shift()) | (table.horizon != table.horizon.shift())
     for i, row in cells.iterrows():
-        line = f"{style}{'border-top:1px solid #333;' if new_task[i] and i else ''}{'color:#7f7f7f;' if table.family[i] == 'baseline' else ''}"
+        line = style + ("border-top:1px solid #333;" if new_task[i] and i else "")
+        line += "color:#7f7f7f;" if table.family[i] == "baseline" else ""
         shown = [f"<b>{v}</b>" if c in best and i in best[c] else html.escape(str(v)) for c, v in row.items()]
-        body += f"<tr style='background:none'>{''.join(f'<td style={chr(34)}{line}{chr(34)}>{v}</td>' for v in shown)}</tr>"
-    return f"<table style='font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse'><tr style='background:none'>{head}</tr>{body}</table>"
+        body += (
+            f"<tr style='background:none'>{''.join(f'<td style={chr(34)}{line}{chr(34)}>{v}</td>' for v in shown)}</tr>"
+        )
+    look = "font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse"
+    return f"<table style='{look}'><tr style='background:none'>{head}</tr>{body}</table>"
 
 # %% ../../nbs/runs/03_compare.ipynb #a5ee8c24
-DIRECTION = dict(model="model", directional_skill="skill", directional_skill_ci_low="low", directional_skill_ci_high="high",
-                 directional_accuracy="accuracy", directional_accuracy_constant="constant", verdict="verdict", direction_significant="significant")
+DIRECTION = dict(
+    model="model",
+    directional_skill="skill",
+    directional_skill_ci_low="low",
+    directional_skill_ci_high="high",
+    directional_accuracy="accuracy",
+    directional_accuracy_constant="constant",
+    verdict="verdict",
+    direction_significant="significant",
+)
 
 def direction_tests(
     result: dict,  # of `comparison`
 ) -> pd.DataFrame:  # data, horizon, model, skill, low, high, accuracy, constant, verdict, significant
     "Directional skill of each model with the interval of its claim, and the accuracy of the better constant call."
-    rows = [dict(data=task["data"], horizon=task["horizon"]) | {name: entry[key] for key, name in DIRECTION.items()}
-            for task in result["tasks"] for entry in task["models"]]
+    rows = [
+        dict(data=task["data"], horizon=task["horizon"]) | {name: entry[key] for key, name in DIRECTION.items()}
+        for task in result["tasks"]
+        for entry in task["models"]
+    ]
     table = pd.DataFrame(rows, columns=["data", "horizon", *DIRECTION.values()])
     numbers = ["skill", "low", "high", "accuracy", "constant"]
     return table.assign(**table[numbers].astype(float))
@@ -363,7 +515,15 @@ def _best_row(task):
     best = task["models"][0]
     prior = next((b.get("log_loss") for b in task["baselines"] if b["model"] == "prior"), None)
     figures = {k: math.nan if best.get(k) is None else best[k] for k in ("sharpe_net", "directional_skill")}
-    return dict(data=task["data"], horizon=task["horizon"], model=best["model"], log_loss=_entry_loss(best), prior_log_loss=prior, **figures, verdict=best_verdict(task))
+    return dict(
+        data=task["data"],
+        horizon=task["horizon"],
+        model=best["model"],
+        log_loss=_entry_loss(best),
+        prior_log_loss=prior,
+        **figures,
+        verdict=best_verdict(task),
+    )
 
 def best_verdict(
     task: dict,  # a task of `comparison`
@@ -371,21 +531,45 @@ def best_verdict(
     "Whether the model with the lowest log loss, or another one, has directional skill."
     models = task["models"]
     best, skilled = models[0], [m["model"] for m in models if m["direction_significant"]]
-    if all(m["verdict"] == "no direction" for m in models): return "no direction in these classes"
-    if best["model"] in skilled: return f"{best['model']} has directional skill"
-    if skilled: return f"not this one: {', '.join(skilled)} {'has' if len(skilled) == 1 else 'have'} directional skill"
-    if all(m["verdict"] in ("too few rows", "no direction") for m in models): return "too few rows to say"
+    if all(m["verdict"] == "no direction" for m in models):
+        return "no direction in these classes"
+    if best["model"] in skilled:
+        return f"{best['model']} has directional skill"
+    if skilled:
+        return f"not this one: {', '.join(skilled)} {'has' if len(skilled) == 1 else 'have'} directional skill"
+    if all(m["verdict"] in ("too few rows", "no direction") for m in models):
+        return "too few rows to say"
     return "no model can be told from the better constant call"
 
 # %% ../../nbs/runs/03_compare.ipynb #8767dfb5
-VERDICTS = ("data", "horizon", "n_models", "n_samples", "trials", "p_direction", "p_log_loss", "p_profit", "p_profit_cash", "p_profit_hold",
-            "p_profit_constant", "best", "not_worse", "best_sharpe_model", "sharpe_net", "deflated_sharpe", "overfitting")
+VERDICTS = (
+    "data",
+    "horizon",
+    "n_models",
+    "n_samples",
+    "trials",
+    "p_direction",
+    "p_log_loss",
+    "p_profit",
+    "p_profit_cash",
+    "p_profit_hold",
+    "p_profit_constant",
+    "best",
+    "not_worse",
+    "best_sharpe_model",
+    "sharpe_net",
+    "deflated_sharpe",
+    "overfitting",
+)
 
 def verdict_table(
     result: dict,  # of `comparison`
 ) -> Table:
     "The tests of each task; `not_worse` counts the models that are not significantly worse than the best by log loss."
-    rows = [{k: task[k] for k in VERDICTS} | dict(not_worse=max(len(task["not_worse"] or [task["best"]]) - 1, 0)) for task in result["tasks"]]
+    rows = [
+        {k: task[k] for k in VERDICTS} | dict(not_worse=max(len(task["not_worse"] or [task["best"]]) - 1, 0))
+        for task in result["tasks"]
+    ]
     return Table(pd.DataFrame(rows, columns=VERDICTS))
 
 # %% ../../nbs/runs/03_compare.ipynb #0f250cbd
@@ -394,28 +578,71 @@ def seed_table(
     metric: str = "log_loss",
 ) -> Table | None:  # None where no model has several seeds
     "Mean, standard deviation and range over seeds of each model, and the score of the mean of their probabilities."
-    rows = [dict(data=task["data"], horizon=task["horizon"], model=m["model"], seeds=len(m["seeds"]), mean=m[metric], sd=m[f"{metric}_sd"],
-                 lowest=m[f"{metric}_min"], highest=m[f"{metric}_max"], **{"of mean probabilities": m["averaged"].get(metric)})
-            for task in result["tasks"] for m in task["models"] if len(m["seeds"]) > 1]
+    rows = [
+        dict(
+            data=task["data"],
+            horizon=task["horizon"],
+            model=m["model"],
+            seeds=len(m["seeds"]),
+            mean=m[metric],
+            sd=m[f"{metric}_sd"],
+            lowest=m[f"{metric}_min"],
+            highest=m[f"{metric}_max"],
+            **{"of mean probabilities": m["averaged"].get(metric)},
+        )
+        for task in result["tasks"]
+        for m in task["models"]
+        if len(m["seeds"]) > 1
+    ]
     return Table(pd.DataFrame(rows)) if rows else None
 
 def variance_table(
     result: dict,  # of `comparison`
 ) -> Table | None:  # None where no model has several seeds
     "Standard deviation of the main scores between models and between seeds of one model."
-    rows = [dict(data=task["data"], horizon=task["horizon"]) | {k: row[k] for k in ("metric", "model_sd", "seed_sd", "seed_share")}
-            for task in result["tasks"] for row in task["variance"]]
+    rows = [
+        dict(data=task["data"], horizon=task["horizon"])
+        | {k: row[k] for k in ("metric", "model_sd", "seed_sd", "seed_share")}
+        for task in result["tasks"]
+        for row in task["variance"]
+    ]
     return Table(pd.DataFrame(rows)) if rows else None
 
 # %% ../../nbs/runs/03_compare.ipynb #4efb53b4
 def fraction_of_ceiling(
     result: dict,  # of `comparison`
-) -> pd.DataFrame:  # data, horizon, model, metric, score, null_score, one_row_policy, ceiling, of_one_row_policy, of_ceiling
-    "Scores beside their ceilings where the answer is known, and as shares of the way from the null score; NaN where there is no way to go."
-    columns = ["data", "horizon", "model", "metric", "score", "null_score", "one_row_policy", "ceiling", "of_one_row_policy", "of_ceiling"]
-    rows = [dict(data=task["data"], horizon=task["horizon"], model=m["model"], metric=metric, score=m[metric], **c,
-                 of_one_row_policy=m["fraction_of_one_row_policy"][metric], of_ceiling=m["fraction_of_ceiling"][metric])
-            for task in result["tasks"] if task["ceiling"] for m in task["models"] for metric, c in task["ceiling"].items()]
+) -> (
+    pd.DataFrame
+):  # data, horizon, model, metric, score, null_score, one_row_policy, ceiling, of_one_row_policy, of_ceiling
+    "Scores beside their ceilings where the answer is known, and as shares of the way from the null score."
+    columns = [
+        "data",
+        "horizon",
+        "model",
+        "metric",
+        "score",
+        "null_score",
+        "one_row_policy",
+        "ceiling",
+        "of_one_row_policy",
+        "of_ceiling",
+    ]
+    rows = [
+        dict(
+            data=task["data"],
+            horizon=task["horizon"],
+            model=m["model"],
+            metric=metric,
+            score=m[metric],
+            **c,
+            of_one_row_policy=m["fraction_of_one_row_policy"][metric],
+            of_ceiling=m["fraction_of_ceiling"][metric],
+        )
+        for task in result["tasks"]
+        if task["ceiling"]
+        for m in task["models"]
+        for metric, c in task["ceiling"].items()
+    ]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(**table[columns[4:]].astype(float))
 
@@ -425,27 +652,36 @@ BOUNDS = dict(null_score="null score", one_row_policy="one-row policy", ceiling=
 def ceiling_table(
     reached: pd.DataFrame,  # of `fraction_of_ceiling`
 ) -> Table:
-    "Null score, one-row policy and ceiling, then each model; in brackets its share of the way to the one-row policy and to the ceiling."
+    "Null score, one-row policy and ceiling, then each model; in brackets its shares of the way to the two."
     rows = []
     for (data, horizon), task in reached.groupby(["data", "horizon"], sort=False):
         first = task[task.model == task.model.iloc[0]].set_index("metric")
-        rows += [dict(data=data, horizon=horizon, model=name) | first[bound].map("{:.3f}".format).to_dict() for bound, name in BOUNDS.items()]
+        rows += [
+            dict(data=data, horizon=horizon, model=name) | first[bound].map("{:.3f}".format).to_dict()
+            for bound, name in BOUNDS.items()
+        ]
         for model, scores in task.groupby("model", sort=False):
-            cells = {r.metric: f"{r.score:.3f} ({_share(r.of_one_row_policy)}, {_share(r.of_ceiling)})" for r in scores.itertuples()}
+            cells = {
+                r.metric: f"{r.score:.3f} ({_share(r.of_one_row_policy)}, {_share(r.of_ceiling)})"
+                for r in scores.itertuples()
+            }
             rows.append(dict(data=data, horizon=horizon, model=model) | cells)
     return Table(pd.DataFrame(rows, columns=["data", "horizon", "model", *MIN_CEILING_GAP]))
 
-def _share(value): return "–" if value != value else f"{value:.0%}"
+def _share(value):
+    return "–" if value != value else f"{value:.0%}"
 
 # %% ../../nbs/runs/03_compare.ipynb #ea59b81d
-def _names(pairs): return ", ".join(f"{m['model']} h{task['horizon']}" for task, m in pairs)
+def _names(pairs):
+    return ", ".join(f"{m['model']} h{task['horizon']}" for task, m in pairs)
 
 def _count(tasks):
     "How many models were tested, at how many horizons."
     n, horizons = sum(len(t["models"]) for t in tasks), len({t["horizon"] for t in tasks})
     return f"{n} model{'' if n == 1 else 's'}" + (f" at {horizons} horizons" if horizons > 1 else "")
 
-def _none_of(tasks): return "no model" if sum(len(t["models"]) for t in tasks) == 1 else f"none of {_count(tasks)}"
+def _none_of(tasks):
+    return "no model" if sum(len(t["models"]) for t in tasks) == 1 else f"none of {_count(tasks)}"
 
 def _of_planted(tasks, skilled):
     models = [m for t in tasks for m in t["models"]]
@@ -455,9 +691,11 @@ def _of_planted(tasks, skilled):
     attained = f"; the models attain {_range(shares)} of the ceiling" if shares else ""
     best = [f"best directional accuracy {max(accuracies):.3f}"] if accuracies else []
     figures = ", ".join([*best, f"one-row policy {bounds['one_row_policy']:.3f}", f"ceiling {bounds['ceiling']:.3f}"])
-    return f"{tasks[0]['data']}: a signal was planted; {len(skilled)} of {_count(tasks)} {_have(skilled)} directional skill{attained} ({figures})."
+    claim = f"{len(skilled)} of {_count(tasks)} {_have(skilled)} directional skill"
+    return f"{tasks[0]['data']}: a signal was planted; {claim}{attained} ({figures})."
 
-def _have(skilled): return "has" if len(skilled) == 1 else "have"
+def _have(skilled):
+    return "has" if len(skilled) == 1 else "have"
 
 def _range(shares):
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
@@ -465,8 +703,10 @@ def _range(shares):
 
 def _of_null(tasks, skilled):
     head = f"{tasks[0]['data']}: there is no signal; "
-    if not skilled: return head + f"{_none_of(tasks)} claims one."
-    return head + f"{len(skilled)} of {_count(tasks)} claim one ({_names(skilled)}). Do not trust this pipeline before you know why."
+    if not skilled:
+        return head + f"{_none_of(tasks)} claims one."
+    claim = f"{len(skilled)} of {_count(tasks)} claim one ({_names(skilled)})."
+    return f"{head}{claim} Do not trust this pipeline before you know why."
 
 # %% ../../nbs/runs/03_compare.ipynb #06b7cae7
 def _interval(m):
@@ -477,11 +717,14 @@ def _interval(m):
 def _of_real(tasks, skilled):
     tested = [(t, m) for t in tasks for m in t["models"] if m["verdict"] not in ("too few rows", "no direction")]
     head = f"{tasks[0]['data']}: "
-    if not tested: return head + f"directional skill is not tested: {tasks[0]['why'].get('direction') or 'too few rows to say'}."
+    if not tested:
+        return head + f"directional skill is not tested: {tasks[0]['why'].get('direction') or 'too few rows to say'}."
     task, best = max(tested, key=lambda pair: pair[1]["directional_skill"])
     trials = f"corrected for {task['trials']} trial{'' if task['trials'] == 1 else 's'}"
     figure = f"{best['model']} h{task['horizon']}: directional skill {_interval(best)}"
-    if skilled: return head + f"{len(skilled)} of {_count(tasks)} {_have(skilled)} directional skill, {trials} ({_names(skilled)}; best {figure})."
+    if skilled:
+        claim = f"{len(skilled)} of {_count(tasks)} {_have(skilled)} directional skill, {trials}"
+        return f"{head}{claim} ({_names(skilled)}; best {figure})."
     constant = f"; {text}" if (text := constant_call_text(best)) else ""
     return head + f"{_none_of(tasks)} can be told from the better constant call, {trials} (best {figure}{constant})."
 
@@ -489,7 +732,8 @@ def _of_real(tasks, skilled):
 def _kind(tasks):
     "planted, null or real: what is known of a data set."
     ceilings = [t["ceiling"]["directional_accuracy"] for t in tasks if t["ceiling"]]
-    if not ceilings: return "real"
+    if not ceilings:
+        return "real"
     gaps = [c["ceiling"] - c["null_score"] for c in ceilings if c["null_score"] is not None]
     return "planted" if any(gap > MIN_CEILING_GAP["directional_accuracy"] for gap in gaps) else "null"
 
@@ -498,10 +742,14 @@ def conclusion(
 ) -> list[str]:  # a sentence a data set
     "What can be claimed of each data set: planted markets first, then null ones, then real data."
     templates, by_data = dict(planted=_of_planted, null=_of_null, real=_of_real), {}
-    for task in result["tasks"]: by_data.setdefault(task["data"], []).append(task)
+    for task in result["tasks"]:
+        by_data.setdefault(task["data"], []).append(task)
     kinds = {data: _kind(tasks) for data, tasks in by_data.items()}
     order = sorted(by_data, key=lambda data: list(templates).index(kinds[data]))
-    skilled = {data: [(t, m) for t in tasks for m in t["models"] if m["direction_significant"]] for data, tasks in by_data.items()}
+    skilled = {
+        data: [(t, m) for t in tasks for m in t["models"] if m["direction_significant"]]
+        for data, tasks in by_data.items()
+    }
     chosen = {data: [t for t in tasks if kinds[data] == "real" or t["ceiling"]] for data, tasks in by_data.items()}
     return [templates[kinds[data]](chosen[data], skilled[data]) for data in order]
 
@@ -513,17 +761,35 @@ def notes(
     found = [sentence for task in result["tasks"] for sentence in task_notes(task)]
     stopping = [f"{row['sentence']} (here: {', '.join(row['models'])})" for row in result["early_stopping"]]
     unread = len(result["unread"])
-    return found + stopping + ([f"{unread} folder{' is' if unread == 1 else 's are'} not readable as a run and left out."] if unread else [])
+    return (
+        found
+        + stopping
+        + (
+            [f"{unread} folder{' is' if unread == 1 else 's are'} not readable as a run and left out."]
+            if unread
+            else []
+        )
+    )
 
 def task_notes(
     task: dict,  # of `comparison`
 ) -> list[str]:
     "What a reader has to know of one task."
-    head, earlier, left_out = f"{task['data']}, horizon {task['horizon']}: ", task["earlier_scoring"], task["n_left_out"]
+    head, earlier, left_out = (
+        f"{task['data']}, horizon {task['horizon']}: ",
+        task["earlier_scoring"],
+        task["n_left_out"],
+    )
     found = []
-    if task["versions"] > 1: found.append(f"the runs were made on {task['versions']} versions of the data and are not comparable; train the older ones again.")
-    if earlier: found.append(f"{len(earlier)} run{' was' if len(earlier) == 1 else 's were'} scored by an earlier version of the metrics; run `modelfactory rescore` on {'it' if len(earlier) == 1 else 'them'}.")
-    if left_out: found.append(f"{left_out:,} row{'' if left_out == 1 else 's'} that not every model could score {'is' if left_out == 1 else 'are'} left out.")
+    if task["versions"] > 1:
+        versions = f"the runs were made on {task['versions']} versions of the data and are not comparable"
+        found.append(f"{versions}; train the older ones again.")
+    if earlier:
+        were, them = ("run was", "it") if len(earlier) == 1 else ("runs were", "them")
+        found.append(f"{len(earlier)} {were} scored by an earlier version; run `modelfactory rescore` on {them}.")
+    if left_out:
+        rows, are = ("row", "is") if left_out == 1 else ("rows", "are")
+        found.append(f"{left_out:,} {rows} that not every model could score {are} left out.")
     return [head + sentence for sentence in [*found, *_seed_note(task)]]
 
 # %% ../../nbs/runs/03_compare.ipynb #25987c5f
@@ -531,16 +797,27 @@ def _seed_note(task):
     "A sentence where seeds of a model differ by more than the gap to the next model."
     wide = []
     for m, following in zip(task["models"], task["models"][1:]):
-        if len(m["seeds"]) < 2: continue
+        if len(m["seeds"]) < 2:
+            continue
         spread, gap = m["log_loss_max"] - m["log_loss_min"], abs(following["log_loss"] - m["log_loss"])
-        if spread > gap: wide.append(f"{m['model']}: {spread:.4f} between {len(m['seeds'])} seeds, {gap:.4f} to {following['model']}")
-    return [f"log loss differs more between seeds than to the next model ({'; '.join(wide)}); another seed may change the order."] if wide else []
+        if spread > gap:
+            wide.append(
+                f"{m['model']}: {spread:.4f} between {len(m['seeds'])} seeds, {gap:.4f} to {following['model']}"
+            )
+    if not wide: return []
+    head = f"log loss differs more between seeds than to the next model ({'; '.join(wide)})"
+    return [f"{head}; another seed may change the order."]
 
 def summary(
     result: dict,  # of `comparison`
 ) -> list[str]:
     "All sentences of the page: conclusion, claims of each task, notes, uses of the test set."
-    return [*conclusion(result), *(s for task in result["tasks"] for s in describe(task)), *notes(result), *result["test_set_uses"]]
+    return [
+        *conclusion(result),
+        *(s for task in result["tasks"] for s in describe(task)),
+        *notes(result),
+        *result["test_set_uses"],
+    ]
 
 # %% ../../nbs/runs/03_compare.ipynb #3c44ab42
 def seconds_table(
@@ -549,7 +826,13 @@ def seconds_table(
     "Seconds of fitting of each model."
     models = table[table.family != "baseline"]
     task = models.data.astype(str) + " h" + models.horizon.astype(int).astype(str)
-    return models.assign(task=task).pivot_table(index="model", columns="task", values="fit_seconds", sort=False).round(1).reset_index().rename_axis(columns=None)
+    return (
+        models.assign(task=task)
+        .pivot_table(index="model", columns="task", values="fit_seconds", sort=False)
+        .round(1)
+        .reset_index()
+        .rename_axis(columns=None)
+    )
 
 def excluded_table(
     result: dict,  # of `comparison`
@@ -558,8 +841,11 @@ def excluded_table(
     return Table(pd.DataFrame(result["excluded"], columns=["data", "role", "reason", "count", "examples"]))
 
 # %% ../../nbs/runs/03_compare.ipynb #232a0105
-STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#111;background:#fff}table{border-collapse:collapse}"
-         "td,th{padding:2px 10px 2px 0;text-align:left}img{max-width:100%}a.anchor-link{display:none}div.jp-OutputArea,div.output_area{overflow-x:auto}")
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#111;background:#fff}"
+    "table{border-collapse:collapse}td,th{padding:2px 10px 2px 0;text-align:left}img{max-width:100%}"
+    "a.anchor-link{display:none}div.jp-OutputArea,div.output_area{overflow-x:auto}"
+)
 
 def to_html(
     notebook: Path,  # executed
@@ -568,9 +854,13 @@ def to_html(
     "An executed notebook as one self-contained page without code: no script, no link to elsewhere."
     import nbformat
     from nbconvert import HTMLExporter
+
     nb = nbformat.read(notebook, 4)
-    page, _ = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>Model comparison</title><style>{STYLE}</style>"
+    page, _ = HTMLExporter(
+        template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
+    ).from_notebook_node(nb)
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head += f"<title>Model comparison</title><style>{STYLE}</style>"
     Path(output).write_text(f"<!doctype html><html lang='en'><head>{head}</head><body>{page}</body></html>")
 
 # %% ../../nbs/runs/03_compare.ipynb #1c0589c3
@@ -582,12 +872,17 @@ def to_markdown(
     import nbformat, shutil
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
-    prefer, pictures = ["text/markdown", "image/png", "text/html", "text/plain"], Path(output).with_name(f"{Path(output).stem}_files")
+
+    prefer, pictures = (
+        ["text/markdown", "image/png", "text/html", "text/plain"],
+        Path(output).with_name(f"{Path(output).stem}_files"),
+    )
     exporter = MarkdownExporter(config=Config(NbConvertBase=dict(display_data_priority=prefer)), exclude_input=True)
     text, resources = exporter.from_notebook_node(nbformat.read(notebook, 4), dict(output_files_dir=pictures.name))
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir()
-    for name, data in resources["outputs"].items(): (pictures.parent / name).write_bytes(data)
+    for name, data in resources["outputs"].items():
+        (pictures.parent / name).write_bytes(data)
     Path(output).write_text(text)
 
 # %% ../../nbs/runs/03_compare.ipynb #9832e789
@@ -597,7 +892,8 @@ def write_comparison(
     "Writes `model_comparison.json` into a runs folder; raises `RunError` where there is nothing to compare."
     runs = Path(runs or settings().runs)
     found = list_runs(runs)
-    if not found: raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
+    if not found:
+        raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
     result = comparison(found)
     write_json(runs / ".model_comparison.json", result)
     (runs / ".model_comparison.json").replace(runs / COMPARISON)
@@ -608,11 +904,16 @@ COMPARISON = "model_comparison.json"
 def compare(
     runs: Path | None = None,  # None: settings' runs folder
 ) -> Path:  # the page
-    "Writes `model_comparison.json` and, from it, `compare.ipynb`, `model_comparison.html` and `model_comparison.md` into a runs folder."
+    "Writes `model_comparison.json`, and from it `compare.ipynb`, an HTML page and markdown, into a runs folder."
     from modelfactory.runs.engine import execute, find_notebook
+
     runs = Path(runs or settings().runs).resolve()
     write_comparison(runs)
-    execute(find_notebook("compare.ipynb"), runs / ".compare.ipynb", dict(runs=str(runs), comparison_file=str(runs / COMPARISON)))
+    execute(
+        find_notebook("compare.ipynb"),
+        runs / ".compare.ipynb",
+        dict(runs=str(runs), comparison_file=str(runs / COMPARISON)),
+    )
     (runs / ".compare.ipynb").replace(runs / "compare.ipynb")
     to_markdown(runs / "compare.ipynb", runs / "model_comparison.md")
     to_html(runs / "compare.ipynb", runs / "model_comparison.html")
