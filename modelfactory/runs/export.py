@@ -24,7 +24,7 @@ def contract(run: Run) -> dict:
                 sequence_length=model.config.sequence_length, gap=asked["gap"], nan=asked["nan"], versions=run.manifest["versions"])
 
 # %% ../../nbs/runs/09_export.ipynb #86644a40
-SHOWN = ("directional_skill", "directional_accuracy", "directional_accuracy_constant", "log_loss", "f1_macro", "f1_skill", "ece", "sharpe_net", "max_drawdown")
+SHOWN = ("directional_skill", "directional_accuracy", "directional_accuracy_constant", "log_loss", "f1_macro", "f1_skill", "ece", "ece_null", "sharpe_net", "max_drawdown")
 
 def model_card(
     run: Run,
