@@ -220,8 +220,8 @@ def test_profit_is_claimed_where_half_of_the_strategies_have_a_sharpe_ratio_near
 
 @pytest.mark.parametrize("drift, exposure", [(0., 1.), (.002, 1.), (-.002, -1.), (.002, .5)])
 def test_profit_of_strategies_that_ride_a_drift_is_not_claimed(drift, exposure):
-    claims = [profit_claims(strategies(s, 0, drift=drift, exposure=exposure), 8) for s in range(40)]
-    assert np.mean([c["p_profit"] <= .05 for c in claims]) <= .05 + 2 * (.05 * .95 / 40) ** .5
+    claims = [profit_claims(strategies(s, 0, drift=drift, exposure=exposure), 8) for s in range(25)]
+    assert np.mean([c["p_profit"] <= .05 for c in claims]) <= .05 + 2 * (.05 * .95 / 25) ** .5
 
 
 def test_why_no_profit_is_claimed():
@@ -242,18 +242,18 @@ def test_overfitting_works_from_sixteen_days_on():
 def test_class_shares_that_move_are_no_skill():
     "Flats get more frequent after train; a model that gives them more probability beats the shares of train."
     found = []
-    for s in range(40):
+    for s in range(25):
         rng = np.random.default_rng(s)
-        y = rng.choice([-1, 0, 1], 3000, p=[.25, .5, .25])
-        frame = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=3000, freq="h"), symbol="A", y_true=y))
+        y = rng.choice([-1, 0, 1], 2000, p=[.25, .5, .25])
+        frame = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=2000, freq="h"), symbol="A", y_true=y))
         frame[["model_p_down", "model_p_flat", "model_p_up"]] = [.3, .4, .3]
-        noisy = np.clip(.4 + .02 * opinions(rng, 3000, 50), .2, .6)
+        noisy = np.clip(.4 + .02 * opinions(rng, 2000, 50), .2, .6)
         frame["noisy_p_down"] = frame["noisy_p_up"] = (1 - noisy) / 2
         frame["noisy_p_flat"] = noisy
         summary = significance_summary(frame, 5, [1 / 3] * 3)
         found.append(summary["log_loss_significant"])
         assert np.allclose(information_gains(frame)["model"], 0)
-    assert np.mean(found) <= .05 + 2 * (.05 * .95 / 40) ** .5
+    assert np.mean(found) <= .05 + 2 * (.05 * .95 / 25) ** .5
 
 
 def test_a_summary_has_all_its_keys_for_one_model_and_for_many():

@@ -159,11 +159,12 @@ def count_trials(
     runs: RunList,  # all stored runs, not only the newest of each model
     data: str,  # name of a data set, as in `data_names`
     horizon: int | None = None,  # bars ahead; None: all horizons
+    tuning: bool = True,  # False: runs alone, where the storage of the studies cannot be reached
 ) -> int:
     "Distinct runs on a data set, and configurations that tuning studies tried on it."
     names = runs.data_names
     tried = [r for r in runs if names[r.data] == data and horizon in (None, r.horizon)]
-    return len({r.identity for r in tried}) + _tuning_trials(tried, horizon)
+    return len({r.identity for r in tried}) + (_tuning_trials(tried, horizon) if tuning else 0)
 
 def _tuning_trials(tried, horizon):
     "Trials of all studies on the data of some runs."
