@@ -21,8 +21,8 @@ from ..settings import ConfigError, settings
 
 # %% auto #0
 __all__ = ['KEYS', 'RESCORE', 'BENCHMARKS', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task',
-           'stack_predictions', 'count_trials', 'daily_profit', 'stored_daily', 'task_significance', 'describe',
-           'constant_call_text', 'plot_task_differences']
+           'stack_predictions', 'count_trials', 'trials_so_far', 'daily_profit', 'stored_daily', 'task_significance',
+           'describe', 'constant_call_text', 'plot_task_differences']
 
 # %% ../../nbs/runs/07_significance.ipynb #8c14afc5
 def task_runs(
@@ -174,6 +174,17 @@ def _tuning_trials(tried, horizon):
     shared = settings().storage
     storages = {shared} if shared else {folder / "tuning.db" for folder in {r.path.parent for r in tried}}
     return sum(n_trials_of(None, horizon, prints, storage, folders) for storage in storages)
+
+# %% ../../nbs/runs/07_significance.ipynb #947519b1
+def trials_so_far(
+    runs: RunList,  # all stored runs of a folder
+    data: str,  # folder or bundled name, as a run's config has it
+) -> int:
+    "Trials on a data set that a folder of runs knows of; runs alone where the storage of the studies cannot be reached."
+    from modelfactory.training.tuner import TunerError
+    name = runs.data_names.get(data, data)
+    try: return count_trials(runs, name)
+    except TunerError: return count_trials(runs, name, tuning=False)
 
 # %% ../../nbs/runs/07_significance.ipynb #29441c07
 RESCORE = "scored by an earlier version: run `modelfactory rescore`"

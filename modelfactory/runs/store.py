@@ -341,12 +341,8 @@ class Run:
     @cached_property
     def trials(self) -> int:
         "Trials on this run's data set that its folder knows of, this run included; runs alone without the study storage."
-        from modelfactory.runs.significance import count_trials
-        from modelfactory.training.tuner import TunerError
-        runs = list_runs(self.path.parent)
-        data = runs.data_names.get(self.data, self.data)
-        try: return max(count_trials(runs, data), 1)
-        except TunerError: return max(count_trials(runs, data, tuning=False), 1)
+        from modelfactory.runs.significance import trials_so_far
+        return max(trials_so_far(list_runs(self.path.parent), self.data), 1)
 
     def direction_claim(self,
         trials: int | None = None,  # models that were tried; None: those that the run's folder knows of
