@@ -35,6 +35,17 @@ def test_days_a_year_follow_the_calendar(freq, n, expected):
     assert days_per_year(zoned.repeat(2)[np.random.default_rng(0).permutation(2 * n)]) == days_per_year(days)
 
 
+@pytest.mark.parametrize("days, expected", [
+    *[(pd.bdate_range(start, periods=n), 5) for start in ("2024-01-02", "2024-01-04", "2024-01-05") for n in (2, 3, 4)],
+    (pd.date_range("2024-01-01", periods=7), 7), (pd.date_range("2024-01-05", periods=2, freq="7D"), 1),
+    (pd.DatetimeIndex(["2024-03-15", "2024-03-22", "2024-03-28"]), 7 * 2 / 13),
+    (pd.date_range("2024-01-07", periods=6), 6), (pd.date_range("2024-01-05", periods=4), 7),
+    (pd.DatetimeIndex(["2024-01-02"]), 5)])
+def test_a_few_days_tell_the_calendar(days, expected):
+    "Three business days gave 156.5 days a year, two gave 104."
+    assert np.isclose(days_per_year(days), expected * 365.25 / 7)
+
+
 def test_holidays_count_where_the_sample_is_long():
     from pandas.tseries.holiday import USFederalHolidayCalendar
     off = USFederalHolidayCalendar().holidays("2020", "2024-12-31")

@@ -33,8 +33,13 @@ def cut(frame, shares):
 def cut_and_purge(frame, share, horizon=5):
     "Train and val; train's last labels of each symbol are null, since bars of val decide them."
     train, val = cut(frame.sort_values(["symbol", "datetime"]), [share])
-    last = train.groupby("symbol").cumcount(ascending=False) < horizon
-    return train.assign(label_h5=train.label_h5.where(~last)), val
+    return purged(train, horizon), val
+
+
+def purged(frame, horizon=5):
+    "The frame without the last labels of each symbol, which later bars decide."
+    last = frame.sort_values("datetime").groupby("symbol").cumcount(ascending=False) < horizon
+    return frame.assign(label_h5=frame.label_h5.where(~last))
 
 
 def last_part_of(samples, frame, late):
@@ -123,6 +128,25 @@ def test_a_context_that_cannot_stand_before_the_split_is_refused():
         with pytest.raises(error, match=words): TimeSeriesDataset(read_split(val), 5, 4, 1, read_split(context))
     first, second = (read_split(part) for part in cut(train, [.5]))
     with pytest.raises(SplitOverlap): TimeSeriesDataset(read_split(val), 5, 99, 1, [second, first])
+
+
+def test_a_context_in_another_time_zone_is_the_same_context():
+    "An AttributeError, where train was in UTC and val in New York."
+    zones = ("UTC", "America/New_York", "Asia/Tokyo")
+    parts = [part.assign(datetime=part.datetime.dt.tz_localize("UTC")) for part in cut(market(300), [.3, .6])]
+    moved = [part.assign(datetime=part.datetime.dt.tz_convert(zone)) for part, zone in zip(parts, zones)]
+    for k in (1, 2):
+        same, other = [TimeSeriesDataset(read_split(p[k]), 5, 99, 1, [read_split(f) for f in p[:k]])
+                       for p in (parts, moved)]
+        assert np.array_equal(np.asarray(same.X), np.asarray(other.X)) and np.array_equal(same.y, other.y)
+        assert str(other.metadata.datetime.dt.tz) == zones[k]
+        assert (same.metadata.datetime == other.metadata.datetime).all()
+    naive_first = parts[0].assign(datetime=parts[0].datetime.dt.tz_localize(None))
+    with pytest.raises(BadDatetime, match="time zone"):
+        last_rows([read_split(naive_first), read_split(parts[1])], ["A", "B"], 200)
+    frames = dict(train=purged(moved[0]), val=moved[1])
+    read = load_datasets(DatasetConfig("frames"), 5, 16, ("train", "val"), frames)[0]
+    assert read["val"].context is not None
 
 
 # models

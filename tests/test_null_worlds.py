@@ -1,15 +1,18 @@
 "Null worlds are what they are named, nothing tells their direction, and the evaluation makes few claims on them."
+import ast
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import modelfactory
 from modelfactory.data.bars import UNDEFINED, triple_barrier
 from modelfactory.data.null_worlds import NULL_WORLDS, NullWorldError, simulate_null
 from modelfactory.training.null_zoo import (
-    CLAIMS, SEES_BARS, above_limit, claim_limit, claim_table, judge_null_market, null_features, null_models,
-    read_results, run_zoo)
+    CLAIMS, CODE, SEES_BARS, _last_decided, above_limit, claim_limit, claim_table, judge_null_market, null_features,
+    null_models, read_results, run_zoo)
 
 BLIND_WORLDS = [name for name, w in NULL_WORLDS.items() if not w.predictable]
 
@@ -221,6 +224,38 @@ def test_a_share_of_claims_is_held_against_its_limit():
     table = claim_table(pd.DataFrame(dict(world="a", claims=claims)))
     assert table.loc["a", "direction"] == .1 and np.isnan(table.loc["a", "profit"])
     assert round(claim_limit(200), 3) == .081 and above_limit(table) == [("a", "direction", .1)]
+
+
+def test_the_limit_of_cards_is_that_of_one_tail():
+    "A card claims skill where the whole 95% interval lies above 0: 2.5%, not 5%."
+    assert round(claim_limit(200, "card"), 3) == .047
+    table = claim_table(pd.DataFrame(dict(world="a", claims=[dict(card=.06, direction=False)] * 200)))
+    assert above_limit(table) == [("a", "card", .06)]
+
+
+def test_the_hash_covers_every_module_of_data_and_evaluation_that_the_zoo_uses():
+    package = Path(modelfactory.__file__).parent
+
+    def used(name):
+        "Modules of the package that a module imports by name."
+        source = (package / f"{name.replace('.', '/')}.py").read_text(encoding="utf8")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.ImportFrom) or not node.level: continue
+            base = [*name.split(".")[:-node.level], *(node.module or "").split(".")]
+            for parts in [base, *([*base, alias.name] for alias in node.names)]:
+                if (package / f"{'/'.join(parts)}.py").is_file(): yield ".".join(parts)
+    direct = {m for m in used("training.null_zoo") if m.split(".")[0] in ("data", "evaluation", "models")}
+    assert direct <= set(CODE) and "data.splits" in set(used("evaluation.significance")) & set(CODE)
+
+
+def test_persistence_knows_the_newest_label_that_is_decided():
+    table = simulate_null("sparse_symbol", 5, 0)
+    label, hit = table["label_h5"].to_numpy(int), table["bars_to_hit_h5"].to_numpy(int)
+    known = _last_decided(table, label, hit)
+    for _, rows in table.groupby("symbol").indices.items():
+        for t in range(0, len(rows), 97):
+            decided = [j for j in rows[max(0, t - 300):t + 1] if label[j] != UNDEFINED and j - rows[0] + hit[j] <= t]
+            assert known[rows[t]] == (label[decided[-1]] if decided else 0)
 
 
 WORST = ("barriers_1.5", "drift_.05", "own_drifts", "sparse_symbol")

@@ -12,7 +12,9 @@ from modelfactory.evaluation.backtest import (
     GAP_0, NO_PRICES, barrier_backtest, cost, label_backtest, tranche_backtest)
 from modelfactory.evaluation.evaluator import ModelEvaluator
 from modelfactory.evaluation.permutation import profit_by_day, shift_test
-from modelfactory.evaluation.robustness import by_slice, plot_robustness, robustness, side_masks, symbol_masks
+from modelfactory.evaluation.robustness import (
+    by_slice, plot_robustness, robustness, side_masks, symbol_masks, threshold_sweep)
+from modelfactory.evaluation.significance import direction_claim
 from modelfactory.training.plots import plot_equity
 from modelfactory.training.trainer import Trainer, trainer_plots
 
@@ -248,6 +250,67 @@ def test_a_slice_stands_beside_the_better_constant_call():
     assert np.isclose(table.directional_accuracy_constant[["long", "S0", "S1"]], .75).all()
     assert np.isclose(table.directional_accuracy[["long", "S0", "S1"]], .75).all()
     assert np.isnan(table.directional_accuracy_constant["short"])
+
+
+def test_five_right_calls_have_no_interval():
+    "They had a directional accuracy of 1.000 [1.000, 1.000]."
+    predictions, y, prices = market(symbols=1, bars=800, skill=.5)
+    right = np.flatnonzero((predictions.predictions == y) & (y != 0))[:5]
+    few = np.isin(np.arange(len(y)), right)
+    evaluator = ModelEvaluator(5, n_boot=50)
+    table = by_slice(evaluator, predictions, y, prices, dict(few=few, whole=~few)).set_index("slice")
+    names = ("directional_accuracy", "directional_skill", "sharpe_net")
+    ends = [f"{name}_{side}" for name in names for side in ("low", "high")]
+    assert table.directional_accuracy["few"] == 1 and table.loc["few", ends].isna().all()
+    assert table.loc["whole", ends].notna().all()
+    alone = by_slice(evaluator, predictions, y, prices, dict(few=few))
+    tables = replace(robustness(evaluator, predictions, y, prices), slices=alone)
+    assert "1 [–]" in repr(tables)
+
+
+def test_directional_skill_of_a_slice_is_that_of_its_rows_alone():
+    predictions, y, prices = market(symbols=3, bars=600, skill=.3)
+    masks = symbol_masks(predictions) | side_masks(predictions)
+    table = by_slice(ModelEvaluator(5, n_boot=0), predictions, y, prices, masks).set_index("slice")
+    for name, mask in symbol_masks(predictions).items():
+        rows = pd.DataFrame(dict(datetime=predictions.timestamps, symbol=predictions.symbols, y_true=y,
+                                 prediction=predictions.predictions))[mask]
+        claim = direction_claim(rows, 5, trials=len(masks))
+        columns = ["directional_skill", "directional_skill_low", "directional_skill_high"]
+        assert np.allclose(table.loc[name, columns].astype(float), [claim.skill, claim.low, claim.high])
+    assert (table.directional_skill[["long", "short"]] > 0).all()
+
+
+def test_a_side_without_skill_has_none_where_labels_lean():
+    "Always up half of the time, at random, where three labels in four are up: 75% right, no skill."
+    predictions, y, prices = market(symbols=2, bars=2000)
+    rng = np.random.default_rng(0)
+    y, calls = rng.choice([-1, 1, 1, 1], len(y)), rng.choice([-1, 1], len(y)).astype(np.int8)
+    random = replace(predictions, predictions=calls)
+    table = by_slice(ModelEvaluator(5, n_boot=0), random, y, prices, side_masks(random)).set_index("slice")
+    assert table.directional_accuracy["long"] > .7
+    assert (table.directional_skill_low < 0).all() and (table.directional_skill_high > 0).all()
+
+
+def test_thresholds_have_intervals_of_skill_at_a_level_corrected_for_their_number():
+    predictions, y, prices = market(symbols=3, bars=800, skill=.4)
+    evaluator = ModelEvaluator(5, n_boot=0)
+    swept = threshold_sweep(evaluator, predictions, y, prices, (0., .4, .5, 2.))
+    assert np.isclose(swept.attrs["threshold_level"], 1 - .05 / 4)
+    rows = pd.DataFrame(dict(datetime=predictions.timestamps, symbol=predictions.symbols, y_true=y,
+                             prediction=predictions.predictions))
+    for r in swept[:3].itertuples():
+        called = (predictions.predictions != 0) & (predictions.probabilities.max(1) >= r.threshold)
+        claim = direction_claim(rows[called], 5, trials=4)
+        assert np.allclose([r.directional_skill, r.directional_skill_low, r.directional_skill_high],
+                           [claim.skill, claim.low, claim.high], equal_nan=True)
+    assert swept.directional_skill_low[0] > 0 and np.isnan(swept.directional_skill_low[3])
+    top = np.sort(predictions.probabilities.max(1)[predictions.predictions != 0])[-5]
+    few = threshold_sweep(evaluator, predictions, y, prices, (0., top))
+    assert few.calls[1] >= 5 and np.isnan(few.directional_skill_low[1])
+    tables = robustness(evaluator, predictions, y, prices)
+    assert tables.to_dict()["notes"]["threshold_level"] == tables.thresholds.attrs["threshold_level"]
+    assert "corrected for 10 thresholds" in repr(tables)
 
 
 def test_gap_zero_is_said():

@@ -124,12 +124,12 @@ def last_rows(
     symbols: list,  # names of the symbols to take
     n: int,  # rows a symbol, at most
 ) -> Split | None:  # without labels, rows ordered as `symbols`, then by time; None where there is no such row
-    "The last rows of each symbol in earlier splits."
+    "The last rows of each symbol in earlier splits, in the time zone of the last one; raises `SplitsError`."
     splits = [] if splits is None else [splits] if isinstance(splits, Split) else list(splits)
     pieces = [(code, *piece) for code, name in enumerate(symbols) for piece in _last_of(splits, name, n)]
     if not pieces: return None
     names = dict.fromkeys(name for split in splits for name in split.market)
-    first, *others = [split.datetimes[rows] for _, split, rows in pieces]
+    first, *others = [_in_zone_of(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
     return replace(
         splits[-1], name="context", matrix=np.concatenate([split.matrix[rows] for _, split, rows in pieces]),
         datetimes=first.append(others), symbols=list(symbols), order=None, labels={}, bars_to_hit={}, weights={},
@@ -148,6 +148,14 @@ def _last_of(splits, name, n):
         if stop > start: pieces.append((split, slice(start, stop)))
     return pieces[::-1]
 
+def _in_zone_of(split, datetimes):
+    "The same instants in the time zone of `split`; raises `BadDatetime` where only one of both has a zone."
+    zone = split.datetimes.tz
+    if (datetimes.tz is None) != (zone is None):
+        raise BadDatetime(f"{split.file}: the split or its context has a time zone, the other has none; "
+                          "convert both to one")
+    return datetimes if zone is None else datetimes.tz_convert(zone)
+
 def _raw(split, name): return split.market.get(name, np.full(len(split), np.nan))
 
 # %% ../../nbs/data/01_dataset.ipynb #c3ca33aa
@@ -158,6 +166,7 @@ def prepend_context(
     "Puts the context of each symbol before its rows; copies nothing where there is no context; raises `SplitsError`."
     if context is None: return split, np.arange(len(split))
     _check_context(split, context)
+    context = replace(context, datetimes=_in_zone_of(split, context.datetimes))
     codes = np.concatenate([context.codes, split.codes])
     order = np.argsort(codes, kind="stable")
     position = np.empty(len(order), np.int64)
@@ -183,9 +192,6 @@ def _check_context(split, context):
         differing = sorted(set(context.features) ^ set(split.features)) or ["the order"]
         raise FeatureSetsDiffer(f"{split.file}: its context has other features ({', '.join(differing[:5])}); "
                                 "read all splits with the same features")
-    if (context.datetimes.tz is None) != (split.datetimes.tz is None):
-        raise BadDatetime(f"{split.file}: the split or its context has a time zone, the other has none; "
-                          "convert both to one")
 
 # %% ../../nbs/data/01_dataset.ipynb #ca066cc6
 class TimeSeriesDataset:

@@ -69,9 +69,10 @@ def days_per_year(
 ) -> float:
     "Trading days a year, from the trading days of a sample."
     days = days.tz_localize(None).normalize().unique()
-    span = (days.max() - days.min()).days
-    per_day = (len(days) - 1) / span if span >= MIN_SPAN else days.weekday.nunique() / 7
-    return float(per_day * 365.25)
+    span, dates = (days.max() - days.min()).days, np.sort(days.to_numpy().astype("datetime64[D]"))
+    follow = len(dates) < 2 or np.busday_count(dates[:-1], dates[1:]).min() <= 1
+    if span >= MIN_SPAN or not follow: return float((len(dates) - 1) / span * 365.25)
+    return len({0, 1, 2, 3, 4}.union(days.weekday)) / 7 * 365.25
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #0a88ebcd
 def _ratio(numerator, denominator):

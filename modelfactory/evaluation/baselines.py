@@ -36,9 +36,13 @@ def baseline_predictions(
 def last_known_labels(
     y: np.ndarray,  # (n,) class values
     metadata: pd.DataFrame,  # n rows: datetime, symbol, horizon, and label_bars where it is known
-    gap: int = 1,  # bars between the last one seen and the labelled row
+    gap: int = 1,  # rows between the last one seen and the labelled row
 ) -> np.ndarray:  # (n,) class values, NaN where none is decided yet
-    "The newest label of its symbol that is decided when each row is predicted."
+    """The newest label of its symbol that is decided when each row is predicted.
+
+    It counts the rows of `metadata`, not bars: where bars without a label are left out, a label is taken to be known
+    later than it is, never earlier.
+    """
     symbols = pd.factorize(metadata["symbol"])[0]
     order = np.lexsort((np.arange(len(symbols)), metadata["datetime"], symbols))
     newest = _newest_decided(symbols[order], metadata.get("label_bars", metadata["horizon"]).to_numpy()[order], gap)

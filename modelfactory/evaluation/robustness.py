@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..data.splits import MIN_BLOCKS, effective_blocks
 from ..models.base import PredictionOutput
 from .backtest import (
     GAP_0, NO_PRICES, Backtest, barrier_backtest, cost, sharpe_ratio, trading_stats)
-from .bootstrap import directional_interval, percentile_interval, trading_draws
+from .bootstrap import percentile_interval, ratio_interval, trading_draws
 from .evaluator import ModelEvaluator
-from .metrics import EvaluationError, has_direction
+from .metrics import EvaluationError, directional_gains, has_direction
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -58,24 +59,46 @@ def by_slice(
     y: np.ndarray,  # (n,) class values
     prices: pd.DataFrame | None,
     masks: dict,  # name -> (n,) bool
-) -> pd.DataFrame:  # slice, rows, calls, directional_accuracy and its _constant, sharpe_net, _low and _high, gross
+) -> pd.DataFrame:  # slice, rows, calls, directional_accuracy, _constant, directional_skill, sharpe_net, gross; ends
     "Direction and profit of some of the rows at a time, intervals at a level corrected for the number of slices."
     position, level = np.sign(predictions.predictions), 1 - (1 - evaluator.level) / max(len(masks), 1)
     corrected, rows = replace(evaluator, level=level), []
     for name, mask in masks.items():
         size = dict(slice=str(name), rows=int(mask.sum()), calls=int((mask & (position != 0)).sum()))
         sliced = evaluator.backtest_positions(predictions, position * mask, prices, y)
-        rows.append(size | _direction(corrected, predictions, y, mask) | _profit(corrected, sliced))
+        direction, profit = _direction(corrected, predictions, y, mask), _profit(corrected, sliced)
+        if np.isnan(direction["directional_accuracy_low"]):
+            profit |= dict(sharpe_net_low=np.nan, sharpe_net_high=np.nan)
+        rows.append(size | direction | profit)
     table = pd.DataFrame(rows)
     table.attrs["slice_level"] = level
     return table
 
 def _direction(evaluator, predictions, y, mask):
-    columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols)
-    rows = pd.DataFrame(columns | dict(y_true=y, prediction=predictions.predictions))[mask]
-    found = directional_interval(rows, evaluator.horizon, evaluator.level) if len(rows) else (np.nan,) * 3
-    names = ("directional_accuracy", "directional_accuracy_low", "directional_accuracy_high")
-    return dict(zip(names, found)) | dict(directional_accuracy_constant=_constant_accuracy(predictions, y, mask))
+    "Directional accuracy, the better constant call's, and directional skill; NaN ends with too few blocks."
+    gains, scored = _gains(predictions, y, mask)
+    agree = np.sign(predictions.predictions) == np.sign(y)
+    return (_interval(evaluator, predictions, mask, "directional_accuracy", agree & scored, scored, 0)
+            | dict(directional_accuracy_constant=_constant_accuracy(predictions, y, mask))
+            | _interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1))
+
+def _gains(predictions, y, mask):
+    "Gains (n,) and scored rows (n,); base rates are those of the slice, of all rows where it has calls of one side."
+    called, symbols = np.sign(predictions.predictions), np.asarray(predictions.symbols)
+    within = np.where(mask, called, 0)
+    one_sided = len(np.unique(within[(within != 0) & (np.sign(y) != 0)])) == 1
+    gains, scored = directional_gains(y, called if one_sided else within, symbols)
+    return np.where(mask, gains, 0.), scored & mask
+
+def _interval(evaluator, predictions, mask, name, gains, scored, lowest):
+    "A mean over the scored rows of a slice with its interval: NaN below `MIN_BLOCKS` effective blocks."
+    if not scored.any(): return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
+    numbers = np.unique(predictions.timestamps[mask], return_inverse=True)[1]
+    symbols, rows = np.asarray(predictions.symbols)[mask], np.column_stack([gains, scored])[mask]
+    value, *ends = ratio_interval(rows, numbers, symbols, evaluator.horizon, evaluator.level)
+    enough = effective_blocks(numbers, symbols, evaluator.horizon, scored[mask]) >= MIN_BLOCKS
+    low, high = np.clip(ends, lowest, 1).tolist() if enough else (np.nan, np.nan)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 def _constant_accuracy(predictions, y, mask):
     "Directional accuracy of the better constant call on a slice, or of the one call that a slice has."
@@ -176,27 +199,33 @@ def threshold_sweep(
     y: np.ndarray,  # (n,) class values
     prices: pd.DataFrame | None,
     thresholds: tuple | None = None,  # None: ten, from all calls to one call in twenty
-) -> pd.DataFrame:  # threshold, coverage, calls, precision, directional_accuracy, sharpe_net
-    "Coverage against precision and profit as fewer, more confident calls are traded; NaN where there is no call."
+) -> pd.DataFrame:  # threshold, coverage, calls, precision, directional_accuracy, directional_skill, sharpe_net; ends
+    "Coverage against precision, skill and profit as fewer, more confident calls are traded; NaN without a call."
     confidence, called = predictions.probabilities.max(1), np.sign(predictions.predictions) != 0
     if thresholds is None:
         quantiles = np.quantile(confidence[called], np.linspace(.1, .95, 9)) if called.any() else ()
         thresholds = (0., *quantiles)
-    rows = []
+    level = 1 - (1 - evaluator.level) / max(len(thresholds), 1)
+    corrected, rows = replace(evaluator, level=level), []
     for t in thresholds:
         mask = called & (confidence >= t)
         size = dict(threshold=float(t), coverage=mask.mean(), calls=int(mask.sum()))
-        rows.append(size | _of_calls(evaluator, predictions, y, prices, mask))
-    return pd.DataFrame(rows)
+        rows.append(size | _of_calls(corrected, predictions, y, prices, mask))
+    table = pd.DataFrame(rows)
+    table.attrs["threshold_level"] = level
+    return table
 
 def _of_calls(evaluator, predictions, y, prices, mask):
-    if not mask.any(): return dict.fromkeys(("precision", "directional_accuracy", "sharpe_net"), np.nan)
+    gains, scored = _gains(predictions, y, mask)
+    skill = _interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1)
+    if not mask.any(): return dict(precision=np.nan, directional_accuracy=np.nan) | skill | dict(sharpe_net=np.nan)
     called, truth = predictions.predictions[mask], y[mask]
     agree = np.sign(called[truth != 0]) == np.sign(truth[truth != 0])
     traded = evaluator.backtest_positions(predictions, np.sign(predictions.predictions) * mask, prices, y)
     return dict(
         precision=(called == truth).mean(),
         directional_accuracy=agree.mean() if len(agree) else np.nan,
+        **skill,
         sharpe_net=traded.metrics()["sharpe_net"])
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #0299b848
@@ -239,8 +268,10 @@ class Robustness:
 
     def _headings(self):
         "Heading of each table, with the level of its intervals."
-        level = f"slices: intervals at {self.slices.attrs['slice_level']:.2%}, corrected for {len(self.slices)} slices"
-        return {name: level if name == "slices" else name for name in self.tables}
+        levels = dict(slices=self.slices.attrs["slice_level"], thresholds=self.thresholds.attrs["threshold_level"])
+        text = "{0}: intervals at {1:.2%}, corrected for {2} {0}".format
+        return {name: text(name, levels[name], len(table)) if name in levels else name
+                for name, table in self.tables.items()}
 
     def __repr__(self):
         parts = [f"{self._headings()[name]}\n{_text(t).to_string(index=False)}" for name, t in self.tables.items()]
@@ -254,12 +285,16 @@ class Robustness:
 
 def _text(table):
     "The cells as text, a number and its interval in one cell."
-    ends = [c for c in table if c.endswith(("_low", "_high"))]
-    cells = table.drop(columns=ends).astype(object).map(_cell)
-    for c in {c.removesuffix("_low") for c in ends if c.endswith("_low")}:
-        pairs = zip(table[f"{c}_low"], table[f"{c}_high"])
-        cells[c] += ["" if np.isnan(low) else f" [{_cell(low)}, {_cell(high)}]" for low, high in pairs]
+    names = [c for c in table if c.endswith(("_low", "_high"))]
+    cells = table.drop(columns=names).astype(object).map(_cell)
+    for c in {c.removesuffix("_low") for c in names if c.endswith("_low")}:
+        numbers = zip(table[c], table[f"{c}_low"], table[f"{c}_high"])
+        cells[c] += ["" if np.isnan(value) else _ends(low, high) for value, low, high in numbers]
     return cells
+
+def _ends(low, high):
+    "An interval as text; a dash where it has no ends."
+    return " [–]" if np.isnan(low) else f" [{_cell(low)}, {_cell(high)}]"
 
 def _cell(v):
     if isinstance(v, str): return v

@@ -24,6 +24,7 @@ from ..data.bars import UNDEFINED, triple_barrier
 from ..data.market import MarketConfig, news_effect, news_kernel, simulate, state_effect
 from ..data.null_worlds import NULL_WORLDS, find_world, simulate_null
 from ..evaluation import significance
+from ..evaluation.baselines import last_known_labels
 from ..evaluation.backtest import (
     _benchmarks, _returns, _signals, _traded_bars, trading_day, trailing_sum)
 from ..models.base import probability_columns
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SPANS', 'FEATURE_NAMES', 'SEES_BARS', 'FORGETS', 'TILT', 'CERTAINTY', 'LIGHTGBM', 'ALPHA', 'LOG_LOSS_NULL',
-           'EQUAL_PAIRS', 'CLAIMS', 'STRENGTHS', 'CODE', 'null_features', 'null_models', 'stacked_frame',
+           'EQUAL_PAIRS', 'CLAIMS', 'NOMINAL', 'STRENGTHS', 'CODE', 'null_features', 'null_models', 'stacked_frame',
            'judge_null_market', 'judge_planted_market', 'code_hash', 'read_results', 'run_zoo', 'claim_table',
            'claim_limit', 'above_limit', 'plot_claims', 'main']
 
@@ -128,14 +129,12 @@ def _tilted(shares, opinion):
     return odds / odds.sum(1, keepdims=True)
 
 
-def _last_decided(label, hit):
-    "The newest label that is decided at each row of one symbol, 0 where there is none."
-    row = np.arange(len(label))
-    decided = np.where(label == UNDEFINED, len(row), row + hit)
-    newest = np.full(len(row) + 1, -1)
-    np.maximum.at(newest, np.minimum(decided, len(row)), row)
-    newest = np.maximum.accumulate(newest[:-1])
-    return np.where(newest < 0, 0, label[newest])
+def _last_decided(table, label, hit):
+    "The newest label of its symbol that is decided at each row, 0 where there is none."
+    decided_after = np.where(label == UNDEFINED, len(label), hit)  # never: a row without a label is never known
+    metadata = table[["datetime", "symbol"]].assign(label_bars=decided_after, horizon=0)
+    return np.nan_to_num(last_known_labels(label, metadata, gap=0))
+
 
 # %% ../../nbs/training/07_null_zoo.ipynb #bca3dad8
 def _constant_models(train, val, shares, horizon, rng):
@@ -153,14 +152,15 @@ def _constant_models(train, val, shares, horizon, rng):
 
 def _rules(table, is_val, shares, horizon):
     "Models that read past bars or labels by a fixed rule."
-    price, signs = np.log(table["close"].to_numpy()), dict(momentum=[], reversal=[], persistence=[])
+    price, signs = np.log(table["close"].to_numpy()), dict(momentum=[], reversal=[])
     label, hit = table[f"label_h{horizon}"].to_numpy(int), table[f"bars_to_hit_h{horizon}"].to_numpy(int)
     for rows in _symbol_rows(table):
         x = price[rows]
         signs["momentum"].append(np.sign(x - np.r_[np.full(60, x[0]), x[:-60]]))
         signs["reversal"].append(-np.sign(x - np.r_[np.full(20, x[0]), x[:-20]]))
-        signs["persistence"].append(_last_decided(label[rows], hit[rows]))
-    return {name: _called(np.concatenate(sign)[is_val], shares) for name, sign in signs.items()}
+    signs = {name: np.concatenate(parts) for name, parts in signs.items()}
+    signs["persistence"] = _last_decided(table, label, hit)
+    return {name: _called(sign[is_val], shares) for name, sign in signs.items()}
 
 
 def null_models(
@@ -196,6 +196,7 @@ CLAIMS = dict(
     worse_elsewhere="of two equal models one is worse",
     card="share of the models whose own card claims directional skill",
 )
+NOMINAL = dict(card=.025)  # level of a claim, ALPHA for the others; a card claims one tail of a 95% interval
 
 
 def stacked_frame(
@@ -336,8 +337,9 @@ def judge_planted_market(
                 seconds=round(time.process_time() - start, 2))
 
 # %% ../../nbs/training/07_null_zoo.ipynb #ed448de3
-CODE = ("data.bars", "data.market", "data.null_worlds", "evaluation.metrics", "evaluation.bootstrap",
-        "evaluation.backtest", "evaluation.significance", "training.null_zoo")  # modules whose change may change a result
+CODE = ("data.bars", "data.market", "data.null_worlds", "data.splits", "models.base", "evaluation.metrics",
+        "evaluation.bootstrap", "evaluation.backtest", "evaluation.baselines", "evaluation.significance",
+        "training.null_zoo")  # modules whose change may change a result
 
 
 @lru_cache(maxsize=None)
@@ -428,19 +430,20 @@ def claim_table(
 
 def claim_limit(
     n: int,  # markets
-    alpha: float = ALPHA,
+    claim: str = "direction",  # kind of claim
 ) -> float:
-    "The largest share of claims that a level of `alpha` explains: two standard errors above it."
+    "The largest share of claims that the level of this kind explains: two standard errors above it."
+    alpha = NOMINAL.get(claim, ALPHA)
     return alpha + 2 * (alpha * (1 - alpha) / n) ** .5
 
 
 def above_limit(
     table: pd.DataFrame,  # as from `claim_table`
 ) -> list:  # (world, claim, share)
-    "Shares above their limit; the old rule does not count."
+    "Shares above the limit of their kind of claim; the old rule does not count."
     claims = [c for c in table if c not in ("markets", "old_direction")]
     return [(world, c, round(float(row[c]), 3)) for world, row in table.iterrows() for c in claims
-            if row[c] > claim_limit(row.markets)]
+            if row[c] > claim_limit(row.markets, c)]
 
 # %% ../../nbs/training/07_null_zoo.ipynb #2e8bd24b
 def plot_claims(
@@ -462,7 +465,9 @@ def plot_claims(
     ax.set_xticks([0, .05, .1, .25, .5, 1], ["0", "5%", "10%", "25%", "50%", "100%"])
     ax.set_yticks(range(len(table)), table.index, fontsize=9)
     ax.set(ylim=(len(table) - .5, -.5), xlim=(-.005, 1.1))
-    ax.set_xlabel(f"share of markets with the claim; lines: 5%, and {limit:.1%}, two standard errors above", fontsize=9)
+    of_card = f"; card: {NOMINAL['card']:.1%} and {claim_limit(table.markets.min(), 'card'):.1%}"
+    lines = f"lines: {ALPHA:.0%}, and {limit:.1%}, two standard errors above{of_card if 'card' in claims else ''}"
+    ax.set_xlabel(f"share of markets with the claim\n{lines}", fontsize=9)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return fig
