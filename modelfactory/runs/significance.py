@@ -174,7 +174,8 @@ def _without_common_rows(stored, newest):
             shared = rows
         else:
             which = "version" if version(run) != version(newest) else "part"
-            left_out.append((run, f"{run.path.name}: another {which} of the data, which has no row in common with the newest run"))
+            reason = f"another {which} of the data, which has no row in common with the newest run"
+            left_out.append((run, f"{run.path.name}: {reason}"))
     return left_out
 
 def _classes(run):
@@ -419,7 +420,7 @@ def plot_task_differences(
     metric: str = "log_loss",  # a class metric
 ):  # matplotlib Figure, None where no difference can be tested
     "Differences of a metric to the best model of a task."
-    if len(task.models) < 2: return None
+    if len(task.models) < 2 or task.frame.datetime.nunique() < 2: return None
     try: table = class_differences(task.frame, task.horizon, metric, task.classes)
     except (SignificanceError, EvaluationError): return None
     fig = significance.plot_differences(table, metric)
