@@ -151,10 +151,15 @@ def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; de
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
 @app.command()
-def rescore(runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a folder that holds runs")]):
+def rescore(runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a folder that holds runs")],
+            class_metrics: Annotated[bool, typer.Option("--class-metrics", help="class metrics alone where the data cannot be read; without it such a run stays as it is")] = False):
     "Score stored predictions anew, without training: for runs scored by an earlier version.\n\nExample: modelfactory rescore runs"
-    from modelfactory.runs.rescore import rescore_runs
-    for row in rescore_runs(runs): print(f"{row['run']}: {row['scored']}" + (f" ({row['reason']})" if row["reason"] else ""))
+    from modelfactory.runs.rescore import NOT_SCORED, rescore_runs
+    n_left = 0
+    for row in rescore_runs(runs, class_metrics):
+        print(f"{row['run']}: {row['scored']}" + (f" ({row['reason']})" if row["reason"] else ""))
+        n_left += row["scored"] == NOT_SCORED
+    if n_left: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #b6f0fbde
 @app.command()
@@ -206,10 +211,11 @@ def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; sett
 # %% ../nbs/cli.ipynb #50ed4f98
 @app.command("final")
 def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")]):
-    "Score chosen runs on the test split, and write down that it was opened.\n\nExample: modelfactory final runs/xgboost_h5_…"
-    from modelfactory.runs.final import final, looks
+    "Score chosen runs on the test split, and write down that it was used.\n\nExample: modelfactory final runs/xgboost_h5_…"
+    from modelfactory.runs.final import final
+    from modelfactory.training.test_set import test_set_uses
     print(final(runs).round(4).to_string(index=False))
-    for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*looks(folder), sep="\n")
+    for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*test_set_uses(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #89d7dad1
 @app.command()

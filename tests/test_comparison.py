@@ -157,7 +157,7 @@ def test_every_sentence_of_a_task_can_be_read(models):
 
 @pytest.mark.parametrize("models, text", [
     ("one", "no model can be told"), ("first", "a has directional skill"), ("other", "not this one: b has directional skill"),
-    ("all", "a has directional skill"), ("alone", "a has directional skill"), ("negative", "no model can be told from the better constant call"),
+    ("all", "a has directional skill"), ("alone", "a has directional skill"), ("negative", "no model is better than the better constant call"),
     ("nothing", "too few rows to say"), ("undirected", "no direction in these classes")])
 def test_the_verdict_beside_the_best_by_log_loss(models, text):
     "`other` is what ended in a TypeError: the best by log loss makes no claim and another model does."
@@ -199,7 +199,7 @@ def test_the_conclusion_of_each_kind_of_data(models):
     sentences = checked(conclusion(dict(tasks=tasks)))
     assert [s.split(":")[0] for s in sentences] == ["planted", "null", "bars"]
     skilled = any(m["direction_significant"] for m in MODELS[models])
-    assert ("claims one" in sentences[1]) != skilled and ("can be told" in sentences[2] or "not tested" in sentences[2]) != skilled
+    assert ("claims one" in sentences[1]) != skilled and any(text in sentences[2] for text in ("can be told", "is better than", "not tested")) != skilled
     assert ("at 2 horizons" in sentences[2]) == (models not in ("nothing", "undirected"))
 
 
@@ -303,3 +303,142 @@ def test_the_probabilities_of_the_helper_have_skill_only_when_asked():
     table = bars(n=2000)
     accuracy = lambda skill: (probabilities(table, skill).argmax(1) - 1 == table.y_true).mean()
     assert abs(accuracy(0.) - 1 / 3) < .03 and accuracy(1.) > .6
+
+
+def test_the_number_of_models_that_are_not_worse_is_counted_without_the_best():
+    models = MODELS["six"]
+    counts = {None: "–", (): 0, ("b",): 1, ("b", "c"): 2, ("a", "b"): 1}
+    for names, expected in counts.items():
+        task = a_task(models, n_blocks=9, not_worse=None if names is None else list(names))
+        assert verdict_table(dict(tasks=[task])).frame.not_worse.item() == expected
+
+
+def test_runs_on_another_version_of_the_data_without_common_rows_are_left_out(tmp_path):
+    old = make_run(tmp_path, "old", bars(n=300, symbols=("C",)), fingerprint="0" * 16)
+    make_run(tmp_path, "a", bars(n=300)), make_run(tmp_path, "b", bars(n=300), noise=1)
+    created(old, "2024-01-01T00:00:00+00:00")
+    result = comparison(tmp_path)
+    task, = result["tasks"]
+    assert [m["model"] for m in sorted(task["models"], key=lambda m: m["model"])] == ["a", "b"] and task["n_left_out"] == 0
+    assert [row["folder"] for row in result["unread"]] == [old.path.name] and "another version" in result["unread"][0]["reason"]
+
+
+def created(run, when):
+    file = run.path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(created=when)))
+
+
+def test_runs_with_other_classes_are_left_out(tmp_path):
+    old = make_run(tmp_path, "old", bars(n=300, shares=(1, 1)).assign(y_true=lambda t: t.y_true + 1), classes=(0, 1))
+    make_run(tmp_path, "new", bars(n=300))
+    created(old, "2024-01-01T00:00:00+00:00")
+    result = comparison(tmp_path)
+    assert [m["model"] for m in result["tasks"][0]["models"]] == ["new"] and "classes [0, 1]" in result["unread"][0]["reason"]
+
+
+def edited(file, change):
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def without(*names):
+    return lambda values: {k: v for k, v in values.items() if k not in names}
+
+
+DAMAGE = dict(
+    config=lambda path: (path / "config.yaml").write_text("{}"),
+    metrics=lambda path: (path / "metrics/metrics.json").write_text("[]"),
+    loss=lambda path: edited(path / "metrics/metrics.json", without("log_loss")),
+    baselines=lambda path: (path / "metrics/baselines.json").write_text("[]"),
+    baseline=lambda path: (path / "metrics/baselines.json").write_text('{"prior": 1}'),
+    prior=lambda path: edited(path / "metrics/baselines.json", without("prior")),
+    family=lambda path: edited(path / "manifest.json", without("family")),
+    shares=lambda path: edited(path / "manifest.json", without("train_shares")),
+    column=lambda path: pd.read_parquet(path / PREDICTIONS).drop(columns="p_up").to_parquet(path / PREDICTIONS))
+PREDICTIONS = "predictions/val_predictions.parquet"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_damaged_run_is_left_out_with_a_reason(tmp_path, damage, older):
+    "Where the newest run of a model is damaged, the one before it is compared."
+    table = bars(n=200)
+    make_run(tmp_path, "a", table)
+    if older: created(make_run(tmp_path, "b", table), "2024-01-01T00:00:00+00:00")
+    spoilt = make_run(tmp_path, "b", table)
+    created(spoilt, "2099-01-01T00:00:00+00:00")
+    DAMAGE[damage](spoilt.path)
+    result = comparison(tmp_path)
+    assert {m["model"] for m in result["tasks"][0]["models"]} == ({"a", "b"} if older else {"a"})
+    assert [row["folder"] for row in result["unread"]] == [spoilt.path.name] and result["unread"][0]["reason"]
+    checked(summary(result))
+
+
+def test_a_folder_without_permission_is_listed_as_unread(tmp_path, monkeypatch):
+    from modelfactory.runs import store
+    run, listed = make_run(tmp_path, "a", bars(n=60)), store._listed
+    (tmp_path / "closed").mkdir()
+
+    def denied(path):
+        if path.name == "closed": raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(store, "_listed", denied)
+    runs = list_runs(tmp_path)
+    assert [r.path for r in runs] == [run.path] and "Permission denied" in runs.unread[0]["reason"]
+
+
+def test_prices_that_are_gone_leave_class_metrics(tmp_path, monkeypatch):
+    from modelfactory.data.splits import MissingFile
+    table = bars(n=300)
+    make_run(tmp_path, "whole", table)
+    make_run(tmp_path, "short", table.groupby("symbol").tail(270))
+
+    def gone(*args, **kw): raise MissingFile("prices.parquet: no such file")
+
+    monkeypatch.setattr(compare, "scoring_trainer", lambda run: object())
+    monkeypatch.setattr(compare, "score_with_data", gone)
+    task, = comparison(tmp_path)["tasks"]
+    assert task["n_left_out"] == 60 and "prices.parquet: no such file" in task["why"]["profit"]
+    assert all(m["log_loss"] and m["sharpe_net"] is None for m in task["models"])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_two_models_at_one_time_have_no_plot_of_differences(tmp_path, n):
+    from modelfactory.runs.significance import plot_task_differences, read_task
+    table = bars(n=n, symbols=tuple("ABCDEFGH"))
+    for name in "ab": make_run(tmp_path, name, table, prices=False)
+    figure = plot_task_differences(read_task(list_runs(tmp_path), "bars", 5))
+    assert n > 1 or figure is None
+    checked(summary(comparison(tmp_path)))
+
+
+def test_models_that_are_worse_are_not_called_equal():
+    worse = a_task(MODELS["negative"])
+    for text in (describe(worse)[0], best_verdict(worse), conclusion(dict(tasks=[worse]))[0]):
+        assert "is better than the better constant call" in text and "can be told" not in text
+    assert "can be told" in conclusion(dict(tasks=[a_task(MODELS["two"])]))[0]
+
+
+def test_models_at_two_horizons_are_counted_once():
+    tasks = [a_task(MODELS["six"], horizon=h) for h in (5, 20)]
+    assert "none of 6 models at 2 horizons" in conclusion(dict(tasks=tasks))[0]
+    tasks = [a_task(MODELS["alone"], horizon=h) for h in (5, 20)]
+    assert "1 of 1 model at 2 horizons has directional skill" in conclusion(dict(tasks=tasks))[0]
+
+
+def test_a_task_without_a_ceiling_adds_no_claim_to_a_simulated_market():
+    ceiling = dict(directional_accuracy=dict(null_score=.7, one_row_policy=.7, ceiling=.7))
+    tasks = [a_task(MODELS["two"], data="null", ceiling=ceiling), a_task(MODELS["alone"], data="null", horizon=5)]
+    assert "none of 2 models claims one" in conclusion(dict(tasks=tasks))[0]
+
+
+def test_an_undefined_number_is_a_dash(tmp_path):
+    run = make_run(tmp_path, "a", bars(n=100), prices=False)
+    assert "net Sharpe ratio –)" in repr(run)
+    row = dict(data="d", horizon=5, model="a", metric="f1_macro", score=math.nan, null_score=math.nan, one_row_policy=.4,
+               ceiling=.5, of_one_row_policy=math.nan, of_ceiling=math.nan)
+    assert "nan" not in str(compare.ceiling_table(pd.DataFrame([row])).frame[["f1_macro"]].dropna())
+    from modelfactory.runs.gallery import _sharpe
+    from modelfactory.runs.significance import read_task
+    assert _sharpe(read_task(list_runs(tmp_path), "bars", 5), "a") == "–"

@@ -13,8 +13,8 @@ from modelfactory.data.bars import write_splits
 from modelfactory.data.market import PRESETS, market_table, simulate
 from modelfactory.runs import rescore as rescoring
 from modelfactory.runs.compare import comparison
-from modelfactory.runs.rescore import rescore, rescore_run, rows_of, scoring_trainer
-from modelfactory.runs.store import MANIFEST, REPLACED, STAGED, RunError, list_runs, load_run, publish, score_files, start_attempt, write_run
+from modelfactory.runs.rescore import NOT_SCORED, rescore, rescore_run, rows_of, scoring_trainer
+from modelfactory.runs.store import MANIFEST, REPLACED, STAGED, RunError, list_runs, load_run, publish, replace_run, score_files, start_attempt, write_run
 from modelfactory.training.trainer import Trainer, trainer_plots
 
 
@@ -105,9 +105,14 @@ def test_without_the_data_class_metrics_alone(made, run, data, tmp_path, spoil):
         from modelfactory.data.splits import fingerprint
         manifest |= dict(data_fingerprint=fingerprint(moved))
     (run.path / MANIFEST).write_text(json.dumps(manifest))
-    done = rescore_run(run.path)
+    before = contents(run.path)
+    refused = rescore_run(run.path)
+    assert refused["scored"] == NOT_SCORED and refused["reason"] and contents(run.path) == before
+    assert list((run.path.parent / STAGED).iterdir()) == []
+    done = rescore_run(run.path, class_metrics=True)
     after = load_run(run.path)
     after.verify()
+    assert done["reason"] == refused["reason"]
     assert done["scored"] == "class metrics only" and dict(gone="no such folder", changed="has changed", labels="labels in the data differ")[spoil] in done["reason"]
     assert after.metrics["log_loss"] == pytest.approx(trainer.metrics["val"]["log_loss"], abs=1e-12) and np.isnan(after.metrics["sharpe_net"])
     assert after.metrics["directional_skill"] == pytest.approx(trainer.metrics["val"]["directional_skill"])
@@ -134,7 +139,29 @@ def test_what_is_refused(run, tmp_path, capsys):
     assert end.value.code == 2 and "neither a finished run nor a folder with runs" in capsys.readouterr().err
     table = run.predictions()
     table.assign(p_up=0.).to_parquet(run.path / "predictions/val_predictions.parquet")
-    with pytest.raises(RunError, match="changed since"): rescore([run.path])
+    with pytest.raises(RunError, match="changed since"): rescore_run(run.path)
+
+
+def test_one_altered_run_does_not_end_the_others(run, capsys):
+    altered = run.path.with_name(run.path.name.replace("logistic", "altered_logistic"))
+    shutil.copytree(run.path, altered)
+    run.predictions().assign(p_up=0.).to_parquet(altered / "predictions/val_predictions.parquet")
+    before = contents(altered)
+    rows = rescore([run.path.parent]).set_index("run")
+    assert rows.loc[run.path.name].scored == "all" and rows.loc[altered.name].scored == NOT_SCORED
+    assert "changed since" in rows.loc[altered.name].reason and contents(altered) == before
+    with pytest.raises(SystemExit) as end: main(["rescore", str(run.path.parent)])
+    printed = capsys.readouterr().out
+    assert end.value.code == 1 and f"{run.path.name}: all" in printed and f"{altered.name}: {NOT_SCORED}" in printed
+
+
+def test_a_run_whose_last_replacement_was_not_cleared_away_is_replaced_again(tmp_path):
+    "The removal of the replaced run was interrupted: its folder is still there, and not empty."
+    for folder, text in {"a": "old", f"{STAGED}/a": "new", f"{REPLACED}/a": "older"}.items():
+        (tmp_path / folder / "metrics").mkdir(parents=True)
+        (tmp_path / folder / MANIFEST).write_text(text)
+    replace_run(tmp_path / STAGED / "a", tmp_path / "a")
+    assert (tmp_path / "a" / MANIFEST).read_text() == "new" and list((tmp_path / REPLACED).iterdir()) == []
 
 
 class Killed(BaseException): "A kill: nothing catches it, and nothing is cleaned up after it."

@@ -1,10 +1,13 @@
 "Seeds of one model are one model: one row, one entry in the tests, one trial each."
+import json
+
 import numpy as np
 import pytest
+import yaml
 from fabricate import bars, make_run
 
 from modelfactory.models.base import probability_columns
-from modelfactory.runs.compare import comparison, leaderboard, leaderboard_table, seed_table, task_notes, variance_split, variance_table
+from modelfactory.runs.compare import comparison, direction_tests, leaderboard, leaderboard_table, seed_table, task_notes, variance_split, variance_table
 from modelfactory.runs.significance import count_trials, read_task, stack_predictions, task_runs
 from modelfactory.runs.store import list_runs
 
@@ -33,6 +36,15 @@ def test_a_model_with_three_seeds_is_one_row(folder, result):
     expected = dict(log_loss=np.mean(losses), log_loss_sd=np.std(losses, ddof=1), log_loss_min=min(losses), log_loss_max=max(losses))
     assert {k: lstm[k] for k in expected} == pytest.approx(expected)
     assert lstm["log_loss_ci_low"] < lstm["log_loss"] < lstm["log_loss_ci_high"]
+    for metric in ("directional_skill", "directional_accuracy"):
+        values = [r.metrics[metric] for r in task_runs(list_runs(folder), "bars", 5)["lstm"]]
+        expected = dict(sd=np.std(values, ddof=1), min=min(values), max=max(values))
+        assert lstm[metric] == pytest.approx(np.mean(values)), "the row's figures are those of the seeds"
+        assert {k: lstm[f"{metric}_{k}"] for k in expected} == pytest.approx(expected)
+        assert lstm[f"{metric}_ci_low"] < lstm[metric] < lstm[f"{metric}_ci_high"]
+        assert lstm["averaged"][metric] != pytest.approx(lstm[metric]), "the claim's are those of the mean"
+    tests = direction_tests(result).set_index("model").loc["lstm"]
+    assert tests.skill == lstm["averaged"]["directional_skill"] and tests.low < tests.skill < tests.high
     table = leaderboard(result)
     assert (table.model == "lstm").sum() == 1 and "lstm (3 seeds)" in str(leaderboard_table(table)) and " ± " in str(leaderboard_table(table))
 
@@ -75,3 +87,27 @@ def test_variance_split_finds_what_was_put_in(between, within):
     scores = {i: m + within * rng.normal(size=4) for i, m in enumerate(between * rng.normal(size=400))}
     found = variance_split(scores)
     assert found["model_sd"] == pytest.approx(between, abs=.003) and found["seed_sd"] == pytest.approx(within, abs=.001)
+
+
+def altered(run, **values):
+    "The run with other values in its config."
+    file = run.path / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
+
+
+def test_runs_of_other_configs_or_data_are_no_seeds_of_the_newest_run(tmp_path):
+    "Depth 3 with seed 1 and depth 9 with seed 42 are two models of one name: the newest is compared."
+    table = bars(n=300)
+    for seed, depth in ((1, 3), (7, 9), (42, 9)):
+        altered(make_run(tmp_path, "xgboost", table, seed=seed), config=dict(max_depth=depth, random_seed=seed))
+    make_run(tmp_path, "other", table, seed=1, fingerprint="0" * 16)
+    make_run(tmp_path, "other", table, seed=2)
+    times = {seed: f"2024-01-01T00:00:0{i}+00:00" for i, seed in enumerate((1, 2, 7, 42))}
+    for file in tmp_path.glob("*/manifest.json"):
+        manifest = json.loads(file.read_text())
+        file.write_text(json.dumps(manifest | dict(created=times[manifest["seed"]])))
+    runs = list_runs(tmp_path)
+    seeds = {model: [r.seed for r in of_model] for model, of_model in task_runs(runs, "bars", 5).items()}
+    assert seeds == dict(other=[2], xgboost=[7, 42]) and count_trials(runs, "bars") == 5
+    result = comparison(runs)
+    assert {m["model"]: m["seeds"] for m in result["tasks"][0]["models"]} == seeds and result["unread"] == []

@@ -9,7 +9,7 @@ from test_foundation import market
 
 from modelfactory.cli import main
 from modelfactory.data.splits import SplitOverlap, fingerprint
-from modelfactory.runs.final import final, looks
+from modelfactory.runs.final import final
 from modelfactory.runs.store import MANIFEST, list_runs
 from modelfactory.training.test_set import LEDGER, read_ledger, record_test_use, test_set_uses
 from modelfactory.training.trainer import Trainer
@@ -69,7 +69,7 @@ def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(
     assert ledger.run.tolist() == [run.path.name] and ledger.fingerprint.tolist() == [run.manifest["data_fingerprint"]]
     final([run.path])
     assert read_ledger(folder).run.tolist() == [run.path.name] * 2
-    assert looks(folder)[0].startswith("planted: the test set was used 2 times, for 1 model")
+    assert test_set_uses(folder)[0].startswith("planted: the test set was used 2 times, for 1 model")
     assert not (tmp_path / "runs" / LEDGER).exists()
 
 
@@ -87,7 +87,38 @@ def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
     line = dict(when="2024-01-01T00:00:00+00:00", run="gru_h5_1", data="mine", fingerprint="0", model="gru", horizon=5)
     (tmp_path / LEDGER).write_text(json.dumps(line) + "\n")
     record_test_use(tmp_path, "mine", "1", "xgboost", 5)
-    assert test_set_uses(tmp_path)[0].startswith("mine: the test set was used 2 times, for 2 models")
+    record_test_use(tmp_path, "mine", "0", "xgboost", 5)
+    old, new = test_set_uses(tmp_path)
+    assert old.startswith("mine (0): the test set was used 2 times, for 2 models")
+    assert new == "mine (1): the test set was used 1 time, for 1 model."
+
+
+def test_folders_of_one_name_are_two_test_sets(tmp_path):
+    for folder in ("x/scaled", "y/scaled"):
+        (tmp_path / folder).mkdir(parents=True)
+        record_test_use(tmp_path, tmp_path / folder, folder, "gru", 5, "gru_h5_1")
+    assert test_set_uses(tmp_path) == [f"{f}: the test set was used 1 time, for 1 model." for f in ("x/scaled", "y/scaled")]
+    assert read_ledger(tmp_path)["data"].tolist() == [str(tmp_path / "x/scaled"), str(tmp_path / "y/scaled")]
+
+
+def test_a_use_that_an_earlier_version_recorded_by_name_is_of_the_same_test_set(tmp_path):
+    (tmp_path / "mine").mkdir()
+    line = dict(when="2024-01-01T00:00:00+00:00", run="gru_h5_1", data="mine", fingerprint="0", model="gru", horizon=5)
+    (tmp_path / LEDGER).write_text(json.dumps(line) + "\n")
+    record_test_use(tmp_path, tmp_path / "mine", "0", "xgboost", 5)
+    sentence, = test_set_uses(tmp_path)
+    assert sentence.startswith("mine: the test set was used 2 times, for 2 models")
+
+
+def test_the_card_of_a_run_knows_what_the_ledger_says(tmp_path):
+    from modelfactory.runs.export import model_card
+    folder = tmp_path / "output"
+    assert call(*TRAIN, folder) == 0
+    run, = list_runs(folder)
+    card = model_card(run)
+    assert "test was never scored by this run" in card and "Validation took no part in training" in card
+    final([run.path])
+    assert "test was scored 1 time by this run" in model_card(run)
 
 
 def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):

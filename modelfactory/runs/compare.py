@@ -12,15 +12,16 @@ import numpy as np
 import pandas as pd
 
 from ..data.bundled import resolve_data
-from ..data.splits import MissingFile, excluded_by_reason
+from ..data.splits import MissingFile, SplitsError, excluded_by_reason
+from ..evaluation.backtest import BacktestError
 from ..evaluation.evaluator import SCORING_VERSION
-from ..evaluation.metrics import classification_metrics, classification_stats, metric_sign
+from ..evaluation.metrics import EvaluationError, classification_metrics, classification_stats, metric_sign
 from ..evaluation.permutation import shuffled_direction_confusion
 from ..models.base import probability_columns
 from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .significance import (
-    constant_call_text, count_trials, describe, read_task, stored_daily, task_significance)
+    claim_figures, constant_call_text, count_trials, describe, no_skill_text, read_task, stored_daily, task_significance)
 from .store import FAILED, RunError, RunList, list_runs, write_json
 from ..settings import ConfigError, settings
 from ..training.test_set import test_set_uses
@@ -41,19 +42,19 @@ def _task_scores(task):
         return {r.path.name: r.metrics for r in task.runs}, task.runs[-1].baselines, daily, reason
     trainer, reason = _any_trainer(task)
     tables = {r.path.name: (r, task.tables[r.path.name].assign(horizon=task.horizon)) for r in task.runs}
-    if trainer is None:
-        scored = {name: score_without_data(*pair, nulls=False) for name, pair in tables.items()}
-        return (
-            {name: metrics for name, (metrics, _) in scored.items()},
-            next(iter(scored.values()))[1],
-            None,
-            f"no prices: {reason}",
-        )
+    if trainer is not None:
+        try:
+            return _scores_with_data(task, trainer, tables)
+        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # such as prices that are gone
+            reason = " ".join(str(e).split())
+    scored = {name: score_without_data(*pair, nulls=False) for name, pair in tables.items()}
+    metrics = {name: values for name, (values, _) in scored.items()}
+    return metrics, next(iter(scored.values()))[1], None, f"no prices: {reason}"
+
+def _scores_with_data(task, trainer, tables):
     scored = {name: score_with_data(trainer, *pair, nulls=False) for name, pair in tables.items()}
-    metrics, baselines = (
-        {name: s.metrics["val"] for name, s in scored.items()},
-        next(iter(scored.values())).baselines("val"),
-    )
+    metrics = {name: s.metrics["val"] for name, s in scored.items()}
+    baselines = next(iter(scored.values())).baselines("val")
     daily, reason = stored_daily(task, {name: s.backtest("val") for name, s in scored.items()})
     return metrics, baselines, daily, reason
 
@@ -152,17 +153,19 @@ def _fractions(entry, ceilings, to):
     return {m: _fraction(entry[m], c["null_score"], c[to], m) for m, c in ceilings.items()}
 
 # %% ../../nbs/runs/03_compare.ipynb #5112d2b8
-def _claim_figures(tests, model):
-    "A model's claim on direction, as plain data; a claim needs the test of all models together as well."
+def _claim(tests, model):
+    "The sentence of a model's claim on direction; a claim needs the test of all models together as well."
     claim, significant = tests["claims"][model], bool(tests["models"][model]["direction_significant"])
     denied = claim.significant and not significant
     sentence = claim.sentence + (" The test of all models together does not confirm it." if denied else "")
     verdict = "not significant" if denied else claim.verdict
     return dict(
-        direction=sentence,
-        verdict=verdict,
-        direction_significant=significant,
-        direction_level=claim.level,
+        direction=sentence, verdict=verdict, direction_significant=significant, direction_level=claim.level
+    )
+
+def _direction_figures(claim):
+    "The figures of a claim by the names of the metrics."
+    return dict(
         directional_skill=claim.skill,
         directional_skill_ci_low=claim.low,
         directional_skill_ci_high=claim.high,
@@ -172,15 +175,17 @@ def _claim_figures(tests, model):
     )
 
 def _model_entry(task, model, metrics, tests):
-    runs = task.models[model]
+    runs, claimed = task.models[model], _direction_figures(tests["claims"][model])
     values = seed_statistics([metrics[r.path.name] for r in runs])
-    averaged = _averaged(task, model) if len(runs) > 1 else None
+    if len(runs) > 1:  # every figure of the row is of the seeds; those of the claim are in `averaged`
+        averaged = _averaged(task, model) | claimed
+        values = dict.fromkeys(claimed, math.nan) | values | dict(constant_class=claimed["constant_class"])
+    else:
+        averaged, values = None, values | claimed
     about = dict(
         model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs], folds=1
     )
-    return (
-        about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim_figures(tests, model)
-    )
+    return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
 
 def _averaged(task, model):
     "Class metrics of the mean of the seeds' probabilities."
@@ -190,6 +195,7 @@ def _averaged(task, model):
 
 def _entry_loss(entry):
     return (entry["averaged"] or entry)["log_loss"]
+
 
 # %% ../../nbs/runs/03_compare.ipynb #e988d1d8
 CLAIMS = (
@@ -221,7 +227,7 @@ def _task_entry(task, trials):
     models = sorted((_model_entry(task, m, metrics, tests) for m in task.models), key=_entry_loss)
     for rank, entry in enumerate(models, 1):
         entry["rank"] = rank
-    ceiling = _ceiling(task, baselines["prior"]["log_loss"], models[0]["directional_accuracy_constant"])
+    ceiling = _ceiling(task, baselines["prior"]["log_loss"], claim_figures(models[0])["directional_accuracy_constant"])
     for entry in models if ceiling else ():
         entry["fraction_of_ceiling"] = _fractions(entry, ceiling, "ceiling")
         entry["fraction_of_one_row_policy"] = _fractions(entry, ceiling, "one_row_policy")
@@ -303,7 +309,7 @@ def _early_stopping(runs):
     for model, run in {r.manifest["model"]: r for r in runs.latest()}.items():
         try:
             note = early_stopping_note(run.config["config"])
-        except (ConfigError, UnknownModel):
+        except (ConfigError, UnknownModel, KeyError, TypeError):
             continue  # the model's plugin or the run's config is not there any more
         if note:
             notes.setdefault(note, []).append(model)
@@ -332,9 +338,10 @@ def _excluded(runs):
 def _excluded_rows(file):
     try:
         report = json.loads(file.read_text())
-    except (OSError, ValueError):
+        columns = excluded_by_reason(pd.DataFrame(report["excluded"], columns=["column", "role", "reason"]))
+        report["labels"]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
-    columns = excluded_by_reason(pd.DataFrame(report["excluded"], columns=["column", "role", "reason"]))
     columns = columns.rename(columns={"columns": "count", "such as": "examples"}).to_dict("records")
     rows = [
         dict(
@@ -360,12 +367,11 @@ def failures(
                 json.loads(attempt.read_text())["parameters"],
                 json.loads((attempt.parent / "outcome.json").read_text()),
             )
-        except (OSError, ValueError):
+            title = f"{asked['model']} h{asked['horizon']} {Path(asked['data']).name}"
+            row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.parent.name)
+            found[_asked(asked["data"], asked)] = row
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        title = f"{asked['model']} h{asked['horizon']} {Path(asked['data']).name}"
-        found[_asked(asked["data"], asked)] = dict(
-            run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.parent.name
-        )
     return [row for key, row in found.items() if key not in finished]
 
 def _asked(data, what):
@@ -496,7 +502,7 @@ def direction_tests(
     rows = [
         dict(data=task["data"], horizon=task["horizon"]) | {name: entry[key] for key, name in DIRECTION.items()}
         for task in result["tasks"]
-        for entry in task["models"]
+        for entry in map(claim_figures, task["models"])
     ]
     table = pd.DataFrame(rows, columns=["data", "horizon", *DIRECTION.values()])
     numbers = ["skill", "low", "high", "accuracy", "constant"]
@@ -514,7 +520,8 @@ BEST = ["data", "horizon", "model", "log_loss", "prior_log_loss", "sharpe_net", 
 def _best_row(task):
     best = task["models"][0]
     prior = next((b.get("log_loss") for b in task["baselines"] if b["model"] == "prior"), None)
-    figures = {k: math.nan if best.get(k) is None else best[k] for k in ("sharpe_net", "directional_skill")}
+    values = claim_figures(best)
+    figures = {k: math.nan if values.get(k) is None else values[k] for k in ("sharpe_net", "directional_skill")}
     return dict(
         data=task["data"],
         horizon=task["horizon"],
@@ -539,9 +546,14 @@ def best_verdict(
         return f"not this one: {', '.join(skilled)} {'has' if len(skilled) == 1 else 'have'} directional skill"
     if all(m["verdict"] in ("too few rows", "no direction") for m in models):
         return "too few rows to say"
-    return "no model can be told from the better constant call"
+    return no_skill_text(models)
 
 # %% ../../nbs/runs/03_compare.ipynb #8767dfb5
+def _n_not_worse(task):
+    "How many models are not significantly worse than the best; a dash where that was not tested."
+    others = task["not_worse"]
+    return "–" if others is None else len([m for m in others if m != task["best"]])
+
 VERDICTS = (
     "data",
     "horizon",
@@ -567,7 +579,7 @@ def verdict_table(
 ) -> Table:
     "The tests of each task; `not_worse` counts the models that are not significantly worse than the best by log loss."
     rows = [
-        {k: task[k] for k in VERDICTS} | dict(not_worse=max(len(task["not_worse"] or [task["best"]]) - 1, 0))
+        {k: task[k] for k in VERDICTS} | dict(not_worse=_n_not_worse(task))
         for task in result["tasks"]
     ]
     return Table(pd.DataFrame(rows, columns=VERDICTS))
@@ -657,16 +669,19 @@ def ceiling_table(
     for (data, horizon), task in reached.groupby(["data", "horizon"], sort=False):
         first = task[task.model == task.model.iloc[0]].set_index("metric")
         rows += [
-            dict(data=data, horizon=horizon, model=name) | first[bound].map("{:.3f}".format).to_dict()
+            dict(data=data, horizon=horizon, model=name) | first[bound].map(_decimals).to_dict()
             for bound, name in BOUNDS.items()
         ]
         for model, scores in task.groupby("model", sort=False):
             cells = {
-                r.metric: f"{r.score:.3f} ({_share(r.of_one_row_policy)}, {_share(r.of_ceiling)})"
+                r.metric: f"{_decimals(r.score)} ({_share(r.of_one_row_policy)}, {_share(r.of_ceiling)})"
                 for r in scores.itertuples()
             }
             rows.append(dict(data=data, horizon=horizon, model=model) | cells)
     return Table(pd.DataFrame(rows, columns=["data", "horizon", "model", *MIN_CEILING_GAP]))
+
+def _decimals(value):
+    return "–" if value != value else f"{value:.3f}"
 
 def _share(value):
     return "–" if value != value else f"{value:.0%}"
@@ -675,13 +690,18 @@ def _share(value):
 def _names(pairs):
     return ", ".join(f"{m['model']} h{task['horizon']}" for task, m in pairs)
 
-def _count(tasks):
+def _n_models(pairs):
+    "How many models there are in pairs of task and model; one at two horizons is one."
+    return len({m["model"] for _, m in pairs})
+
+def _count(tasks, none=False):
     "How many models were tested, at how many horizons."
-    n, horizons = sum(len(t["models"]) for t in tasks), len({t["horizon"] for t in tasks})
-    return f"{n} model{'' if n == 1 else 's'}" + (f" at {horizons} horizons" if horizons > 1 else "")
+    n, horizons = _n_models([(t, m) for t in tasks for m in t["models"]]), len({t["horizon"] for t in tasks})
+    models = "no model" if none and n == 1 else f"{'none of ' if none else ''}{n} model{'' if n == 1 else 's'}"
+    return models + (f" at {horizons} horizons" if horizons > 1 else "")
 
 def _none_of(tasks):
-    return "no model" if sum(len(t["models"]) for t in tasks) == 1 else f"none of {_count(tasks)}"
+    return _count(tasks, none=True)
 
 def _of_planted(tasks, skilled):
     models = [m for t in tasks for m in t["models"]]
@@ -691,11 +711,11 @@ def _of_planted(tasks, skilled):
     attained = f"; the models attain {_range(shares)} of the ceiling" if shares else ""
     best = [f"best directional accuracy {max(accuracies):.3f}"] if accuracies else []
     figures = ", ".join([*best, f"one-row policy {bounds['one_row_policy']:.3f}", f"ceiling {bounds['ceiling']:.3f}"])
-    claim = f"{len(skilled)} of {_count(tasks)} {_have(skilled)} directional skill"
+    claim = f"{_n_models(skilled)} of {_count(tasks)} {_have(skilled)} directional skill"
     return f"{tasks[0]['data']}: a signal was planted; {claim}{attained} ({figures})."
 
 def _have(skilled):
-    return "has" if len(skilled) == 1 else "have"
+    return "has" if _n_models(skilled) == 1 else "have"
 
 def _range(shares):
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
@@ -705,7 +725,7 @@ def _of_null(tasks, skilled):
     head = f"{tasks[0]['data']}: there is no signal; "
     if not skilled:
         return head + f"{_none_of(tasks)} claims one."
-    claim = f"{len(skilled)} of {_count(tasks)} claim one ({_names(skilled)})."
+    claim = f"{_n_models(skilled)} of {_count(tasks)} claim one ({_names(skilled)})."
     return f"{head}{claim} Do not trust this pipeline before you know why."
 
 # %% ../../nbs/runs/03_compare.ipynb #06b7cae7
@@ -715,7 +735,12 @@ def _interval(m):
     return f"{skill:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 def _of_real(tasks, skilled):
-    tested = [(t, m) for t in tasks for m in t["models"] if m["verdict"] not in ("too few rows", "no direction")]
+    tested = [
+        (t, claim_figures(m))
+        for t in tasks
+        for m in t["models"]
+        if m["verdict"] not in ("too few rows", "no direction")
+    ]
     head = f"{tasks[0]['data']}: "
     if not tested:
         return head + f"directional skill is not tested: {tasks[0]['why'].get('direction') or 'too few rows to say'}."
@@ -723,10 +748,11 @@ def _of_real(tasks, skilled):
     trials = f"corrected for {task['trials']} trial{'' if task['trials'] == 1 else 's'}"
     figure = f"{best['model']} h{task['horizon']}: directional skill {_interval(best)}"
     if skilled:
-        claim = f"{len(skilled)} of {_count(tasks)} {_have(skilled)} directional skill, {trials}"
+        claim = f"{_n_models(skilled)} of {_count(tasks)} {_have(skilled)} directional skill, {trials}"
         return f"{head}{claim} ({_names(skilled)}; best {figure})."
     constant = f"; {text}" if (text := constant_call_text(best)) else ""
-    return head + f"{_none_of(tasks)} can be told from the better constant call, {trials} (best {figure}{constant})."
+    text = no_skill_text([m for _, m in tested], _none_of(tasks))
+    return head + f"{text}, {trials} (best {figure}{constant})."
 
 # %% ../../nbs/runs/03_compare.ipynb #fe1fbd59
 def _kind(tasks):
@@ -746,11 +772,11 @@ def conclusion(
         by_data.setdefault(task["data"], []).append(task)
     kinds = {data: _kind(tasks) for data, tasks in by_data.items()}
     order = sorted(by_data, key=lambda data: list(templates).index(kinds[data]))
+    chosen = {data: [t for t in tasks if kinds[data] == "real" or t["ceiling"]] for data, tasks in by_data.items()}
     skilled = {
         data: [(t, m) for t in tasks for m in t["models"] if m["direction_significant"]]
-        for data, tasks in by_data.items()
+        for data, tasks in chosen.items()
     }
-    chosen = {data: [t for t in tasks if kinds[data] == "real" or t["ceiling"]] for data, tasks in by_data.items()}
     return [templates[kinds[data]](chosen[data], skilled[data]) for data in order]
 
 # %% ../../nbs/runs/03_compare.ipynb #432c5251

@@ -12,6 +12,9 @@ from ..models.persistence import file_hash
 from .compare import escape_markdown
 from .store import FEATURES, MANIFEST, Run, RunError, load_run, write_json
 from ..evaluation.metrics import METRICS
+from ..models.registry import UnknownModel
+from ..settings import ConfigError
+from ..training.test_set import read_ledger, runs_folder
 
 # %% auto #0
 __all__ = ['SHOWN', 'EXAMPLE', 'contract', 'model_card', 'export_run']
@@ -46,10 +49,24 @@ def _card_scores(run):
     rows = [f"| {name.replace('_', ' ')} | {_figure(run.metrics, name)} | {_figure(run.baseline, name)} | {METRICS.get(name, '')} |" for name in SHOWN if name in run.metrics]
     return ["| | value | class shares of train | |", "|---|---|---|---|", *rows]
 
+def _use_of_validation(run):
+    "What validation decided in the training, beside the choice of a model."
+    from modelfactory.training.trainer import early_stopping_note
+    config = run.config["config"]
+    try: stopped = early_stopping_note(config) is not None
+    except (ConfigError, UnknownModel, KeyError): return "Whether validation took part in early stopping is not known"
+    if not stopped: return "Validation took no part in training"
+    return "Validation took part in early stopping" + (" and calibration did not" if config.get("calibration") else "")
+
+def _use_of_test(run):
+    "How often test was scored by this run, by the ledger of its runs folder."
+    n_uses = int((read_ledger(runs_folder(run.path)).run == run.path.name).sum())
+    if n_uses: return f"test was scored {n_uses} time{'' if n_uses == 1 else 's'} by this run"
+    if (run.path / "metrics/test_metrics.json").is_file(): return "test was scored by this run, see metrics/"
+    return "test was never scored by this run"
+
 def _card_limits(run, report):
-    calibration = " and calibration did not" if run.config["config"].get("calibration") else ""
-    test = "scored, see metrics/" if (run.path / "metrics/test_metrics.json").is_file() else "never scored by this run"
-    return ["## Limits", "", f"- Validation took part in early stopping{calibration}; test was {test}.",
+    return ["## Limits", "", f"- {_use_of_validation(run)}; {_use_of_test(run)}.",
             "- Sharpe ratios are of staggered positions at the close, with cost and without slippage or financing.",
             "- Symbols are not a feature: one that train has not seen is predicted like the others.", *(f"- {escape_markdown(w)}" for w in report["warnings"])]
 

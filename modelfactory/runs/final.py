@@ -10,12 +10,10 @@ import pandas as pd
 
 from .store import Run, RunError, load_run
 from ..evaluation.metrics import metric_sign
-from ..training.test_set import LEDGER, read_ledger, test_set_uses
 
-looks = test_set_uses  # its earlier name
 
 # %% auto #0
-__all__ = ['looks', 'COMPARED', 'score_on_test', 'final']
+__all__ = ['COMPARED', 'score_on_test', 'final']
 
 # %% ../../nbs/runs/08_final.ipynb #dfc806ca
 COMPARED = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")

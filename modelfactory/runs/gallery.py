@@ -220,10 +220,11 @@ def plot_equities(
     for m in ranked[: top - 1 : -1]:
         above.plot((1 + net[m]).cumprod(), color="#bbbbbb", lw=0.7)
     for m, colour, dash in zip(ranked[:top], ("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-.")):
-        _curve(above, below, net[m], f"{m} ({_sharpe(task, m):.1f})", color=colour, ls=dash, lw=1.4)
+        _curve(above, below, net[m], f"{m} ({_sharpe(task, m)})", color=colour, ls=dash, lw=1.4)
     above.axhline(1, color="black", lw=0.6)
     above.set_ylabel("equity", fontsize=9)
-    above.set_title(title, fontsize=9, loc="left")
+    rows = "all rows of each model, not those in common" if task.n_left_out else ""
+    above.set_title(": ".join(filter(None, (title, rows))), fontsize=9, loc="left")
     above.legend(frameon=False, fontsize=8, loc="upper left")
     below.set_ylabel("drawdown, %", fontsize=9)
     below.set_ylim(None, 0)
@@ -248,7 +249,9 @@ def _overlap(task, net):
     return task.horizon * len(net) / bars
 
 def _sharpe(task, model):
-    return np.mean([r.metrics["sharpe_net"] for r in task.models[model]])
+    "The net Sharpe ratio of a model, the mean over its seeds, as text."
+    value = np.mean([r.metrics.get("sharpe_net", math.nan) for r in task.models[model]])
+    return "–" if value != value else f"{value:.1f}"
 
 def _curve(above, below, daily, label, **style):
     equity = (1 + daily).cumprod()

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/13_rescore.ipynb #56e94ed7
 from __future__ import annotations
-import copy, json, os, shutil
+import copy, os, shutil
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,8 +28,8 @@ from ..settings import ConfigError
 from ..training import plots
 
 # %% auto #0
-__all__ = ['FIGURES', 'scoring_trainer', 'rows_of', 'stored_output', 'score_with_data', 'score_without_data', 'rescore_run',
-           'rescore_runs', 'rescore']
+__all__ = ['FIGURES', 'NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'rows_of', 'stored_output', 'score_with_data',
+           'score_without_data', 'rescore_run', 'rescore_runs', 'rescore']
 
 # %% ../../nbs/runs/13_rescore.ipynb #c7858486
 def scoring_trainer(
@@ -178,15 +178,19 @@ def _write_class_metrics(run, split, staged):
     write_json(staged / files["baselines"], baselines)
 
 # %% ../../nbs/runs/13_rescore.ipynb #82f58abf
+NOT_SCORED = "not scored, left as it was"
+SCORING_ERRORS = (RunError, SplitsError, ConfigError, EvaluationError, BacktestError)
+
 def rescore_run(
     path: Path,  # folder of a finished run
-) -> dict:  # run, splits, scored: `all` or `class metrics only`, reason
+    class_metrics: bool = False,  # where the data cannot be read: class metrics alone; False: the run stays as it is
+) -> dict:  # run, splits, scored: `all`, `class metrics only` or `NOT_SCORED`, reason
     "Scores a run's stored predictions anew; raises `RunError` where they are missing or have changed."
     run = load_run(Path(path).resolve())
     with FileLock(run.path.parent / ".rescore.lock", timeout=600):
-        return _rescored(load_run(run.path))
+        return _rescored(load_run(run.path), class_metrics)
 
-def _rescored(run):
+def _rescored(run, class_metrics):
     if "bundle_of" in run.manifest:
         raise RunError(f"{run.path}: a bundle has no predictions to score; rescore the run it was made of")
     for part in ("predictions/", "config.yaml"):
@@ -203,8 +207,11 @@ def _rescored(run):
         scored = {s: score_with_data(trainer, run, run.predictions(s), s) for s in splits}
         for split in splits:
             _write_all(scored[split], split, staged)
-    except (RunError, SplitsError, EvaluationError, BacktestError) as e:
+    except SCORING_ERRORS as e:
         reason = str(e)
+        if not class_metrics:
+            shutil.rmtree(staged, ignore_errors=True)
+            return dict(run=run.path.name, splits=splits, scored=NOT_SCORED, reason=reason)
         for split in splits:
             _write_class_metrics(run, split, staged)
     _write_manifest(run, staged, changed)
@@ -223,10 +230,19 @@ def _write_manifest(run, staged, changed):
 # %% ../../nbs/runs/13_rescore.ipynb #f93c1f93
 def rescore_runs(
     paths: list,  # folders of finished runs, or folders that hold runs
+    class_metrics: bool = False,  # where the data cannot be read: class metrics alone; False: the run stays as it is
 ):  # generator of dicts run, splits, scored, reason, one a run
     "Scores stored predictions anew, one run after the other; all folders are checked before the first."
     folders = list(dict.fromkeys(folder for p in paths for folder in _run_folders(Path(p).resolve())))
-    return (rescore_run(folder) for folder in folders)
+    return (_row_of(folder, class_metrics) for folder in folders)
+
+def _row_of(folder, class_metrics):
+    "What became of one run; a run that cannot be scored does not end the others."
+    try:
+        return rescore_run(folder, class_metrics)
+    except (*SCORING_ERRORS, OSError, KeyError, TypeError, AttributeError) as e:
+        reason = str(e) if isinstance(e, (*SCORING_ERRORS, OSError)) else f"a damaged file: {e!r}"
+        return dict(run=folder.name, splits=[], scored=NOT_SCORED, reason=reason)
 
 def _run_folders(path):
     "The folder of a run itself, or of the runs in it."
@@ -240,6 +256,7 @@ def _run_folders(path):
 
 def rescore(
     paths: list,  # folders of finished runs, or folders that hold runs
-) -> pd.DataFrame:  # run, splits, scored: `all` or `class metrics only`, reason
+    class_metrics: bool = False,  # where the data cannot be read: class metrics alone; False: the run stays as it is
+) -> pd.DataFrame:  # run, splits, scored: `all`, `class metrics only` or `NOT_SCORED`, reason
     "Scores the stored predictions of runs anew."
-    return pd.DataFrame(rescore_runs(paths), columns=["run", "splits", "scored", "reason"])
+    return pd.DataFrame(rescore_runs(paths, class_metrics), columns=["run", "splits", "scored", "reason"])

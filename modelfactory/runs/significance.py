@@ -4,6 +4,7 @@
 
 # %% ../../nbs/runs/07_significance.ipynb #705456a5
 from __future__ import annotations
+import json
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -13,16 +14,16 @@ import pandas as pd
 
 from ..evaluation import significance
 from ..evaluation.evaluator import SCORING_VERSION
-from ..evaluation.metrics import has_direction
+from ..evaluation.metrics import EvaluationError, has_direction
 from ..evaluation.significance import SignificanceError, class_differences
 from ..models.base import probability_columns
 from .store import Run, RunError, RunList, list_runs, load_run
 from ..settings import ConfigError, settings
 
 # %% auto #0
-__all__ = ['KEYS', 'RESCORE', 'BENCHMARKS', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task',
+__all__ = ['SEEDS', 'KEYS', 'RESCORE', 'BENCHMARKS', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task',
            'stack_predictions', 'count_trials', 'trials_so_far', 'daily_profit', 'stored_daily', 'task_significance',
-           'describe', 'constant_call_text', 'plot_task_differences']
+           'describe', 'constant_call_text', 'no_skill_text', 'claim_figures', 'plot_task_differences']
 
 # %% ../../nbs/runs/07_significance.ipynb #8c14afc5
 def task_runs(
@@ -30,12 +31,34 @@ def task_runs(
     data: str,  # name of a data set, as in `data_names`
     horizon: int,  # bars ahead
 ) -> dict:  # model name -> its runs, one a seed, in the order of seeds
-    "The newest runs of each model on one task."
+    "The newest run of each model on one task, and its other seeds."
+    return _seeds_of_models(runs, data, horizon, _recipe)
+
+def _seeds_of_models(runs, data, horizon, read):
+    "Runs by model; `read` gives what the seeds of a model have in common, and None for a run to leave out."
     names, models = runs.data_names, {}
-    latest = [r for r in runs.latest() if names[r.data] == data and r.horizon == horizon]
-    for run in sorted(latest, key=lambda r: r.seed):
-        models.setdefault(run.manifest["model"], []).append(run)
-    return models
+    on_task = [r for r in runs if names[r.data] == data and r.horizon == horizon]
+    for run in sorted(on_task, key=lambda r: (r.created, r.path.name), reverse=True):
+        newest, seeds = models.get(run.manifest["model"], (None, {}))
+        if run.seed in seeds or newest not in (None, _recipe(run)):
+            continue
+        if recipe := read(run):
+            models[run.manifest["model"]] = recipe, seeds | {run.seed: run}
+    return {model: [seeds[s] for s in sorted(seeds)] for model, (_, seeds) in sorted(models.items())}
+
+def _recipe(run):
+    "What the seeds of one model have in common: resolved config, data and classes; text, so that it can be compared."
+    try:
+        config = run.config
+    except ConfigError:
+        config = {}
+    shared = {name: value for name, value in config.items() if name not in SEEDS}
+    if isinstance(shared.get("config"), dict):
+        shared["config"] = {name: value for name, value in shared["config"].items() if name not in SEEDS}
+    return json.dumps([shared, run.manifest.get("data_fingerprint")], sort_keys=True, default=str)
+
+SEEDS = ("seed", "random_seed")
+
 
 # %% ../../nbs/runs/07_significance.ipynb #0550bbb6
 KEYS = ["datetime", "symbol", "y_true"]
@@ -100,31 +123,87 @@ def read_task(
     unread: list | None = None,  # runs that cannot be read are entered here and left out; None: they raise
 ) -> Task:  # without models where no run can be read
     "A task with its predictions; raises `RunError` where a run cannot be read."
-    models, stored, classes = task_runs(runs, data, horizon), {}, ()
-    for run in [r for seeds in models.values() for r in seeds]:
+    stored = {}
+
+    def refuse(run, reason):
+        if unread is None:
+            raise RunError(reason)
+        stored.pop(run.path.name, None)
+        unread.append(dict(folder=run.path.name, reason=reason))
+
+    def read(run):
         try:
-            stored[run.path.name] = _scored_predictions(run, split)
-            classes = classes or tuple(run.config["data"]["classes"])
+            stored[run.path.name] = run, _scored_predictions(run, split)
         except (RunError, ConfigError) as e:
-            if unread is None:
-                raise
-            stored.pop(run.path.name, None)
-            unread.append(dict(folder=run.path.name, reason=str(e)))
-    readable = {model: [r for r in seeds if r.path.name in stored] for model, seeds in models.items()}
-    tables, n_left_out = common_rows(stored) if stored else ({}, 0)
-    return Task(
-        data, horizon, classes, {model: seeds for model, seeds in readable.items() if seeds}, tables, n_left_out
-    )
+            return refuse(run, str(e))
+        return _recipe(run)
+
+    models = _seeds_of_models(runs, data, horizon, read)
+    for run, reason in _strangers(stored):
+        refuse(run, reason)
+    seeds = {model: [r for r in of_model if r.path.name in stored] for model, of_model in models.items()}
+    classes = next((_classes(run) for run, _ in stored.values()), ())
+    tables = {r.path.name: stored[r.path.name][1] for of_model in seeds.values() for r in of_model}
+    tables, n_left_out = common_rows(tables) if tables else ({}, 0)
+    return Task(data, horizon, classes, {model: s for model, s in seeds.items() if s}, tables, n_left_out)
+
+def _strangers(stored):
+    "Runs that cannot be compared with the newest one of their task, and why: other classes, or no row in common."
+    if not stored:
+        return []
+    newest = max((run for run, _ in stored.values()), key=lambda r: (r.created, r.path.name))
+    alike = {name: pair for name, pair in stored.items() if _classes(pair[0]) == _classes(newest)}
+    others = [
+        (run, f"{run.path.name}: classes {list(_classes(run))}, those of the newest run are {list(_classes(newest))}")
+        for name, (run, _) in stored.items()
+        if name not in alike
+    ]
+    return others + _without_common_rows(alike, newest)
+
+def _without_common_rows(stored, newest):
+    "Runs to leave out so that the others have rows in common; those on the data of the newest run come first."
+    if len(common_rows({name: table for name, (_, table) in stored.items()})[0][newest.path.name]):
+        return []
+    version = lambda run: run.manifest.get("data_fingerprint")
+    order = sorted(stored.values(), key=lambda pair: (pair[0].created, pair[0].path.name), reverse=True)
+    order.sort(key=lambda pair: (pair[0] is not newest, version(pair[0]) != version(newest)))
+    shared, left_out = order[0][1][KEYS], []
+    for run, table in order[1:]:
+        rows = shared.merge(table[KEYS], on=KEYS) if version(run) == version(newest) else shared[:0]
+        if len(rows):
+            shared = rows
+        else:
+            which = "version" if version(run) != version(newest) else "part"
+            reason = f"another {which} of the data, which has no row in common with the newest run"
+            left_out.append((run, f"{run.path.name}: {reason}"))
+    return left_out
+
+def _classes(run):
+    return tuple(run.config["data"]["classes"])
 
 def _scored_predictions(run, split):
-    "Predictions of a run whose metrics can be read as well."
-    run.metrics, run.baselines
+    "Predictions of a run whose other files hold what a comparison needs; raises `RunError` otherwise."
+    if missing := {"family", "train_shares"} - set(run.manifest):
+        raise RunError(f"{run.path.name}: its manifest has no {sorted(missing)[0]!r}; train the run again")
+    try:
+        classes = _classes(run)
+        run.config["cost_bps"], run.config["config"]
+    except (KeyError, TypeError) as e:
+        raise RunError(f"{run.path.name}: config.yaml has no {e}; train the run again") from None
+    if len(run.manifest["train_shares"] or ()) != len(classes):
+        raise RunError(f"{run.path.name}: its manifest has no class shares of train; train the run again")
+    if "prior" not in run.baselines:
+        raise RunError(f"{run.path.name}: baselines.json has no 'prior'; run `modelfactory rescore` on it")
+    for values, file in ((run.metrics, "metrics.json"), (run.baselines["prior"], "baselines.json")):
+        if not isinstance(values.get("log_loss"), (int, float)):
+            raise RunError(f"{run.path.name}: {file} has no log loss; run `modelfactory rescore` on it")
     table = run.predictions(split)
-    if missing := set(KEYS) - set(table):
+    if missing := {*KEYS, "prediction", *probability_columns(classes)} - set(table):
         raise RunError(f"{run.path.name}: its predictions have no column {sorted(missing)[0]!r}; train the run again")
     if not len(table):
         raise RunError(f"{run.path.name}: its predictions have no row; train the run again")
     return table
+
 
 # %% ../../nbs/runs/07_significance.ipynb #da1ac100
 def stack_predictions(
@@ -258,12 +337,26 @@ def constant_call_text(
         return ""
     return f"always {'up' if direction > 0 else 'down'} would be right {accuracy:.0%}"
 
+def no_skill_text(
+    models: list,  # of a task of `comparison`
+    who: str = "no model",
+) -> str:
+    "What is true of models of which none has directional skill: some may be worse than the better constant call."
+    worse = any(m.get("verdict") == "worse" for m in models)
+    return f"{who} {'is better than' if worse else 'can be told from'} the better constant call"
+
+def claim_figures(
+    model: dict,  # of a task of `comparison`
+) -> dict:  # the same with the figures of its predictions in the tests: of the mean of the seeds' probabilities
+    "The figures that a model's claim on direction is made of."
+    return model | (model.get("averaged") or {})
+
 def _in_brackets(*parts):
     shown = ", ".join(filter(None, parts))
     return f" ({shown})" if shown else ""
 
 def _direction_sentence(task):
-    p, models = task["p_direction"], task["models"]
+    p, models = task["p_direction"], [claim_figures(m) for m in task["models"]]
     if p is None and "direction" in task["why"]:
         return _not_tested(task, "direction", "directional skill")
     skilled = [m["model"] for m in models if m["direction_significant"]]
@@ -279,7 +372,7 @@ def _direction_sentence(task):
         details = _in_brackets(p_value, _trials(task))
         return f"the {len(models)} models together have directional skill{details}, none of them by itself."
     details = _in_brackets(constant_call_text(best), p_value, _trials(task))
-    return f"no model can be told from the better constant call{details}."
+    return no_skill_text(models) + f"{details}."
 
 # %% ../../nbs/runs/07_significance.ipynb #34bcf9c7
 def _log_loss_sentence(task):
@@ -338,9 +431,9 @@ def plot_task_differences(
     metric: str = "log_loss",  # a class metric
 ):  # matplotlib Figure, None where no difference can be tested
     "Differences of a metric to the best model of a task."
-    if len(task.models) < 2: return None
+    if len(task.models) < 2 or task.frame.datetime.nunique() < 2: return None
     try: table = class_differences(task.frame, task.horizon, metric, task.classes)
-    except SignificanceError: return None
+    except (SignificanceError, EvaluationError): return None
     fig = significance.plot_differences(table, metric)
     fig.axes[0].set_title(f"{task.data}, horizon {task.horizon}", fontsize=9)
     return fig

@@ -15,6 +15,7 @@ from ..models.base import probability_columns
 from ..models.persistence import file_hash, library_version, load_model
 from ..models.registry import ModelRegistry, check_name
 from ..settings import read_yaml, settings
+from ..training.test_set import short_names
 
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
@@ -269,8 +270,10 @@ class Run:
 
     def _json(self, name):
         file = self.path / "metrics" / name
-        try: return json.loads(file.read_text())
+        try: values = json.loads(file.read_text())
         except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
+        if isinstance(values, dict): return values
+        raise RunError(f"{file}: found a {type(values).__name__}, expected names and values; train the run again")
     def _numbers(self, name): return read_metrics(self._json(name))
     @cached_property
     def metrics(self):
@@ -286,7 +289,10 @@ class Run:
     @cached_property
     def baselines(self) -> dict:
         "Metrics of each baseline by its name."
-        return {name: read_metrics(values) for name, values in self._json("baselines.json").items()}
+        stored = self._json("baselines.json")
+        if all(isinstance(values, dict) for values in stored.values()):
+            return {name: read_metrics(values) for name, values in stored.items()}
+        raise RunError(f"{self.path / 'metrics/baselines.json'}: expected the metrics of each baseline; train the run again")
 
     baseline = property(lambda self: self.baselines["prior"])  # of the class shares of train
     history = cached_property(lambda self: self._json("history.json"))  # losses by round
@@ -362,7 +368,9 @@ class Run:
 
     def __repr__(self):
         task = f"{self.manifest['model']} on {self.data}, horizon {self.horizon}"
-        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {self.metrics['sharpe_net']:.2f})"
+        sharpe = self.metrics.get("sharpe_net", math.nan)
+        shown = "–" if sharpe != sharpe else f"{sharpe:.2f}"
+        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
 
 def _read(file):
@@ -395,9 +403,7 @@ class RunList(list):
     @property
     def data_names(self) -> dict[str, str]:
         "A short name of each data set: the end of its path that no other one here has."
-        parts = {data: Path(data).parts for data in dict.fromkeys(r.data for r in self)}
-        tails = lambda n: [p[-n:] for p in parts.values()]
-        return {data: next(("/".join(p[-n:]) for n in range(1, len(p)) if tails(n).count(p[-n:]) == 1), data) for data, p in parts.items()}
+        return short_names(r.data for r in self)
     def __repr__(self): return self.to_frame().round(3).to_string(index=False) if self else "no finished run"
     def _repr_html_(self): return self.to_frame().round(3).to_html(index=False, border=0) if self else "<p>no finished run</p>"
 
@@ -409,7 +415,8 @@ def list_runs(
     finish_swaps(folder)
     for path in sorted(f for f in folder.glob("*") if not f.name.startswith(".")):
         try: found += _listed(path)
-        except RunError as e: unread.append(dict(folder=path.name, reason=str(e).replace(f"{folder}{os.sep}", "")))
+        except (RunError, OSError) as e:
+            unread.append(dict(folder=path.name, reason=str(e).replace(f"{folder}{os.sep}", "")))
     result = RunList(sorted(found, key=lambda r: (r.created, r.path.name)))
     result.folder, result.unread = folder, unread
     return result

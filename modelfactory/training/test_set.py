@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['LEDGER', 'COLUMNS', 'record_test_use', 'read_ledger', 'runs_folder', 'test_set_uses']
+__all__ = ['LEDGER', 'COLUMNS', 'record_test_use', 'read_ledger', 'runs_folder', 'test_set_uses', 'short_names']
 
 # %% ../../nbs/training/11_test_set.ipynb #9980c14d
 LEDGER = "final.jsonl"
@@ -31,11 +31,18 @@ def record_test_use(
     file = Path(runs) / LEDGER
     file.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    line = dict(zip(COLUMNS, (when, run, Path(data).name, fingerprint, model, horizon)))
+    line = dict(zip(COLUMNS, (when, run, _resolved(data), fingerprint, model, horizon)))
     with FileLock(f"{file}.lock"), open(file, "a") as f:
         f.write(json.dumps(line) + "\n")
         f.flush()
         os.fsync(f.fileno())
+
+def _resolved(data):
+    "The whole path of a data set; a name stays where there is no folder."
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.splits import MissingFile
+    try: return str(resolve_data(data).resolve())
+    except MissingFile: return str(data)
 
 def read_ledger(
     runs: Path,  # the runs folder
@@ -61,7 +68,28 @@ def test_set_uses(
     "How often the test set of each data set was used, and for how many models."
     ledger = read_ledger(runs)
     ledger["who"] = [run or f"{model} h{h}" for run, model, h in zip(ledger.run, ledger.model, ledger.horizon)]
-    return [_sentence(data, len(uses), uses.who.nunique()) for data, uses in ledger.groupby("data", sort=False)]
+    ledger["data"] = _with_paths(ledger)
+    names, versions = short_names(ledger["data"]), ledger.groupby("data").fingerprint.nunique()
+    sentences = []
+    for (data, fingerprint), uses in ledger.groupby(["data", "fingerprint"], sort=False):
+        version = f" ({str(fingerprint)[:8]})" if versions[data] > 1 else ""
+        sentences.append(_sentence(names[data] + version, len(uses), uses.who.nunique()))
+    return sentences
+
+def short_names(
+    paths: list,  # of data sets, folders or names
+) -> dict[str, str]:  # path -> name
+    "A short name of each data set: the end of its path that no other one here has."
+    parts = {data: Path(data).parts for data in dict.fromkeys(paths)}
+    tails = lambda n: [p[-n:] for p in parts.values()]
+    unique = lambda p: next((p[-n:] for n in range(1, len(p)) if tails(n).count(p[-n:]) == 1), None)
+    return {data: "/".join(tail) if (tail := unique(p)) else data for data, p in parts.items()}
+
+def _with_paths(ledger):
+    "The data of each use; earlier versions kept the name alone: it is the path with that name and fingerprint."
+    uses = list(zip(ledger["data"], ledger.fingerprint))
+    paths = {(Path(data).name, fingerprint): data for data, fingerprint in uses if len(Path(data).parts) > 1}
+    return [paths.get((data, fingerprint), data) for data, fingerprint in uses]
 
 test_set_uses.__test__ = False  # pytest takes it for a test where it is imported
 
