@@ -331,7 +331,7 @@ def _not_tested(task, claim, what):
 def constant_call_text(
     model: dict,  # of a task of `comparison`
 ) -> str:  # such as `always up would be right 69%`
-    "The accuracy of the better constant call on the rows that a model called."
+    "The accuracy of the better constant call on the rows with a true sign."
     accuracy, direction = model.get("directional_accuracy_constant"), model.get("constant_class")
     if accuracy is None or not direction:
         return ""
