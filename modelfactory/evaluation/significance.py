@@ -271,8 +271,9 @@ class DirectionClaim:
         "The claim in one sentence."
         if self.verdict == "no direction": return "Direction: these labels have no direction."
         if self.verdict == "too few rows":
+            blocks = f"{self.n_blocks} block{'s' * (self.n_blocks != 1)}"
             return (f"Direction: too few rows to say ({self.n_rows:,} rows with a predicted and a true sign in "
-                    f"{self.n_blocks} blocks, at least {MIN_BLOCKS} blocks are needed).")
+                    f"{blocks}, at least {MIN_BLOCKS} are needed).")
         text = dict(significant="significant", worse="significantly negative").get(self.verdict, "not significant")
         tried = "as the only model tried" if self.trials == 1 else f"corrected for {self.trials:,} trials"
         return (f"Directional skill {self.skill:.3f} [{self.low:.3f}, {self.high:.3f}]: {text}, {tried}; "
@@ -568,7 +569,8 @@ def significance_summary(
     return summary | dict(models=rows, why=why)
 
 def _too_few(blocks):
-    return f"too few rows to say: {blocks} blocks of four label lengths, at least {MIN_BLOCKS} are needed"
+    text = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"
+    return f"too few rows to say: {text}, at least {MIN_BLOCKS} are needed"
 
 def _spa(frame, gains, horizon, trials, slow=False, benchmarks=1):
     sums, overlap = timestamp_sums(frame, gains, horizon)
