@@ -196,7 +196,6 @@ def _averaged(task, model):
 def _entry_loss(entry):
     return (entry["averaged"] or entry)["log_loss"]
 
-
 # %% ../../nbs/runs/03_compare.ipynb #e988d1d8
 CLAIMS = (
     "n_models",

@@ -11,7 +11,6 @@ import pandas as pd
 from .store import Run, RunError, load_run
 from ..evaluation.metrics import metric_sign
 
-
 # %% auto #0
 __all__ = ['COMPARED', 'score_on_test', 'final']
 

@@ -59,7 +59,6 @@ def _recipe(run):
 
 SEEDS = ("seed", "random_seed")
 
-
 # %% ../../nbs/runs/07_significance.ipynb #0550bbb6
 KEYS = ["datetime", "symbol", "y_true"]
 
@@ -203,7 +202,6 @@ def _scored_predictions(run, split):
     if not len(table):
         raise RunError(f"{run.path.name}: its predictions have no row; train the run again")
     return table
-
 
 # %% ../../nbs/runs/07_significance.ipynb #da1ac100
 def stack_predictions(

@@ -135,7 +135,6 @@ def _last_decided(table, label, hit):
     metadata = table[["datetime", "symbol"]].assign(label_bars=decided_after, horizon=0)
     return np.nan_to_num(last_known_labels(label, metadata, gap=0))
 
-
 # %% ../../nbs/training/07_null_zoo.ipynb #bca3dad8
 def _constant_models(train, val, shares, horizon, rng):
     "Models that see no bars of val."
