@@ -553,25 +553,7 @@ def _n_not_worse(task):
     others = task["not_worse"]
     return "–" if others is None else len([m for m in others if m != task["best"]])
 
-VERDICTS = (
-    "data",
-    "horizon",
-    "n_models",
-    "n_samples",
-    "trials",
-    "p_direction",
-    "p_log_loss",
-    "p_profit",
-    "p_profit_cash",
-    "p_profit_hold",
-    "p_profit_constant",
-    "best",
-    "not_worse",
-    "best_sharpe_model",
-    "sharpe_net",
-    "deflated_sharpe",
-    "overfitting",
-)
+VERDICTS = ("data", "horizon", *(k for k in CLAIMS if k not in ("n_blocks", "why") and not k.endswith("_significant")))
 
 def verdict_table(
     result: dict,  # of `comparison`

@@ -216,7 +216,8 @@ def _daily_tables(val, price, models, horizon):
     signals = _signals(rows)
     numbered = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
     bars = _traded_bars(signals, prices, horizon).merge(numbered, how="left", on=["datetime", "symbol"])
-    symbol, returns = bars["symbol"].factorize()[0], _returns(bars, bars["symbol"].factorize()[0])
+    symbol = bars["symbol"].factorize()[0]
+    returns = _returns(bars, symbol)
     day, days = trading_day(pd.DatetimeIndex(bars["datetime"]), 0).factorize(sort=True)
     predicted, n_symbols = bars["row"].notna().to_numpy(), symbol[-1] + 1
     source, daily = bars["row"][predicted].astype(int).to_numpy(), {}
