@@ -806,6 +806,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'modelfactory/evaluation/permutation.py'),
                                                      'modelfactory.evaluation.permutation._f1_null_and_skill': ( 'evaluation/permutation.html#_f1_null_and_skill',
                                                                                                                  'modelfactory/evaluation/permutation.py'),
+                                                     'modelfactory.evaluation.permutation._held_positions': ( 'evaluation/permutation.html#_held_positions',
+                                                                                                              'modelfactory/evaluation/permutation.py'),
                                                      'modelfactory.evaluation.permutation._scorer': ( 'evaluation/permutation.html#_scorer',
                                                                                                       'modelfactory/evaluation/permutation.py'),
                                                      'modelfactory.evaluation.permutation.f1_null_interval': ( 'evaluation/permutation.html#f1_null_interval',

@@ -61,6 +61,20 @@ def random_shifts(
     return np.random.default_rng(seed).choice(shifts, min(n_draws, len(shifts)), replace=False)
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #60edaa06
+def _held_positions(predictions, prices, horizon, day_start):
+    "From positions (n,) to those held at each bar; symbol, return and day of each bar, and the days."
+    signals = _signals(predictions)
+    rows = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
+    bars = _traded_bars(signals, prices, horizon).merge(rows, how="left", on=["datetime", "symbol"])
+    symbol, predicted = bars.symbol.factorize()[0], bars.row.notna().to_numpy()
+    day, days = trading_day(pd.DatetimeIndex(bars.datetime), day_start).factorize(sort=True)
+    source = bars.row[predicted].astype(int).to_numpy()
+    def held(positions):
+        wanted = np.zeros(len(bars))
+        wanted[predicted] = positions[source]
+        return trailing_sum(wanted, symbol, horizon) / horizon
+    return held, symbol, _returns(bars, symbol), day, days
+
 def profit_by_day(
     predictions,  # as for `tranche_backtest`
     prices: pd.DataFrame,  # datetime, symbol, close
@@ -69,20 +83,12 @@ def profit_by_day(
     day_start: int = 0,  # hour at which a trading day begins
 ) -> tuple[Callable, pd.DatetimeIndex]:  # from positions (n,) to profit net of cost (days,), and the days
     "What `tranche_backtest` earns by day, as a function of the positions predicted."
-    signals = _signals(predictions)
-    rows = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
-    bars = _traded_bars(signals, prices, horizon).merge(rows, how="left", on=["datetime", "symbol"])
-    symbol, times = bars.symbol.factorize()[0], pd.DatetimeIndex(bars.datetime)
-    day, days = trading_day(times, day_start).factorize(sort=True)
-    returns, predicted = _returns(bars, symbol), bars.row.notna().to_numpy()
-    source, n_symbols = bars.row[predicted].astype(int).to_numpy(), symbol[-1] + 1
+    held, symbol, returns, day, days = _held_positions(predictions, prices, horizon, day_start)
     def profit(positions):
         "Profit net of cost (days,) of the positions (n,) predicted."
-        wanted = np.zeros(len(bars))
-        wanted[predicted] = positions[source]
-        held = trailing_sum(wanted, symbol, horizon) / horizon
-        net = held * returns - cost(_changes(held, symbol), cost_bps)
-        return np.bincount(day, net) / n_symbols
+        position = held(positions)
+        net = position * returns - cost(_changes(position, symbol), cost_bps)
+        return np.bincount(day, net) / (symbol[-1] + 1)
     return profit, days
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #20a6ad80

@@ -25,8 +25,8 @@ from ..data.market import MarketConfig, news_effect, news_kernel, simulate, stat
 from ..data.null_worlds import NULL_WORLDS, find_world, simulate_null
 from ..evaluation import significance
 from ..evaluation.baselines import last_known_labels
-from ..evaluation.backtest import (
-    _benchmarks, _returns, _signals, _traded_bars, trading_day, trailing_sum)
+from ..evaluation.backtest import _benchmarks
+from ..evaluation.permutation import _held_positions
 from ..models.base import probability_columns
 from ..progress import Progress
 from ..settings import settings
@@ -213,20 +213,12 @@ def _daily_tables(val, price, models, horizon):
     "Net profit by day of each model and of its benchmarks, before cost: the columns of `tranche_backtest` that claims need."
     rows = val[["datetime", "symbol"]].assign(prediction=0)
     prices = rows[["datetime", "symbol"]].assign(close=val[price])
-    signals = _signals(rows)
-    numbered = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
-    bars = _traded_bars(signals, prices, horizon).merge(numbered, how="left", on=["datetime", "symbol"])
-    symbol = bars["symbol"].factorize()[0]
-    returns = _returns(bars, symbol)
-    day, days = trading_day(pd.DatetimeIndex(bars["datetime"]), 0).factorize(sort=True)
-    predicted, n_symbols = bars["row"].notna().to_numpy(), symbol[-1] + 1
-    source, daily = bars["row"][predicted].astype(int).to_numpy(), {}
+    held, symbol, returns, day, days = _held_positions(rows, prices, horizon, 0)
+    daily = {}
     for name, p in models.items():
-        wanted = np.zeros(len(bars))
-        wanted[predicted] = (p.argmax(1) - 1)[source]
-        held = trailing_sum(wanted, symbol, horizon) / horizon
-        columns = dict(net=held * returns) | _benchmarks(symbol, returns, held, 0.)
-        daily[name] = pd.DataFrame({k: np.bincount(day, v) / n_symbols for k, v in columns.items()}, days)
+        position = held(p.argmax(1) - 1)
+        columns = dict(net=position * returns) | _benchmarks(symbol, returns, position, 0.)
+        daily[name] = pd.DataFrame({k: np.bincount(day, v) / (symbol[-1] + 1) for k, v in columns.items()}, days)
     return daily
 
 
@@ -338,8 +330,8 @@ def judge_planted_market(
 
 # %% ../../nbs/training/07_null_zoo.ipynb #ed448de3
 CODE = ("data.bars", "data.market", "data.null_worlds", "data.splits", "models.base", "evaluation.metrics",
-        "evaluation.bootstrap", "evaluation.backtest", "evaluation.baselines", "evaluation.significance",
-        "training.null_zoo")  # modules whose change may change a result
+        "evaluation.bootstrap", "evaluation.backtest", "evaluation.baselines", "evaluation.permutation",
+        "evaluation.significance", "training.null_zoo")  # modules whose change may change a result
 
 
 @lru_cache(maxsize=None)
