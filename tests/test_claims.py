@@ -286,6 +286,16 @@ def test_a_summary_has_all_its_keys_for_one_model_and_for_many():
         assert flags == ["m1", "m2"][:models - 1]
 
 
+def test_direction_is_judged_by_the_prediction_that_a_model_made():
+    "A model may predict another class than its most probable one: the test of all and its own claim use the former."
+    frame = market(3)
+    add(frame, "model", np.ones(len(frame), int), .5)
+    by_probability = significance_summary(frame, 20, [.4, .2, .4])
+    by_prediction = significance_summary(frame, 20, [.4, .2, .4], predictions=dict(model=frame["y_true"].to_numpy()))
+    assert not by_probability["direction_significant"] and by_probability["claims"]["model"].skill == 0
+    assert by_prediction["direction_significant"] and by_prediction["claims"]["model"].accuracy == 1
+
+
 def test_the_noise_floor_of_the_calibration_error_falls_with_the_root_of_the_rows():
     draws = lambda bars: classification_draws(*example_predictions(bars, horizon=1, skill=0.), 1, n_boot=200)[0]
     short, long = (draws(bars)["ece_null"].mean() for bars in (600, 2400))

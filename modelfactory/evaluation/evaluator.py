@@ -73,7 +73,7 @@ class ModelEvaluator:
         "All metrics with their intervals; raises `EvaluationError`, or `BacktestError` where a bar has no price."
         scores = classification_metrics(*_checked(predictions, y_true, self.classes), self.classes)
         rows = _rows(predictions, y_true)
-        claim = direction_claim(rows, self.horizon, 1, 1 - self.level, self.classes)
+        claim = self._claim(rows)
         scores |= dict(directional_skill=claim.skill, directional_accuracy_constant=claim.constant)
         result = self.backtest(predictions, prices, y_true, returns_source)
         scores |= result.metrics() if result else dict.fromkeys(TRADING_METRICS, np.nan)
@@ -88,7 +88,9 @@ class ModelEvaluator:
         trials: int = 1,  # models that were tried
     ) -> DirectionClaim:
         "What may be claimed of the direction of predictions."
-        rows = _rows(predictions, y_true)
+        return self._claim(_rows(predictions, y_true), trials)
+
+    def _claim(self, rows, trials=1):
         return direction_claim(rows, self.horizon, trials, 1 - self.level, self.classes)
 
     def _intervals(self, predictions, y_true, result, claim, rows):

@@ -32,8 +32,8 @@ __all__ = ['MIN_DAYS', 'SignificanceError', 'probabilistic_sharpe', 'minimum_tra
            'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models', 'row_losses',
            'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar', 'holm', 'paired_tests',
            'mean_differences', 'paired_differences', 'class_differences', 'plot_differences', 'direction_gains',
-           'information_gains', 'prior_gains', 'significance_summary', 'profit_claims', 'critical_difference', 'Ranks',
-           'rank_models', 'plot_ranks', 'cliques', 'plot_critical_difference']
+           'most_probable', 'information_gains', 'prior_gains', 'significance_summary', 'profit_claims',
+           'critical_difference', 'Ranks', 'rank_models', 'plot_ranks', 'cliques', 'plot_critical_difference']
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e9206335
 class SignificanceError(ValueError):
@@ -177,8 +177,9 @@ def spa_test(
     poor = mean < -error * np.sqrt(2 * np.log(np.log(T)))
     centres = dict(lower=np.maximum(mean, 0), consistent=np.where(poor, 0, mean), upper=mean)
     scale = error if studentise else np.ones_like(error)
-    score = mean
-    if studentise: score = _as_normal(mean / error * block_variance_ratio(overlap, block) ** .5, T / block - 1)
+    n_blocks, score = max(T / block, 3), mean
+    kept = block_variance_ratio(overlap, block) * (1 - 2 / n_blocks)
+    if studentise: score = _as_normal(mean / error * kept ** .5, n_blocks - 1)
     p_values = {k: _p_of_best(score, (drawn - g) / scale, benchmarks) for k, g in centres.items()}
     return p_values | dict(white=_p_of_best(mean, drawn - mean, benchmarks))
 
@@ -506,11 +507,19 @@ def plot_differences(
 # %% ../../nbs/evaluation/06_significance.ipynb #fb6f22fc
 MIN_DAYS = 20  # trading days below which no claim on profit is made
 
-def direction_gains(frame: pd.DataFrame, classes: tuple = (-1, 0, 1)) -> pd.DataFrame:  # (n, models)
+def direction_gains(
+    frame: pd.DataFrame,  # a stacked table
+    classes: tuple = (-1, 0, 1),
+    predictions: dict | None = None,  # model -> (n,) class values; None: the most probable ones
+) -> pd.DataFrame:  # (n, models)
     "Gains in direction of each model of a stacked table, by row."
-    signs, models = np.sign(classes), stacked_models(frame, classes)
-    predicted = np.stack([signs[p.argmax(1)] for p in models.values()], 1)
-    return pd.DataFrame(directional_gains(frame["y_true"], predicted, frame["symbol"])[0], columns=list(models))
+    predictions = predictions or most_probable(frame, classes)
+    signs = np.sign(np.stack(list(predictions.values()), 1))
+    return pd.DataFrame(directional_gains(frame["y_true"], signs, frame["symbol"])[0], columns=list(predictions))
+
+def most_probable(frame: pd.DataFrame, classes: tuple = (-1, 0, 1)) -> dict:  # model -> (n,) class values
+    "The most probable class of each row of a stacked table."
+    return {m: np.asarray(classes)[p.argmax(1)] for m, p in stacked_models(frame, classes).items()}
 
 def information_gains(frame: pd.DataFrame, classes: tuple = (-1, 0, 1)) -> pd.DataFrame:  # (n, models)
     "Gains of each model's log probabilities over constant ones, base rates of each symbol taken out, by row."
@@ -540,9 +549,11 @@ def significance_summary(
     classes: tuple = (-1, 0, 1),
     alpha: float = .05,  # level of each claim
     days_per_year: float = 252,
+    predictions: dict | None = None,  # model -> (n,) class values; None: the most probable ones
 ) -> dict:  # see the table below
     "Every claim that may be made of the models of one task; a p-value is None where `why` gives the reason."
-    models, why = stacked_models(frame, classes), {}
+    predictions, why = predictions or most_probable(frame, classes), {}
+    models = list(predictions)
     numbers = np.unique(frame["datetime"].to_numpy(), return_inverse=True)[1]
     trials = max(trials or 0, len(models))
     signed = np.sign(frame["y_true"].to_numpy()) != 0
@@ -552,7 +563,8 @@ def significance_summary(
     if not has_direction(classes) or not signed.any(): why["direction"] = "these labels have no direction"
     elif (blocks := effective_blocks(numbers, frame["symbol"], horizon, signed)) < MIN_BLOCKS:
         why["direction"] = _too_few(blocks)
-    p_direction = None if "direction" in why else _spa(frame, direction_gains(frame, classes), horizon, trials)
+    p_direction = None
+    if "direction" not in why: p_direction = _spa(frame, direction_gains(frame, classes, predictions), horizon, trials)
     p_log_loss = None if "log_loss" in why else _p_log_loss(frame, horizon, train_shares, trials, classes)
     profit = profit_claims(daily or {}, trials, days_per_year)
     for reason, claim in (("why", "profit"), ("why_overfitting", "overfitting")):
@@ -562,11 +574,13 @@ def significance_summary(
         p = summary[f"p_{claim}"]
         summary[f"{claim}_significant"] = bool(p is not None and p <= alpha)
     summary |= _best_by_log_loss(frame, horizon, classes, alpha, n_blocks)
-    losses, any_skill, rows = summary.pop("losses"), summary["direction_significant"], {}
-    for m, p in models.items():
-        claim = direction_claim(_predicted(frame, p, classes), horizon, trials, alpha, classes)
-        rows[m] = _of_model(claim, any_skill) | dict(log_loss=losses[m])
-    return summary | dict(models=rows, why=why)
+    losses, any_skill, keys = summary.pop("losses"), summary["direction_significant"], frame[_CLAIM_KEYS]
+    claims = {m: direction_claim(keys.assign(prediction=y_pred), horizon, trials, alpha, classes)
+              for m, y_pred in predictions.items()}
+    rows = {m: _of_model(claim, any_skill) | dict(log_loss=losses[m]) for m, claim in claims.items()}
+    return summary | dict(models=rows, claims=claims, why=why)
+
+_CLAIM_KEYS = ["datetime", "symbol", "y_true"]
 
 def _too_few(blocks):
     text = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"
@@ -582,9 +596,6 @@ def _p_log_loss(frame, horizon, train_shares, trials, classes):
     "P-value of the best model that beats the class shares of train and has information on single rows."
     gains = pd.concat([prior_gains(frame, train_shares, classes), information_gains(frame, classes)], axis=1)
     return _spa(frame, gains, horizon, trials, slow=True, benchmarks=2)
-
-def _predicted(frame, p, classes):
-    return frame[["datetime", "symbol", "y_true"]].assign(prediction=np.asarray(classes)[p.argmax(1)])
 
 def _of_model(claim, any_skill):
     values = dict(directional_accuracy=claim.accuracy, direction_significant=claim.significant and any_skill)

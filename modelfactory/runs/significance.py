@@ -292,19 +292,15 @@ def task_significance(
     daily: dict | None = None,  # model -> daily profit, of `stored_daily`
     reason: str = "",  # why there is no daily profit
     alpha: float = 0.05,  # chance of a wrong claim of each kind
-) -> dict:  # of `significance_summary`, plus `claims`: model -> DirectionClaim
+) -> dict:  # of `significance_summary`
     "Tests of all models of a task; None where a test cannot be made, with the reason in `why`."
     shares = task.runs[-1].manifest["train_shares"]
-    known = {} if (days := task.runs[-1].metrics.get("days_per_year")) is None else dict(days_per_year=days)
-    found = significance.significance_summary(
-        task.frame, task.horizon, shares, daily, trials, task.classes, alpha, **known
+    days = task.runs[-1].metrics.get("days_per_year")
+    predictions = {model: table["prediction"].to_numpy() for model, table in task.predictions.items()}
+    summary = significance.significance_summary(
+        task.frame, task.horizon, shares, daily, trials, task.classes, alpha, days or 252, predictions
     )
-    claims = {
-        model: significance.direction_claim(table, task.horizon, trials, alpha, task.classes)
-        for model, table in task.predictions.items()
-    }
-    why = found["why"] | (dict(profit=reason) if reason else {})
-    return found | dict(why=why, claims=claims)
+    return summary | dict(why=summary["why"] | (dict(profit=reason) if reason else {}))
 
 # %% ../../nbs/runs/07_significance.ipynb #8f29b4b5
 def describe(
