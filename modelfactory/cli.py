@@ -13,8 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'doctor', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'rescore',
-           'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+__all__ = ['app', 'models', 'doctor', 'check', 'purge', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare',
+           'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -45,6 +45,17 @@ def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, 
     splits = read_splits(resolve_data(data), splits=("train", "val", "test"), nan=nan)
     print(splits.report, report := audit(splits), sep="\n\n")
     if not report.ok: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #6bbbb55a
+@app.command()
+def purge(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
+          output: Annotated[Path, typer.Option(help="folder to make", file_okay=False)]):
+    """Copy splits without the labels that are decided by bars of a later split: these become null, nothing else changes.
+
+    Example: modelfactory purge data/splits/scaled --output data/splits/purged"""
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.folds import purge_splits
+    print(purge_splits(resolve_data(data), output).to_string(index=False), f"see {output}", sep="\n")
 
 # %% ../nbs/cli.ipynb #b6cda597
 @app.command()

@@ -1,11 +1,14 @@
+import faulthandler
 import logging
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,15 +18,42 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def interruptible(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore Ctrl-C
+PATIENCE = 600  # seconds a test waits for one event: a limit that is met only where the event never comes
 
 
-def until(found, seconds=40):
-    "Waits until `found()` is true."
+def until(holds, event, seconds=PATIENCE):
+    "The value of `holds()` as soon as it is true; fails with the name of the event that it waited for."
     end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end, "it never came to that"
+    while not (value := holds()):
+        assert time.monotonic() < end, f"waited {seconds} s for {event}"
         time.sleep(.05)
+    return value
+
+
+def interruptible(command, **options):
+    """Starts a process that Ctrl-C interrupts.
+
+    A shell's background jobs ignore Ctrl-C, and what they start inherits that; a signal that is handled is not inherited.
+    `preexec_fn` would do it too, but the child of a process with threads may wait there for a lock that nobody holds any more."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
+    try: return subprocess.Popen([str(word) for word in command], **options)
+    finally: signal.signal(signal.SIGINT, before)
+
+
+def finish(process, seconds=PATIENCE):
+    "What a process wrote; one that does not end is killed, and named with what it wrote until then."
+    try: return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as e:
+        process.kill()
+        pytest.fail(f"{process.args} did not end within {seconds} s; it wrote {e.stdout} {e.stderr}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node):
+    "pytest stops its clock when a test fails, but the fixtures that end after it can hang as well."
+    limit, stderr = float(node.config.getini("faulthandler_timeout")), node.config.stash[fault_handler_stderr_fd_key]
+    if limit and isinstance(node, pytest.Item): faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +81,6 @@ def browser():
     try: from playwright.sync_api import sync_playwright
     except ImportError: pytest.skip("NOT CHECKED IN A BROWSER: playwright is not installed (pip install playwright)")
     with sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        opened = p.chromium.launch(executable_path=CHROMIUM, timeout=PATIENCE * 1000, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield opened
         opened.close()

@@ -5,7 +5,6 @@ run was made again or changed, no process is left after five seconds. Then a dis
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,17 +12,19 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from conftest import until
 
 from modelfactory.data.bundled import resolve_data
 from modelfactory.runs.store import FAILED, MANIFEST, PARTIAL, list_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 VICTIMS = dict(run="modelfactory.runs.engine", kernel="ipykernel_launcher", grid="experiment")
-PATIENCE = 5  # seconds until no process may be left
+PATIENCE = 60  # seconds until no process may be left; what is left would sleep for longer
+LIMITED = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); os.execv(sys.argv[2], sys.argv[2:])"
 
 
 class Cannot(Exception):
@@ -40,13 +41,19 @@ class Grid:
         (self.folder / "grid.yaml").write_text(f"data: planted\nmodels: [logistic_regression]\nhorizons: [5]\nseeds: {list(range(seeds))}\npreset: quick\n")
         self.out = open(self.folder / "out.txt", "w+")
         command = [Path(sys.executable).with_name("modelfactory"), "experiment", self.folder / "grid.yaml", "--output", self.runs, "--workers", "2", *args]
-        self.process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1", MODELFACTORY_TRACKING="", SOAK=self.mark) | env, stdout=self.out, stderr=self.out, stdin=subprocess.DEVNULL, start_new_session=True,
-                                        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+        if limit: command = [sys.executable, "-c", LIMITED, limit, *command]
+        env = os.environ | dict(OMP_NUM_THREADS="1", MODELFACTORY_TRACKING="", SOAK=self.mark) | env
+        output = dict(stdout=self.out, stderr=self.out, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, start_new_session=True, **output)
         return self
 
     def end(self, seconds=600):
         "Exit code and what was said."
-        code = self.process.wait(seconds)
+        try: code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for p in self.processes(): p.kill()
+            self.out.seek(0)
+            raise AssertionError(f"the grid did not end within {seconds} s; it wrote {self.out.read()}") from None
         self.out.seek(0)
         return code, self.out.read()
 
@@ -65,9 +72,7 @@ class Grid:
 
     def check(self, before):
         "Raises `AssertionError` unless what was there is as it was, all that shows is whole, and nothing lives on."
-        end = time.monotonic() + PATIENCE
-        while (left := self.processes()) and time.monotonic() < end: time.sleep(.1)
-        assert not left, f"alive after {PATIENCE} s: {[' '.join(p.cmdline())[:120] for p in left]}"
+        until(lambda: not self.processes(), "all processes of the grid to end", PATIENCE)
         shown = [f for f in self.runs.glob("[!.]*") if f.is_dir()]
         runs, now = list_runs(self.runs), self.photograph()
         assert sorted(r.path.name for r in runs) == sorted(f.name for f in shown), "a half folder is listed"
@@ -82,12 +87,12 @@ def kill_at_random(grid, moment, rng, whole, say):
     "One moment: the grid is started, a victim falls, and what is left is looked at."
     before, kind = grid.photograph(), rng.choice(list(VICTIMS))
     grid.start(moment + 2)
-    time.sleep(rng.uniform(0, whole))
-    hit = rng.choice(found) if (found := grid.processes(kind)) else None
+    with suppress(subprocess.TimeoutExpired): grid.process.wait(rng.uniform(0, whole))
+    until(lambda: grid.processes(kind) or grid.process.poll() is not None, f"a {kind}")
+    hit = rng.choice(alive) if (alive := grid.processes(kind)) else None
     if hit:
         try: hit.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess: hit = None
-    if kind == "grid": grid.process.wait(60)
     code, said = grid.end()
     say(f"moment {moment}: {kind if hit else 'nobody'} killed, ended with {code}, {len(grid.photograph())} finished")
     assert "Traceback" not in said, said
@@ -126,9 +131,11 @@ def soak(
 def mounted(place, options):
     "A file system in memory, where this user may mount one."
     Path(place).mkdir(parents=True, exist_ok=True)
-    if os.name != "posix" or os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True).returncode: raise Cannot("only root may mount a file system, and not in every container")
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True, timeout=60).returncode:
+        raise Cannot("only root may mount a file system, and not in every container")
     try: yield
-    finally: subprocess.run(["umount", "-l", place], check=True)
+    finally: subprocess.run(["umount", "-l", place], check=True, timeout=60)
 
 
 def told(grid, code, said):
@@ -175,7 +182,7 @@ def _kernel(folder, *argv):
 def silent_kernel(folder):
     "A kernel that is started and never answers: given up by its heartbeat, or by the limit of the run."
     grid = Grid(folder)
-    said = told(grid, *grid.start(1, "--timeout", "15", **_kernel(folder, "sleep", "600")).end(120))
+    said = told(grid, *grid.start(1, "--timeout", "15", **_kernel(folder, "sleep", "3600")).end())
     assert "ernel died" in said or "not done after 15 s" in said, said
     return said
 
@@ -192,7 +199,7 @@ def slow_kernel(folder, seconds=8):
 def dead_kernel(folder):
     "A kernel that ends as soon as it is started: tried again, then said."
     grid = Grid(folder)
-    said = told(grid, *grid.start(1, **_kernel(folder, "false")).end(240))
+    said = told(grid, *grid.start(1, **_kernel(folder, "false")).end())
     assert "ernel died" in said and len(list((grid.runs / FAILED).iterdir())) == 3, said
     return said
 

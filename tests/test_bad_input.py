@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import PATIENCE
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.dataset import DatasetConfig, TimeSeriesDataset, Windows, load_datasets, read_prices
@@ -699,7 +700,8 @@ def test_command_one_line_and_exit_2(typed, desk, capsys):
 @pytest.mark.parametrize("typed", ["train --model xgbost --horizon 5", "check huge", "new ../x --family mine"])
 def test_the_installed_command(typed, desk):
     before = photograph(desk)
-    done = subprocess.run([Path(sys.executable).with_name("modelfactory"), *typed.split()], capture_output=True, text=True)
+    command = [Path(sys.executable).with_name("modelfactory"), *typed.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and COMMANDS[typed] in done.stderr and done.stdout == ""
     assert photograph(desk) == before
 

@@ -2,6 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import PATIENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_foundation import checkpoints, market  # noqa: F401, a fixture
@@ -10,7 +11,7 @@ from test_windows import naive, tables
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.dataset import DatasetConfig, TimeSeriesDataset, history_windows, last_rows, load_datasets
 from modelfactory.data.splits import BadDatetime, FeatureSetsDiffer, SplitOverlap, SplitsError, read_split
-from modelfactory.runs.engine import run_notebook
+from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import predict_run
 from modelfactory.runs.store import load_run
 from modelfactory.training.selftest import future_perturbation, prefix_test
@@ -197,7 +198,7 @@ def test_predict_on_a_folder_equals_the_evaluation_of_its_test_set(seq_len, tmp_
     monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path))
     model, config = ("gru", dict(max_epochs=1, sequence_length=16)) if seq_len > 1 else ("logistic_regression", {})
     asked = dict(model=model, horizon=5, data="planted", preset="quick", config=config, evaluate_test=True)
-    outcome = run_notebook(asked, tmp_path)
+    outcome = run_notebook(asked, tmp_path, Limits(PATIENCE))
     run = load_run(outcome.path)
     for split in ("val", "test"):
         stored, now = run.predictions(split), predict_run(run, "planted", split)
@@ -211,7 +212,7 @@ def test_predict_on_a_folder_equals_the_evaluation_of_its_test_set(seq_len, tmp_
 
 def test_a_folder_without_earlier_splits_is_predicted_as_a_file(tmp_path):
     asked = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
-    outcome = run_notebook(asked, tmp_path / "runs")
+    outcome = run_notebook(asked, tmp_path / "runs", Limits(PATIENCE))
     bars = pd.read_parquet(resolve_data("planted") / "test_scaled.parquet")
     (tmp_path / "new").mkdir()
     bars.to_parquet(tmp_path / "new/test_scaled.parquet")

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from filelock import FileLock
 from nbclient import NotebookClient
 
@@ -23,7 +23,7 @@ def site(tmp_path_factory):
     "The site, built as `make docs` does: once, however many workers ask for it."
     base = tmp_path_factory.getbasetemp()
     there = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs"
-    with FileLock(f"{there}.lock"):
+    with FileLock(f"{there}.lock", timeout=PATIENCE):
         if not there.exists(): build(there)
     return there / "site"
 
@@ -32,7 +32,8 @@ def build(there):
     spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/pages.py")
     spec.loader.exec_module(pages := importlib.util.module_from_spec(spec))
     pages.write_pages(there / "pages")
-    done = subprocess.run([Path(sys.executable).parent / "sphinx-build", "-q", "-W", "--keep-going", "-c", ROOT / "docs", there / "pages", there / "site"], capture_output=True, text=True)
+    tool = [Path(sys.executable).parent / "sphinx-build", "-q", "-W", "--keep-going", "-c", ROOT / "docs"]
+    done = subprocess.run([*tool, there / "pages", there / "site"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

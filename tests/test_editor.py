@@ -6,14 +6,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | dict(GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org", GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org")
 
 
 def make(there, *words, **environment):
     "`make` of this project in another folder, whose .venv is there already."
-    return subprocess.run(["make", "-o", "setup", *words], cwd=there, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    command, environment = ["make", "-o", "setup", *words], ENVIRONMENT | environment
+    return subprocess.run(command, cwd=there, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -25,20 +26,23 @@ def project(tmp_path):
     shutil.copy(ROOT / "nbs/01_progress.ipynb", tmp_path / "nbs")
     shutil.copy(ROOT / "modelfactory/__init__.py", tmp_path / "modelfactory")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    subprocess.run([".venv/bin/nbdev-export"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([".venv/bin/nbdev-export"], cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE)
     git(tmp_path, "init", "-q"), git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-qm", "start")
     return tmp_path
 
 
-def git(there, *words): return subprocess.run(["git", *words], cwd=there, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+def git(there, *words):
+    options = dict(capture_output=True, text=True, check=True)
+    return subprocess.run(["git", *words], cwd=there, env=ENVIRONMENT, timeout=PATIENCE, **options).stdout
 
 
 def test_every_notebook_survives_an_editor(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     files = sorted((tmp_path / "nbs").rglob("*.ipynb"))
     jupytext = ROOT / ".venv/bin/jupytext"
-    subprocess.run([jupytext, "-q", "--to", "py:percent", *files], check=True)
-    subprocess.run([jupytext, "-q", "--to", "ipynb", "--update", "--update-metadata", '{"jupytext": null}', *(f.with_suffix(".py") for f in files)], check=True)
+    subprocess.run([jupytext, "-q", "--to", "py:percent", *files], check=True, timeout=PATIENCE)
+    back = [jupytext, "-q", "--to", "ipynb", "--update", "--update-metadata", '{"jupytext": null}']
+    subprocess.run([*back, *(f.with_suffix(".py") for f in files)], check=True, timeout=PATIENCE)
     changed = [f.name for f in files if nbformat.read(f, 4) != nbformat.read(ROOT / f.relative_to(tmp_path), 4)]
     assert len(files) > 80 and changed == []
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,7 +178,8 @@ def test_a_yaml_that_points_to_a_folder_counts_when_models_are_listed(checkpoint
     assert {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")}["timellm"]
 
 def cli(*args, **env):
-    return subprocess.run([sys.executable, "-m", "modelfactory.cli", *args], capture_output=True, text=True, env=os.environ | env, cwd=ROOT)
+    command, options = [sys.executable, "-m", "modelfactory.cli", *args], dict(capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | env, cwd=ROOT, timeout=PATIENCE, **options)
 
 def test_without_weights_a_grid_says_so_and_goes_on(tmp_path, checkpoints):
     grid = tmp_path / "grid.yaml"
@@ -215,16 +216,16 @@ def worker(tmp_path):
     return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "cache"), str(tmp_path / "log")], cwd=ROOT)
 
 def test_two_processes_compute_a_row_once(tmp_path):
-    assert [p.wait(60) for p in [worker(tmp_path), worker(tmp_path)]] == [0, 0]
+    assert [p.wait(PATIENCE) for p in [worker(tmp_path), worker(tmp_path)]] == [0, 0]
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(100))
 
 def test_a_killed_one_loses_a_block_at_most(tmp_path):
-    first = worker(tmp_path)
-    while not (tmp_path / "log").is_file() or len((tmp_path / "log").read_text().split()) < 40:
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL), first.wait()
+    first, log = worker(tmp_path), tmp_path / "log"
+    until(lambda: log.is_file() and len(log.read_text().split()) >= 40 or first.poll() is not None, "40 rows of 100")
+    first.send_signal(signal.SIGKILL)
+    assert first.wait(PATIENCE) == -signal.SIGKILL, "it ended before it was killed"
     (tmp_path / "cache/000099.partial").write_bytes(b"half")
-    assert worker(tmp_path).wait(60) == 0
+    assert worker(tmp_path).wait(PATIENCE) == 0
     times = pd.Series((tmp_path / "log").read_text().split()).value_counts()
     assert len(times) == 100 and (times > 1).sum() <= 10
     assert RowCache(tmp_path / "cache", 2, block=10).get(np.array([99]), None).tolist() == [[99, 9801]]

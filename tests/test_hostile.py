@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.dataset import TimeSeriesDataset
@@ -224,7 +224,7 @@ def test_a_link_to_what_never_ends_is_not_read(name, slot, checkpoint):
     folder = checkpoint(name)
     (folder / slot).unlink(), (folder / slot).symlink_to("/dev/zero")
     limited = ["sh", "-c", 'ulimit -v 8000000; exec "$@"', "sh", sys.executable, "-c", code, folder]
-    done = subprocess.run(limited, capture_output=True, text=True)
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=PATIENCE)
     assert "CheckpointError" in done.stderr.splitlines()[-1], done.stderr[-500:]
 
 
@@ -364,7 +364,8 @@ print(len(codes), "read")
 def test_without_the_hash_a_flipped_bit_ends_in_a_typed_error_or_a_model(name, checkpoint, canary):
     """In a process for each place, since a library that crashes takes its process with it. That of xgboost does: its own reader ends with a
     segmentation fault at one place in twenty, which is why a run's model is read after its hashes alone."""
-    done = subprocess.run([sys.executable, "-c", BROKEN, checkpoint(name), name, ROOT / "tests"], capture_output=True, text=True)
+    command = [sys.executable, "-c", BROKEN, checkpoint(name), name, ROOT / "tests"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "200 read\n", done.stdout + done.stderr[-2000:]
 
 
@@ -512,7 +513,9 @@ def test_a_manifest_of_strange_names_is_shown_escaped(published, tmp_path):
 SECRETS = dict(AWS_SECRET_ACCESS_KEY="S3cretOfAws", MODELFACTORY_STORAGE="postgresql://tuner:S3cretOfStorage@db.invalid/studies", HF_TOKEN="hf_S3cretOfHub", MLFLOW_TRACKING_PASSWORD="S3cretOfMlflow", MY_DATABASE_URL="mysql://u:S3cretOfMine@h/d", RAY_AUTH_TOKEN="S3cretOfRay")
 
 
-def call(*args, cwd=ROOT, **env): return subprocess.run([Path(sys.executable).with_name("modelfactory"), *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+def call(*args, cwd=ROOT, **env):
+    command = [Path(sys.executable).with_name("modelfactory"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def seen_in(folder, word="S3cret"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 MODULES = sorted(f for f in (ROOT / "modelfactory").rglob("*.py") if f.name not in ("__init__.py", "_modidx.py"))
@@ -27,8 +27,8 @@ def copy(tmp_path_factory):
     shutil.rmtree(there / "modelfactory")
     (there / "modelfactory").mkdir()
     shutil.copy(ROOT / "modelfactory/__init__.py", there / "modelfactory")
-    subprocess.run([BIN / "nbdev-export"], cwd=there, check=True, capture_output=True)
-    subprocess.run([BIN / "nbdev-clean"], cwd=there, check=True, capture_output=True)
+    subprocess.run([BIN / "nbdev-export"], cwd=there, check=True, capture_output=True, timeout=PATIENCE)
+    subprocess.run([BIN / "nbdev-clean"], cwd=there, check=True, capture_output=True, timeout=PATIENCE)
     return there
 
 
@@ -93,5 +93,6 @@ def test_the_first_page_is_short_and_says_nothing_of_the_machine_it_was_made_on(
 def test_listing_models_loads_no_heavy_library():
     heavy = "torch sklearn xgboost lightgbm catboost lightning neuralforecast pytorch_forecasting transformers mlflow pandas".split()
     code = f"from modelfactory.models.registry import ModelRegistry; import sys; print(len(ModelRegistry.list_models())); print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    options = dict(capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", timeout=PATIENCE, **options)
     assert done.stdout.splitlines() == [str(len(list((ROOT / "params/models").glob("*.yaml")))), "[]"]

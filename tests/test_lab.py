@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 
 EVERYTHING = bool(os.environ.get("BROWSER_RUNS_ALL"))
 PAGES = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "nbs/tutorials").glob("*.ipynb"))
@@ -35,7 +35,9 @@ def lab(browser, tmp_path_factory):
     environment = dict(os.environ, MODELFACTORY_SETTINGS=str(home / "project/settings.ini"), MODELFACTORY_TRACKING="", MODELFACTORY_BUNDLED=str(_bundled()), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE",
                        **{f"JUPYTER_{what}_DIR": str(home / what) for what in ("CONFIG", "DATA", "RUNTIME")}, IPYTHONDIR=str(home / "ipython"), JUPYTERLAB_SETTINGS_DIR=str(home / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"))
     tools = Path(sys.executable).parent
-    for command in (["train", "--model", "lightgbm", "--horizon", "5", "--data", "planted", "--preset", "quick"], ["compare"]): subprocess.run([tools / "modelfactory", *command], cwd=home / "project", env=environment, check=True, capture_output=True)
+    train = ["train", "--model", "lightgbm", "--horizon", "5", "--data", "planted", "--preset", "quick"]
+    options = dict(cwd=home / "project", env=environment, check=True, capture_output=True)
+    for command in (train, ["compare"]): subprocess.run([tools / "modelfactory", *command], timeout=PATIENCE, **options)
     port, token = _free_port(), secrets.token_hex(16)
     setting = home / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     setting.parent.mkdir(parents=True)
@@ -48,7 +50,7 @@ def lab(browser, tmp_path_factory):
         yield lambda path: f"{base}/lab/workspaces/w{secrets.token_hex(3)}/tree/{path}?token={token}&reset"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        try: server.wait(10)
+        try: server.wait(60)
         except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
 
 
@@ -64,17 +66,17 @@ def _free_port():
 
 
 def _wait_for(url, server, log):
-    end = time.monotonic() + 90
-    while True:
-        try: return urllib.request.urlopen(url, timeout=2).close()
-        except OSError: assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
-        time.sleep(.3)
+    def answers():
+        try: urllib.request.urlopen(url, timeout=20).close()
+        except OSError: assert server.poll() is None, log.read_text()[-2000:]
+        else: return True
+    until(answers, "JupyterLab to answer")
 
 
 @pytest.fixture
 def page(browser):
     opened = browser.new_page(viewport=dict(width=1440, height=1000))
-    opened.set_default_timeout(90_000)
+    opened.set_default_timeout(PATIENCE * 1000)
     yield opened
     opened.close()
 
@@ -85,7 +87,7 @@ def show(page, address):
     page.wait_for_timeout(1500)
 
 
-def run_all(page, seconds=400):
+def run_all(page, seconds=PATIENCE):
     page.wait_for_selector("[data-status=idle]")
     page.click("text=Run >> nth=0"), page.click("text='Run All Cells'")
     end = time.monotonic() + seconds

@@ -5,18 +5,21 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import PATIENCE
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.splits import SplitsError
 from modelfactory.runs import load_run
-from modelfactory.runs.engine import run_notebook
+from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import prediction_warnings
 from modelfactory.runs.store import FEATURES, MANIFEST
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    outcome = run_notebook(dict(model="gru", horizon=5, data="planted", preset="quick", config=dict(max_epochs=1, sequence_length=12, calibration="temperature")), tmp_path_factory.mktemp("predict"))
+    config = dict(max_epochs=1, sequence_length=12, calibration="temperature")
+    asked = dict(model="gru", horizon=5, data="planted", preset="quick", config=config)
+    outcome = run_notebook(asked, tmp_path_factory.mktemp("predict"), Limits(PATIENCE))
     assert outcome.status == "ok", outcome
     return outcome.path
 

@@ -1,4 +1,5 @@
 "Runs in real processes: killed at any moment, made by a model from outside, failing beside others."
+import contextlib
 import json
 import os
 import random
@@ -6,51 +7,56 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, finish, interruptible, until
 
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
 from modelfactory.runs.engine import Limits, run_notebook
-from modelfactory.runs.store import PARTIAL, clear_partial, list_runs, load_run
+from modelfactory.runs.store import PARTIAL, clear_partial, is_alive, list_runs, load_run
 
 MODELFACTORY = Path(sys.executable).with_name("modelfactory")
 PARAMETERS = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
 
 
 def call(*args, cwd=ROOT, **env):
-    return subprocess.run([MODELFACTORY, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    command, options = [MODELFACTORY, *map(str, args)], dict(capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, timeout=PATIENCE, **options)
 
 
-def process_of(runs, seed=None):
-    "The process of a run under way, by its claim; None when there is none but this."
+def under_way(runs, starter, seed=None):
+    "Process and folder of a run, by its claim; None before it has a process besides the one that starts it."
     for attempt in (runs / PARTIAL).glob("*"):
         try: job, pid = json.loads((attempt / "job.json").read_text()), int((attempt / "pid").read_text().split()[0])
         except (OSError, ValueError, IndexError): continue
-        if pid != os.getpid() and seed in (None, job["parameters"].get("seed")): return pid
+        if pid != starter and seed in (None, job["parameters"].get("seed")): return pid, attempt
+
+
+def kill_group(process):
+    with contextlib.suppress(ProcessLookupError): os.killpg(process, signal.SIGKILL)
+
+
+STAGES = ["pid", "train.ipynb", "checkpoints", "predictions", "metrics", "plots", "result.json", "no such file"]
 
 
 def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
-    "16 runs killed at random moments, from before the kernel starts to after the run is published."
+    "16 runs killed as soon as a file of theirs is there and a moment later, from the start of the process to the end."
     resolve_data("planted")
-    start = time.monotonic()
-    assert run_notebook(PARAMETERS, tmp_path / "first").status == "ok"
-    whole = (time.monotonic() - start) * 2.2  # two run side by side below
     moments = random.Random(7)
 
     def killed(i):
-        runs = tmp_path / f"runs_{i % 2}"
+        runs, stage, later = tmp_path / f"runs_{i % 2}", STAGES[i // 2], moments.uniform(0, .3)
+        reached = lambda: (run := under_way(runs, os.getpid(), i)) and (run[1] / stage).exists()
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, Limits(threads=1))
-            deadline = time.monotonic() + moments.uniform(.1, whole)
-            while time.monotonic() < deadline and not future.done(): time.sleep(.02)
-            if process := process_of(runs, i): os.killpg(process, signal.SIGKILL)
-            return future.result().status
+            future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, Limits(PATIENCE, threads=1))
+            until(lambda: reached() or future.done(), f"{stage} of run {i}")
+            wait([future], later)
+            if run := under_way(runs, os.getpid(), i): kill_group(run[0])
+            return future.result(PATIENCE).status
 
     with ThreadPoolExecutor(2) as pool: statuses = list(pool.map(killed, range(16)))
     folders = [tmp_path / f"runs_{k}" for k in (0, 1)]
@@ -61,13 +67,15 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
 
 
 def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):
-    code = f"from modelfactory.runs.engine import Limits, run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
-    runner = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    time.sleep(4)
-    for attempt in (tmp_path / PARTIAL).iterdir(): os.killpg(int((attempt / "pid").read_text().split()[0]), signal.SIGKILL)
-    runner.kill(), runner.wait()
-    time.sleep(.5)
-    assert list_runs(tmp_path) == [] and len(clear_partial(tmp_path)) <= 1
+    code = f"from modelfactory.runs.engine import run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
+    runner = interruptible([sys.executable, "-c", code], start_new_session=True)
+    run = until(lambda: under_way(tmp_path, runner.pid) or runner.poll() is not None, "the process of the run")
+    assert run is not True, finish(runner)
+    process, attempt = run
+    runner.kill(), runner.wait(PATIENCE)
+    kill_group(process)
+    until(lambda: not is_alive(attempt), "the killed run to be gone")
+    assert list_runs(tmp_path) == [] and clear_partial(tmp_path) == [attempt.name]
     assert list((tmp_path / PARTIAL).iterdir()) == []
 
 

@@ -1,14 +1,15 @@
 "The training loop of networks: killed and gone on with, on another device's path, compiled, beside a caller's own generator."
+import contextlib
 import json
 import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import finish, interruptible, until
 
 from modelfactory.models.conformance import window_task
 from modelfactory.models.registry import ModelRegistry
@@ -28,7 +29,7 @@ config, folder, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[
 t = window_task("trend", n=600)
 model = ModelRegistry.create("gru", config, 5, t.features)
 model.callbacks = [Checkpoint(folder, every=1, resume=True)]
-print("ready", flush=True)
+Path(sys.argv[4]).touch()
 history = model.fit(t.X, t.y, t.X_val, t.y_val)
 np.savez(out, probabilities=model.predict(t.X_val, t.meta_val).probabilities, **history)
 """
@@ -40,13 +41,15 @@ def fitted(**config):
 
 
 def fit_in_a_process(folder, out, kill_after=None):
-    process = subprocess.Popen([sys.executable, "-c", FIT, json.dumps(SMALL), str(folder), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    if kill_after is None: assert process.wait(120) == 0, process.stderr.read().decode()
-    else:
-        time.sleep(kill_after)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    ready = out.with_name("ready")
+    ready.unlink(missing_ok=True)
+    process = interruptible([sys.executable, "-c", FIT, json.dumps(SMALL), folder, out, ready])
+    until(lambda: ready.exists() or process.poll() is not None, "a process that fits")
+    if kill_after is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(kill_after)
+        process.kill()
+    written = finish(process)
+    assert process.returncode in ([0] if kill_after is None else [0, -signal.SIGKILL]), written
 
 
 def test_a_fit_killed_at_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path):

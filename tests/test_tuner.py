@@ -4,14 +4,12 @@ The model knows one thing: column `said` names the label in 80 of 100 rows and a
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, interruptible, until
+from conftest import PATIENCE, finish, interruptible, until
 
 from modelfactory.data.splits import MissingFile, SplitsError
 from modelfactory.models.params import read_params
@@ -42,6 +40,7 @@ class Valley(TabularModel):
     Config = ValleyConfig
     def fit_rows(self, train, val):
         c = self.config
+        if begun := os.environ.get("VALLEY_BEGUN"): open(begun, "w").close()
         if c.p > c.refuses: raise ValueError(f"p is {c.p:.2f}, expected at most {c.refuses}")
         if c.p > c.deadly: os.kill(os.getpid(), 9)
         last = -np.log(self.predict_rows(val.X)[np.arange(len(val.y)), val.y]).mean()
@@ -87,7 +86,9 @@ def at_home(home, monkeypatch):
 
 
 def tuner(home, storage, n=10, config=None, folds=2, **kw): return OptunaModelTuner(dict(model="valley", horizon=5, data=str(home / "data"), config=config or {}), n, folds=folds, storage=storage, heartbeat=1, **kw)
-def process(home, storage, n, config=None, **env): return subprocess.Popen([sys.executable, "-c", RUN, home / "data", storage, str(n), repr(config or {})], cwd=ROOT, env=os.environ | {k: str(v) for k, v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+def process(home, storage, n, config=None, **env):
+    command = [sys.executable, "-c", RUN, home / "data", storage, n, repr(config or {})]
+    return interruptible(command, env=os.environ | {k: str(v) for k, v in env.items()})
 def states(result): return sorted(t.state.name for t in result.trials)
 
 
@@ -120,8 +121,8 @@ def test_a_sigkill_costs_nothing(home, tmp_path):
     "Killed in the middle of a trial: the next call makes the rest, that trial included."
     storage, slow = tmp_path / "k.db", dict(pause=.04)
     victim = process(home, storage, 7, slow)
-    until(lambda: (s := seen(storage)).count("COMPLETE") + s.count("PRUNED") >= 2 and "RUNNING" in s)
-    victim.kill(), victim.wait()
+    until(lambda: (s := seen(storage)).count("COMPLETE") + s.count("PRUNED") >= 2 and "RUNNING" in s, "two trials")
+    victim.kill(), victim.wait(PATIENCE)
     result = tuner(home, storage, 7, slow).run()
     assert len(result.trials) == 7 and {"COMPLETE", "PRUNED"} >= set(states(result)) and result.n_trials == 7
     lost = [t for t in result.study.trials if t.number not in {u.number for u in result.trials}]
@@ -133,7 +134,7 @@ def test_two_processes_share_one_study(home, tmp_path):
     storage, log = tmp_path / "two.db", tmp_path / "log"
     both = [process(home, storage, 9, dict(pause=.03), VALLEY_LOG=log) for _ in range(2)]
     for p in both:
-        out, err = p.communicate(timeout=120)
+        out, err = finish(p)
         assert p.returncode == 0 and "done" in out, err
     result = tuner(home, storage, 9, dict(pause=.03)).run()
     assert len(result.trials) == 9 and set(states(result)) <= {"COMPLETE", "PRUNED"}
@@ -141,12 +142,12 @@ def test_two_processes_share_one_study(home, tmp_path):
 
 
 def test_ctrl_c_ends_at_once_and_loses_no_trial(home, tmp_path):
-    storage, slow = tmp_path / "c.db", dict(pause=.2)
-    victim = process(home, storage, 4, slow)
-    until(lambda: seen(storage).count("RUNNING") == 1 and len(seen(storage)) >= 1)
-    time.sleep(.5)
+    storage, slow, begun = tmp_path / "c.db", dict(pause=.2), tmp_path / "begun"
+    victim = process(home, storage, 4, slow, VALLEY_BEGUN=begun)
+    until(lambda: begun.exists() or victim.poll() is not None, "a trial")
     victim.send_signal(signal.SIGINT)
-    assert victim.wait(timeout=10) != 0 and "RUNNING" not in seen(storage)
+    written = finish(victim)
+    assert victim.returncode != 0 and "RUNNING" not in seen(storage), written
     trials = counted(tuner(home, storage, 4, slow).study())
     assert [t.state.name for t in trials] == ["WAITING"]
 
@@ -155,7 +156,7 @@ def test_a_trial_that_always_kills_its_worker_is_given_up(home, tmp_path):
     storage, deadly = tmp_path / "d.db", dict(deadly=.39)
     for _ in range(RETRIES + 1):
         victim = process(home, storage, 1, deadly)
-        assert victim.wait(timeout=60) == -signal.SIGKILL
+        assert victim.wait(PATIENCE) == -signal.SIGKILL
     with pytest.raises(TunerError, match="all 1 trials failed, the first with a worker that was lost each time"): tuner(home, storage, 1, deadly).run()
 
 

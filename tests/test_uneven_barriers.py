@@ -1,6 +1,7 @@
 "Real bars with uneven barriers: class shares near 60/40/0, six tabular models, and no claim that a constant call has as well."
 import numpy as np
 import pytest
+from conftest import PATIENCE
 
 from modelfactory.data.bars import bars_to_splits, read_eurusd
 from modelfactory.runs.compare import comparison, describe
@@ -15,7 +16,7 @@ def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uneven")
     data = bars_to_splits(read_eurusd(), folder / "eurusd_1_3", horizons=(20,), barriers={20: (4.5, 1.5, 80)})
     grid = dict(data=[str(data)], models=MODELS, horizons=[20], preset="quick")
-    result = run_grid(grid, folder / "runs", workers=2)
+    result = run_grid(grid, folder / "runs", workers=2, timeout=PATIENCE)
     assert result.ok
     return comparison(list_runs(folder / "runs"))["tasks"][0]
 

@@ -4,18 +4,24 @@
 
 # %% ../../nbs/data/06_folds.ipynb #04885d26
 from __future__ import annotations
+import shutil
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from .bars import publish_folder
 from .dataset import TimeSeriesDataset, Windows, sample_rows
-from .splits import NO_TARGET, SplitsError, label_bars
+from .splits import (NO_TARGET, SPLIT_ORDER, SplitsError, check_order, column_roles, label_bars, read_split,
+                                      reaching_over, split_files)
 
 # %% auto #0
 __all__ = ['FOREVER', 'STATES', 'FoldsError', 'longest', 'Labels', 'Fold', 'Folds', 'walk_forward', 'combinatorial_purged',
-           'plot_folds', 'samples']
+           'plot_folds', 'samples', 'labels_to_purge', 'purge_splits']
 
 # %% ../../nbs/data/06_folds.ipynb #9450a3db
 class FoldsError(SplitsError): "Folds that this dataset cannot be cut into."
@@ -190,3 +196,63 @@ def samples(
 ) -> tuple[Windows, np.ndarray, pd.DataFrame]:  # X, y, metadata of m samples
     "Some samples of a dataset, in the order of `idx`."
     return ds.X.subset(idx), ds.y[idx], ds.metadata.iloc[idx].reset_index(drop=True)
+
+# %% ../../nbs/data/06_folds.ipynb #4047b033
+def labels_to_purge(
+    splits: dict,  # name -> Split, in order of time
+) -> dict:  # name -> {horizon: (rows of the file,) mask}
+    "Labels that are decided at or after the first bar of a later split; raises `SplitsError` when splits overlap in time."
+    names, masks = list(splits), {}
+    for i, name in enumerate(names):
+        early, later = splits[name], [splits[n] for n in names[i + 1:]]
+        starts = [check_order(early, late).as_unit("ns").value for late in later]
+        over = {h: np.any([reaching_over(early, h, t) for t in starts], axis=0) for h in early.labels} if starts else {}
+        masks[name] = {h: _in_file(mask, early.order) for h, mask in over.items()}
+    return masks
+
+def _in_file(mask, order):
+    "A mask over the rows of a split, over the rows of its file."
+    if order is None: return mask
+    rows = np.empty_like(mask)
+    rows[order] = mask
+    return rows
+
+# %% ../../nbs/data/06_folds.ipynb #41c2e5c5
+def purge_splits(
+    data: str | Path,  # folder with Phase 1 splits
+    output: str | Path,  # folder to make: a copy in which only labels changed
+) -> pd.DataFrame:  # split, horizon, labels purged
+    "Writes splits without the labels that reach over a boundary, by one rename; raises `SplitsError`."
+    data, output = Path(data).resolve(), Path(output).resolve()
+    if output.exists(): raise SplitsError(f"{output}: exists; choose another folder")
+    if data == output or data in output.parents: raise SplitsError(f"{output}: lies inside {data}; choose another folder")
+    names = [n for n in SPLIT_ORDER if n != "test" or (data / "test_scaled.parquet").is_file()]
+    files = split_files(data, names)
+    masks = labels_to_purge({name: _labels_of(file, name) for name, file in files.items()})
+
+    def write(folder):
+        shutil.copytree(data, folder, dirs_exist_ok=True)
+        for name, file in files.items(): _write_purged(file, folder / file.name, masks[name])
+
+    publish_folder(output, write)
+    rows = [(name, h, int(mask.sum())) for name, by_horizon in masks.items() for h, mask in by_horizon.items()]
+    return pd.DataFrame(rows, columns=["split", "horizon", "labels purged"])
+
+def _labels_of(file, name):
+    "A split with its labels and one feature: the others are not read."
+    return read_split(file, name, features=_one_feature(file), nan="keep")
+
+def _one_feature(file):
+    roles = column_roles(pq.read_schema(file))
+    return roles.column[roles.role == "feature"].tolist()[:1]
+
+def _write_purged(file, target, masks):
+    "The file with null for the masked labels; where there are none, the copy stays as it is, byte by byte."
+    masks = {h: mask for h, mask in masks.items() if mask.any()}
+    if not masks: return
+    source, table = pq.ParquetFile(file), pq.read_table(file)
+    rows, first = np.arange(table.num_rows), source.metadata.row_group(0)
+    for h, mask in masks.items():
+        at = table.column_names.index(f"label_h{h}")
+        table = table.set_column(at, table.field(at).with_nullable(True), table.column(at).take(pa.array(rows, mask=mask)))
+    pq.write_table(table, target, compression=first.column(0).compression, row_group_size=first.num_rows)

@@ -21,9 +21,10 @@ from ..settings import did_you_mean
 __all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError',
            'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
            'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
-           'split_files', 'Split', 'read_split', 'bars_between', 'label_bars', 'reaching_over', 'label_reach',
-           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits',
-           'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+           'split_files', 'Split', 'read_split', 'bars_between', 'label_bars', 'reaching_over', 'check_order',
+           'label_reach', 'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason',
+           'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits',
+           'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -316,17 +317,35 @@ def reaching_over(
     return over & (split.labels[horizon] != NO_TARGET)
 
 # %% ../../nbs/data/00_splits.ipynb #8d806359
-def _check_apart(early, late):
-    "Raises `SplitOverlap` when `early` is not over, labels and all, before `late` begins."
+def check_order(
+    early: Split,
+    late: Split,
+) -> pd.Timestamp:  # the first time of `late`
+    "Raises `SplitOverlap` when `early` has a bar at or after the first of `late`."
     if (early.datetimes.tz is None) != (late.datetimes.tz is None): raise BadDatetime(f"{early.file} and {late.file}: one has a time zone and one has none; convert both to one")
     first = late.datetimes.min()
     if (bad := np.asarray(early.datetimes >= first)).any():
         raise SplitOverlap(f"{early.file}: datetime: {_rows(_file_order(bad, early.order), f'at or after the first of {late.file} ({first})')}; cut the splits by time")
+    return first
+
+def _check_apart(early, late):
+    "Raises `SplitOverlap` when `early` is not over, labels and all, before `late` begins."
+    first = check_order(early, late)
     for h in early.labels:
         if (bad := reaching_over(early, h, first.as_unit("ns").value)).any():
             row = np.flatnonzero(bad)[0]
-            raise SplitOverlap(f"{early.file}: label_h{h}: {_rows(_file_order(bad, early.order), f'decided by bars of {late.file}')} ({early.symbols[early.codes[row]]} {early.datetimes[row]}); "
-                               f"purge them: set these labels to null, or leave {h} bars between the splits")
+            where = f"{early.symbols[early.codes[row]]} {early.datetimes[row]}"
+            raise SplitOverlap(f"{early.file}: label_h{h}: {_rows(_file_order(bad, early.order), f'decided by bars of {late.file}')} "
+                               f"({where}); {_distance(early, h, early.codes[row], first)}; `modelfactory purge` sets these labels "
+                               f"to null, or leave {label_reach(early, h)} bars between the splits")
+
+def _distance(early, horizon, code, first):
+    "How far labels reach, and how many bars of a symbol lie before the first time of a later split, in a sentence."
+    times, source = early.datetimes[early.codes == code], f"bars_to_hit_h{horizon}"
+    between = bars_between(times.as_unit("ns").asi8, times[-1].as_unit("ns").value, first.as_unit("ns").value)
+    given = f"the largest {source}" if horizon in early.bars_to_hit else f"the horizon: there is no {source}"
+    return (f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has {between} bars "
+            f"between {times[-1]} and {first}, counted by the hours in which it traded before")
 
 # %% ../../nbs/data/00_splits.ipynb #4ea05eb1
 def label_reach(
