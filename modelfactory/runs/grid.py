@@ -106,10 +106,13 @@ def trainer_of(
     parameters: dict,  # of train.ipynb: model, horizon, data, seed, preset, config, dataset
     callbacks: tuple = (),
 ) -> Trainer:
-    "The trainer that `train.ipynb` makes from its parameters."
+    "The trainer that `train.ipynb` makes from its parameters; raises `ConfigError`."
     p = {k: v for k, v in parameters.items() if v is not None}
-    dataset = p.pop("dataset", {}) | ({"data": p["data"]} if p.get("data") else {})
-    return Trainer({k: p[k] for k in ("model", "horizon", "seed", "preset", "config") if k in p} | dict(data=dataset), callbacks=callbacks)
+    dataset = p.pop("dataset", {})
+    if "data" in dataset: raise ConfigError("dataset: data would be ignored; use --data (`data` in a grid)")
+    dataset = dataset | ({"data": p["data"]} if p.get("data") else {})
+    given = {k: p[k] for k in ("model", "horizon", "seed", "preset", "config") if k in p}
+    return Trainer(given | dict(data=dataset), callbacks=callbacks)
 
 # %% ../../nbs/runs/02_grid.ipynb #1353dda4
 class GridResult(list):
