@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..builtin import params_file
 from .registry import ModelRegistry
-from ..settings import ConfigError, build_config, did_you_mean, read_yaml, settings
+from ..settings import ConfigError, build_config, did_you_mean, read_yaml
 
 # %% auto #0
 __all__ = ['TASK_KEYS', 'ModelParams', 'read_params', 'resolve_config']
@@ -35,12 +36,12 @@ TASK_KEYS = dict(
 # %% ../../nbs/models/04_params.ipynb #4321acc5
 def read_params(
     name: str,  # of a registered model
-    folder: Path | None = None,  # with `<name>.yaml`; None: settings' params/models
+    folder: Path | None = None,  # with `<name>.yaml`; None: settings' params/models over those of the package
 ) -> ModelParams:
     "Reads a model's YAML, empty when there is none; raises `ConfigError` on a key that is not the model's."
     model = ModelRegistry.get(name)
-    file = Path(folder or settings().params / "models") / f"{model.name}.yaml"
-    if not file.is_file(): return ModelParams()
+    file = Path(folder) / f"{model.name}.yaml" if folder else params_file(f"models/{model.name}.yaml")
+    if file is None or not file.is_file(): return ModelParams()
     values = read_yaml(file)
     parts = {k: _mapping(values.pop(k, None), f"{file}: {k}") for k in ("presets", "resources", "search", "about")}
     for key, own in [("model_name", model.name), ("model_family", model.family)]:
@@ -82,14 +83,21 @@ def resolve_config(
 ) -> dict:
     "Every config key of a model with its final value; raises `ConfigError` on an unknown preset, key or value."
     model, params = ModelRegistry.get(name), read_params(name)
-    if preset and params.presets and preset not in params.presets:
-        raise ConfigError(f"{name}: unknown preset {preset!r}, {did_you_mean(preset, params.presets)}")
+    if preset and preset not in params.presets: raise ConfigError(_unknown_preset(model.name, preset, params.presets))
     decided |= dict(model_name=model.name, model_family=model.family, horizon=horizon)
     merged = params.config | params.presets.get(preset, {})
     for o in overrides:
         _refuse_decided(o, decided, model)
         merged |= o
     return asdict(build_config(model.Config, merged | decided, model.name))
+
+
+def _unknown_preset(name, preset, presets):
+    if not presets:
+        return f"{name}: unknown preset {preset!r}, it has none; write presets: in params/models/{name}.yaml"
+    hint = did_you_mean(preset, presets)
+    listed = "" if hint.startswith("valid") else f" (presets: {', '.join(sorted(presets))})"
+    return f"{name}: unknown preset {preset!r}, {hint}{listed}"
 
 
 def _refuse_decided(overrides, decided, model):

@@ -8,7 +8,7 @@ import contextlib, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, 
 from dataclasses import dataclass
 from pathlib import Path
 
-import modelfactory
+from ..builtin import builtin_folder
 from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
@@ -21,9 +21,10 @@ def find_notebook(
     name: str,  # train.ipynb or compare.ipynb
 ) -> Path:
     "Where a notebook is; raises `ConfigError` with the places looked at."
-    places = [settings().notebooks / name, Path(modelfactory.__file__).resolve().parents[1] / "nbs" / name]
-    if found := next((p for p in places if p.is_file()), None): return found
-    raise ConfigError(f"{name}: not found in {', '.join(str(p.parent) for p in places)}; set notebooks= in settings.ini to the folder that holds it")
+    places = [settings().notebooks / name, builtin_folder("notebooks") / name]
+    if notebook := next((p for p in places if p.is_file()), None): return notebook
+    folders = ", ".join(str(p.parent) for p in places)
+    raise ConfigError(f"{name}: not found in {folders}; set notebooks= in settings.ini to the folder that holds it")
 
 # %% ../../nbs/runs/01_engine.ipynb #6817dd60
 def check_parameters(notebook: Path, parameters: dict):

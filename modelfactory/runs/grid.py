@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..builtin import params_file, params_names
 from ..data.audit import audit
 from ..data.bundled import resolve_data
 from ..data.dataset import DatasetConfig
@@ -37,7 +38,7 @@ class GridConfig(ShownConfig):
     models: tuple[str, ...]  # names, families, or all
     horizons: tuple[Positive, ...]  # bars ahead
     seeds: tuple[NonNegative, ...]  # of everything random, a run each
-    preset: str | None = None  # preset of each model's YAML, where it has one of that name
+    preset: str | None = None  # preset of each model's YAML
     overrides: dict[str, dict] = field(default_factory=dict)  # model -> config keys
     dataset: dict = field(default_factory=dict)  # further keys of DatasetConfig, for every data set
     allow: tuple[str, ...] = ()  # columns that the leak audit is to let pass: those you can vouch for
@@ -59,9 +60,10 @@ def grid_config(
     return grid
 
 def _grid_file(file):
-    "A path, or the name of a grid in params/grids."
-    named = settings().params / "grids" / f"{file}.yaml"
-    return named if not Path(file).is_file() and named.is_file() else Path(file)
+    "A path, or the name of a grid in params/grids; raises `ConfigError` where there is neither."
+    if Path(file).is_file(): return Path(file)
+    if named := params_file(f"grids/{file}.yaml"): return named
+    raise ConfigError(f"{file}: no such file, and no grid of that name: {did_you_mean(file, params_names('grids'))}")
 
 # %% ../../nbs/runs/02_grid.ipynb #73bd4c5b
 def expand_models(
