@@ -1,4 +1,5 @@
 "Reports on configs, identities, paths, presets and kernels: what was fed, and what comes out."
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +9,15 @@ import zipfile
 import pytest
 import yaml
 from conftest import ROOT
+from fabricate import bars, make_run
 
 from modelfactory.cli import main
+from modelfactory.models.code import code_version
 from modelfactory.models.ensembles import EnsembleConfig, member_configs
 from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
-from modelfactory.runs.grid import grid_config, plan, trainer_of
+from modelfactory.runs import grid as grid_module
+from modelfactory.runs.engine import Outcome
+from modelfactory.runs.grid import GridResult, grid_config, plan, run_grid, trainer_of
 from modelfactory.settings import ConfigError
 
 TASK = ("--model", "xgboost", "--horizon", "5", "--data", "planted")
@@ -87,10 +92,10 @@ def installed(tmp_path_factory):
     return site
 
 
-def elsewhere(site, folder, code):
+def elsewhere(site, folder, code, *args):
     "What a Python program prints that runs in `folder` with the package of `site`."
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MODELFACTORY_")} | dict(PYTHONPATH=str(site))
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code, *args], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_a_wheel_holds_parameters_grids_and_notebooks(installed):
@@ -144,3 +149,105 @@ def bare(tmp_path, monkeypatch):
         "@ModelRegistry.register('bare', family='examples')",
         "class Bare(LogisticRegressionModel): 'Has no file of parameters.'"]))
     monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "bare.py"))
+
+
+EDITS = """
+from pathlib import Path
+import json
+import sys
+import modelfactory
+from modelfactory.models.code import code_version
+from modelfactory.models.registry import ModelRegistry
+
+package = Path(modelfactory.__file__).parent
+names = [m["name"] for m in ModelRegistry.list_models()]
+
+def versions(): return {name: code_version(name) for name in names}
+
+def changed(edit, *files):
+    "Models whose version is another one after an edit of some files."
+    texts = {package / file: (package / file).read_text() for file in files}
+    for file, text in texts.items(): file.write_text(edit(text))
+    after = versions()
+    for file, text in texts.items(): file.write_text(text)
+    return sorted(name for name in names if after[name] != before[name])
+
+before = versions()
+code = lambda text: text + "\\nADDED = 1\\n"
+prose = lambda text: "# A comment.\\n" + text.replace('    "', '    "Other words. ', 1)
+files = [str(file.relative_to(package)) for file in package.rglob("*.py")]
+found = dict(names=sorted(names), prose=changed(prose, *files), code={f: changed(code, f) for f in sys.argv[1:]})
+print(json.dumps(found))
+"""
+
+
+def test_an_identity_holds_the_code_that_fits_and_predicts_and_no_other(tmp_path):
+    "An edit of neural/lstm.py left GRU's identity as it was; a comment in plots.py changed every model's."
+    for name in ("modelfactory", "params"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    nothing = ("training/plots.py", "evaluation/metrics.py", "runs/store.py", "cli.py", "settings.py", "data/market.py")
+    everything = ("data/dataset.py", "data/splits.py", "models/base.py", "models/calibration.py", "training/trainer.py")
+    some = {"models/neural/lstm.py": ["gru", "lstm"], "models/neural/gru.py": ["gru"],
+            "models/boosting/lightgbm.py": ["average", "lightgbm", "stacking"]}  # with their members
+    done = elsewhere(tmp_path, tmp_path, EDITS, *nothing, *everything, *some, "models/sequence.py")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    names, code = result["names"], result["code"]
+    assert len(names) > 20 and result["prose"] == []
+    of_networks = code.pop("models/sequence.py")
+    assert {"gru", "tcn", "rwkv_ts"} < set(of_networks) and "xgboost" not in of_networks
+    assert code == some | {file: [] for file in nothing} | {file: names for file in everything}
+
+
+HELPED = """
+from modelfactory.models.classical.logistic_regression import LogisticRegressionModel
+from modelfactory.models.registry import ModelRegistry
+
+@ModelRegistry.register("helped", family="examples")
+class Helped(LogisticRegressionModel):
+    "Has its layers elsewhere."
+    def fit(self, *args, **kw):
+        from modelfactory_plugins.layers import scale
+        import helper
+        return super().fit(*args, **kw)
+"""
+
+
+def test_an_identity_holds_what_a_plugin_imports(tmp_path, monkeypatch):
+    "From another plugin, a notebook, and from a module beside it."
+    layers, helper = tmp_path / "layers.ipynb", tmp_path / "helper.py"
+
+    def notebook(*sources):
+        cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None)
+                 for i, s in enumerate(sources)]
+        layers.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+
+    (tmp_path / "helped.py").write_text(HELPED)
+    notebook("#| export\ndef scale(x): return 2 * x", "scale(1)")
+    helper.write_text("WIDTH = 3")
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", f"{tmp_path / 'layers.ipynb'}, {tmp_path / 'helped.py'}")
+    first = code_version("helped")
+    assert first == code_version("helped") != code_version("logistic_regression")
+    notebook("#| export\ndef scale(x):\n    'Doubles.'\n    return 2 * x", "scale(20)")
+    assert code_version("helped") == first
+    notebook("#| export\ndef scale(x): return 3 * x")
+    assert (second := code_version("helped")) != first
+    helper.write_text("WIDTH = 30")
+    assert code_version("helped") not in (first, second)
+
+
+def test_a_grid_that_trains_again_because_of_other_code_says_so(tmp_path, monkeypatch, capsys):
+    grid = dict(data="planted", models=["logistic_regression", "svm"], horizons=[5], preset="quick")
+    jobs = plan(grid_config(grid))
+    resolved = json.loads(json.dumps(jobs[0].resolved))
+    run = make_run(tmp_path, "logistic_regression", bars(n=60), data="planted", fingerprint=jobs[0].fingerprint)
+    (run.path / "config.yaml").write_text(yaml.safe_dump(resolved))
+    monkeypatch.setattr(grid_module, "_run_all", lambda jobs, *args: GridResult(Outcome(j.title, "ok") for j in jobs))
+    assert [o.status for o in run_grid(grid, tmp_path)] == ["ok", "ok"]
+    assert capsys.readouterr().out == "1 run of this grid finished with other code or other defaults; trained again\n"
+    del resolved["config"]["calibration"]  # an earlier version did not have the key
+    (run.path / "config.yaml").write_text(yaml.safe_dump(resolved))
+    assert run_grid(grid, tmp_path).ok and capsys.readouterr().out.startswith("1 run of this grid")
+    for change in (dict(force=True), dict(grid=grid | dict(overrides=dict(logistic_regression=dict(C=.5))))):
+        run_grid(**dict(grid=grid, runs=tmp_path) | change)
+        assert capsys.readouterr().out == ""

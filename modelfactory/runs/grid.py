@@ -22,13 +22,13 @@ from ..progress import Progress, duration
 from .engine import Limits, Outcome
 from .executors import Job, make_engine
 from .tracking import Tracker
-from .store import FAILED, PARTIAL, clear_partial, is_alive, list_runs, run_identity
+from .store import FAILED, PARTIAL, RunList, clear_partial, is_alive, list_runs, run_identity
 from ..settings import ConfigError, NonNegative, Positive, ShownConfig, build_config, did_you_mean, read_yaml, settings
 from ..training.trainer import Trainer
 
 # %% auto #0
 __all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'plan', 'audit_data', 'trainer_of', 'GridResult',
-           'run_grid', 'default_workers', 'GridStatus', 'grid_status']
+           'run_grid', 'trained_by_other_code', 'default_workers', 'GridStatus', 'grid_status']
 
 # %% ../../nbs/runs/02_grid.ipynb #7765424b
 @dataclass
@@ -101,7 +101,8 @@ def audit_data(grid: GridConfig, data: str):
 def _job(grid, data, horizon, model, seed, prints):
     parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)
     resolved = trainer_of(parameters).resolved()
-    return Job(parameters, run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"]), grid.name)
+    identity, unavailable = run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"])
+    return Job(parameters, identity, unavailable, grid.name, resolved, prints[data])
 
 # %% ../../nbs/runs/02_grid.ipynb #ed192ff5
 def trainer_of(
@@ -142,14 +143,39 @@ def run_grid(
     "Trains what is not finished; one failed run does not stop the others."
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
-    finished = set() if force else {r.identity for r in list_runs(runs)}
+    stored = RunList() if force else list_runs(runs)
+    finished = {r.identity for r in stored}
     jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished)
     clear_partial(runs)
     result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
+    if n := len(trained_by_other_code(todo, stored)):
+        print(f"{n} run{'s' * (n > 1)} of this grid finished with other code or other defaults; trained again")
     if todo: result += _run_all(todo, runs, make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
     return result
+
+def trained_by_other_code(
+    jobs: list[Job],  # without a finished run
+    stored: RunList,  # finished runs
+) -> list[Job]:
+    "Jobs that a stored run would have finished but for its code, or for defaults that have changed since."
+    tasks = {}
+    for run in stored:
+        tasks.setdefault((run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")), []).append(run)
+    task = lambda job: (*(job.resolved[k] for k in ("model", "horizon", "seed")), job.fingerprint)
+    return [job for job in jobs if any(_asks_the_same(job.resolved, run) for run in tasks.get(task(job), ()))]
+
+
+def _asks_the_same(resolved, run):
+    "Whether no key that both configs have differs, but for where the data are."
+    try: old, new = run.config, json.loads(json.dumps(resolved))
+    except ConfigError: return False
+    pairs = [(old, new), *((old.get(k), new[k]) for k in ("config", "data"))]
+    if not all(isinstance(was, dict) for was, _ in pairs): return False
+    keep = lambda k: k not in ("config", "data", "prices")
+    return all(was[k] == now[k] for was, now in pairs for k in was.keys() & now.keys() if keep(k))
+
 
 def default_workers() -> int: return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import modelfactory
 from ..models.base import probability_columns
+from ..models.code import code_version
 from ..models.persistence import file_hash, library_version, load_model
-from ..models.registry import ModelRegistry, check_name
+from ..models.registry import check_name
 from ..settings import read_yaml, settings
 from ..training.test_set import short_names
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
 __all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES', 'REQUIRED',
-           'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive',
-           'write_json', 'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish',
-           'replace_run', 'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList', 'list_runs']
+           'RunError', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json',
+           'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish', 'replace_run',
+           'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
@@ -32,27 +32,18 @@ class RunError(ValueError):
 MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
 STAGED, REPLACED = ".rescored", ".replaced"  # folders of runs that are about to take a place, and of those they replace
 
-# %% ../../nbs/runs/00_store.ipynb #84bcecba
-def code_version(
-    model: str,  # name in the registry
-) -> str:  # 16 hex digits
-    "Hash of the source that decides this model's results."
-    package = Path(modelfactory.__file__).parent
-    shared = [*sorted((package / "data").glob("*.py")), *sorted((package / "models").glob("*.py")), *sorted((package / "training").glob("*.py"))]
-    own = Path(getattr(sys.modules[ModelRegistry.get(model).__module__], "__file__", "") or "")
-    return _hash(*(f.read_bytes() for f in [*shared, own] if f.is_file()))
-
-def _hash(*parts): return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
-
 # %% ../../nbs/runs/00_store.ipynb #49a67090
 def run_identity(
     resolved: dict,  # a trainer's resolved config
     data: str,  # fingerprint of the splits
+    code: str | None = None,  # version of the code that fits and predicts; None: of the code that is here
 ) -> str:  # 16 hex digits
     "What makes a run this run."
     where = ("data", "prices")
-    decides = resolved | dict(data={k: v for k, v in resolved["data"].items() if k not in where}, fingerprint=data, code=code_version(resolved["model"]))
-    return _hash(json.dumps(decides, sort_keys=True, default=list).encode())
+    code = code_version(resolved["model"], resolved["config"]) if code is None else code
+    of_data = {k: v for k, v in resolved["data"].items() if k not in where}
+    decides = resolved | dict(data=of_data, fingerprint=data, code=code)
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
 
 # %% ../../nbs/runs/00_store.ipynb #7cdad489
 def start_attempt(
@@ -138,7 +129,7 @@ def write_run(
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(scoring=SCORING_VERSION, model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
-                                     code=code_version(c.model), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, train_shares=_shares(trainer), versions=_versions(trainer.model)))
+                                     code=code_version(c.model, trainer.model_config), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, train_shares=_shares(trainer), versions=_versions(trainer.model)))
 
 def git_commit(folder: Path) -> str | None:
     "The commit that a folder is at, with a + where files were changed; None where there is no git or no repository."
