@@ -13,8 +13,8 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'doctor', 'check', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare', 'rescore',
-           'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+__all__ = ['app', 'models', 'doctor', 'check', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'compare',
+           'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -58,25 +58,38 @@ def selftest(models: Annotated[Optional[str], typer.Option(help="names or famili
     if not result.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #bc329590
+def parse_pairs(
+    pairs: list[str],  # "key=value"
+    option: str = "--set",  # named in errors
+) -> dict[str, str]:
+    "Keys and values, raises `ConfigError` on what is no pair."
+    from modelfactory.settings import ConfigError
+    for pair in pairs:
+        key, is_pair, _ = pair.partition("=")
+        if not key.strip() or not is_pair: raise ConfigError(f"{option} {pair!r}: expected key=value")
+    return {key.strip(): value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
 def parse_set(
     pairs: list[str],  # "key=value"
 ) -> dict:
     "Overrides from `--set`; raises `ConfigError` on what is no pair."
-    from modelfactory.settings import ConfigError
-    for p in pairs:
-        if not p.partition("=")[0].strip() or "=" not in p: raise ConfigError(f"--set {p!r}: expected key=value")
-    return {p.partition("=")[0].strip(): _value(p) for p in pairs}
-
-def _value(pair):
     import yaml
     from modelfactory.settings import ConfigError
-    try: return yaml.safe_load(pair.partition("=")[2])
-    except yaml.YAMLError as e: raise ConfigError(f"--set {pair!r}: the value is not plain YAML: {' '.join(str(e).split())[:200]}") from None
+    values = {}
+    for key, text in parse_pairs(pairs).items():
+        try: values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            reason = " ".join(str(e).split())[:200]
+            raise ConfigError(f"--set {f'{key}={text}'!r}: the value is not plain YAML: {reason}") from None
+    return values
+
 
 def _parameters(model, horizon, data, preset, config, pairs, seed):
     "Parameters of train.ipynb from the options that `train` and `tune` share."
     from modelfactory.settings import read_yaml, settings
-    return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=(read_yaml(config) if config else {}) | parse_set(pairs), seed=seed)
+    return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset,
+                config=(read_yaml(config) if config else {}) | parse_set(pairs), seed=seed)
 
 # %% ../nbs/cli.ipynb #92b03f48
 @app.command()
@@ -137,16 +150,18 @@ def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in p
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()
 def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; default: from settings.ini")] = None,
-            json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False):
+            json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False,
+            data: Annotated[list[str], typer.Option(help="NAME=DIR for data that have moved")] = []):
     "Compare all finished runs: JSON, notebook, markdown, page.\n\nExample: modelfactory compare runs"
     from modelfactory.runs.compare import COMPARISON, compare as compare_runs, read_comparison, summary, write_comparison
     from modelfactory.settings import settings
     runs = runs or settings().runs
+    moved = parse_pairs(data, "--data")
     if json_:
-        write_comparison(runs)
+        write_comparison(runs, moved)
         print((runs / COMPARISON).read_text())
         return
-    page = compare_runs(runs)
+    page = compare_runs(runs, moved)
     print(*summary(read_comparison(page.with_name(COMPARISON))), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
@@ -210,11 +225,12 @@ def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; sett
 
 # %% ../nbs/cli.ipynb #50ed4f98
 @app.command("final")
-def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")]):
+def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")],
+                data: Annotated[Optional[str], typer.Option(help="folder with their data, where they have moved")] = None):
     "Score chosen runs on the test split, and write down that it was used.\n\nExample: modelfactory final runs/xgboost_h5_…"
     from modelfactory.runs.final import final
     from modelfactory.training.test_set import test_set_uses
-    print(final(runs).round(4).to_string(index=False))
+    print(final(runs, data).round(4).to_string(index=False))
     for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*test_set_uses(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #89d7dad1
@@ -224,7 +240,7 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
     from modelfactory.runs.grid import run_grid
     result = run_grid("demo", output)
     print(result)
-    compare(output)
+    compare(output, False, [])
     if not result.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #3e5c4547

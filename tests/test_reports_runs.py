@@ -10,15 +10,21 @@ import pytest
 import yaml
 from conftest import ROOT
 from fabricate import bars, make_run
+from test_context import cut_and_purge
+from test_foundation import market
 
 from modelfactory.cli import main
 from modelfactory.models.code import code_version
 from modelfactory.models.ensembles import EnsembleConfig, member_configs
 from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
 from modelfactory.runs import grid as grid_module
+from modelfactory.runs.compare import comparison, use_moved_data
 from modelfactory.runs.engine import Outcome
 from modelfactory.runs.grid import GridResult, grid_config, plan, run_grid, trainer_of
+from modelfactory.runs.rescore import scoring_trainer
+from modelfactory.runs.store import RunError, list_runs, publish, start_attempt, write_run
 from modelfactory.settings import ConfigError
+from modelfactory.training.test_set import test_set_uses as sentences_on_test
 
 TASK = ("--model", "xgboost", "--horizon", "5", "--data", "planted")
 
@@ -251,3 +257,95 @@ def test_a_grid_that_trains_again_because_of_other_code_says_so(tmp_path, monkey
     for change in (dict(force=True), dict(grid=grid | dict(overrides=dict(logistic_regression=dict(C=.5))))):
         run_grid(**dict(grid=grid, runs=tmp_path) | change)
         assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory):
+    "Two projects, each with other data in its folder `splits`."
+    root = tmp_path_factory.mktemp("projects")
+    for project, n in (("one", 900), ("two", 960)):
+        folder = root / project / "splits"
+        folder.mkdir(parents=True)
+        train, rest = cut_and_purge(market(n), .6)
+        for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, .5))):
+            frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
+    return root
+
+
+def trained(runs, data, **task):
+    "A finished run, made in this process."
+    trainer = trainer_of(dict(model="logistic_regression", horizon=5, data=str(data)) | task)
+    trainer.run_full_pipeline()
+    attempt = start_attempt(runs, trainer.config.model, 5)
+    write_run(trainer, attempt)
+    return publish(attempt, runs)
+
+
+def test_paths_are_kept_whole(projects, monkeypatch):
+    "A worker in another folder failed on what planned fine."
+    monkeypatch.chdir(projects / "one")
+    (projects / "one/p.parquet").write_text("")
+    job, = plan(grid_config(dict(data="splits", models=["logistic_regression"], horizons=[5], dataset=dict(prices="p.parquet"))))
+    assert job.parameters["data"] == job.resolved["data"]["data"] == str(projects / "one/splits")
+    assert job.parameters["dataset"]["prices"] == job.resolved["data"]["prices"] == str(projects / "one/p.parquet")
+    twice = grid_config(dict(data=["splits", str(projects / "one/splits")], models=["logistic_regression"], horizons=[5]))
+    assert len(plan(twice)) == 1
+    monkeypatch.chdir(projects)
+    trainer_of(job.parameters).prepare_data()
+    assert trainer_of(dict(model="svm", horizon=5, data="planted")).config.data.data == "planted"
+
+
+def test_two_projects_with_data_of_one_name_keep_their_runs(projects, tmp_path, monkeypatch):
+    for project in ("one", "two"):
+        monkeypatch.chdir(projects / project)
+        trained(tmp_path, "splits")
+    runs = list_runs(tmp_path)
+    assert len(runs.latest()) == 2 and sorted(runs.data_names[r.data] for r in runs) == ["one/splits", "two/splits"]
+    monkeypatch.chdir(projects / "one")
+    trained(tmp_path, projects / "one/splits", model="svm")
+    tasks = comparison(tmp_path)["tasks"]
+    assert [(task["data"], task["n_models"]) for task in tasks] == [("one/splits", 2), ("two/splits", 1)]
+
+
+def test_runs_are_of_one_data_set_by_fingerprint_or_whole_path(tmp_path):
+    "Earlier versions kept paths as they were typed: these say nothing."
+    table, models = bars(n=240), iter("abcdefgh")
+    for data, fingerprint in [("splits", "1" * 16), ("splits", "2" * 16), ("/one/splits", "1" * 16), ("/moved", "1" * 16),
+                              ("/two", "3" * 16), ("/two", "4" * 16), ("planted", "5" * 16), ("/bundled/planted", "5" * 16)]:
+        make_run(tmp_path, next(models), table, data=data, fingerprint=fingerprint)
+    runs = list_runs(tmp_path)
+    assert {r.manifest["model"]: r.data for r in runs} == dict(
+        a="/moved", b="splits", c="/moved", d="/moved", e="/two", f="/two", g="planted", h="planted")
+    assert len(runs.latest()) == 8
+    other = make_run(tmp_path, "a", table, data="splits", fingerprint="6" * 16)
+    runs = list_runs(tmp_path)
+    assert {r.data for r in runs if r.manifest["model"] in "b" or r.path == other.path} == {
+        "splits (22222222)", "splits (66666666)"}
+
+
+def test_data_that_moved_are_named_for_final_and_compare(projects, tmp_path, monkeypatch, capsys):
+    runs, moved = tmp_path / "runs", tmp_path / "elsewhere/renamed"
+    shutil.copytree(projects / "one/splits", tmp_path / "mine/splits")
+    monkeypatch.chdir(tmp_path / "mine")
+    run = trained(runs, "splits")
+    monkeypatch.chdir(projects)
+    assert call(capsys, "final", run)[0] in (0, None)  # from another folder
+    moved.parent.mkdir()
+    (tmp_path / "mine/splits").rename(moved)
+    code, _, err = call(capsys, "final", run)
+    assert code == 2 and err.count("\n") == 1 and "splits: no such folder" in err and "--data" in err
+    code, _, err = call(capsys, "final", run, "--data", projects / "two/splits")
+    assert code == 2 and "holds other data" in err
+    code, out, _ = call(capsys, "final", run, "--data", moved)
+    assert code in (0, None) and "used 2 times" in out and len(sentences_on_test(runs)) == 1
+    found = list_runs(runs)
+    with pytest.raises(RunError, match="no such folder"):
+        scoring_trainer(found[0])
+    use_moved_data(found, dict(splits=moved))
+    assert scoring_trainer(found[0]).datasets["val"].y.size
+    for pair, says in ((f"splits={projects / 'two/splits'}", "holds other data"), (f"split={moved}", "did you mean 'splits'"),
+                       ("splits", "expected key=value")):
+        code, out, err = call(capsys, "compare", runs, "--json", "--data", pair)
+        assert code == 2 and says in err and out == ""
+    code, out, _ = call(capsys, "compare", runs, "--json", "--data", f"splits={moved}")
+    assert code in (0, None) and json.loads(out)["tasks"][0]["data"] == "splits"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..builtin import builtin_folder
+from ..data.bundled import whole_paths
 from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
@@ -212,6 +213,8 @@ def run_notebook(
     "Trains in a process of its own and publishes the run."
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
     check_parameters(notebook, parameters)
+    parameters = whole_paths(parameters)
+    if parameters.get("dataset"): parameters = parameters | dict(dataset=whole_paths(parameters["dataset"]))
     for _ in range(ATTEMPTS):
         outcome = _attempt(parameters, runs, notebook, limits, stop, grid)
         if outcome.status != "failed" or not MENDABLE.search(outcome.reason): break

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..builtin import params_file, params_names
 from ..data.audit import audit
-from ..data.bundled import resolve_data
+from ..data.bundled import data_path, resolve_data, whole_paths
 from ..data.dataset import DatasetConfig
 from ..data.splits import fingerprint, read_splits
 from ..models.registry import ModelRegistry
@@ -79,8 +79,8 @@ def expand_models(
 # %% ../../nbs/runs/02_grid.ipynb #62aab70b
 def grid_jobs(grid: GridConfig) -> list[Job]:
     "Every run of a grid; raises `ConfigError` on a preset or an override that a model does not have. No data are read, but for their hash."
-    prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
-    return [_job(grid, *which, prints) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+    prints = {d: fingerprint(resolve_data(d)) for d in map(data_path, grid.data)}
+    return [_job(grid, *which, prints) for which in product(prints, grid.horizons, grid.models, grid.seeds)]
 
 def plan(
     grid: GridConfig,
@@ -99,7 +99,8 @@ def audit_data(grid: GridConfig, data: str):
     audit(read_splits(resolve_data(data), grid.horizons, ("train", "val"), c.features, c.exclude, c.nan, c.classes), grid.allow).raise_if_leaky()
 
 def _job(grid, data, horizon, model, seed, prints):
-    parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)
+    parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}),
+                      dataset=whole_paths(grid.dataset))
     resolved = trainer_of(parameters).resolved()
     identity, unavailable = run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"])
     return Job(parameters, identity, unavailable, grid.name, resolved, prints[data])

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.bundled import BUNDLED, resolve_data
+from ..data.splits import fingerprint
 from ..models.base import probability_columns
 from ..models.code import code_version
 from ..models.persistence import file_hash, library_version, load_model
@@ -23,7 +25,7 @@ if TYPE_CHECKING: import numpy as np, pandas as pd
 __all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES', 'REQUIRED',
            'RunError', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json',
            'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish', 'replace_run',
-           'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList', 'list_runs']
+           'finish_swaps', 'read_metrics', 'Run', 'load_run', 'name_data', 'check_data', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
@@ -248,7 +250,15 @@ REQUIRED = ("model", "horizon", "seed", "data", "created", "files", "identity") 
 
 class Run:
     "A finished run."
+    moved_to = None  # folder with its data, where they are not any more where they were
+
     def __init__(self, path: Path): self.path = Path(path); self.manifest
+
+    @property
+    def data_folder(self) -> str:
+        "Where its data are read: a folder or a bundled name."
+        return self.moved_to or self.config["data"]["data"]
+
 
     @cached_property
     def manifest(self) -> dict:
@@ -330,7 +340,7 @@ class Run:
         return load_model(self.path / "checkpoints")
 
     @property
-    def key(self): return self.manifest["data"], self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
+    def key(self): return self.data, self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
     def __getattr__(self, name):
         if name in ("horizon", "family", "data", "seed", "identity", "created"): return self.manifest[name]
         raise AttributeError(name)
@@ -379,6 +389,53 @@ def load_run(
     if not path.is_dir(): finish_swaps(path.parent)
     return Run(path)
 
+# %% ../../nbs/runs/00_store.ipynb #7ad18e8c
+def _data_keys(run):
+    "What makes two runs be on the same data: a name or whole path, a fingerprint."
+    data, fingerprint = str(run.manifest["data"]), run.manifest.get("data_fingerprint")
+    is_whole = data in BUNDLED or Path(data).is_absolute()
+    keys = [("path", data)] * is_whole + [("fingerprint", fingerprint)] * bool(fingerprint)
+    return keys or [("path", data)]
+
+
+def name_data(
+    runs: list[Run],  # oldest first
+):
+    "Gives runs on the same data the same `data`: a bundled name, else the newest whole path."
+    above = {}
+
+    def group_of(key):
+        while (key := above.setdefault(key, key)) != above[key]: key = above[key]
+        return key
+
+    for run in runs:
+        first, *others = map(group_of, _data_keys(run))
+        for other in others: above[other] = first
+    groups = {}
+    for run in runs: groups.setdefault(group_of(_data_keys(run)[0]), []).append(run)
+    names = {key: _name_of(group) for key, group in groups.items()}
+    for key, group in groups.items():
+        is_taken = sum(name == names[key] for name in names.values()) > 1
+        version = f" ({str(group[-1].manifest.get('data_fingerprint'))[:8]})" if is_taken else ""
+        for run in group: run.data = names[key] + version
+
+
+def _name_of(group):
+    paths = [str(run.manifest["data"]) for run in reversed(group)]
+    return max(paths, key=lambda path: 2 * (path in BUNDLED) + Path(path).is_absolute())
+
+# %% ../../nbs/runs/00_store.ipynb #4a4dcc8e
+def check_data(
+    run: Run,
+    data: str | Path,  # a folder or a bundled name
+):
+    "Raises `RunError` where data are not those that a run was trained on, `MissingFile` where there are none."
+    folder = resolve_data(data)
+    prints = {fingerprint(folder), fingerprint(folder, ("train", "val"))}  # earlier versions left test out
+    if run.manifest.get("data_fingerprint") not in prints:
+        raise RunError(f"{run.path.name}: {data} has changed since the training, or holds other data; "
+                       "where the data have moved, name their folder with --data")
+
 # %% ../../nbs/runs/00_store.ipynb #fc1d70e9
 class RunList(list):
     "Runs, oldest first."
@@ -394,7 +451,8 @@ class RunList(list):
     @property
     def data_names(self) -> dict[str, str]:
         "A short name of each data set: the end of its path that no other one here has."
-        return short_names(r.data for r in self)
+        names = short_names(r.data for r in self)
+        return {r.manifest["data"]: names[r.data] for r in self} | names
     def __repr__(self): return self.to_frame().round(3).to_string(index=False) if self else "no finished run"
     def _repr_html_(self): return self.to_frame().round(3).to_html(index=False, border=0) if self else "<p>no finished run</p>"
 
@@ -410,6 +468,7 @@ def list_runs(
             unread.append(dict(folder=path.name, reason=str(e).replace(f"{folder}{os.sep}", "")))
     result = RunList(sorted(found, key=lambda r: (r.created, r.path.name)))
     result.folder, result.unread = folder, unread
+    name_data(result)
     return result
 
 def _listed(path):
