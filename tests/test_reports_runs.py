@@ -6,6 +6,8 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
@@ -17,6 +19,8 @@ from modelfactory.cli import main
 from modelfactory.models.code import code_version
 from modelfactory.models.ensembles import EnsembleConfig, member_configs
 from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
+from modelfactory.data.dataset import DatasetConfig
+from modelfactory.runs import engine
 from modelfactory.runs import grid as grid_module
 from modelfactory.runs.compare import comparison, use_moved_data
 from modelfactory.runs.engine import Outcome
@@ -24,6 +28,7 @@ from modelfactory.runs.grid import GridResult, grid_config, plan, run_grid, trai
 from modelfactory.runs.rescore import scoring_trainer
 from modelfactory.runs.store import RunError, list_runs, publish, start_attempt, write_run
 from modelfactory.settings import ConfigError
+from modelfactory.training.tuner import OptunaModelTuner
 from modelfactory.training.test_set import test_set_uses as sentences_on_test
 
 TASK = ("--model", "xgboost", "--horizon", "5", "--data", "planted")
@@ -349,3 +354,69 @@ def test_data_that_moved_are_named_for_final_and_compare(projects, tmp_path, mon
         assert code == 2 and says in err and out == ""
     code, out, _ = call(capsys, "compare", runs, "--json", "--data", f"splits={moved}")
     assert code in (0, None) and json.loads(out)["tasks"][0]["data"] == "splits"
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    "Splits with NaN in three features, a leaking column, a name like the future, and prices in a file."
+    folder = tmp_path_factory.mktemp("odd")
+    train, rest = cut_and_purge(market(6000), .6)
+    splits = dict(zip(("train", "val", "test"), (train, *cut_and_purge(rest, .5))))
+    prices = pd.concat(splits.values())[["datetime", "symbol", "close"]]
+    prices.to_parquet(folder / "prices.parquet", index=False)
+    rng = np.random.default_rng(0)
+    for name, frame in splits.items():
+        frame = frame.drop(columns=["close"]).assign(
+            few=rng.normal(size=len(frame)), many=rng.normal(size=len(frame)),
+            quality_score=rng.normal(size=len(frame)), late=rng.normal(size=len(frame)))
+        frame["leak"] = frame.label_h5.where(frame.label_h5.isin([-1, 0, 1]), 0) + .1 * rng.normal(size=len(frame))
+        frame.loc[frame.index[:len(frame) // 4], "many"] = np.nan
+        if name == "train": frame.loc[frame.index[[7, 9]], "few"] = np.nan
+        if name == "val": frame.loc[frame.index[:len(frame) // 2], "late"] = np.nan
+        frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
+    return folder
+
+
+OPTIONS = ("--nan", "median", "--exclude", "late", "--features", "quality_score", "--allow", "leak", "--classes", "-1,0,1")
+
+
+@pytest.mark.parametrize("command", [("check",), ("train", *TASK[:4], "--data"), ("tune", *TASK[:4], "--data")], ids=lambda c: c[0])
+def test_options_say_what_of_the_data_is_used(capsys, odd, tmp_path, monkeypatch, command):
+    "The error told the user to set nan='median', and no option did."
+    asked = {}
+    monkeypatch.setattr(engine, "run_notebook", lambda parameters, *args: asked.update(parameters) or Outcome("x", "failed"))
+    monkeypatch.setattr(OptunaModelTuner, "run", lambda tuner: asked.update(config=tuner.config) or exit(1))
+    code, _, err = call(capsys, *command, odd)
+    assert code == 2 and err.count("\n") == 1 and "--nan" in err and "--exclude" in err
+    listed = "3 of 5 features with NaN: few (train 0.03%); many (train 25.00%, val 25.00%"
+    if command[0] == "tune": listed = "2 of 5 features with NaN: few (train 0.03%); many (train 25.00%); set"  # reads train alone
+    assert listed in err and ("late (val 50.00%)" in err) == (command[0] != "tune"), err
+    code, _, err = call(capsys, *command, odd, *OPTIONS[:6])
+    if command[0] != "check": assert code == 2 and "leak" in err and asked == {}
+    code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "prices.parquet")
+    if command[0] == "check":
+        assert code in (0, None) and "permitted: leak" in out and "quality_score" not in out.split("Not features")[1].split("warning")[0]
+        code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "nothing.parquet")
+        assert code == 2 and "no such price file" in err
+    elif command[0] == "train":
+        assert asked["dataset"] == dict(nan="median", exclude=["late"], features=["quality_score"], classes=[-1, 0, 1],
+                                        prices=str(odd / "prices.parquet"))
+    else:
+        assert asked["config"].data == DatasetConfig(str(odd), 1, ("quality_score",), ("late",), "median", (-1, 0, 1),
+                                                     str(odd / "prices.parquet"))
+    for bad, says in ((("--nan", "mean"), "'mean'"), (("--classes", "up,down"), "whole numbers"), (("--exclude", "lat"), "did you mean 'late'")):
+        code, _, err = call(capsys, *command, odd, *OPTIONS, *bad)
+        assert code == 2 and says in err and err.count("\n") == 1
+
+
+def test_set_reaches_keys_of_the_data_set(capsys, odd, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(engine, "run_notebook", lambda parameters, *args: asked.update(parameters) or Outcome("x", "failed"))
+    task = ("train", *TASK[:4], "--data", odd, *OPTIONS, "--classes", "0,1", "--set", "dataset.nan=zero", "--set", "dataset.gap=0", "--set", "max_depth=3")
+    code, _, err = call(capsys, *task)
+    assert code == 1, err
+    assert asked["config"] == dict(max_depth=3) and asked["dataset"] == dict(
+        nan="zero", gap=0, exclude=["late"], features=["quality_score"], classes=[0, 1])
+    for pair, says in (("dataset.nann=zero", "did you mean 'nan'"), ("dataset.data=planted", "--data")):
+        code, _, err = call(capsys, *task, "--set", pair)
+        assert code == 2 and says in err
