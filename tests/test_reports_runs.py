@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from fabricate import bars, make_run
+from matplotlib.text import Text
 from test_context import cut_and_purge
 from test_foundation import market
 
@@ -19,15 +20,20 @@ from modelfactory.cli import main
 from modelfactory.models.code import code_version
 from modelfactory.models.ensembles import EnsembleConfig, member_configs
 from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
+from modelfactory.data import explore
 from modelfactory.data.dataset import DatasetConfig
-from modelfactory.runs import engine
+from modelfactory.data.splits import read_splits
+from modelfactory.models.base import to_output
+from modelfactory.pictures import keep_names
+from modelfactory.runs import engine, gallery
 from modelfactory.runs import grid as grid_module
-from modelfactory.runs.compare import comparison, use_moved_data
+from modelfactory.runs.compare import comparison, leaderboard, use_moved_data
 from modelfactory.runs.engine import Outcome
 from modelfactory.runs.grid import GridResult, grid_config, plan, run_grid, trainer_of
 from modelfactory.runs.rescore import scoring_trainer
 from modelfactory.runs.store import RunError, list_runs, publish, start_attempt, write_run
 from modelfactory.settings import ConfigError
+from modelfactory.training import plots
 from modelfactory.training.tuner import OptunaModelTuner
 from modelfactory.training.test_set import test_set_uses as sentences_on_test
 
@@ -420,3 +426,75 @@ def test_set_reaches_keys_of_the_data_set(capsys, odd, monkeypatch):
     for pair, says in (("dataset.nann=zero", "did you mean 'nan'"), ("dataset.data=planted", "--data")):
         code, _, err = call(capsys, *task, "--set", pair)
         assert code == 2 and says in err
+
+
+NAMES = {"f0": "ret_$5k_$10k", "f1": "$A_$"}  # between two dollar signs matplotlib reads a formula
+
+
+@pytest.fixture(scope="module")
+def dollars(tmp_path_factory):
+    "Splits with dollar signs in the names of columns, symbols and the folder."
+    folder = tmp_path_factory.mktemp("data") / "$B_^$"
+    folder.mkdir()
+    train, rest = cut_and_purge(market(900), .6)
+    for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, .5))):
+        rng = np.random.default_rng(len(frame))
+        frame = frame.assign(**{column: rng.normal(size=len(frame)) for column in NAMES.values()})
+        frame.assign(symbol="$C_" + frame.symbol + "_$").to_parquet(folder / f"{name}_scaled.parquet", index=False)
+    return folder
+
+
+def test_a_run_is_made_whatever_its_names_and_folders_are_called(dollars, tmp_path, monkeypatch):
+    "Dollar signs, braces, a folder for temporary files of 150 characters, and a kernel called python3 that is none."
+    runs, temporary = tmp_path / "runs {of} {0} {", tmp_path / ("t" * 150)
+    temporary.mkdir()
+    for name in ("python3", "python"):
+        (tmp_path / "jupyter/kernels" / name).mkdir(parents=True)
+        spec = dict(argv=[shutil.which("false")], display_name="Python 3", language="python")
+        (tmp_path / "jupyter/kernels" / name / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    parameters = dict(model="xgboost", horizon=5, data=str(dollars), preset=None, config=dict(n_rounds=3, min_child_weight=1))
+    outcome = engine.run_notebook(parameters, runs)
+    assert outcome.status == "ok", outcome
+    run = list_runs(runs)[0]
+    run.verify()
+    assert run.path == outcome.path and {"importance.png", "robustness.png", "predictions.png"} <= {
+        file.name for file in (run.path / "plots").iterdir()}
+
+
+def drawn_texts(figure):
+    "The texts that a figure draws, as a reader sees them."
+    figure.canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    return {text._preprocess_math(text.get_text())[0] for text in texts if not text._preprocess_math(text.get_text())[1]}
+
+
+def test_pictures_show_names_as_they_are(dollars, tmp_path):
+    symbols = {"$C_A_$"}
+    importance = dict.fromkeys([*NAMES.values(), "plain"], 1.)
+    assert set(importance) <= drawn_texts(plots.plot_importance(importance))
+    splits = read_splits(dollars, (5,), splits=("train", "val"))
+    predictions = to_output(np.full((4, 3), 1 / 3), pd.DataFrame(dict(
+        datetime=pd.date_range("2024", periods=4), symbol="$C_A_$", horizon=5)), (-1, 0, 1))
+    assert symbols <= drawn_texts(plots.plot_probabilities(predictions))
+    assert symbols <= drawn_texts(explore.plot_class_balance(explore.class_balance(splits["train"], 5)))
+    assert any("$C_A_$" in text for text in drawn_texts(explore.plot_labels(splits["train"], 5)))
+    table = bars(n=240)
+    for model in ("one", "two"):
+        make_run(tmp_path, model, table, data=str(dollars))
+    rows = leaderboard(comparison(tmp_path))
+    for figure in (gallery.plot_forest(rows, "$B_^$", "directional_skill"), gallery.plot_time_against_score(rows, "$B_^$")):
+        assert plots.png(figure).startswith(b"\x89PNG")
+
+
+def test_numbers_on_logarithmic_axes_stay_formulas():
+    from matplotlib import pyplot as plt
+    figure, ax = plt.subplots()
+    ax.plot([1, 1000], [1, 2])
+    ax.set_xscale("log")
+    keep_names(figure).canvas.draw()
+    ticks = [label for label in ax.get_xticklabels() if label.get_text()]
+    assert ticks and all(label._preprocess_math(label.get_text())[1] is not False for label in ticks)
+    plt.close(figure)
