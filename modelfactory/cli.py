@@ -13,8 +13,9 @@ import typer
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0
-__all__ = ['app', 'models', 'doctor', 'check', 'purge', 'selftest', 'parse_set', 'train', 'experiment', 'status', 'compare',
-           'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'models', 'doctor', 'dataset_keys', 'check',
+           'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'compare', 'rescore',
+           'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -34,16 +35,47 @@ def doctor():
     print(found := check_environment())
     if not found.ok: raise typer.Exit(1)
 
+# %% ../nbs/cli.ipynb #e6cd6d46
+Nan = Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")]
+Exclude = Annotated[Optional[str], typer.Option(help="columns not to use, comma separated")]
+Features = Annotated[Optional[str], typer.Option(help="columns to use although their name speaks against them, comma separated")]
+Allow = Annotated[Optional[str], typer.Option(help="columns, or kinds of finding, that the leak audit lets pass, comma separated")]
+Classes = Annotated[Optional[str], typer.Option(help="label values that are targets, such as 0,1; -1,0,1 without it")]
+Prices = Annotated[Optional[str], typer.Option(help="parquet with datetime, symbol, close, where the splits have no close")]
+
+
+def _listed(text): return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
+def dataset_keys(
+    nan: str | None = None,  # as of `DatasetConfig`
+    exclude: str | None = None,  # comma separated, as is all below
+    features: str | None = None,
+    classes: str | None = None,
+    prices: str | None = None,  # a file
+) -> dict:  # keys of `DatasetConfig`, those that were given
+    "What options say of a data set; raises `ConfigError`."
+    from modelfactory.settings import ConfigError
+    try: values = [int(c) for c in _listed(classes)]
+    except ValueError: raise ConfigError(f"--classes {classes!r}: expected whole numbers, such as 0,1") from None
+    keys = dict(nan=nan, exclude=_listed(exclude), features=_listed(features), classes=values, prices=prices)
+    return {key: value for key, value in keys.items() if value}
+
 # %% ../nbs/cli.ipynb #d5905801
 @app.command()
 def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
-          nan: Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")] = None):
+          nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
+          classes: Classes = None, prices: Prices = None):
     "Check splits: roles of columns, labels, their reach and blocks, distance in time, and columns that predict too well.\n\nExample: modelfactory check data/splits/scaled"
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.dataset import DatasetConfig, read_prices
     from modelfactory.data.splits import read_splits
-    splits = read_splits(resolve_data(data), splits=("train", "val", "test"), nan=nan)
-    print(splits.report, report := audit(splits), sep="\n\n")
+    from modelfactory.settings import build_config
+    c = build_config(DatasetConfig, dict(data=data) | dataset_keys(nan, exclude, features, classes, prices), "check")
+    splits = read_splits(resolve_data(data), None, ("train", "val", "test"), c.features, c.exclude, c.nan, c.classes)
+    if c.prices: read_prices(None, c.prices)
+    print(splits.report, report := audit(splits, tuple(_listed(allow))), sep="\n\n")
     if not report.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #6bbbb55a
@@ -69,25 +101,40 @@ def selftest(models: Annotated[Optional[str], typer.Option(help="names or famili
     if not result.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #bc329590
+def parse_pairs(
+    pairs: list[str],  # "key=value"
+    option: str = "--set",  # named in errors
+) -> dict[str, str]:
+    "Keys and values, raises `ConfigError` on what is no pair."
+    from modelfactory.settings import ConfigError
+    for pair in pairs:
+        key, is_pair, _ = pair.partition("=")
+        if not key.strip() or not is_pair: raise ConfigError(f"{option} {pair!r}: expected key=value")
+    return {key.strip(): value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
 def parse_set(
     pairs: list[str],  # "key=value"
 ) -> dict:
     "Overrides from `--set`; raises `ConfigError` on what is no pair."
-    from modelfactory.settings import ConfigError
-    for p in pairs:
-        if not p.partition("=")[0].strip() or "=" not in p: raise ConfigError(f"--set {p!r}: expected key=value")
-    return {p.partition("=")[0].strip(): _value(p) for p in pairs}
-
-def _value(pair):
     import yaml
     from modelfactory.settings import ConfigError
-    try: return yaml.safe_load(pair.partition("=")[2])
-    except yaml.YAMLError as e: raise ConfigError(f"--set {pair!r}: the value is not plain YAML: {' '.join(str(e).split())[:200]}") from None
+    values = {}
+    for key, text in parse_pairs(pairs).items():
+        try: values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            reason = " ".join(str(e).split())[:200]
+            raise ConfigError(f"--set {f'{key}={text}'!r}: the value is not plain YAML: {reason}") from None
+    return values
 
-def _parameters(model, horizon, data, preset, config, pairs, seed):
+
+def _parameters(model, horizon, data, preset, config, pairs, seed, dataset):
     "Parameters of train.ipynb from the options that `train` and `tune` share."
     from modelfactory.settings import read_yaml, settings
-    return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=(read_yaml(config) if config else {}) | parse_set(pairs), seed=seed)
+    keys = (read_yaml(config) if config else {}) | parse_set(pairs)
+    of_data = {k.removeprefix("dataset."): keys.pop(k) for k in list(keys) if k.startswith("dataset.")}
+    return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=keys,
+                dataset=dataset | of_data, seed=seed)
 
 # %% ../nbs/cli.ipynb #92b03f48
 @app.command()
@@ -98,9 +145,12 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
           preset: Annotated[Optional[str], typer.Option(help="preset of the model's YAML")] = None,
           set_: Annotated[list[str], typer.Option("--set", help="key=value, stronger than everything else")] = [],
           seed: Annotated[Optional[int], typer.Option(help="settings.ini's without it")] = None,
+          nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
+          classes: Classes = None, prices: Prices = None,
           output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
           test: Annotated[bool, typer.Option(help="also score the test split")] = False):
     "Train one model in its own executed notebook.\n\nExample: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4"
+    from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.splits import split_files
     from modelfactory.models.base import ModelUnavailable
@@ -108,10 +158,12 @@ def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`
     from modelfactory.runs.engine import run_notebook
     from modelfactory.runs.grid import trainer_of
     from modelfactory.settings import settings
-    parameters = _parameters(model, horizon, data, preset, config, set_, seed)
+    parameters = _parameters(model, horizon, data, preset, config, set_, seed,
+                             dataset_keys(nan, exclude, features, classes, prices))
     trainer = trainer_of(parameters)
     if reason := ModelRegistry.reason(model, trainer.model_config): raise ModelUnavailable(f"{model}: {reason}")
     trainer.prepare_data(), split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
+    audit({name: ds.split for name, ds in trainer.datasets.items()}, tuple(_listed(allow))).raise_if_leaky()
     outcome = run_notebook(parameters | dict(evaluate_test=test), output)
     if outcome.status != "ok": raise typer.Exit(_say(f"{outcome.status}: {outcome.reason} (see {outcome.path})"))
     from modelfactory.runs.store import load_run
@@ -148,16 +200,18 @@ def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in p
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()
 def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; default: from settings.ini")] = None,
-            json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False):
+            json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False,
+            data: Annotated[list[str], typer.Option(help="NAME=DIR for data that have moved")] = []):
     "Compare all finished runs: JSON, notebook, markdown, page.\n\nExample: modelfactory compare runs"
     from modelfactory.runs.compare import COMPARISON, compare as compare_runs, read_comparison, summary, write_comparison
     from modelfactory.settings import settings
     runs = runs or settings().runs
+    moved = parse_pairs(data, "--data")
     if json_:
-        write_comparison(runs)
+        write_comparison(runs, moved)
         print((runs / COMPARISON).read_text())
         return
-    page = compare_runs(runs)
+    page = compare_runs(runs, moved)
     print(*summary(read_comparison(page.with_name(COMPARISON))), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
@@ -181,6 +235,8 @@ def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`"
          preset: Annotated[Optional[str], typer.Option(help="preset of the model's YAML")] = None,
          set_: Annotated[list[str], typer.Option("--set", help="key=value, not searched")] = [],
          seed: Annotated[Optional[int], typer.Option(help="settings.ini's without it")] = None,
+         nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
+         classes: Classes = None, prices: Prices = None,
          trials: Annotated[int, typer.Option(min=1, help="of the study in all, those of earlier calls included")] = 50,
          objective: Annotated[str, typer.Option(help="log_loss, f1_macro or sharpe_net")] = "log_loss",
          folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
@@ -188,10 +244,14 @@ def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`"
          storage: Annotated[Optional[str], typer.Option(help="URL of a database that machines share; sqlite in the runs folder without it")] = None,
          output: Annotated[Optional[Path], typer.Option(help="YAML to write; params/tuned without it", dir_okay=False)] = None):
     "Search a model's settings; the same command goes on with the same study.\n\nExample: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"
+    from modelfactory.data.audit import audit
     from modelfactory.runs.grid import trainer_of
     from modelfactory.training.tuner import OptunaModelTuner
-    parameters = _parameters(model, horizon, data, preset, config, set_, seed)
+    parameters = _parameters(model, horizon, data, preset, config, set_, seed,
+                             dataset_keys(nan, exclude, features, classes, prices))
     tuner = OptunaModelTuner(trainer_of(parameters).config, trials, objective, folds, on=on, storage=storage)
+    tuner.objective.prepare_data()
+    audit(tuner.objective.splits, tuple(_listed(allow))).raise_if_leaky()
     result = tuner.run()
     print(result, result.save(output), sep="\n")
     print(_study_page(parameters, dict(trials=trials, objective=objective, folds=folds, on=on, storage=storage, output=output and str(output.resolve()))))
@@ -221,11 +281,12 @@ def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; sett
 
 # %% ../nbs/cli.ipynb #50ed4f98
 @app.command("final")
-def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")]):
+def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")],
+                data: Annotated[Optional[str], typer.Option(help="folder with their data, where they have moved")] = None):
     "Score chosen runs on the test split, and write down that it was used.\n\nExample: modelfactory final runs/xgboost_h5_…"
     from modelfactory.runs.final import final
     from modelfactory.training.test_set import test_set_uses
-    print(final(runs).round(4).to_string(index=False))
+    print(final(runs, data).round(4).to_string(index=False))
     for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*test_set_uses(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #89d7dad1
@@ -235,7 +296,7 @@ def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; setti
     from modelfactory.runs.grid import run_grid
     result = run_grid("demo", output)
     print(result)
-    compare(output)
+    compare(output, False, [])
     if not result.ok: raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #3e5c4547

@@ -37,9 +37,11 @@ def probabilities(table, skill=0., seed=0, classes=(-1, 0, 1)):
     return p / p.sum(1, keepdims=True)
 
 
-def make_run(runs, model, table, *, data="/data/bars", horizon=5, seed=42, skill=0., noise=0, code="code", fingerprint="f" * 16,
+def make_run(runs, model, table, *, data="/data/bars", horizon=5, seed=42, skill=0., noise=0, code="code", fingerprint=None,
              classes=(-1, 0, 1), scoring=SCORING_VERSION, prices=True, daily=None, p=None, family="examples", n_boot=20):
-    "A run folder whose predictions of `table` have some skill; returns the `Run`."
+    "A run folder whose predictions of `table` have some skill; returns the `Run`. Each `data` has a fingerprint of its own."
+    of_data = "f" * 16 if str(data) == "/data/bars" else hashlib.blake2b(str(data).encode(), digest_size=8).hexdigest()
+    fingerprint = fingerprint or of_data
     p = probabilities(table, skill, [noise, seed, *model.encode()], classes) if p is None else p
     meta = table[["datetime", "symbol"]].assign(horizon=horizon)
     output, y = to_output(p, meta, classes), table.y_true.to_numpy()

@@ -11,7 +11,7 @@ from .splits import MissingFile
 from ..settings import did_you_mean, settings
 
 # %% auto #0
-__all__ = ['BUNDLED', 'resolve_data']
+__all__ = ['BUNDLED', 'resolve_data', 'data_path', 'whole_paths']
 
 # %% ../../nbs/data/05_bundled.ipynb #e1b35232
 def _eurusd(out):
@@ -39,3 +39,20 @@ def resolve_data(
         out.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError): BUNDLED[str(data)](out)
     return out
+
+# %% ../../nbs/data/05_bundled.ipynb #3aaf14bc
+def data_path(
+    data: str | Path,  # a folder, or the name of a bundled data set
+) -> str:
+    "The whole path of a folder; a bundled name, and what is no folder, as it is."
+    if str(data) in BUNDLED or not Path(data).is_dir(): return str(data)
+    return str(Path(data).resolve())
+
+
+def whole_paths(
+    values: dict,  # keys of `DatasetConfig`
+) -> dict:
+    "The same with whole paths in `data` and `prices`."
+    if values.get("data") is not None: values = values | dict(data=data_path(values["data"]))
+    if values.get("prices") is not None: values = values | dict(prices=str(Path(values["prices"]).resolve()))
+    return values

@@ -11,6 +11,7 @@ import pandas as pd
 
 from .dataset import TimeSeriesDataset
 from .splits import NO_TARGET, Split, SplitsError
+from ..pictures import keep_names
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ def plot_class_balance(
             ax.bar(mine.index, mine[c], bottom=below, color=COLOURS.get(c, "#CC79A7"), width=.9, label=str(c)); below = below + mine[c]
         ax.set_ylabel(symbol, fontsize=8); ax.tick_params(labelsize=8, rotation=90 if len(mine) > 8 else 0); ax.set_ylim(0, 1)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-    return fig
+    return keep_names(fig)
 
 # %% ../../nbs/data/07_explore.ipynb #0f144fe0
 def plot_labels(
@@ -69,7 +70,7 @@ def plot_labels(
     ticks = np.linspace(0, len(rows) - 1, 5).astype(int)
     ax.set_xticks(ticks, [f"{t:%Y-%m-%d %H:%M}" for t in split.datetimes[rows[ticks]]], fontsize=8); ax.tick_params(axis="y", labelsize=8)
     ax.set_title(f"{split.symbols[split.codes[rows[0]]]}, {split.name}, horizon {horizon}", fontsize=9, loc="left"); ax.legend(frameon=False, fontsize=8, ncols=2); ax.spines[["top", "right"]].set_visible(False)
-    return fig
+    return keep_names(fig)
 
 # %% ../../nbs/data/07_explore.ipynb #d09cba78
 MOST_ROWS = 20_000  # that deciles are made of
@@ -181,7 +182,7 @@ def plot_drift(
         for split, style in ((train, dict(color="#7f7f7f", alpha=.5, label=train.name)), (other, dict(color="#0072B2", histtype="step", lw=1.4, label=other.name))): ax.hist(split.matrix[:, j], np.linspace(*edges, 31), density=True, **style)
         ax.set_title(f"{name}: {moved:.2f}", fontsize=8); ax.tick_params(labelsize=7); ax.set_yticks([])
     axes[0, 0].legend(frameon=False, fontsize=7)
-    return fig
+    return keep_names(fig)
 
 # %% ../../nbs/data/07_explore.ipynb #1636a7d6
 def plot_window(
@@ -199,4 +200,4 @@ def plot_window(
     ax.set_yticks(range(window.shape[1]), dataset.feature_columns[:window.shape[1]], fontsize=6); ax.tick_params(axis="x", labelsize=8)
     at = dataset.metadata.iloc[i]
     ax.set_title(f"{at.symbol} {at.datetime:%Y-%m-%d %H:%M}: label {dataset.y[i]}", fontsize=9, loc="left"); ax.set_xlabel("bar of the window", fontsize=8); fig.colorbar(shown, ax=ax, shrink=.6)
-    return fig
+    return keep_names(fig)

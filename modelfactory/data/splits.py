@@ -194,11 +194,31 @@ def _read_matrix(source, columns, n, order):
 def _check_finite(split, nan):
     if np.isfinite(np.vdot(split.matrix, split.matrix)): return
     for j, name in enumerate(split.features):
-        column = split.matrix[:, j]
-        for bad, what, mend in [(np.isinf(column), "with infinity (or more than float32 can)", "mend upstream"),
-                                (np.isnan(column), "with NaN", "set nan='median' or 'zero', or 'keep' for models that take NaN")]:
-            if bad.any() and not (nan and what == "with NaN"):
-                raise BadValue(f"{split.file}: {name}: {_rows(_file_order(bad, split.order), what)}; {mend}")
+        if (bad := np.isinf(split.matrix[:, j])).any():
+            what = _rows(_file_order(bad, split.order), "with infinity (or more than float32 can)")
+            raise BadValue(f"{split.file}: {name}: {what}; mend upstream")
+    if nan is None: _check_nan([split])
+
+
+def _check_nan(splits):
+    "Raises `BadValue` that lists every feature with NaN, and its share in each split."
+    shares = {split.name: np.isnan(split.matrix).mean(0) for split in splits}
+    of_feature = {}
+    for split in splits:
+        for j in np.flatnonzero(shares[split.name]):
+            of_feature.setdefault(split.features[j], {})[split.name] = f"{split.name} {_percent(shares[split.name][j])}"
+    if not of_feature: return
+    first = next(split for split in splits if shares[split.name].any())
+    j = int(np.flatnonzero(shares[first.name])[0])
+    where = _rows(_file_order(np.isnan(first.matrix[:, j]), first.order), "with NaN")
+    listed = "; ".join(f"{name} ({', '.join(of.values())})" for name, of in of_feature.items())
+    raise BadValue(f"{first.file}: {first.features[j]}: {where}; {len(of_feature)} of {len(first.features)} features with NaN: "
+                   f"{listed}; set nan='median' or 'zero', or 'keep' for models that take NaN (--nan), "
+                   "or leave them out with exclude= (--exclude)")
+
+
+def _percent(share): return f"{share:.2%}" if share >= 5e-5 else "< 0.01%"
+
 
 def _file_order(mask, order):
     if order is None: return mask
@@ -452,7 +472,8 @@ def read_splits(
     roles = column_roles(first.schema_arrow, features, exclude)
     names = _features(roles)
     for reader, other in readers.values(): _check_same(names, column_roles(reader.schema_arrow, features, exclude), file, other)
-    read = {name: read_split(source, name, horizons, names, classes, nan) for name, source in files.items()}
+    read = {name: read_split(source, name, horizons, names, classes, nan or "keep") for name, source in files.items()}
+    if nan is None: _check_nan(list(read.values()))
     fills = _fill(read, nan)
     for i, early in enumerate(splits):
         for late in splits[i + 1:]: _check_apart(read[early], read[late])

@@ -142,7 +142,7 @@ def member_configs(config: EnsembleConfig) -> dict:  # name -> resolved config
     if not config.members: raise ConfigError(f"{config.model_name}: members is empty, expected at least one model")
     if nested := [n for n in config.members if issubclass(ModelRegistry.get(n), EnsembleModel)]: raise ConfigError(f"{config.model_name}: member {nested[0]} is an ensemble itself; name its members instead")
     shared = {k: getattr(config, k) for k in SHARED}
-    return {name: resolve_config(name, config.horizon, config.member_preset, overrides or {}, shared) for name, overrides in config.members.items()}
+    return {name: resolve_config(name, config.horizon, config.member_preset, overrides or {}, **shared) for name, overrides in config.members.items()}
 
 def _members_of(ensemble, config):
     "The class and the resolved config of each member of an ensemble with this config."

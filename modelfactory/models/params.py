@@ -7,11 +7,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..builtin import params_file
 from .registry import ModelRegistry
-from ..settings import ConfigError, build_config, did_you_mean, read_yaml, settings
+from ..settings import ConfigError, build_config, did_you_mean, read_yaml
 
 # %% auto #0
-__all__ = ['ModelParams', 'read_params', 'resolve_config']
+__all__ = ['TASK_KEYS', 'ModelParams', 'read_params', 'resolve_config']
 
 # %% ../../nbs/models/04_params.ipynb #8ac45084
 @dataclass
@@ -23,32 +24,54 @@ class ModelParams:
     search: dict = field(default_factory=dict)  # what a tuner may vary
     about: dict = field(default_factory=dict)  # paper, sees, misses, use: for the table of models
 
+# %% ../../nbs/models/04_params.ipynb #33493704
+TASK_KEYS = dict(
+    model_name="--model (`models` in a grid)",
+    model_family="--model (`models` in a grid)",
+    horizon="--horizon (`horizons` in a grid)",
+    random_seed="--seed (`seeds` in a grid)",
+    classes="--classes (`dataset: {classes: ...}` in a grid)",
+)  # key of a model's config -> the option that decides it
+
 # %% ../../nbs/models/04_params.ipynb #4321acc5
 def read_params(
     name: str,  # of a registered model
-    folder: Path | None = None,  # with `<name>.yaml`; None: settings' params/models
+    folder: Path | None = None,  # with `<name>.yaml`; None: settings' params/models over those of the package
 ) -> ModelParams:
     "Reads a model's YAML, empty when there is none; raises `ConfigError` on a key that is not the model's."
     model = ModelRegistry.get(name)
-    file = Path(folder or settings().params / "models") / f"{model.name}.yaml"
-    if not file.is_file(): return ModelParams()
+    file = Path(folder) / f"{model.name}.yaml" if folder else params_file(f"models/{model.name}.yaml")
+    if file is None or not file.is_file(): return ModelParams()
     values = read_yaml(file)
     parts = {k: _mapping(values.pop(k, None), f"{file}: {k}") for k in ("presets", "resources", "search", "about")}
-    for key, mine in [("model_name", model.name), ("model_family", model.family)]:
-        if values.pop(key, mine) != mine: raise ConfigError(f"{file}: {key} is not {mine!r}, which this file is about")
+    for key, own in [("model_name", model.name), ("model_family", model.family)]:
+        if values.pop(key, own) != own: raise ConfigError(f"{file}: {key} is not {own!r}, which this file is about")
     params = ModelParams(values, **parts)
-    build_config(model.Config, values, str(file))
-    for preset, overrides in params.presets.items(): build_config(model.Config, overrides, f"{file}: presets: {preset}")
-    for key in params.search: _check_key(key, model, file)
+    _check_keys(values, model, str(file))
+    for preset, overrides in params.presets.items(): _check_keys(overrides, model, f"{file}: presets: {preset}")
+    for key in params.search: _check_search_key(key, model, f"{file}: search")
     return params
 
+
 def _mapping(part, where):
-    if not isinstance(part or {}, dict): raise ConfigError(f"{where}: found a {type(part).__name__}, expected key: value pairs")
+    if not isinstance(part or {}, dict):
+        raise ConfigError(f"{where}: found a {type(part).__name__}, expected key: value pairs")
     return part or {}
 
-def _check_key(key, model, file):
+
+def _check_keys(values, model, where):
+    build_config(model.Config, values, where)
+    for key in values: _refuse_task_key(key, where)
+
+
+def _check_search_key(key, model, where):
     keys = asdict(model.Config())
-    if key not in keys: raise ConfigError(f"{file}: search: unknown key {key!r}, {did_you_mean(key, keys)}")
+    if key not in keys: raise ConfigError(f"{where}: unknown key {key!r}, {did_you_mean(key, keys)}")
+    _refuse_task_key(key, where)
+
+
+def _refuse_task_key(key, where):
+    if key in TASK_KEYS: raise ConfigError(f"{where}: {key} belongs to the task; remove it here, use {TASK_KEYS[key]}")
 
 # %% ../../nbs/models/04_params.ipynb #daa261ee
 def resolve_config(
@@ -56,11 +79,31 @@ def resolve_config(
     horizon: int,  # bars ahead
     preset: str | None = None,  # named in the YAML
     *overrides: dict,  # stronger and stronger
+    **decided,  # keys that are decided elsewhere: an override with another value is refused
 ) -> dict:
     "Every config key of a model with its final value; raises `ConfigError` on an unknown preset, key or value."
     model, params = ModelRegistry.get(name), read_params(name)
-    if preset and params.presets and preset not in params.presets: raise ConfigError(f"{name}: unknown preset {preset!r}, {did_you_mean(preset, params.presets)}")
+    if preset and preset not in params.presets: raise ConfigError(_unknown_preset(model.name, preset, params.presets))
+    decided |= dict(model_name=model.name, model_family=model.family, horizon=horizon)
     merged = params.config | params.presets.get(preset, {})
-    for o in overrides: merged |= o
-    merged |= dict(model_name=model.name, model_family=model.family, horizon=horizon)
-    return asdict(build_config(model.Config, merged, model.name))
+    for o in overrides:
+        _refuse_decided(o, decided, model)
+        merged |= o
+    return asdict(build_config(model.Config, merged | decided, model.name))
+
+
+def _unknown_preset(name, preset, presets):
+    if not presets:
+        return f"{name}: unknown preset {preset!r}, it has none; write presets: in params/models/{name}.yaml"
+    hint = did_you_mean(preset, presets)
+    listed = "" if hint.startswith("valid") else f" (presets: {', '.join(sorted(presets))})"
+    return f"{name}: unknown preset {preset!r}, {hint}{listed}"
+
+
+def _refuse_decided(overrides, decided, model):
+    "Raises `ConfigError` on a key whose value would be ignored."
+    for key in overrides.keys() & decided.keys():
+        wanted, value = (getattr(build_config(model.Config, {key: v}, model.name), key) for v in (overrides[key], decided[key]))
+        if wanted == value: continue
+        option = TASK_KEYS.get(key, f"{key} of the ensemble")
+        raise ConfigError(f"{model.name}: {key} = {wanted!r} would be ignored, {value!r} holds here; use {option}")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import modelfactory.models
 from .base import BaseModel, ModelUnavailable
-from ..settings import did_you_mean, params_folder, plugin_files
+from ..builtin import params_file
+from ..settings import did_you_mean, plugin_files
 
 # %% auto #0
 __all__ = ['UnknownModel', 'check_name', 'load_plugin', 'ModelList', 'ModelRegistry']
@@ -62,8 +63,8 @@ def _missing(cls):
 
 def _own_config(cls):
     "What the model's YAML says, read without checking it: listing has to be cheap."
-    file = params_folder() / "models" / f"{cls.name}.yaml"
-    if cls.lacks.__func__ is BaseModel.lacks.__func__ or not file.is_file(): return {}
+    if cls.lacks.__func__ is BaseModel.lacks.__func__: return {}
+    if (file := params_file(f"models/{cls.name}.yaml")) is None: return {}
     import yaml
     try: return dict(yaml.safe_load(file.read_text()) or {})
     except (OSError, ValueError, yaml.YAMLError): return {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..data.bundled import resolve_data
+from ..data.bundled import data_path, resolve_data
 from ..data.splits import MissingFile, SplitsError, excluded_by_reason
 from ..evaluation.backtest import BacktestError
 from ..evaluation.evaluator import SCORING_VERSION
@@ -22,8 +22,8 @@ from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .significance import (
     claim_figures, constant_call_text, count_trials, describe, no_skill_text, read_task, stored_daily, task_significance)
-from .store import FAILED, RunError, RunList, list_runs, write_json
-from ..settings import ConfigError, settings
+from .store import FAILED, RunError, RunList, check_data, list_runs, write_json
+from ..settings import ConfigError, did_you_mean, settings
 from ..training.test_set import test_set_uses
 
 # %% auto #0
@@ -32,7 +32,7 @@ __all__ = ['MIN_CEILING_GAP', 'CLAIMS', 'SHOWN', 'DIRECTION', 'BEST', 'VERDICTS'
            'failures', 'leaderboard', 'escape_markdown', 'Table', 'leaderboard_table', 'direction_tests',
            'best_per_horizon', 'best_verdict', 'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling',
            'ceiling_table', 'conclusion', 'notes', 'task_notes', 'summary', 'seconds_table', 'excluded_table',
-           'to_html', 'to_markdown', 'write_comparison', 'compare']
+           'to_html', 'to_markdown', 'write_comparison', 'use_moved_data', 'compare']
 
 # %% ../../nbs/runs/03_compare.ipynb #5ccc091c
 def _task_scores(task):
@@ -136,7 +136,7 @@ MIN_CEILING_GAP = dict(
 
 def _ceiling(task, prior, constant):
     "Null score, one-row policy and ceiling of a task, by metric; None where the answer is not known."
-    best = ceiling_scores(task.runs[-1].data, task.horizon, next(iter(task.predictions.values())))
+    best = ceiling_scores(task.runs[-1].data_folder, task.horizon, next(iter(task.predictions.values())))
     if best is None:
         return None
     null = dict(directional_accuracy=constant, log_loss=prior, f1_macro=best["full"]["f1_null"])
@@ -359,7 +359,7 @@ def failures(
     runs: Path,  # the runs folder
 ) -> list[dict]:  # run, status, reason, folder
     "The newest failure of each model, data set, horizon and seed that was not finished later."
-    finished, found = {_asked(r.data, r.manifest) for r in list_runs(runs)}, {}
+    finished, found = {_asked(data, r.manifest) for r in list_runs(runs) for data in (r.data, r.manifest["data"])}, {}
     for attempt in sorted((Path(runs) / FAILED).glob("*/job.json"), key=lambda f: f.parent.name[-22:]):
         try:
             asked, outcome = (
@@ -895,12 +895,14 @@ def to_markdown(
 # %% ../../nbs/runs/03_compare.ipynb #9832e789
 def write_comparison(
     runs: Path | None = None,  # None: settings' runs folder
+    moved: dict | None = None,  # name of a data set in the comparison -> folder that it is in now
 ) -> dict:  # of `comparison`
     "Writes `model_comparison.json` into a runs folder; raises `RunError` where there is nothing to compare."
     runs = Path(runs or settings().runs)
     found = list_runs(runs)
     if not found:
         raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
+    use_moved_data(found, moved or {})
     result = comparison(found)
     write_json(runs / ".model_comparison.json", result)
     (runs / ".model_comparison.json").replace(runs / COMPARISON)
@@ -908,14 +910,35 @@ def write_comparison(
 
 COMPARISON = "model_comparison.json"
 
+def use_moved_data(
+    runs: RunList,
+    moved: dict,  # name of a data set, as in `data_names` -> folder that it is in now
+):
+    "Has runs read their data in another folder; raises `RunError` where it does not hold the data of any of them."
+    names = runs.data_names
+    for data, folder in moved.items():
+        of_data = [r for r in runs if names[r.data] == data]
+        if not of_data:
+            raise RunError(f"--data {data}: no run on data of that name, {did_you_mean(data, set(names.values()))}")
+        refusals = []
+        for run in of_data:
+            try:
+                check_data(run, folder)
+                run.moved_to = data_path(folder)
+            except RunError as e:
+                refusals.append(e)
+        if len(refusals) == len(of_data):
+            raise refusals[-1]
+
 def compare(
     runs: Path | None = None,  # None: settings' runs folder
+    moved: dict | None = None,  # name of a data set in the comparison -> folder that it is in now
 ) -> Path:  # the page
     "Writes `model_comparison.json`, and from it `compare.ipynb`, an HTML page and markdown, into a runs folder."
     from modelfactory.runs.engine import execute, find_notebook
 
     runs = Path(runs or settings().runs).resolve()
-    write_comparison(runs)
+    write_comparison(runs, moved)
     execute(
         find_notebook("compare.ipynb"),
         runs / ".compare.ipynb",

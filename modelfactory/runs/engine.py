@@ -8,49 +8,61 @@ import contextlib, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, 
 from dataclasses import dataclass
 from pathlib import Path
 
-import modelfactory
+from ..builtin import builtin_folder
+from ..data.bundled import whole_paths
 from .store import FAILED, claim, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
-__all__ = ['RARELY', 'START', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute', 'main', 'Outcome',
-           'Limits', 'environment', 'gigabytes', 'end_run', 'run_notebook']
+__all__ = ['RARELY', 'START', 'LONGEST_SOCKET', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute',
+           'main', 'Outcome', 'Limits', 'environment', 'gigabytes', 'end_run', 'run_notebook']
 
 # %% ../../nbs/runs/01_engine.ipynb #fe60489e
 def find_notebook(
     name: str,  # train.ipynb or compare.ipynb
 ) -> Path:
     "Where a notebook is; raises `ConfigError` with the places looked at."
-    places = [settings().notebooks / name, Path(modelfactory.__file__).resolve().parents[1] / "nbs" / name]
-    if found := next((p for p in places if p.is_file()), None): return found
-    raise ConfigError(f"{name}: not found in {', '.join(str(p.parent) for p in places)}; set notebooks= in settings.ini to the folder that holds it")
+    places = [settings().notebooks / name, builtin_folder("notebooks") / name]
+    if notebook := next((p for p in places if p.is_file()), None): return notebook
+    folders = ", ".join(str(p.parent) for p in places)
+    raise ConfigError(f"{name}: not found in {folders}; set notebooks= in settings.ini to the folder that holds it")
 
 # %% ../../nbs/runs/01_engine.ipynb #6817dd60
 def check_parameters(notebook: Path, parameters: dict):
     "Raises `ConfigError` on a parameter that the notebook's `parameters` cell does not have: papermill would only log it."
     from papermill import inspect_notebook
-    known = inspect_notebook(str(notebook))
+    names = inspect_notebook(_as_it_is(notebook))
     for name in parameters:
-        if name not in known: raise ConfigError(f"{notebook.name}: no parameter {name!r}, {did_you_mean(name, known)}")
+        if name not in names: raise ConfigError(f"{notebook.name}: no parameter {name!r}, {did_you_mean(name, names)}")
 
 # %% ../../nbs/runs/01_engine.ipynb #44d175c9
 RARELY = 20_000  # new objects between two searches for cycles: at Python's 700 (3.11), imports and messages are looked through again and again
 START = f"import gc, runpy, sys; gc.set_threshold({RARELY}); sys.modules['debugpy'] = None; runpy.run_module('ipykernel_launcher', run_name='__main__')"  # of a kernel, which nobody will debug
+LONGEST_SOCKET = 100  # bytes of a path, which a number is added to; macOS takes 103, Linux 107
+
 
 def _kernel_manager(runtime):
-    "A kernel manager whose sockets are files in folder `runtime`, where no other run's are."
+    """A kernel manager that starts this interpreter's kernel, whatever kernels are installed.
+
+    Its sockets are files in folder `runtime`, where no other run's are; ports where its path is too long for a socket."""
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode
-    if os.name != "posix": return AsyncKernelManager
-    class IPCKernelManager(AsyncKernelManager):
-        transport, ip = Unicode("ipc"), Unicode(f"{runtime}/kernel")
-        def format_kernel_cmd(self, *args, **kw):
-            command = super().format_kernel_cmd(*args, **kw)
-            if "ipykernel_launcher" in command:
-                at = command.index("ipykernel_launcher")
-                command[at - 1:at + 1] = ["-c", START]  # for -m ipykernel_launcher
-            return command
-    return IPCKernelManager
+    command = [sys.executable, "-c", START, "-f", "{connection_file}"]
+    own = KernelSpec(argv=command, display_name="Python 3", language="python", metadata={"debugger": False})
+    socket = f"{runtime}/kernel"
+    is_short = os.name == "posix" and len(os.fsencode(socket)) <= LONGEST_SOCKET
+    kind, address = ("ipc", socket) if is_short else ("tcp", "127.0.0.1")
+
+    class OwnKernelManager(AsyncKernelManager):
+        kernel_spec = own
+        transport, ip = Unicode(kind), Unicode(address)
+    return OwnKernelManager
+
+
+def _as_it_is(path):
+    "A path for papermill, which fills in what stands in braces."
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 # %% ../../nbs/runs/01_engine.ipynb #0486c635
 def execute(
@@ -64,8 +76,9 @@ def execute(
     _save_by_the_second()
     with tempfile.TemporaryDirectory(prefix="mf") as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime
-        papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False, autosave_cell_every=1,
-                                   start_timeout=180, coalesce_streams=True, kernel_manager_class=_kernel_manager(runtime))
+        papermill.execute_notebook(
+            _as_it_is(notebook), _as_it_is(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
+            autosave_cell_every=1, start_timeout=180, coalesce_streams=True, kernel_manager_class=_kernel_manager(runtime))
     _sign(output)
 
 def _save_by_the_second():
@@ -211,6 +224,8 @@ def run_notebook(
     "Trains in a process of its own and publishes the run."
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
     check_parameters(notebook, parameters)
+    parameters = whole_paths(parameters)
+    if parameters.get("dataset"): parameters = parameters | dict(dataset=whole_paths(parameters["dataset"]))
     for _ in range(ATTEMPTS):
         outcome = _attempt(parameters, runs, notebook, limits, stop, grid)
         if outcome.status != "failed" or not MENDABLE.search(outcome.reason): break

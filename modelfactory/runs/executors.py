@@ -29,6 +29,8 @@ class Job:
     identity: str
     unavailable: str = ""  # why it cannot run here
     grid: str = ""  # what it is part of
+    resolved: dict | None = None  # config with every key, as the run will store it
+    fingerprint: str = ""  # hash of the splits
 
     @property
     def title(self): return f"{self.parameters['model']} h{self.parameters['horizon']} {Path(self.parameters['data']).name}"

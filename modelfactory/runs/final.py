@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .store import Run, RunError, load_run
+from ..data.splits import MissingFile
+from .store import Run, RunError, check_data, load_run
 from ..evaluation.metrics import metric_sign
 
 # %% auto #0
@@ -17,14 +18,15 @@ __all__ = ['COMPARED', 'score_on_test', 'final']
 # %% ../../nbs/runs/08_final.ipynb #dfc806ca
 COMPARED = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")
 
-def score_on_test(run: Run) -> dict:
+
+def score_on_test(
+    run: Run,
+    data: str | Path | None = None,  # folder with its data, where they have moved
+) -> dict:
     "Test metrics of a run, after an entry in the ledger; raises `RunError` when its data are not those it was trained on."
     from modelfactory.training.trainer import Trainer
-    trainer, model = Trainer(run.config), run.model()
-    prints = [trainer.fingerprint(), trainer.fingerprint(("train", "val"))]  # earlier versions left test out
-    if run.manifest["data_fingerprint"] not in prints:
-        raise RunError(f"{run.path.name}: {run.data} has changed since it was trained; "
-                       "train it again before you score it on test")
+    config = run.config | dict(data=run.config["data"] | dict(data=str(data or run.data_folder)))
+    trainer, model = Trainer(config), run.model()
     trainer.prepare_data()
     trainer.model = model
     return trainer.evaluate("test", run.path)
@@ -32,9 +34,20 @@ def score_on_test(run: Run) -> dict:
 # %% ../../nbs/runs/08_final.ipynb #12694710
 def final(
     paths: list[Path],  # folders of finished runs
+    data: str | Path | None = None,  # folder with their data, where they have moved
 ) -> pd.DataFrame:  # a row a run and metric: val, test with its interval, worse: whether test is the worse of the two
     "Scores chosen runs on test, once each; raises `RunError` on a folder that is no run, before any is scored."
     runs = [load_run(p) for p in dict.fromkeys(Path(p).resolve() for p in paths)]
-    for r in runs: r.verify()
-    scored = [(r, score_on_test(r)) for r in runs]
-    return pd.DataFrame([dict(run=r.path.name, metric=m, val=r.metrics[m], test=found[m], low=found.get(f"{m}_ci_low"), high=found.get(f"{m}_ci_high"), worse=bool((found[m] - r.metrics[m]) * (metric_sign(m) or 1) < 0)) for r, found in scored for m in COMPARED])
+    for run in runs:
+        run.verify()
+        try: check_data(run, data or run.data_folder)
+        except MissingFile as e:
+            raise RunError(f"{run.path.name}: {e}; where the data have moved, name their folder with --data") from None
+    rows = []
+    for run in runs:
+        test = score_on_test(run, data)
+        for m in COMPARED:
+            worse = bool((test[m] - run.metrics[m]) * (metric_sign(m) or 1) < 0)
+            low, high = test.get(f"{m}_ci_low"), test.get(f"{m}_ci_high")
+            rows.append(dict(run=run.path.name, metric=m, val=run.metrics[m], test=test[m], low=low, high=high, worse=worse))
+    return pd.DataFrame(rows)

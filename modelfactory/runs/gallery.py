@@ -13,6 +13,7 @@ import pandas as pd
 from ..evaluation.bootstrap import block_indices, block_sums, series_block_length, stationary_blocks
 from ..evaluation.metrics import confidence_bins, metric_sign
 from ..evaluation.significance import row_losses, stacked_models
+from ..pictures import plain_names
 from .significance import Task
 from .store import RunError
 from ..training import plots
@@ -72,6 +73,7 @@ def plot_forest(
         frameon=False,
         fontsize=9,
     )
+    plain_names(fig)
     fig.tight_layout()
     return fig
 
@@ -312,6 +314,7 @@ def plot_time_against_score(
     fig, axes = plt.subplots(1, len(horizons), figsize=(9, 2.8), dpi=100, facecolor="white", squeeze=False)
     for ax, h in zip(axes[0], horizons):
         _time_facet(ax, mine[mine.horizon == h].sort_values("fit_seconds"), metric, f"{data}, horizon {h}")
+    plain_names(fig)
     fig.tight_layout()
     return fig
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..builtin import params_file, params_names
 from ..data.audit import audit
-from ..data.bundled import resolve_data
+from ..data.bundled import data_path, resolve_data, whole_paths
 from ..data.dataset import DatasetConfig
 from ..data.splits import fingerprint, read_splits
 from ..models.registry import ModelRegistry
@@ -21,13 +22,13 @@ from ..progress import Progress, duration
 from .engine import Limits, Outcome
 from .executors import Job, make_engine
 from .tracking import Tracker
-from .store import FAILED, PARTIAL, clear_partial, is_alive, list_runs, run_identity
+from .store import FAILED, PARTIAL, RunList, clear_partial, is_alive, list_runs, run_identity
 from ..settings import ConfigError, NonNegative, Positive, ShownConfig, build_config, did_you_mean, read_yaml, settings
 from ..training.trainer import Trainer
 
 # %% auto #0
 __all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'plan', 'audit_data', 'trainer_of', 'GridResult',
-           'run_grid', 'default_workers', 'GridStatus', 'grid_status']
+           'run_grid', 'trained_by_other_code', 'default_workers', 'GridStatus', 'grid_status']
 
 # %% ../../nbs/runs/02_grid.ipynb #7765424b
 @dataclass
@@ -37,7 +38,7 @@ class GridConfig(ShownConfig):
     models: tuple[str, ...]  # names, families, or all
     horizons: tuple[Positive, ...]  # bars ahead
     seeds: tuple[NonNegative, ...]  # of everything random, a run each
-    preset: str | None = None  # preset of each model's YAML, where it has one of that name
+    preset: str | None = None  # preset of each model's YAML
     overrides: dict[str, dict] = field(default_factory=dict)  # model -> config keys
     dataset: dict = field(default_factory=dict)  # further keys of DatasetConfig, for every data set
     allow: tuple[str, ...] = ()  # columns that the leak audit is to let pass: those you can vouch for
@@ -59,9 +60,10 @@ def grid_config(
     return grid
 
 def _grid_file(file):
-    "A path, or the name of a grid in params/grids."
-    named = settings().params / "grids" / f"{file}.yaml"
-    return named if not Path(file).is_file() and named.is_file() else Path(file)
+    "A path, or the name of a grid in params/grids; raises `ConfigError` where there is neither."
+    if Path(file).is_file(): return Path(file)
+    if named := params_file(f"grids/{file}.yaml"): return named
+    raise ConfigError(f"{file}: no such file, and no grid of that name: {did_you_mean(file, params_names('grids'))}")
 
 # %% ../../nbs/runs/02_grid.ipynb #73bd4c5b
 def expand_models(
@@ -77,8 +79,8 @@ def expand_models(
 # %% ../../nbs/runs/02_grid.ipynb #62aab70b
 def grid_jobs(grid: GridConfig) -> list[Job]:
     "Every run of a grid; raises `ConfigError` on a preset or an override that a model does not have. No data are read, but for their hash."
-    prints = {d: fingerprint(resolve_data(d)) for d in grid.data}
-    return [_job(grid, *which, prints) for which in product(grid.data, grid.horizons, grid.models, grid.seeds)]
+    prints = {d: fingerprint(resolve_data(d)) for d in map(data_path, grid.data)}
+    return [_job(grid, *which, prints) for which in product(prints, grid.horizons, grid.models, grid.seeds)]
 
 def plan(
     grid: GridConfig,
@@ -97,19 +99,24 @@ def audit_data(grid: GridConfig, data: str):
     audit(read_splits(resolve_data(data), grid.horizons, ("train", "val"), c.features, c.exclude, c.nan, c.classes), grid.allow).raise_if_leaky()
 
 def _job(grid, data, horizon, model, seed, prints):
-    parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}), dataset=grid.dataset)
+    parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}),
+                      dataset=whole_paths(grid.dataset))
     resolved = trainer_of(parameters).resolved()
-    return Job(parameters, run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"]), grid.name)
+    identity, unavailable = run_identity(resolved, prints[data]), ModelRegistry.reason(model, resolved["config"])
+    return Job(parameters, identity, unavailable, grid.name, resolved, prints[data])
 
 # %% ../../nbs/runs/02_grid.ipynb #ed192ff5
 def trainer_of(
     parameters: dict,  # of train.ipynb: model, horizon, data, seed, preset, config, dataset
     callbacks: tuple = (),
 ) -> Trainer:
-    "The trainer that `train.ipynb` makes from its parameters."
+    "The trainer that `train.ipynb` makes from its parameters; raises `ConfigError`."
     p = {k: v for k, v in parameters.items() if v is not None}
-    dataset = p.pop("dataset", {}) | ({"data": p["data"]} if p.get("data") else {})
-    return Trainer({k: p[k] for k in ("model", "horizon", "seed", "preset", "config") if k in p} | dict(data=dataset), callbacks=callbacks)
+    dataset = p.pop("dataset", {})
+    if "data" in dataset: raise ConfigError("dataset: data would be ignored; use --data (`data` in a grid)")
+    dataset = dataset | ({"data": p["data"]} if p.get("data") else {})
+    given = {k: p[k] for k in ("model", "horizon", "seed", "preset", "config") if k in p}
+    return Trainer(given | dict(data=dataset), callbacks=callbacks)
 
 # %% ../../nbs/runs/02_grid.ipynb #1353dda4
 class GridResult(list):
@@ -137,14 +144,39 @@ def run_grid(
     "Trains what is not finished; one failed run does not stop the others."
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
-    finished = set() if force else {r.identity for r in list_runs(runs)}
+    stored = RunList() if force else list_runs(runs)
+    finished = {r.identity for r in stored}
     jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished)
     clear_partial(runs)
     result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
+    if n := len(trained_by_other_code(todo, stored)):
+        print(f"{n} run{'s' * (n > 1)} of this grid finished with other code or other defaults; trained again")
     if todo: result += _run_all(todo, runs, make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
     return result
+
+def trained_by_other_code(
+    jobs: list[Job],  # without a finished run
+    stored: RunList,  # finished runs
+) -> list[Job]:
+    "Jobs that a stored run would have finished but for its code, or for defaults that have changed since."
+    tasks = {}
+    for run in stored:
+        tasks.setdefault((run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")), []).append(run)
+    task = lambda job: (*(job.resolved[k] for k in ("model", "horizon", "seed")), job.fingerprint)
+    return [job for job in jobs if any(_asks_the_same(job.resolved, run) for run in tasks.get(task(job), ()))]
+
+
+def _asks_the_same(resolved, run):
+    "Whether no key that both configs have differs, but for where the data are."
+    try: old, new = run.config, json.loads(json.dumps(resolved))
+    except ConfigError: return False
+    pairs = [(old, new), *((old.get(k), new[k]) for k in ("config", "data"))]
+    if not all(isinstance(was, dict) for was, _ in pairs): return False
+    keep = lambda k: k not in ("config", "data", "prices")
+    return all(was[k] == now[k] for was, now in pairs for k in was.keys() & now.keys() if keep(k))
+
 
 def default_workers() -> int: return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
 

@@ -22,7 +22,7 @@ from ..evaluation.robustness import plot_robustness
 from ..models.base import PredictionOutput, probability_columns, to_output
 from ..models.persistence import file_hash
 from .store import (
-    MANIFEST, STAGED, Run, RunError, finish_swaps, list_runs, load_run, replace_run, score_files,
+    MANIFEST, STAGED, Run, RunError, check_data, finish_swaps, list_runs, load_run, replace_run, score_files,
     write_json, write_scores)
 from ..settings import ConfigError
 from ..training import plots
@@ -37,14 +37,11 @@ def scoring_trainer(
     splits: tuple = ("val",),  # those to be scored
 ):  # Trainer with datasets; raises `RunError` where the data cannot be read or have changed
     "A trainer that holds the data of a run, and no model."
-    from modelfactory.data.bundled import resolve_data
-    from modelfactory.data.splits import fingerprint
     from modelfactory.models.registry import UnknownModel
     from modelfactory.training.trainer import Trainer
     try:
         trainer = Trainer(_scoring_config(run))
-        prints = {trainer.fingerprint(), fingerprint(resolve_data(run.data), ("train", "val"))}
-        if run.manifest["data_fingerprint"] not in prints: raise RunError(f"{run.data} has changed since the training")
+        check_data(run, run.data_folder)
         trainer.datasets, trainer.report = trainer._load(("train", *splits))
     except (SplitsError, ConfigError, UnknownModel, OSError) as e: raise RunError(" ".join(str(e).split())) from None
     return trainer
@@ -52,7 +49,8 @@ def scoring_trainer(
 # %% ../../nbs/runs/13_rescore.ipynb #7cfb5093
 def _scoring_config(run):
     "The run's config; version 1 stored the days of a year although nobody had set them."
-    return {k: v for k, v in run.config.items() if run.scoring > 1 or k != "trading_days"}
+    config = {k: v for k, v in run.config.items() if run.scoring > 1 or k != "trading_days"}
+    return config | dict(data=config["data"] | dict(data=run.data_folder))
 
 def rows_of(
     dataset,  # TimeSeriesDataset

@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import modelfactory
+from ..data.bundled import BUNDLED, resolve_data
+from ..data.splits import fingerprint
 from ..models.base import probability_columns
+from ..models.code import code_version
 from ..models.persistence import file_hash, library_version, load_model
-from ..models.registry import ModelRegistry, check_name
+from ..models.registry import check_name
 from ..settings import read_yaml, settings
 from ..training.test_set import short_names
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
 __all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES', 'REQUIRED',
-           'RunError', 'code_version', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive',
-           'write_json', 'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish',
-           'replace_run', 'finish_swaps', 'read_metrics', 'Run', 'load_run', 'RunList', 'list_runs']
+           'RunError', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json',
+           'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish', 'replace_run',
+           'finish_swaps', 'read_metrics', 'Run', 'load_run', 'name_data', 'check_data', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(ValueError):
@@ -32,27 +34,18 @@ class RunError(ValueError):
 MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
 STAGED, REPLACED = ".rescored", ".replaced"  # folders of runs that are about to take a place, and of those they replace
 
-# %% ../../nbs/runs/00_store.ipynb #84bcecba
-def code_version(
-    model: str,  # name in the registry
-) -> str:  # 16 hex digits
-    "Hash of the source that decides this model's results."
-    package = Path(modelfactory.__file__).parent
-    shared = [*sorted((package / "data").glob("*.py")), *sorted((package / "models").glob("*.py")), *sorted((package / "training").glob("*.py"))]
-    own = Path(getattr(sys.modules[ModelRegistry.get(model).__module__], "__file__", "") or "")
-    return _hash(*(f.read_bytes() for f in [*shared, own] if f.is_file()))
-
-def _hash(*parts): return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
-
 # %% ../../nbs/runs/00_store.ipynb #49a67090
 def run_identity(
     resolved: dict,  # a trainer's resolved config
     data: str,  # fingerprint of the splits
+    code: str | None = None,  # version of the code that fits and predicts; None: of the code that is here
 ) -> str:  # 16 hex digits
     "What makes a run this run."
     where = ("data", "prices")
-    decides = resolved | dict(data={k: v for k, v in resolved["data"].items() if k not in where}, fingerprint=data, code=code_version(resolved["model"]))
-    return _hash(json.dumps(decides, sort_keys=True, default=list).encode())
+    code = code_version(resolved["model"], resolved["config"]) if code is None else code
+    of_data = {k: v for k, v in resolved["data"].items() if k not in where}
+    decides = resolved | dict(data=of_data, fingerprint=data, code=code)
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
 
 # %% ../../nbs/runs/00_store.ipynb #7cdad489
 def start_attempt(
@@ -138,7 +131,7 @@ def write_run(
     for name, figure in (figures or {}).items(): _write_figure(figure, folder / "plots" / f"{name}.png")
     data = trainer.fingerprint()
     write_json(folder / RESULT, dict(scoring=SCORING_VERSION, model=c.model, family=trainer.model.family, horizon=c.horizon, data=c.data.data, data_fingerprint=data, seed=c.seed, identity=run_identity(resolved, data),
-                                     code=code_version(c.model), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, train_shares=_shares(trainer), versions=_versions(trainer.model)))
+                                     code=code_version(c.model, trainer.model_config), commit=git_commit(settings().root), pretrained=getattr(trainer.model, "pretrained", None), splits=list(trainer.predictions), seconds=trainer.seconds, train_shares=_shares(trainer), versions=_versions(trainer.model)))
 
 def git_commit(folder: Path) -> str | None:
     "The commit that a folder is at, with a + where files were changed; None where there is no git or no repository."
@@ -257,7 +250,15 @@ REQUIRED = ("model", "horizon", "seed", "data", "created", "files", "identity") 
 
 class Run:
     "A finished run."
+    moved_to = None  # folder with its data, where they are not any more where they were
+
     def __init__(self, path: Path): self.path = Path(path); self.manifest
+
+    @property
+    def data_folder(self) -> str:
+        "Where its data are read: a folder or a bundled name."
+        return self.moved_to or self.config["data"]["data"]
+
 
     @cached_property
     def manifest(self) -> dict:
@@ -339,7 +340,7 @@ class Run:
         return load_model(self.path / "checkpoints")
 
     @property
-    def key(self): return self.manifest["data"], self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
+    def key(self): return self.data, self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
     def __getattr__(self, name):
         if name in ("horizon", "family", "data", "seed", "identity", "created"): return self.manifest[name]
         raise AttributeError(name)
@@ -388,6 +389,53 @@ def load_run(
     if not path.is_dir(): finish_swaps(path.parent)
     return Run(path)
 
+# %% ../../nbs/runs/00_store.ipynb #7ad18e8c
+def _data_keys(run):
+    "What makes two runs be on the same data: a name or whole path, a fingerprint."
+    data, fingerprint = str(run.manifest["data"]), run.manifest.get("data_fingerprint")
+    is_whole = data in BUNDLED or Path(data).is_absolute()
+    keys = [("path", data)] * is_whole + [("fingerprint", fingerprint)] * bool(fingerprint)
+    return keys or [("path", data)]
+
+
+def name_data(
+    runs: list[Run],  # oldest first
+):
+    "Gives runs on the same data the same `data`: a bundled name, else the newest whole path."
+    above = {}
+
+    def group_of(key):
+        while (key := above.setdefault(key, key)) != above[key]: key = above[key]
+        return key
+
+    for run in runs:
+        first, *others = map(group_of, _data_keys(run))
+        for other in others: above[other] = first
+    groups = {}
+    for run in runs: groups.setdefault(group_of(_data_keys(run)[0]), []).append(run)
+    names = {key: _name_of(group) for key, group in groups.items()}
+    for key, group in groups.items():
+        is_taken = sum(name == names[key] for name in names.values()) > 1
+        version = f" ({str(group[-1].manifest.get('data_fingerprint'))[:8]})" if is_taken else ""
+        for run in group: run.data = names[key] + version
+
+
+def _name_of(group):
+    paths = [str(run.manifest["data"]) for run in reversed(group)]
+    return max(paths, key=lambda path: 2 * (path in BUNDLED) + Path(path).is_absolute())
+
+# %% ../../nbs/runs/00_store.ipynb #4a4dcc8e
+def check_data(
+    run: Run,
+    data: str | Path,  # a folder or a bundled name
+):
+    "Raises `RunError` where data are not those that a run was trained on, `MissingFile` where there are none."
+    folder = resolve_data(data)
+    prints = {fingerprint(folder), fingerprint(folder, ("train", "val"))}  # earlier versions left test out
+    if run.manifest.get("data_fingerprint") not in prints:
+        raise RunError(f"{run.path.name}: {data} has changed since the training, or holds other data; "
+                       "where the data have moved, name their folder with --data")
+
 # %% ../../nbs/runs/00_store.ipynb #fc1d70e9
 class RunList(list):
     "Runs, oldest first."
@@ -403,7 +451,8 @@ class RunList(list):
     @property
     def data_names(self) -> dict[str, str]:
         "A short name of each data set: the end of its path that no other one here has."
-        return short_names(r.data for r in self)
+        names = short_names(r.data for r in self)
+        return {r.manifest["data"]: names[r.data] for r in self} | names
     def __repr__(self): return self.to_frame().round(3).to_string(index=False) if self else "no finished run"
     def _repr_html_(self): return self.to_frame().round(3).to_html(index=False, border=0) if self else "<p>no finished run</p>"
 
@@ -419,6 +468,7 @@ def list_runs(
             unread.append(dict(folder=path.name, reason=str(e).replace(f"{folder}{os.sep}", "")))
     result = RunList(sorted(found, key=lambda r: (r.created, r.path.name)))
     result.folder, result.unread = folder, unread
+    name_data(result)
     return result
 
 def _listed(path):

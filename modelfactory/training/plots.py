@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import PredictionOutput
+from ..pictures import keep_names, plain_names
 from ..evaluation.metrics import EvaluationError, brier_decomposition
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _axes(rows=1, columns=1, size=(5, 3), layout=None, **kw):
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8); ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
-    return fig, axes
+    return keep_names(fig), axes
 
 # %% ../../nbs/training/02_plots.ipynb #fea9380f
 def png(
@@ -50,6 +51,7 @@ def png(
     "A figure as PNG on white; it is closed."
     from io import BytesIO
     from matplotlib import pyplot as plt
+    plain_names(figure)
     figure.savefig(file := BytesIO(), facecolor="white", **kw)
     plt.close(figure)
     return file.getvalue()

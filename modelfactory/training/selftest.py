@@ -18,6 +18,7 @@ from ..data.dataset import TimeSeriesDataset
 from ..data.market import PRESETS, market_table, simulate
 from ..data.splits import Split, read_splits
 from ..models.base import BaseModel
+from ..models.params import read_params
 from ..models.registry import ModelRegistry
 from ..progress import Progress
 from ..evaluation.significance import direction_claim
@@ -201,6 +202,7 @@ def _try(model, horizon, folder, preset, level, seed):
     "A row of the self-test: one model, one horizon."
     row, start = dict(model=model, horizon=horizon, n=0, accuracy=np.nan, skill=np.nan, low=np.nan, high=np.nan, alarm=False, future=None, prefix=None, error=""), time.perf_counter()
     try:
+        preset = preset or ("quick" if "quick" in read_params(model).presets else None)
         trainer = Trainer(dict(model=model, horizon=horizon, data=str(folder), preset=preset, seed=seed))
         trainer.train()
         row |= _judged(trainer, level) | dict(future=future_perturbation(trainer, seed=seed), prefix=prefix_test(trainer))
@@ -220,7 +222,7 @@ def selftest(
     horizons: tuple = (5, 20),  # bars ahead
     seed: int = 0,  # of the market; another one is another market
     rows: tuple = ROWS,  # of train, val and test
-    preset: str | None = "quick",  # of each model's YAML
+    preset: str | None = None,  # of each model's YAML; None: quick where the model has it
     features=None,  # function of bars -> DataFrame of further feature columns, put to the same tests
     alpha: float = ALPHA,  # chance that an honest pipeline raises an alarm on direction
 ) -> SelfTest:

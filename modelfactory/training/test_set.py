@@ -86,10 +86,11 @@ def short_names(
     return {data: "/".join(tail) if (tail := unique(p)) else data for data, p in parts.items()}
 
 def _with_paths(ledger):
-    "The data of each use; earlier versions kept the name alone: it is the path with that name and fingerprint."
-    uses = list(zip(ledger["data"], ledger.fingerprint))
-    paths = {(Path(data).name, fingerprint): data for data, fingerprint in uses if len(Path(data).parts) > 1}
-    return [paths.get((data, fingerprint), data) for data, fingerprint in uses]
+    "The data of each use: the first whole path with that fingerprint, since data may move."
+    paths = {}
+    for data, fingerprint in zip(ledger["data"], ledger.fingerprint):
+        if len(Path(data).parts) > 1: paths.setdefault(fingerprint, data)
+    return [paths.get(fingerprint, data) for data, fingerprint in zip(ledger["data"], ledger.fingerprint)]
 
 test_set_uses.__test__ = False  # pytest takes it for a test where it is imported
 

@@ -11,7 +11,7 @@ from typing import Annotated, Mapping
 
 from annotated_types import Ge, Interval
 
-from ..data.bundled import resolve_data
+from ..data.bundled import resolve_data, whole_paths
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.splits import fingerprint
 from ..models.params import resolve_config
@@ -52,7 +52,8 @@ def trainer_config(
     where = "TrainerConfig" if isinstance(values, dict) else str(values)
     values, s = dict(values) if isinstance(values, dict) else read_yaml(values), settings()
     if isinstance(values.get("data"), (str, Path)): values["data"] = {"data": str(values["data"])}
-    if isinstance(values.get("data"), dict): values["data"] = {"data": str(s.data), "gap": s.gap} | values["data"]
+    if isinstance(values.get("data"), dict):
+        values["data"] = whole_paths({"data": str(s.data), "gap": s.gap} | values["data"])
     if values.get("trading_days") == "auto": values["trading_days"] = None
     defaults = dict(seed=s.seed, cost_bps=s.cost_bps, trading_days=s.trading_days, day_start=s.day_start)
     return build_config(TrainerConfig, defaults | values, where)
@@ -70,7 +71,7 @@ class Trainer:
         self.frames, self.callbacks, self.runs = data, list(callbacks), runs
         self.model, self.datasets, self.report, self.history = None, {}, None, None
         self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = {}, {}, {}, {}, {}
-        self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, dict(random_seed=self.config.seed, classes=self.config.data.classes))
+        self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, random_seed=self.config.seed, classes=self.config.data.classes)
 
     def __repr__(self):
         done = [step for step, there in [("data", self.datasets), ("model", self.model), ("trained", self.history is not None), ("evaluated", self.metrics)] if there]

@@ -353,7 +353,7 @@ class OptunaModelTuner:
     def resolve(self, params: dict) -> dict:
         "The whole config of a trial."
         c = self.config
-        return resolve_config(c.model, c.horizon, c.preset, c.config, params, dict(random_seed=c.seed, classes=c.data.classes))
+        return resolve_config(c.model, c.horizon, c.preset, c.config, params, random_seed=c.seed, classes=c.data.classes)
 
     def study(self):  # -> optuna.Study
         "The study in its storage, made with the defaults as its first trial."
