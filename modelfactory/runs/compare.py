@@ -22,7 +22,7 @@ from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .significance import (
     claim_figures, constant_call_text, count_trials, describe, no_skill_text, read_task, stored_daily, task_significance)
-from .store import FAILED, RunError, RunList, list_runs, write_json
+from .store import FAILED, UNSCORED, RunError, RunList, list_runs, write_json
 from ..settings import ConfigError, settings
 from ..training.test_set import test_set_uses
 
@@ -271,6 +271,7 @@ def comparison(
 ) -> dict:  # schema 1: tasks, excluded, failed, unread, test_set_uses, early_stopping
     "The comparison of all finished runs as plain data; what every sentence and table is made from."
     runs = runs if isinstance(runs, RunList) else list_runs(runs)
+    unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
     names, unread, tasks = runs.data_names, list(runs.unread), []
     for data, horizon in sorted({(names[r.data], r.horizon) for r in runs}):
         task = read_task(runs, data, horizon, unread=unread)
@@ -283,12 +284,17 @@ def comparison(
             scoring=SCORING_VERSION,
             tasks=tasks,
             excluded=_excluded(runs),
-            failed=[row for f in folders for row in failures(f)],
-            unread=unread,
+            failed=[*unscored.values()] + [row for f in folders for row in failures(f)],
+            unread=[row for row in unread if row["folder"] not in unscored],
             test_set_uses=[sentence for f in folders for sentence in test_set_uses(f)],
             early_stopping=_early_stopping(runs),
         )
     )
+
+def _unscored_row(run):
+    title = f"{run.manifest['model']} h{run.horizon} {Path(run.data).name}"
+    reason = f"{run.reason}; `modelfactory rescore` finishes it"
+    return dict(run=title, status=UNSCORED, reason=reason, folder=run.path.name)
 
 def plain_data(value):
     "A value as JSON holds it: numbers of Python, None where undefined."
@@ -768,8 +774,10 @@ def notes(
     found = [sentence for task in result["tasks"] for sentence in task_notes(task)]
     stopping = [f"{row['sentence']} (here: {', '.join(row['models'])})" for row in result["early_stopping"]]
     unread = len(result["unread"])
+    unscored = [f"{r['run']}: trained, not scored: {r['reason']}." for r in result["failed"] if r["status"] == UNSCORED]
     return (
         found
+        + unscored
         + stopping
         + (
             [f"{unread} folder{' is' if unread == 1 else 's are'} not readable as a run and left out."]
@@ -901,6 +909,8 @@ def write_comparison(
     found = list_runs(runs)
     if not found:
         raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
+    if not any(r.scored for r in found):
+        raise RunError(f"{runs}: none of {len(found)} runs is scored ({found[0].reason}); run `modelfactory rescore`")
     result = comparison(found)
     write_json(runs / ".model_comparison.json", result)
     (runs / ".model_comparison.json").replace(runs / COMPARISON)

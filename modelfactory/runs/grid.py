@@ -18,10 +18,10 @@ from ..data.dataset import DatasetConfig
 from ..data.splits import fingerprint, read_splits
 from ..models.registry import ModelRegistry
 from ..progress import Progress, duration
-from .engine import Limits, Outcome
+from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .tracking import Tracker
-from .store import FAILED, PARTIAL, clear_partial, is_alive, list_runs, run_identity
+from .store import FAILED, PARTIAL, UNSCORED, clear_partial, is_alive, list_runs, run_identity
 from ..settings import ConfigError, NonNegative, Positive, ShownConfig, build_config, did_you_mean, read_yaml, settings
 from ..training.trainer import Trainer
 
@@ -137,14 +137,18 @@ def run_grid(
     "Trains what is not finished; one failed run does not stop the others."
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
-    finished = set() if force else {r.identity for r in list_runs(runs)}
+    finished = {} if force else _by_identity(runs)
     jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished)
     clear_partial(runs)
-    result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
+    result = GridResult(run_outcome(j.title, run, "skipped") for j in jobs if (run := finished.get(j.identity)))
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
     if todo: result += _run_all(todo, runs, make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
     return result
+
+def _by_identity(runs):
+    "The finished runs of a folder by their identity; a scored one before one that is not scored."
+    return {r.identity: r for r in sorted(list_runs(runs), key=lambda r: r.scored)}
 
 def default_workers() -> int: return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
 
@@ -187,7 +191,7 @@ def grid_status(
 ) -> GridStatus:
     "What is done, running, failed or waiting of a grid."
     runs = Path(runs or settings().runs)
-    done = {r.identity: r for r in list_runs(runs)}
+    done = _by_identity(runs)
     jobs = grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid))
     running, failed = _attempts(runs / PARTIAL), _attempts(runs / FAILED)
     return GridStatus(dict(run=j.title, **_status(j, done.get(j.identity), running.get(_key(j.parameters)), failed.get(_key(j.parameters)))) for j in jobs)
@@ -203,6 +207,7 @@ def _attempts(folder):
 
 # %% ../../nbs/runs/02_grid.ipynb #3a69ded1
 def _status(job, run, running, failed):
+    if run and not run.scored: return dict(status=UNSCORED, seconds=None, note=f"{run.reason} (see {run.path.name})")
     if run: return dict(status="done", seconds=round(sum(run.manifest["seconds"].values()), 1), note=run.path.name)
     if running and is_alive(running): return dict(status="running", seconds=_age(running), note=_progress(running))
     if job.unavailable: return dict(status="unavailable", seconds=None, note=job.unavailable)

@@ -67,7 +67,7 @@ class Trainer:
         runs: Path | None = None,  # runs folder whose ledger records each use of test; None: settings' runs folder
     ):
         self.config = trainer_config(config)
-        self.frames, self.callbacks, self.runs = data, list(callbacks), runs
+        self.frames, self.callbacks, self.runs, self._fingerprint = data, list(callbacks), runs, ""
         self.model, self.datasets, self.report, self.history = None, {}, None, None
         self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = {}, {}, {}, {}, {}
         self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, dict(random_seed=self.config.seed, classes=self.config.data.classes))
@@ -91,13 +91,14 @@ class Trainer:
     def fingerprint(self,
         splits: tuple | None = None,  # None: train and val, and test where there is one
     ) -> str:
-        "Hash of the splits."
+        "Hash of the splits, as they were when the training began."
+        if splits is None and self._fingerprint: return self._fingerprint
         return fingerprint(resolve_data(self.config.data.data) if self.frames is None else self.frames, splits)
 
     def prepare_data(self):
         "Reads and checks train and val, and cuts them into samples: `datasets`, `report`."
         self.datasets, self.report = self._load(("train", "val"))
-        self.baseline_metrics = {}
+        self.baseline_metrics, self._fingerprint = {}, ""
         return self.report
 
     def build_model(self):
@@ -111,6 +112,7 @@ class Trainer:
         if not self.datasets: self.prepare_data()
         if self.model is None: self.build_model()
         train, val = self.datasets["train"], self.datasets["val"]
+        self._fingerprint = self.fingerprint()  # before hours in which files may be moved
         self.model.callbacks, start = [*self.model.callbacks, *self.callbacks], time.perf_counter()
         self.history = self.model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
         self.seconds["fit"] = time.perf_counter() - start
@@ -121,12 +123,26 @@ class Trainer:
         run: Path | None = None,  # folder of the run this belongs to, whose runs folder has the ledger; None: `runs`
     ) -> dict:
         "Predicts a split and scores it: `predictions[split]`, `metrics[split]`."
+        self.predict(split, run)
+        return self.score_split(split)
+
+    def predict(self,
+        split: str = "val",  # as of `evaluate`
+        run: Path | None = None,  # as of `evaluate`
+    ):  # PredictionOutput
+        "Predicts a split: `predictions[split]`."
         if self.model is None: self.train()
         if split not in self.datasets: self.datasets[split] = self._load((split,))[0][split]
         if split == "test": self._record_test_use(run)
         ds, start = self.datasets[split], time.perf_counter()
         self.predictions[split] = self.model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
+        return self.predictions[split]
+
+    def score_split(self,
+        split: str = "val",  # that was predicted
+    ) -> dict:
+        "Scores the predictions of a split: `metrics[split]`."
         self.robustness_by_split.pop(split, None)
         self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.nulls(split))
         return self.metrics[split]
@@ -212,17 +228,20 @@ def early_stopping_note(
 
 # %% ../../nbs/training/03_trainer.ipynb #0b479276
 def trainer_plots(
-    trainer: Trainer,  # evaluated
+    trainer: Trainer,  # evaluated; without a model there is no picture of its importance
     split: str = "val",
 ) -> dict:  # name -> matplotlib Figure
     "Learning curve, confusion, reliability, precision and recall, equity (with prices), robustness, importance, shares."
     from modelfactory.training import plots
     predictions, y = trainer.predictions[split], trainer.datasets[split].y
-    figures = {}
+    classes, figures = trainer.config.data.classes, {}
     if trainer.history.get("val_loss"): figures["learning_curve"] = plots.plot_learning_curve(trainer.history)
-    figures |= dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
+    figures["confusion"] = plots.plot_confusion(predictions, y, classes)
+    figures["reliability"] = plots.plot_reliability(predictions, y, classes)
+    figures["precision_recall"] = plots.plot_precision_recall(predictions, y, classes)
     if backtest := trainer.backtest(split):
         if backtest.has_prices: figures["equity"] = plots.plot_equity(backtest)
         figures["robustness"] = plot_robustness(trainer.robustness(split))
-    if importance := trainer.model.feature_importance(): figures["importance"] = plots.plot_importance(importance)
-    return figures | dict(predictions=plots.plot_probabilities(predictions))
+    importance = trainer.model.feature_importance() if trainer.model else None
+    if importance: figures["importance"] = plots.plot_importance(importance)
+    return figures | dict(predictions=plots.plot_probabilities(predictions, classes))

@@ -1,0 +1,273 @@
+"What reports on training said went wrong: weights lost after fitting, and what was found too late."
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from modelfactory.data.splits import SplitsError
+from modelfactory.evaluation.metrics import EvaluationError
+from modelfactory.runs import engine, rescore, store
+from modelfactory.runs.compare import comparison, write_comparison
+from modelfactory.runs.engine import run_notebook
+from modelfactory.runs.grid import grid_status, run_grid
+from modelfactory.runs.store import PARTIAL, UNSCORED, RunError, list_runs, load_run, start_attempt, write_json
+from modelfactory.training import plots, trainer
+
+
+def split_frame(n, start, classes=(-1, 0, 1), symbols=("A", "B"), seed=0, shares=None):
+    "Hourly bars with three features, of which the first tells the label, and closes."
+    rng = np.random.default_rng(seed)
+    parts = []
+    for symbol in symbols:
+        y = rng.choice(classes, size=n, p=shares)
+        times = pd.date_range(start, periods=n, freq="h")
+        features = {f"f{i}": rng.normal(size=n).astype(np.float32) for i in range(3)}
+        features["f0"] += y.astype(np.float32)
+        close = 100 * np.exp(.001 * rng.normal(size=n).cumsum())
+        parts.append(pd.DataFrame(dict(datetime=times, symbol=symbol, label_h5=y.astype(np.int8), close=close, **features)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def write_folder(folder, sizes=dict(train=300, val=150, test=150), **kw):
+    "Three splits in a folder, a month apart."
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (name, n) in enumerate(sizes.items()):
+        frame = split_frame(n, pd.Timestamp("2024-01-01") + pd.Timedelta(days=30 * i), seed=i, **kw)
+        frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
+    return folder
+
+
+def notebook_cells(name="train"):
+    "Sources of the code cells of a notebook that papermill runs."
+    cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+def run_here(runs, parameters):
+    "What the process of a run and its parent do, in this process: the cells of train.ipynb, and how the attempt ended."
+    attempt = start_attempt(runs, parameters["model"], parameters["horizon"])
+    write_json(attempt / "job.json", dict(grid="nightly", parameters=parameters))
+    (attempt / "train.ipynb").write_text("{}")
+    space, code = {}, 0
+    try:
+        for i, source in enumerate(notebook_cells()):
+            exec(source, space)
+            if i == 0:
+                space.update(parameters | dict(output=str(attempt)))
+        store.close_attempt(attempt, runs / attempt.name)
+    except BaseException as e:
+        write_json(attempt / "error.json", engine._error(e))
+        code = 1
+    why = engine._why(code, attempt) if attempt.is_dir() else ("", "")
+    return engine._ended(attempt, runs, *why, time.monotonic())
+
+
+def make_task(folder, **kw):
+    "A runs folder, and parameters of train.ipynb for a small data set with a price file."
+    data, prices = write_folder(folder / "data", **kw), folder / "prices.parquet"
+    splits = pd.concat(pd.read_parquet(f) for f in sorted(data.glob("*.parquet")))
+    splits[["datetime", "symbol", "close"]].to_parquet(prices, index=False)
+    dataset = dict(prices=str(prices))
+    return folder / "runs", dict(model="logistic_regression", horizon=5, data=str(data), preset=None, dataset=dataset)
+
+
+@pytest.fixture
+def task(tmp_path):
+    return make_task(tmp_path)
+
+
+def raising(error):
+    def fails(*args, **kw): raise error
+    return fails
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+LOGISTIC = "modelfactory.models.classical.logistic_regression.LogisticRegressionModel"
+
+
+def after_fit(monkeypatch, damage):
+    "Has `damage` done as soon as the model is fitted."
+    fit = trainer.Trainer.train
+
+    def fit_then_damage(self):
+        history = fit(self)
+        damage()
+        return history
+    monkeypatch.setattr(trainer.Trainer, "train", fit_then_damage)
+
+
+def broken_prices(change):
+    def fault(monkeypatch, parameters):
+        file = Path(parameters["dataset"]["prices"])
+        after_fit(monkeypatch, lambda: change(file))
+    return fault
+
+
+def data_moved(monkeypatch, parameters):
+    "The folder of the data goes while the model is fitted; the test split is to be scored as well."
+    folder = Path(parameters["data"])
+    parameters["evaluate_test"] = True
+    after_fit(monkeypatch, lambda: folder.rename(folder.with_name("moved")))
+
+
+def patched(target, error):
+    return lambda monkeypatch, parameters: monkeypatch.setattr(target, raising(error))
+
+
+def nan_close(file):
+    table = pd.read_parquet(file)
+    table.loc[400:, "close"] = np.nan
+    table.to_parquet(file)
+
+
+PLOTS = "modelfactory.training.plots"
+FAULTS = dict(
+    confusion=patched(f"{PLOTS}.plot_confusion", EvaluationError("classes (1, 2) do not fit 3 probability columns")),
+    reliability=patched(f"{PLOTS}.plot_reliability", IndexError("index 3 is out of bounds")),
+    precision_recall=patched(f"{PLOTS}.plot_precision_recall", ZeroDivisionError("division by zero")),
+    equity=patched(f"{PLOTS}.plot_equity", ValueError("posx and posy should be finite values")),
+    shares=patched(f"{PLOTS}.plot_probabilities", RuntimeError("Invalid DISPLAY variable")),
+    robustness_picture=patched("modelfactory.training.trainer.plot_robustness", KeyError("regime")),
+    importance=patched(f"{LOGISTIC}.feature_importance", ValueError("Failed to process string with tex")),
+    disk_full_for_pictures=patched("modelfactory.runs.store._write_figure", FULL),
+    disk_full_while_a_picture_is_drawn=patched("matplotlib.figure.Figure.savefig", FULL),
+    disk_full_for_metrics=patched("modelfactory.runs.store.write_scores", FULL),
+    disk_full_for_predictions=patched("modelfactory.runs.store._write_predictions", FULL),
+    prices_gone=broken_prices(lambda file: file.unlink()),
+    prices_cut_off=broken_prices(lambda file: file.write_bytes(file.read_bytes()[:100])),
+    prices_nan=broken_prices(nan_close),
+    data_moved=data_moved,
+    metrics=patched("modelfactory.training.trainer.ModelEvaluator.compute_all_metrics", EvaluationError("no")),
+    nulls=patched("modelfactory.training.trainer.null_metrics", MemoryError("Unable to allocate 4 GiB")),
+    baselines=patched("modelfactory.training.trainer.all_baselines", SplitsError("no prior")),
+    predicting=patched(f"{LOGISTIC}.predict", RuntimeError("CUDA error: out of memory")),
+    interrupted=patched("modelfactory.training.trainer.null_metrics", KeyboardInterrupt()),
+    other_runs_unreadable=patched("modelfactory.runs.significance.trials_so_far", PermissionError(13, "mlflow.db")),
+    page=patched("modelfactory.evaluation.tables.header_card", TypeError("not a number")),
+    kernel_ends=patched("modelfactory.runs.store.write_scores", SystemExit(1)),
+)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    "The run that the same parameters give where nothing goes wrong."
+    folder = tmp_path_factory.mktemp("reference")
+    runs, parameters = make_task(folder)
+    assert run_here(runs, parameters).status == "ok"
+    return list_runs(runs)[0]
+
+
+def comparable(run):
+    return {name: value for name, value in run.metrics.items() if not name.endswith("_seconds")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_after_fitting_loses_the_weights(fault, reference, tmp_path, monkeypatch):
+    runs, parameters = make_task(tmp_path)
+    shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}_kept"))
+    with monkeypatch.context() as patch:
+        FAULTS[fault](patch, parameters)
+        outcome = run_here(runs, parameters)
+    run, = list_runs(runs)
+    assert outcome.status == UNSCORED and outcome.path == run.path and "modelfactory rescore" in outcome.reason
+    assert not run.scored and run.reason and list_runs(runs).to_frame().scored[0] == f"no: {run.reason}"
+    assert run.manifest["grid"] == "nightly" and (run.path / "train.ipynb").is_file()
+    assert list((runs / PARTIAL).iterdir()) == [] and "not scored" in repr(run)
+    run.verify()
+    with pytest.raises(RunError, match="modelfactory rescore"): run.metrics
+    assert run.manifest["files"]["checkpoints/model.json"] and run.model().fitted
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    shutil.copytree(tmp_path.with_name(f"{tmp_path.name}_kept"), tmp_path, dirs_exist_ok=True)
+    assert rescore.rescore([run.path]).scored.tolist() == ["all"]
+    after = load_run(run.path)
+    after.verify()
+    assert after.scored and not after.reason and list_runs(runs).to_frame().scored[0] == "yes"
+    pd.testing.assert_frame_equal(after.predictions(), reference.predictions())
+    assert comparable(after) == pytest.approx(comparable(reference), nan_ok=True) and after.baselines.keys() == reference.baselines.keys()
+    pictures = lambda run: {f.name for f in (run.path / "plots").glob("*.png")}
+    assert pictures(after) == pictures(reference) and set(after.manifest["files"]) == set(reference.manifest["files"])
+
+
+@pytest.mark.parametrize("classes, shares", [((0, 1, 2), (.6, .39, .01)), ((-2, -1, 1, 2), (.01, .49, .49, .01))])
+def test_classes_come_from_the_config_when_one_is_never_predicted(tmp_path, classes, shares):
+    runs, parameters = make_task(tmp_path, classes=classes, shares=shares)
+    parameters["dataset"]["classes"] = list(classes)
+    outcome = run_here(runs, parameters)
+    run, = list_runs(runs)
+    assert outcome.status == "ok" and run.scored, outcome
+    assert set(run.predictions().prediction) < set(classes)
+    assert {"confusion", "reliability", "precision_recall", "predictions"} <= {f.stem for f in (run.path / "plots").iterdir()}
+
+
+def test_pictures_refuse_classes_that_do_not_fit():
+    from modelfactory.models.base import to_output
+    table = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=4, freq="h"), symbol="A", horizon=5))
+    output = to_output(np.eye(3)[[0, 1, 0, 1]], table, (1, 2, 3))
+    with pytest.raises(EvaluationError, match="name them with classes="): plots.plot_confusion(output, np.array([1, 2, 1, 3]))
+    assert plots.plot_confusion(output, np.array([1, 2, 1, 3]), (1, 2, 3)).axes[0].get_xticks().tolist() == [0, 1, 2]
+
+
+def test_a_run_whose_process_and_its_parent_are_killed_is_finished_by_rescore(task):
+    runs, parameters = task
+    attempt = start_attempt(runs, "logistic_regression", 5)
+    space = {}
+    for i, source in enumerate(notebook_cells()[:6]):
+        exec(source, space)
+        if i == 0: space.update(parameters | dict(output=str(attempt)))
+    run, = list_runs(runs)
+    assert not run.scored and run.reason == "its training is under way"
+    assert rescore.rescore([run.path]).scored.tolist() == [rescore.NOT_SCORED]
+    (attempt / "pid").write_text("999999999 0")
+    assert list_runs(runs)[0].reason == "its training ended before it was scored"
+    assert store.clear_partial(runs) == [attempt.name] and load_run(run.path).model().fitted
+    assert rescore.rescore([run.path]).scored.tolist() == ["all"] and list_runs(runs)[0].scored
+
+
+PLUGIN = """
+import os, signal
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.models.classical.logistic_regression import LogisticRegressionModel, LogisticRegressionConfig
+
+@ModelRegistry.register("deadly", family="examples")
+class Deadly(LogisticRegressionModel):
+    "Kills its process after it was fitted, as long as a file is there."
+    Config = LogisticRegressionConfig
+    def predict(self, *args):
+        if os.path.exists(os.environ["DEADLY"]): os.kill(os.getpid(), signal.SIGKILL)
+        return super().predict(*args)
+"""
+
+
+def test_a_grid_counts_a_run_whose_kernel_was_killed_after_the_fit_as_trained(task, tmp_path, monkeypatch, capsys):
+    from modelfactory.cli import main
+    runs, parameters = task
+    flag = tmp_path / "flag"
+    flag.touch()
+    (tmp_path / "deadly.py").write_text(PLUGIN)
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "deadly.py"))
+    monkeypatch.setenv("DEADLY", str(flag))
+    grid = dict(data=parameters["data"], models=["deadly"], horizons=[5], seeds=[42])
+    result = run_grid(grid, runs, workers=1)
+    run, = list_runs(runs)
+    assert [o.status for o in result] == [UNSCORED] and not result.ok
+    assert "trained, but its kernel died" in repr(result) and "modelfactory rescore" in repr(result)
+    assert not run.scored and "its kernel died" in run.reason and (run.path / "train.ipynb").is_file()
+    again = run_grid(grid, runs, workers=1)
+    assert [o.status for o in again] == [UNSCORED] and "its kernel died" in again[0].reason and len(list_runs(runs)) == 1
+    assert grid_status(grid, runs)[0]["status"] == UNSCORED
+    with pytest.raises(RunError, match="none of 1 runs is scored"): write_comparison(runs)
+    flag.unlink()
+    assert run_here(runs, parameters).status == "ok"
+    row, = comparison(runs)["failed"]
+    assert row["status"] == UNSCORED and row["folder"] == run.path.name and "its kernel died" in row["reason"]
+    with pytest.raises(SystemExit) as end: main(["rescore", str(run.path)])
+    assert end.value.code == 0 and f"{run.path.name}: all" in capsys.readouterr().out
+    assert comparison(runs)["failed"] == [] and [o.status for o in run_grid(grid, runs, workers=1)] == ["skipped"]
