@@ -271,3 +271,57 @@ def test_a_grid_counts_a_run_whose_kernel_was_killed_after_the_fit_as_trained(ta
     with pytest.raises(SystemExit) as end: main(["rescore", str(run.path)])
     assert end.value.code == 0 and f"{run.path.name}: all" in capsys.readouterr().out
     assert comparison(runs)["failed"] == [] and [o.status for o in run_grid(grid, runs, workers=1)] == ["skipped"]
+
+
+def class_folder(folder, n=270, n_classes=9, seed=0):
+    "Bars of many classes with two features that tell them apart, such as a few hundred rows of nine regimes."
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(("train", "val", "test")):
+        y = rng.permutation(np.arange(n) % n_classes)
+        features = {f"f{k}": (c[y] + .1 * rng.normal(size=n)).astype(np.float32) for k, c in enumerate((np.arange(n_classes) % 3., np.arange(n_classes) // 3.))}
+        times = pd.date_range(pd.Timestamp("2024-01-01") + pd.Timedelta(days=60 * i), periods=n, freq="h")
+        pd.DataFrame(dict(datetime=times, symbol="A", label_h5=y, close=100., **features)).to_parquet(folder / f"{name}_scaled.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("model, key, default", [("xgboost", "min_child_weight", 20), ("random_forest", "min_samples_leaf", 20), ("lightgbm", "min_data_in_leaf", 50)])
+def test_defaults_follow_rows_and_classes_and_a_fit_without_a_split_says_so(tmp_path, model, key, default):
+    data = dict(data=str(class_folder(tmp_path / "nine")), classes=list(range(9)), gap=0)
+    small = trainer.Trainer(dict(model=model, horizon=5, data=data, preset="quick"))
+    small.train()
+    accuracy = (small.predict().predictions == small.datasets["val"].y).mean()
+    assert accuracy > .85 and small.history[key] == 1 and small.learning_notes() == []
+    forced = trainer.Trainer(dict(model=model, horizon=5, data=data, preset="quick", config={key: 200 if model != "xgboost" else 500}))
+    forced.train()
+    note, = forced.learning_notes()
+    assert forced.history[key] > default and "The fit learnt nothing: it predicts the same for every row" in note and "9 classes" in note
+    assert note in forced.notes()
+    from modelfactory.models.registry import ModelRegistry
+    from modelfactory.models.tabular import leaf_size
+    whole = ModelRegistry.create(model, dict(), 5, ["f0"])
+    assert leaf_size(whole, key, 87_094) == default and leaf_size(whole, key, 600) == 10
+
+
+def test_a_fit_whose_loss_is_above_that_of_the_class_shares_says_so(tmp_path):
+    from modelfactory.models.base import to_output
+    t = trainer.Trainer(dict(model="logistic_regression", horizon=5, data=str(write_folder(tmp_path / "data"))))
+    t.train()
+    assert t.learning_notes() == []
+    wrong = lambda X, metadata: to_output(np.random.default_rng(0).dirichlet([1, 1, 1], len(X)), metadata, t.model.classes)
+    t.model.predict, t._learning = wrong, None
+    note, = t.learning_notes()
+    assert "its log loss on train is" in note and "rows of train, 3 classes" in note
+
+
+def test_a_fit_that_learnt_nothing_is_named_by_run_grid_and_comparison(task):
+    runs, parameters = task
+    parameters = parameters | dict(model="random_forest", config=dict(min_samples_leaf=5000, n_estimators=5), dataset={})
+    outcome = run_here(runs, parameters)
+    run, = list_runs(runs)
+    assert outcome.status == "ok" and "learnt nothing" in outcome.reason and "learnt nothing" in repr(run)
+    grid = dict(data=parameters["data"], models=["random_forest"], horizons=[5], overrides=dict(random_forest=parameters["config"]))
+    again = run_grid(grid, runs)
+    assert again.ok and [o.status for o in again] == ["skipped"] and "learnt nothing" in repr(again)
+    from modelfactory.runs.compare import summary
+    assert any("learnt nothing" in sentence and run.path.name in sentence for sentence in summary(comparison(runs)))

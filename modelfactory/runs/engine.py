@@ -124,7 +124,7 @@ class Outcome:
     "How a run ended."
     name: str  # of the run
     status: str  # ok, skipped, not scored, failed, timeout, killed, interrupted, unavailable
-    reason: str = ""  # one line, when not ok
+    reason: str = ""  # one line: why it is not ok, or what to know of the fit
     path: Path | None = None  # the run, or what is left of it
     seconds: float = 0.
 
@@ -205,8 +205,8 @@ def run_outcome(
     reason: str = "",  # why it is not scored; empty: as the run has it
     seconds: float = 0.,
 ) -> Outcome:
-    "The outcome of a published run: `status`, or that it was trained and not scored."
-    if run.scored: return Outcome(title, status, "", run.path, seconds)
+    "The outcome of a published run: `status`, with notes on the fit as reason; or that it was trained and not scored."
+    if run.scored: return Outcome(title, status, " ".join(run.notes), run.path, seconds)
     reason = f"trained, but {reason or run.reason}; `modelfactory rescore` finishes it"
     return Outcome(title, UNSCORED, reason, run.path, seconds)
 

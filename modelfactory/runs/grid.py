@@ -120,7 +120,7 @@ class GridResult(list):
     def to_frame(self): return pd.DataFrame([dict(run=o.name, status=o.status, seconds=round(o.seconds, 1), reason=o.reason) for o in self])
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
-        return (counts or "nothing to run") + "".join(f"\n  {o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.status not in ("ok", "skipped"))
+        return (counts or "nothing to run") + "".join(f"\n  {o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason)
     def _repr_html_(self): return self.to_frame().to_html(index=False, border=0)
 
 # %% ../../nbs/runs/02_grid.ipynb #d24b91e5

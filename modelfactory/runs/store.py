@@ -243,7 +243,8 @@ def add_predictions(
     for split in trainer.predictions:
         _write_predictions(trainer, split, run)
     files = [prediction_file(split) for split in trainer.predictions]
-    manifest = load_run(run).manifest | dict(splits=list(trainer.predictions), seconds=trainer.seconds)
+    manifest = load_run(run).manifest | dict(
+        splits=list(trainer.predictions), seconds=trainer.seconds, notes=trainer.learning_notes())
     write_manifest(run, manifest, files)
 
 def add_scores(
@@ -346,6 +347,11 @@ class Run:
     def scored(self) -> bool:
         "Whether its predictions were scored; where not, `reason` says why."
         return self.manifest.get("scored", True)
+
+    @property
+    def notes(self) -> list[str]:
+        "What is to be known of the fit, such as that it learnt nothing."
+        return self.manifest.get("notes") or []
 
     @property
     def reason(self) -> str:
@@ -459,7 +465,8 @@ class Run:
         if not self.scored: return f"Run({self.path.name}: {task}; not scored: {self.reason})"
         sharpe = self.metrics.get("sharpe_net", math.nan)
         shown = "–" if sharpe != sharpe else f"{sharpe:.2f}"
-        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown})"
+        notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
+        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
 
 def _read(file):

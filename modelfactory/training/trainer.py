@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Mapping
 
+import numpy as np
 from annotated_types import Ge, Interval
 
 from ..data.bundled import resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.splits import fingerprint
+from ..models.base import check_y, training_weights
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, Rate, ShownConfig, build_config, read_yaml, settings
@@ -27,7 +29,8 @@ from ..evaluation.robustness import plot_robustness, robustness
 from .test_set import record_test_use, runs_folder
 
 # %% auto #0
-__all__ = ['EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'early_stopping_note', 'trainer_plots']
+__all__ = ['NOTE_ROWS', 'NOTE_SPREAD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'learning_notes',
+           'early_stopping_note', 'trainer_plots']
 
 # %% ../../nbs/training/03_trainer.ipynb #25f0a7d0
 @dataclass
@@ -68,6 +71,7 @@ class Trainer:
     ):
         self.config = trainer_config(config)
         self.frames, self.callbacks, self.runs, self._fingerprint = data, list(callbacks), runs, ""
+        self._learning = None
         self.model, self.datasets, self.report, self.history = None, {}, None, None
         self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = {}, {}, {}, {}, {}
         self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, dict(random_seed=self.config.seed, classes=self.config.data.classes))
@@ -112,7 +116,7 @@ class Trainer:
         if not self.datasets: self.prepare_data()
         if self.model is None: self.build_model()
         train, val = self.datasets["train"], self.datasets["val"]
-        self._fingerprint = self.fingerprint()  # before hours in which files may be moved
+        self._fingerprint, self._learning = self.fingerprint(), None  # before hours in which files may be moved
         self.model.callbacks, start = [*self.model.callbacks, *self.callbacks], time.perf_counter()
         self.history = self.model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
         self.seconds["fit"] = time.perf_counter() - start
@@ -164,10 +168,16 @@ class Trainer:
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
 
+    def learning_notes(self) -> list[str]:  # sentences
+        "Whether the fit learnt anything at all, from predictions of rows of train; computed once."
+        if self._learning is None: self._learning = learning_notes(self.model, self.datasets["train"])
+        return self._learning
+
     def notes(self) -> tuple:  # sentences
-        "What to know of the scores: early stopping on validation, trades at the close that the model saw."
+        "What to know of the scores: a fit that learnt nothing, early stopping on validation, trades at the close that was seen."
         gap = GAP_0[:1].upper() + GAP_0[1:] + "." if self.config.data.gap == 0 else None
-        return tuple(note for note in (early_stopping_note(self.model_config), gap) if note)
+        learning = self.learning_notes() if self.history is not None else []
+        return tuple(note for note in (*learning, early_stopping_note(self.model_config), gap) if note)
 
     def direction_claim(self, split: str = "val", trials: int = 1):
         "What may be claimed of the direction of a split's predictions: a `DirectionClaim`."
@@ -215,6 +225,27 @@ class Trainer:
 def _at(data, folder): return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
 
 # %% ../../nbs/training/03_trainer.ipynb #c413ba48
+NOTE_ROWS = 4096  # rows of train that a fit is judged by
+NOTE_SPREAD = 1e-4  # standard deviation of each probability over rows, below which a prediction is constant
+
+def learning_notes(
+    model,  # fitted
+    train,  # TimeSeriesDataset it was fitted on
+) -> list[str]:  # a sentence, or none
+    "Says so where a fit learnt nothing: the same probabilities for every row, or a loss above that of the class shares."
+    rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
+    metadata = train.metadata.iloc[rows].reset_index(drop=True)
+    p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
+    size = f"{len(train):,} rows of train, {len(model.classes)} classes"
+    if p.std(0).max() < NOTE_SPREAD: return [f"The fit learnt nothing: it predicts the same for every row ({size})."]
+    codes = check_y(model, train.y[rows], len(rows))
+    weights = training_weights(model, codes, metadata)
+    weights = np.ones(len(rows)) if weights is None else weights
+    shares = np.bincount(codes, weights, minlength=len(model.classes)) / weights.sum()
+    loss, prior = (-np.average(np.log(np.clip(q, 1e-15, 1)), weights=weights) for q in (p[np.arange(len(rows)), codes], shares[codes]))
+    if loss < prior: return []
+    return [f"The fit learnt nothing: its log loss on train is {loss:.4f}, that of the class shares {prior:.4f} ({size})."]
+
 EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
                        "boosting than on unseen data; stop_on: train_tail avoids that.")
 
