@@ -39,12 +39,15 @@ def doctor():
 def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
           nan: Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")] = None):
     "Check splits: roles of columns, labels, their reach and blocks, distance in time, and columns that predict too well.\n\nExample: modelfactory check data/splits/scaled"
-    from modelfactory.data.audit import audit
+    from modelfactory.data.audit import audit, audited_splits
     from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.prices import check_split_prices
     from modelfactory.data.splits import read_splits
-    splits = read_splits(resolve_data(data), splits=("train", "val", "test"), nan=nan)
+    folder = resolve_data(data)
+    splits = read_splits(folder, splits=audited_splits(folder), nan=nan)
     print(splits.report, report := audit(splits), sep="\n\n")
-    if not report.ok: raise typer.Exit(1)
+    check_split_prices(splits)
+    report.raise_if_leaky()
 
 # %% ../nbs/cli.ipynb #b6cda597
 @app.command()

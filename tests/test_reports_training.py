@@ -325,3 +325,137 @@ def test_a_fit_that_learnt_nothing_is_named_by_run_grid_and_comparison(task):
     assert again.ok and [o.status for o in again] == ["skipped"] and "learnt nothing" in repr(again)
     from modelfactory.runs.compare import summary
     assert any("learnt nothing" in sentence and run.path.name in sentence for sentence in summary(comparison(runs)))
+
+
+def set_close(folder, split, change):
+    file = folder / f"{split}_scaled.parquet"
+    table = pd.read_parquet(file)
+    change(table)
+    table.to_parquet(file, index=False)
+
+
+def at_row(value, column="close", row=7):
+    def change(table): table.loc[row, column] = value
+    return change
+
+
+def zoned(table): table["datetime"] = table["datetime"].dt.tz_localize("UTC")
+
+
+BAD_PRICES = {
+    "NaN": (at_row(np.nan), None, "close is NaN at 1 of 300 bars, first A 2024-01-31 07:00:00"),
+    "zero": (at_row(0.), None, "close is zero at 1 of 300 bars, first A 2024-01-31 07:00:00"),
+    "negative": (at_row(-3.), None, "close is negative at 1 of 300 bars, first A 2024-01-31 07:00:00"),
+    "infinite": (at_row(np.inf), None, "close is infinite at 1 of 300 bars, first A 2024-01-31 07:00:00"),
+    "file gone": (None, lambda file: file.unlink(), "no such price file"),
+    "other zone": (None, lambda file: rewrite(file, zoned), "time zone UTC, but the bars have None"),
+    "bars missing": (None, lambda file: rewrite(file, lambda t: t.drop(index=t[t.datetime == "2024-01-31 20:00"].index, inplace=True)), "there is no close at 2 of 300 bars, first A 2024-01-31 20:00:00"),
+    "file NaN": (None, lambda file: rewrite(file, at_row(np.nan)), "prices.parquet: close is NaN at 1 of 1,200 bars"),
+}
+
+
+def rewrite(file, change):
+    table = pd.read_parquet(file)
+    change(table)
+    table.to_parquet(file, index=False)
+
+
+@pytest.mark.parametrize("case", BAD_PRICES)
+def test_prices_that_cannot_be_traded_are_named_before_the_fit(case, tmp_path, capsys):
+    from modelfactory.cli import main
+    from modelfactory.runs.grid import grid_config, plan
+    in_split, in_file, message = BAD_PRICES[case]
+    _, parameters = make_task(tmp_path)
+    data, prices = Path(parameters["data"]), Path(parameters["dataset"]["prices"])
+    if in_split: set_close(data, "val", in_split)
+    if in_file: in_file(prices)
+    dataset = dict(prices=str(prices)) if in_file else {}
+    with pytest.raises(SplitsError) as refused:
+        trainer.Trainer(dict(model="logistic_regression", horizon=5, data=dict(data=str(data)) | dataset)).prepare_data()
+    assert message in str(refused.value)
+    with pytest.raises(SplitsError): plan(grid_config(dict(data=str(data), models=["svm"], horizons=[5], dataset=dataset)))
+    if in_split:
+        assert "val_scaled.parquet" in str(refused.value)
+        with pytest.raises(SystemExit) as end: main(["check", str(data)])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def walk(n, seed=0, sigma=.01, freq="h", symbol="A"):
+    rng = np.random.default_rng(seed)
+    close = 4000 * np.exp(sigma * rng.normal(size=n).cumsum())
+    times = pd.date_range("2024-01-02", periods=n, freq=freq)
+    return pd.DataFrame(dict(datetime=times, symbol=symbol, high=close + 7.5, low=close - 7.5, close=close))
+
+
+def test_prices_that_cannot_be_right_are_named_with_symbol_and_time():
+    from modelfactory.data.prices import price_warnings
+    assert price_warnings(walk(1000), "train") == []
+    stale = walk(1000)
+    stale.loc[200:900, "close"] = 4000 * np.exp(1e-5 * np.random.default_rng(1).normal(size=701))
+    sentence, = [w for w in price_warnings(stale, "train") if "stays within" in w]
+    assert sentence.startswith("train: close stays within 0.1% for 100 bars or more") and "A (from 2024-01-10 08:00:00)" in sentence
+    still = walk(1000)
+    moved = np.random.default_rng(2).random(1000) < .13
+    still["close"] = still.close.where(moved).ffill().bfill()
+    sentence, = [w for w in price_warnings(still, "val") if "equals" in w]
+    share = (still.close.diff().dropna() == 0).mean()
+    assert f"A {share:.0%} of its bars (from 2024-01-02 00:00:00)" in sentence and share > .85
+    for factor, text in ((.26, "-74% (near 4 for 1)"), (.2, "-80% (near 5 for 1)"), (.33, "-67% (near 3 for 1)")):
+        split = pd.concat([walk(500), walk(500, symbol="B", sigma=1e-4)], ignore_index=True)
+        split.loc[700:, "close"] *= factor
+        sentence, = [w for w in price_warnings(split, "val") if "in one bar" in w]
+        assert f"B 2024-01-10 08:00:00 {text}" in sentence
+
+
+def test_warnings_on_prices_and_classes_reach_check_run_grid_and_comparison(tmp_path, capsys):
+    from modelfactory.cli import main
+    from modelfactory.runs.compare import summary
+    runs, parameters = make_task(tmp_path, sizes=dict(train=400, val=150, test=150), shares=(.0075, .5, .4925))
+    data = Path(parameters["data"])
+    def spoil(table):
+        table.loc[table.index[100]:, "close"] /= 4
+        table.loc[5, "f1"] = 3870.
+        table["f2"] = np.float32(1)
+    for name in ("train", "val", "test"): set_close(data, name, spoil)
+    parameters = parameters | dict(dataset={})
+    expected = ("in one bar", "f1 3,870 at A", "features are constant in train: f2", "class -1 is")
+    with pytest.raises(SystemExit) as end: main(["check", str(data)])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and all(text in said for text in expected), said
+    result = run_grid(dict(data=str(data), models=["logistic_regression"], horizons=[5], seeds=[42]), runs, workers=1)
+    assert result.ok and all(any(text in line for line in result.warnings) and text in repr(result) for text in expected)
+    run, = list_runs(runs)
+    stored = json.loads((run.path / "splits.json").read_text())["warnings"]
+    sentences = summary(comparison(runs))
+    assert all(any(text in line for line in lines) for text in expected for lines in (stored, sentences))
+
+
+@pytest.mark.parametrize("unit", ["s", "ms"])
+def test_times_whose_unit_was_forgotten_are_refused_with_the_unit(tmp_path, unit):
+    from modelfactory.data.bars import BarsError, check_bars
+    from modelfactory.data.splits import BadDatetime, read_splits
+    scale = dict(s=1, ms=1000)[unit]
+    numbers = (pd.date_range("2024-01-02", periods=300, freq="h").as_unit("ns").asi8 // 1_000_000_000) * scale
+    bars = walk(300).assign(open=lambda t: t.close, volume=1., datetime=pd.to_datetime(numbers))
+    with pytest.raises(BarsError, match="before 1971.*unit='ms'"): check_bars(bars)
+    data = write_folder(tmp_path / "data")
+    set_close(data, "train", lambda t: t.__setitem__("datetime", pd.to_datetime((pd.DatetimeIndex(t.datetime).as_unit("ns").asi8 // 1_000_000_000) * scale)))
+    with pytest.raises(BadDatetime, match="train_scaled.parquet.*before 1971.*unit='ms'"): read_splits(data)
+    assert check_bars(bars.assign(datetime=pd.to_datetime(numbers, unit=unit))).datetime[0] == pd.Timestamp("2024-01-02")
+
+
+def test_check_and_grid_read_the_same_splits_and_end_alike(tmp_path, capsys):
+    from modelfactory.cli import main
+    data = write_folder(tmp_path / "data", sizes=dict(train=600, val=200, test=200), symbols=tuple("ABCDEF"))
+    for name in ("train", "val", "test"): set_close(data, name, lambda t: t.__setitem__("f1", t.label_h5.astype(np.float32) + np.float32(.01) * t.f2))
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(json.dumps(dict(data=[str(data)], models=["logistic_regression"], horizons=[5])))
+    codes, errors = [], []
+    for command in (["check", str(data)], ["experiment", str(grid), "--output", str(tmp_path / "runs")]):
+        with pytest.raises(SystemExit) as end: main(command)
+        codes.append(end.value.code), errors.append(capsys.readouterr().err)
+    assert codes == [2, 2] and all("f1" in text and "may be computed from later bars" in text for text in errors)
+    (data / "test_scaled.parquet").unlink()
+    for name in ("train", "val"): set_close(data, name, lambda t: t.drop(columns=["f0", "f1"], inplace=True))
+    with pytest.raises(SystemExit) as end: main(["check", str(data)])
+    assert end.value.code == 0

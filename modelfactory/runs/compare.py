@@ -236,6 +236,7 @@ def _task_entry(task, trials):
         | {k: tests[k] for k in CLAIMS}
         | dict(
             earlier_scoring=[r.path.name for r in task.runs if r.scoring < SCORING_VERSION],
+            data_notes=_data_notes(task),
             fit_notes=[f"{r.path.name}: {note}" for r in task.runs for note in r.notes],
             versions=len({r.manifest.get("data_fingerprint") for r in task.runs}),
             ceiling=ceiling,
@@ -246,6 +247,14 @@ def _task_entry(task, trials):
             ],
         )
     )
+
+def _data_notes(task):
+    "Warnings that the newest run of a task has on its data."
+    newest = max(task.runs, key=lambda r: (r.created, r.path.name))
+    try:
+        return [str(text) for text in json.loads((newest.path / "splits.json").read_text())["warnings"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 def _variance(task, metrics):
     "Variance of the main scores, split into models and seeds."
@@ -806,7 +815,7 @@ def task_notes(
     if left_out:
         rows, are = ("row", "is") if left_out == 1 else ("rows", "are")
         found.append(f"{left_out:,} {rows} that not every model could score {are} left out.")
-    found += task.get("fit_notes", [])
+    found += task.get("data_notes", []) + task.get("fit_notes", [])
     return [head + sentence for sentence in [*found, *_seed_note(task)]]
 
 # %% ../../nbs/runs/03_compare.ipynb #25987c5f

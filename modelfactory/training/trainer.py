@@ -14,6 +14,7 @@ from annotated_types import Ge, Interval
 
 from ..data.bundled import resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
+from ..data.prices import check_dataset_prices
 from ..data.splits import fingerprint
 from ..models.base import check_y, training_weights
 from ..models.params import resolve_config
@@ -100,9 +101,10 @@ class Trainer:
         return fingerprint(resolve_data(self.config.data.data) if self.frames is None else self.frames, splits)
 
     def prepare_data(self):
-        "Reads and checks train and val, and cuts them into samples: `datasets`, `report`."
+        "Reads and checks train and val and the prices of val, and cuts them into samples: `datasets`, `report`."
         self.datasets, self.report = self._load(("train", "val"))
         self.baseline_metrics, self._fingerprint = {}, ""
+        if has_direction(self.config.data.classes): check_dataset_prices(self.datasets["val"], self.config.data.prices)
         return self.report
 
     def build_model(self):
