@@ -13,7 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .splits import SplitsError, SplitsWarning, block_warnings, check_splits, column_roles
+from .prices import price_warnings
+from .splits import (
+    EPOCH_FIX, FIRST_YEAR, SplitsError, SplitsWarning, block_warnings, check_splits, column_roles)
 
 # %% auto #0
 __all__ = ['OHLCV', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'UNDEFINED', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd',
@@ -54,6 +56,7 @@ def _times(column):
         text, column = column, pd.to_datetime(column.astype(str), errors="coerce", format="ISO8601")
         _demand(column.notna(), "datetime", f"not readable as a time ({text[column.isna()].head(1).tolist()})", "use ISO 8601")
     _demand(column.notna(), "datetime", "with no time", "drop or mend them")
+    _demand(column.dt.year >= FIRST_YEAR, "datetime", f"before {FIRST_YEAR} ({column.min()})", EPOCH_FIX)
     return column.dt.as_unit("ns")
 
 # %% ../../nbs/data/03_bars.ipynb #22402bc9
@@ -619,5 +622,5 @@ def bars_to_splits(
     table = pd.concat([bars, bar_features(bars).drop(columns=["datetime", "symbol"]), *(triple_barrier(bars, h, *barriers.get(h, ())) for h in horizons)], axis=1)
     table = table[bars.groupby("symbol").cumcount() >= WARMUP]
     report = _write_and_check(table, out, horizons, shares, embargo, scale=True, extra_features=())
-    for text in block_warnings(report.labels): warnings.warn(text, SplitsWarning, stacklevel=2)
+    for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]: warnings.warn(text, SplitsWarning, stacklevel=2)
     return out

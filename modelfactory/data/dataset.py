@@ -19,7 +19,7 @@ from .splits import (
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
-           'TimeSeriesDataset', 'DatasetConfig', 'load_datasets', 'read_prices']
+           'TimeSeriesDataset', 'DatasetConfig', 'load_datasets', 'read_prices', 'price_file']
 
 # %% ../../nbs/data/01_dataset.ipynb #2c6c8c8a
 class Windows:
@@ -284,6 +284,12 @@ def read_prices(
 ) -> tuple:  # prices (datetime, symbol, close) or None, and where they come from
     "Closes of every bar: from `file` if given, else the split's own; raises `SplitsError` when the file does not serve."
     if file is None: return ds.split.prices(), "label" if ds.split.close is None else "close"
+    return price_file(file), "file"
+
+def price_file(
+    file: Path,  # parquet with datetime, symbol, close
+) -> pd.DataFrame:
+    "The closes of a file; raises `SplitsError` when it does not serve."
     if not Path(file).is_file(): raise MissingFile(f"{file}: no such price file")
-    try: return pd.read_parquet(file, columns=["datetime", "symbol", "close"]), "file"
+    try: return pd.read_parquet(file, columns=["datetime", "symbol", "close"])
     except Exception as e: raise UnreadableFile(f"{file}: expected a parquet file with datetime, symbol, close ({str(e).splitlines()[0][:100]})") from None

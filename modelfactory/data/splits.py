@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError',
-           'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
-           'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
-           'split_files', 'Split', 'read_split', 'bars_between', 'label_bars', 'reaching_over', 'check_order',
-           'label_reach', 'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason',
-           'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits',
-           'read_scaler', 'fingerprint']
+__all__ = ['ROLES', 'FIRST_YEAR', 'EPOCH_FIX', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'RARE_CLASS',
+           'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
+           'UnknownHorizon', 'SplitsWarning', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between',
+           'label_bars', 'reaching_over', 'check_order', 'label_reach', 'timestamps_per_bar', 'effective_blocks',
+           'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings',
+           'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -120,12 +120,16 @@ def split_files(
     return files
 
 # %% ../../nbs/data/00_splits.ipynb #de74c2f3
+FIRST_YEAR = 1971  # times before it are numbers of another unit that were read as nanoseconds
+EPOCH_FIX = "expected bars of 1971 or later; numbers since 1970 need their unit: pd.to_datetime(column, unit='ms'), or 's'"
+
 def _datetimes(column, file):
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type): times = column.to_pandas()
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type): times = _parse_text(column.to_pandas(), file)
     else: raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps")
     times = pd.to_datetime(times, cache=False)
     if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), 'with no time')}; drop or mend these rows")
+    if (old := (times.dt.year < FIRST_YEAR).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(old, f'before {FIRST_YEAR}')} ({times[old].iloc[0]}); {EPOCH_FIX}")
     if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
     return times.dt.as_unit("ns")
 
@@ -499,7 +503,8 @@ def _fill(read, nan):
 def _report(read, roles, classes, fills):
     splits = pd.DataFrame([dict(split=s.name, rows=len(s), symbols=len(s.symbols), first=s.datetimes.min(), last=s.datetimes.max()) for s in read.values()])
     labels = pd.DataFrame([_label_row(s, h, classes) for s in read.values() for h in s.labels])
-    warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels)
+    from modelfactory.data.prices import split_warnings
+    warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels) + split_warnings(read)
     return SplitsReport(splits, labels, roles, warnings, fills)
 
 def _label_row(split, horizon, classes):
@@ -518,6 +523,17 @@ def _shares(y, classes):
     return {f"share of {c}": round(float((defined == c).mean()), 3) if len(defined) else np.nan for c in classes}
 
 # %% ../../nbs/data/00_splits.ipynb #c91e51dd
+RARE_CLASS = .01  # share of the labels of train, below which a class is mentioned
+
+def _rare_classes(train, horizon, classes):
+    y = train.labels[horizon]
+    counts = {c: int((y == c).sum()) for c in classes}
+    n = sum(counts.values())
+    for c, count in counts.items():
+        if 0 < count < RARE_CLASS * n:
+            share = f"{count:,} of {n:,} labels of {train.name} ({count / n:.1%})"
+            yield f"{train.file}: label_h{horizon}: class {c} is {share}: too few to learn it, and its scores say little"
+
 def _warnings(read, classes, fills):
     "What to know; raises `MissingClass` when the first split, which is learnt from, lacks a class."
     found, train = [], next(iter(read.values()))
@@ -528,6 +544,7 @@ def _warnings(read, classes, fills):
                 if s is train: raise MissingClass(f"{text} among {int((y != NO_TARGET).sum()):,} labels of {s.name}; a model cannot learn it")
                 found.append(f"{text}; its scores will read as 0")
     constant = [n for n, lo, hi in zip(train.features, train.matrix.min(0), train.matrix.max(0)) if lo == hi]
+    found += [text for h in train.labels for text in _rare_classes(train, h, classes)]
     if constant: found.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
     if fills: found.append(f"NaN filled in {len(fills)} features: " + ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5]))
     return found

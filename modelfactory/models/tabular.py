@@ -16,7 +16,7 @@ from .persistence import load_header, save_header
 from ..settings import NonNegative
 
 # %% auto #0
-__all__ = ['TabularConfig', 'n_threads', 'Rows', 'flatten', 'TabularModel', 'SklearnModel']
+__all__ = ['ROWS_PER_LEAF', 'TabularConfig', 'n_threads', 'Rows', 'leaf_size', 'flatten', 'TabularModel', 'SklearnModel']
 
 # %% ../../nbs/models/05_tabular.ipynb #6a83adb7
 @dataclass
@@ -35,6 +35,18 @@ class Rows:
     X: np.ndarray  # (n, T*F) float32
     y: np.ndarray  # (n,) int64 class codes
     weight: np.ndarray | None  # (n,) float32, mean 1
+
+ROWS_PER_LEAF = 20  # a class of train holds at least as many leaves of the default size
+
+def leaf_size(
+    model: BaseModel,
+    key: str,  # of its config: the least rows, or the least weight, in a leaf
+    n: int,  # rows of train
+):
+    "The config's value; the default is lowered to `n // (20 * classes)`, at least 1, where there are few rows."
+    value, default = getattr(model.config, key), model.Config.__dataclass_fields__[key].default
+    few = max(1, n // (ROWS_PER_LEAF * len(model.classes)))
+    return type(value)(min(value, few)) if value == default else value
 
 def flatten(X) -> np.ndarray:  # (n, T*F) float32
     "Windows or an array as flat rows."

@@ -22,7 +22,7 @@ from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .significance import (
     claim_figures, constant_call_text, count_trials, describe, no_skill_text, read_task, stored_daily, task_significance)
-from .store import FAILED, RunError, RunList, check_data, list_runs, write_json
+from .store import FAILED, UNSCORED, RunError, RunList, check_data, list_runs, write_json
 from ..settings import ConfigError, did_you_mean, settings
 from ..training.test_set import test_set_uses
 
@@ -236,6 +236,8 @@ def _task_entry(task, trials):
         | {k: tests[k] for k in CLAIMS}
         | dict(
             earlier_scoring=[r.path.name for r in task.runs if r.scoring < SCORING_VERSION],
+            data_notes=_data_notes(task),
+            fit_notes=[f"{r.path.name}: {note}" for r in task.runs for note in r.notes],
             versions=len({r.manifest.get("data_fingerprint") for r in task.runs}),
             ceiling=ceiling,
             variance=_variance(task, metrics),
@@ -245,6 +247,14 @@ def _task_entry(task, trials):
             ],
         )
     )
+
+def _data_notes(task):
+    "Warnings that the newest run of a task has on its data."
+    newest = max(task.runs, key=lambda r: (r.created, r.path.name))
+    try:
+        return [str(text) for text in json.loads((newest.path / "splits.json").read_text())["warnings"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 def _variance(task, metrics):
     "Variance of the main scores, split into models and seeds."
@@ -271,6 +281,7 @@ def comparison(
 ) -> dict:  # schema 1: tasks, excluded, failed, unread, test_set_uses, early_stopping
     "The comparison of all finished runs as plain data; what every sentence and table is made from."
     runs = runs if isinstance(runs, RunList) else list_runs(runs)
+    unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
     names, unread, tasks = runs.data_names, list(runs.unread), []
     for data, horizon in sorted({(names[r.data], r.horizon) for r in runs}):
         task = read_task(runs, data, horizon, unread=unread)
@@ -283,12 +294,17 @@ def comparison(
             scoring=SCORING_VERSION,
             tasks=tasks,
             excluded=_excluded(runs),
-            failed=[row for f in folders for row in failures(f)],
-            unread=unread,
+            failed=[*unscored.values()] + [row for f in folders for row in failures(f)],
+            unread=[row for row in unread if row["folder"] not in unscored],
             test_set_uses=[sentence for f in folders for sentence in test_set_uses(f)],
             early_stopping=_early_stopping(runs),
         )
     )
+
+def _unscored_row(run):
+    title = f"{run.manifest['model']} h{run.horizon} {Path(run.data).name}"
+    reason = f"{run.reason}; `modelfactory rescore` finishes it"
+    return dict(run=title, status=UNSCORED, reason=reason, folder=run.path.name)
 
 def plain_data(value):
     "A value as JSON holds it: numbers of Python, None where undefined."
@@ -768,8 +784,10 @@ def notes(
     found = [sentence for task in result["tasks"] for sentence in task_notes(task)]
     stopping = [f"{row['sentence']} (here: {', '.join(row['models'])})" for row in result["early_stopping"]]
     unread = len(result["unread"])
+    unscored = [f"{r['run']}: trained, not scored: {r['reason']}." for r in result["failed"] if r["status"] == UNSCORED]
     return (
         found
+        + unscored
         + stopping
         + (
             [f"{unread} folder{' is' if unread == 1 else 's are'} not readable as a run and left out."]
@@ -797,6 +815,7 @@ def task_notes(
     if left_out:
         rows, are = ("row", "is") if left_out == 1 else ("rows", "are")
         found.append(f"{left_out:,} {rows} that not every model could score {are} left out.")
+    found += task.get("data_notes", []) + task.get("fit_notes", [])
     return [head + sentence for sentence in [*found, *_seed_note(task)]]
 
 # %% ../../nbs/runs/03_compare.ipynb #25987c5f
@@ -903,6 +922,8 @@ def write_comparison(
     if not found:
         raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
     use_moved_data(found, moved or {})
+    if not any(r.scored for r in found):
+        raise RunError(f"{runs}: none of {len(found)} runs is scored ({found[0].reason}); run `modelfactory rescore`")
     result = comparison(found)
     write_json(runs / ".model_comparison.json", result)
     (runs / ".model_comparison.json").replace(runs / COMPARISON)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ..builtin import builtin_folder
 from ..data.bundled import whole_paths
-from .store import FAILED, claim, publish, start_attempt, write_json
+from .store import FAILED, UNSCORED, Run, claim, close_attempt, load_run, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
 __all__ = ['RARELY', 'START', 'LONGEST_SOCKET', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute',
-           'main', 'Outcome', 'Limits', 'environment', 'gigabytes', 'end_run', 'run_notebook']
+           'main', 'Outcome', 'Limits', 'environment', 'gigabytes', 'end_run', 'run_outcome', 'run_notebook']
 
 # %% ../../nbs/runs/01_engine.ipynb #fe60489e
 def find_notebook(
@@ -121,7 +121,9 @@ def main(
     job = json.loads((attempt / "job.json").read_text())
     try: execute(Path(job["notebook"]), attempt / "train.ipynb", job["parameters"])
     except Exception as e: write_json(attempt / "error.json", _error(e)); sys.exit(1)
-    publish(attempt, job["runs"], job["grid"])
+    run = Path(job["runs"]) / attempt.name
+    if run.is_dir(): close_attempt(attempt, run)
+    else: publish(attempt, job["runs"], job["grid"])
 
 def _error(e):
     cell, kind, text = getattr(e, "exec_count", None), getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e))
@@ -134,8 +136,8 @@ if __name__ == "__main__" and sys.argv[0].endswith("engine.py"): main(*sys.argv[
 class Outcome:
     "How a run ended."
     name: str  # of the run
-    status: str  # ok, skipped, failed, timeout, killed, interrupted, unavailable
-    reason: str = ""  # one line, when not ok
+    status: str  # ok, skipped, not scored, failed, timeout, killed, interrupted, unavailable
+    reason: str = ""  # one line: why it is not ok, or what to know of the fit
     path: Path | None = None  # the run, or what is left of it
     seconds: float = 0.
 
@@ -202,6 +204,25 @@ def _why(code, attempt):
     if not log and shutil.disk_usage(attempt).free < 1 << 20: return "failed", f"no space is left on the disk of {attempt.parent}"
     return "failed", (log or ["no output"])[-1][:300]
 
+def _ended(attempt, runs, status, reason, start):
+    "The outcome of an attempt whose process is gone: a run, scored or not, or a failure."
+    run = runs / attempt.name
+    if not run.is_dir(): return _failed(attempt, runs, status, reason, start)
+    if attempt.is_dir(): close_attempt(attempt, run, reason)
+    return run_outcome(attempt.name, load_run(run), "ok", reason, time.monotonic() - start)
+
+def run_outcome(
+    title: str,
+    run: Run,
+    status: str,  # of a run that is scored
+    reason: str = "",  # why it is not scored; empty: as the run has it
+    seconds: float = 0.,
+) -> Outcome:
+    "The outcome of a published run: `status`, with notes on the fit as reason; or that it was trained and not scored."
+    if run.scored: return Outcome(title, status, " ".join(run.notes), run.path, seconds)
+    reason = f"trained, but {reason or run.reason}; `modelfactory rescore` finishes it"
+    return Outcome(title, UNSCORED, reason, run.path, seconds)
+
 def _failed(attempt, runs, status, reason, start):
     kept = runs / FAILED / attempt.name
     with contextlib.suppress(OSError): write_json(attempt / "outcome.json", dict(status=status, reason=reason))
@@ -238,7 +259,7 @@ def _attempt(parameters, runs, notebook, limits, stop, grid):
     command = [sys.executable, "-m", "modelfactory.runs.engine", str(attempt), str(os.getpid())]
     with open(attempt / "run.log", "w") as log: process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(limits, attempt.name), start_new_session=True)
     try: status, reason = _watch(process, limits, stop)
-    except BaseException: end_run(process, attempt.name); _failed(attempt, runs, "interrupted", "interrupted", start); raise
-    if status or not (runs / attempt.name).is_dir(): end_run(process, attempt.name)
-    if (runs / attempt.name).is_dir(): return Outcome(attempt.name, "ok", "", runs / attempt.name, time.monotonic() - start)
-    return _failed(attempt, runs, *((status, reason) if status else _why(process.returncode, attempt)), start)
+    except BaseException: end_run(process, attempt.name); _ended(attempt, runs, "interrupted", "interrupted", start); raise
+    if attempt.is_dir(): end_run(process, attempt.name)
+    if not status and attempt.is_dir(): status, reason = _why(process.returncode, attempt)
+    return _ended(attempt, runs, status, reason, start)

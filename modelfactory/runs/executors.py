@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..models.base import ModelUnavailable
 from ..models.params import read_params
-from .engine import Limits, Outcome, run_notebook
+from .engine import Limits, Outcome, run_notebook, run_outcome
 from .store import MANIFEST, Run
 from ..settings import ConfigError, settings
 
@@ -55,7 +55,7 @@ def run_job(
     try:
         with _lock(job, runs, stop):
             if stop.is_set(): return Outcome(job.title, "interrupted", "stopped before it began")
-            if not force and (there := finished_run(job, runs)): return Outcome(job.title, "skipped", "", there)
+            if not force and (run := finished_run(job, runs)): return run_outcome(job.title, Run(run), "skipped")
             return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
     except Exception as e: return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
 

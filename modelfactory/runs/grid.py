@@ -13,16 +13,19 @@ from pathlib import Path
 import pandas as pd
 
 from ..builtin import params_file, params_names
-from ..data.audit import audit
+from ..data.audit import audit, audited_splits
 from ..data.bundled import data_path, resolve_data, whole_paths
 from ..data.dataset import DatasetConfig
+from ..data.prices import check_split_prices
 from ..data.splits import fingerprint, read_splits
+from ..evaluation.metrics import has_direction
 from ..models.registry import ModelRegistry
 from ..progress import Progress, duration
-from .engine import Limits, Outcome
+from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .tracking import Tracker
-from .store import FAILED, PARTIAL, RunList, clear_partial, is_alive, list_runs, run_identity
+from .store import (
+    FAILED, PARTIAL, UNSCORED, RunList, clear_partial, is_alive, list_runs, run_identity)
 from ..settings import ConfigError, NonNegative, Positive, ShownConfig, build_config, did_you_mean, read_yaml, settings
 from ..training.trainer import Trainer
 
@@ -85,18 +88,25 @@ def grid_jobs(grid: GridConfig) -> list[Job]:
 def plan(
     grid: GridConfig,
     finished: set = frozenset(),  # identities of runs that are there: their data is not read again
+    warnings: list | None = None,  # sentences on the data are appended to it
 ) -> list[Job]:
     "Every run of a grid; raises `ConfigError` or `SplitsError` when one of them could not even start, or its data leak."
     jobs = grid_jobs(grid)
     todo = {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}
-    for job in todo.values(): trainer_of(job.parameters).prepare_data()
+    found = {}
+    for (data, _), job in todo.items():
+        found |= dict.fromkeys(f"{Path(data).name}: {text}" for text in trainer_of(job.parameters).prepare_data().warnings)
     for data in dict.fromkeys(data for data, _ in todo): audit_data(grid, data)
+    if warnings is not None: warnings += found
     return jobs
 
 def audit_data(grid: GridConfig, data: str):
     "Raises `LeakFound` when a column knows the labels of train better than any past may."
     c = build_config(DatasetConfig, grid.dataset | dict(data=data), "grid: dataset")
-    audit(read_splits(resolve_data(data), grid.horizons, ("train", "val"), c.features, c.exclude, c.nan, c.classes), grid.allow).raise_if_leaky()
+    folder = resolve_data(data)
+    splits = read_splits(folder, grid.horizons, audited_splits(folder), c.features, c.exclude, c.nan, c.classes)
+    if has_direction(c.classes): check_split_prices(splits, c.prices)
+    audit(splits, grid.allow).raise_if_leaky()
 
 def _job(grid, data, horizon, model, seed, prints):
     parameters = dict(model=model, horizon=horizon, data=data, seed=seed, preset=grid.preset, config=grid.overrides.get(model, {}),
@@ -121,13 +131,14 @@ def trainer_of(
 # %% ../../nbs/runs/02_grid.ipynb #1353dda4
 class GridResult(list):
     "Outcomes of a grid."
+    warnings: list = []  # sentences on the data
     def count(self, status): return sum(o.status == status for o in self)
     @property
     def ok(self): return all(o.status in ("ok", "skipped", "unavailable") for o in self)
     def to_frame(self): return pd.DataFrame([dict(run=o.name, status=o.status, seconds=round(o.seconds, 1), reason=o.reason) for o in self])
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
-        return (counts or "nothing to run") + "".join(f"\n  {o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.status not in ("ok", "skipped"))
+        return (counts or "nothing to run") + "".join(f"\n  {o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason) + "".join(f"\n  warning: {text}" for text in self.warnings)
     def _repr_html_(self): return self.to_frame().to_html(index=False, border=0)
 
 # %% ../../nbs/runs/02_grid.ipynb #d24b91e5
@@ -145,15 +156,16 @@ def run_grid(
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
     stored = RunList() if force else list_runs(runs)
-    finished = {r.identity for r in stored}
-    jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished)
+    finished, warnings = _by_identity(stored), []
+    jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished, warnings)
     clear_partial(runs)
-    result = GridResult(Outcome(j.title, "skipped") for j in jobs if j.identity in finished)
+    result = GridResult(run_outcome(j.title, run, "skipped") for j in jobs if (run := finished.get(j.identity)))
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in jobs if j.unavailable and j.identity not in finished]
     todo = [j for j in jobs if j.identity not in finished and not j.unavailable]
     if n := len(trained_by_other_code(todo, stored)):
         print(f"{n} run{'s' * (n > 1)} of this grid finished with other code or other defaults; trained again")
     if todo: result += _run_all(todo, runs, make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address), Limits(timeout, memory), force)
+    result.warnings = warnings
     return result
 
 def trained_by_other_code(
@@ -176,6 +188,11 @@ def _asks_the_same(resolved, run):
     if not all(isinstance(was, dict) for was, _ in pairs): return False
     keep = lambda k: k not in ("config", "data", "prices")
     return all(was[k] == now[k] for was, now in pairs for k in was.keys() & now.keys() if keep(k))
+
+
+def _by_identity(runs):
+    "The finished runs of a list by their identity; a scored one before one that is not scored."
+    return {r.identity: r for r in sorted(runs, key=lambda r: r.scored)}
 
 
 def default_workers() -> int: return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
@@ -219,7 +236,7 @@ def grid_status(
 ) -> GridStatus:
     "What is done, running, failed or waiting of a grid."
     runs = Path(runs or settings().runs)
-    done = {r.identity: r for r in list_runs(runs)}
+    done = _by_identity(list_runs(runs))
     jobs = grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid))
     running, failed = _attempts(runs / PARTIAL), _attempts(runs / FAILED)
     return GridStatus(dict(run=j.title, **_status(j, done.get(j.identity), running.get(_key(j.parameters)), failed.get(_key(j.parameters)))) for j in jobs)
@@ -235,6 +252,7 @@ def _attempts(folder):
 
 # %% ../../nbs/runs/02_grid.ipynb #3a69ded1
 def _status(job, run, running, failed):
+    if run and not run.scored: return dict(status=UNSCORED, seconds=None, note=f"{run.reason} (see {run.path.name})")
     if run: return dict(status="done", seconds=round(sum(run.manifest["seconds"].values()), 1), note=run.path.name)
     if running and is_alive(running): return dict(status="running", seconds=_age(running), note=_progress(running))
     if job.unavailable: return dict(status="unavailable", seconds=None, note=job.unavailable)

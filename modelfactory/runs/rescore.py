@@ -22,10 +22,11 @@ from ..evaluation.robustness import plot_robustness
 from ..models.base import PredictionOutput, probability_columns, to_output
 from ..models.persistence import file_hash
 from .store import (
-    MANIFEST, STAGED, Run, RunError, check_data, finish_swaps, list_runs, load_run, replace_run, score_files,
-    write_json, write_scores)
+    MANIFEST, PARTIAL, STAGED, Run, RunError, add_predictions, check_data, finish_swaps, is_alive, list_runs, load_run,
+    prediction_file, replace_run, score_files, write_json, write_manifest, write_scores)
 from ..settings import ConfigError
 from ..training import plots
+from ..training.trainer import trainer_plots
 
 # %% auto #0
 __all__ = ['FIGURES', 'NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'rows_of', 'stored_output', 'score_with_data',
@@ -98,7 +99,10 @@ def score_with_data(
     scored.metrics = {split: Metrics(metrics | _timings(run))}
     return scored
 
-def _timings(run): return {name: run.metrics.get(name, np.nan) for name in ("fit_seconds", "predict_seconds")}
+def _timings(run):
+    "Seconds of fitting and predicting, as the training measured them."
+    if not run.scored: return {f"{name}_seconds": run.manifest["seconds"].get(name, np.nan) for name in ("fit", "predict")}
+    return {name: run.metrics.get(name, np.nan) for name in ("fit_seconds", "predict_seconds")}
 
 # %% ../../nbs/runs/13_rescore.ipynb #22e66833
 def score_without_data(
@@ -169,6 +173,34 @@ def _write_all(scored, split, staged):
         if (file.parent).is_dir():
             file.write_bytes(plots.png(drawn[name]()))
 
+def _write_figures(run, scored, staged):
+    "All pictures of a run whose training drew none; why not, where they cannot be drawn."
+    scored.history = run.history
+    try:
+        scored.model = run.model()
+    except (ConfigError, ImportError, ValueError):
+        scored.model = None  # its plugin is not here: no picture of its importance
+    try:
+        figures = {name: plots.png(figure) for name, figure in trainer_plots(scored).items()}
+    except Exception as e:  # a picture that cannot be drawn does not keep a run from being scored
+        return f"its pictures cannot be drawn ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+    (staged / "plots").mkdir(exist_ok=True)
+    for name, content in figures.items():
+        (staged / f"plots/{name}.png").write_bytes(content)
+    return ""
+
+def _predicted(run, class_metrics):
+    "Predicts val with the weights of a run whose training ended before it had predicted, and scores that."
+    trainer = scoring_trainer(run)
+    trainer.model, trainer.seconds = run.model(), dict(run.manifest["seconds"])
+    try:
+        trainer.predict()
+    except Exception as e:  # whatever the code of a model raises
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise RunError(f"{run.path}: its model cannot predict ({reason})") from None
+    add_predictions(trainer, run.path)
+    return _rescored(load_run(run.path), class_metrics)
+
 def _write_class_metrics(run, split, staged):
     files = score_files(split)
     metrics, baselines = score_without_data(run, run.predictions(split))
@@ -191,13 +223,19 @@ def rescore_run(
 def _rescored(run, class_metrics):
     if "bundle_of" in run.manifest:
         raise RunError(f"{run.path}: a bundle has no predictions to score; rescore the run it was made of")
+    if not run.scored and is_alive(run.path.parent / PARTIAL / run.path.name):
+        return dict(run=run.path.name, splits=[], scored=NOT_SCORED, reason=run.reason)
     for part in ("predictions/", "config.yaml"):
         run.verify(part)
-    splits = [s for s in run.manifest["splits"] if (run.path / f"predictions/{s}_predictions.parquet").is_file()]
+    splits = [s for s in run.manifest["splits"] if (run.path / prediction_file(s)).is_file()]
+    if not splits and not run.scored:
+        return _predicted(run, class_metrics)
     if not splits:
         raise RunError(f"{run.path}: no predictions to score; train the run again")
-    staged, reason = _stage(run), ""
+    staged, reason, undrawn = _stage(run), "", ""
     changed = [f for s in splits for f in score_files(s).values()] + [f"plots/{name}.png" for name in FIGURES]
+    if not run.scored:
+        changed += [str(f.relative_to(staged)) for f in staged.glob("plots/*")]
     for name in [*changed, MANIFEST]:
         _fresh(staged / name)
     try:
@@ -205,6 +243,9 @@ def _rescored(run, class_metrics):
         scored = {s: score_with_data(trainer, run, run.predictions(s), s) for s in splits}
         for split in splits:
             _write_all(scored[split], split, staged)
+        if not run.scored:
+            undrawn = _write_figures(run, scored["val"], staged)
+            changed += [str(f.relative_to(staged)) for f in (staged / "plots").glob("*.png")]
     except SCORING_ERRORS as e:
         reason = str(e)
         if not class_metrics:
@@ -214,16 +255,16 @@ def _rescored(run, class_metrics):
             _write_class_metrics(run, split, staged)
     _write_manifest(run, staged, changed)
     replace_run(staged, run.path)
-    return dict(run=run.path.name, splits=splits, scored="class metrics only" if reason else "all", reason=reason)
+    scored = "class metrics only" if reason else "all"
+    return dict(run=run.path.name, splits=splits, scored=scored, reason=reason or undrawn)
 
 def _write_manifest(run, staged, changed):
     "The manifest with the hashes of what was written; last, as in `publish`."
     files = {name: digest for name, digest in run.manifest["files"].items() if name not in changed}
     files |= {name: file_hash(staged / name) for name in changed if (staged / name).is_file()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(staged / MANIFEST, run.manifest | dict(scoring=SCORING_VERSION, rescored=when, files=files))
-    with open(staged / MANIFEST) as f:
-        os.fsync(f.fileno())
+    done = dict(scoring=SCORING_VERSION, rescored=when, scored=True, reason=None, files=files)
+    write_manifest(staged, run.manifest | done)
 
 # %% ../../nbs/runs/13_rescore.ipynb #f93c1f93
 def rescore_runs(

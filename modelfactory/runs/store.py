@@ -17,14 +17,15 @@ from ..models.code import code_version
 from ..models.persistence import file_hash, library_version, load_model
 from ..models.registry import check_name
 from ..settings import read_yaml, settings
-from ..training.test_set import short_names
+from ..training.test_set import runs_folder, short_names
 
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES', 'REQUIRED',
-           'RunError', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json',
-           'prediction_frame', 'write_run', 'git_commit', 'score_files', 'write_scores', 'publish', 'replace_run',
+__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'UNSCORED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES',
+           'REQUIRED', 'RunError', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json',
+           'prediction_frame', 'write_run', 'git_commit', 'prediction_file', 'score_files', 'write_scores', 'publish',
+           'write_manifest', 'publish_fitted', 'add_predictions', 'add_scores', 'close_attempt', 'replace_run',
            'finish_swaps', 'read_metrics', 'Run', 'load_run', 'name_data', 'check_data', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
@@ -32,6 +33,7 @@ class RunError(ValueError):
     "A folder that is not a finished run, or one whose files have changed since."
 
 MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
+UNSCORED = "not scored"  # what became of a run that was trained and published, and whose scoring failed
 STAGED, REPLACED = ".rescored", ".replaced"  # folders of runs that are about to take a place, and of those they replace
 
 # %% ../../nbs/runs/00_store.ipynb #49a67090
@@ -110,7 +112,7 @@ def prediction_frame(
 
 # %% ../../nbs/runs/00_store.ipynb #033a82e3
 def write_run(
-    trainer,  # evaluated
+    trainer,  # fitted; its predictions and scores are written as far as there are any
     folder: Path,  # an attempt
     figures: dict | None = None,  # name -> matplotlib Figure
 ):
@@ -122,8 +124,9 @@ def write_run(
     resolved = json.loads(json.dumps(trainer.resolved()))
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     trainer.model.save(folder / "checkpoints")
-    for split, predictions in trainer.predictions.items():
-        _write_predictions(trainer, split, predictions, folder)
+    for split in trainer.predictions:
+        _write_predictions(trainer, split, folder)
+    for split in trainer.metrics:
         write_scores(trainer, split, folder)
     write_json(folder / "metrics/history.json", trainer.history)
     write_json(folder / "splits.json", trainer.report.to_dict())
@@ -140,10 +143,14 @@ def git_commit(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 # %% ../../nbs/runs/00_store.ipynb #cb1e739f
-def _write_predictions(trainer, split, predictions, folder):
-    frame = prediction_frame(predictions, trainer.config.data.classes, trainer.datasets[split].y)
+def prediction_file(split: str) -> str:
+    "Where a run keeps the predictions of a split."
+    return f"predictions/{split}_predictions.parquet"
+
+def _write_predictions(trainer, split, folder):
+    frame = prediction_frame(trainer.predictions[split], trainer.config.data.classes, trainer.datasets[split].y)
     (folder / "predictions").mkdir(exist_ok=True)
-    frame.to_parquet(folder / f"predictions/{split}_predictions.parquet", index=False)
+    frame.to_parquet(folder / prediction_file(split), index=False)
 
 def score_files(
     split: str,
@@ -190,10 +197,78 @@ def publish(
     try: result = json.loads((attempt / RESULT).read_text())
     except (OSError, ValueError): raise RunError(f"{attempt}: no {RESULT}: the training did not reach its end") from None
     for extra in (RESULT, "pid", "job.json", "run.log", "progress.json"): (attempt / extra).unlink(missing_ok=True)
-    files = {str(f.relative_to(attempt)): file_hash(f) for f in sorted(attempt.rglob("*")) if f.is_file()}
-    write_json(attempt / MANIFEST, dict(status="ok", name=attempt.name, created=datetime.now(timezone.utc).isoformat(timespec="seconds"), grid=grid or None, **result, files=files))
-    with open(attempt / MANIFEST) as f: os.fsync(f.fileno())
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    scored = (attempt / score_files("val")["metrics"]).is_file()
+    manifest = dict(status="ok", name=attempt.name, created=created, grid=grid or None, **result, scored=scored)
+    files = [str(f.relative_to(attempt)) for f in sorted(attempt.rglob("*")) if f.is_file()]
+    write_manifest(attempt, manifest | dict(files={}), files)
     return attempt.rename(Path(runs) / attempt.name)
+
+def write_manifest(
+    folder: Path,  # of a run
+    manifest: dict,
+    added: list = (),  # names of files to enter with their hashes, as far as they are there
+):
+    "Writes the manifest of a folder in one step: a kill leaves the old one or the new one."
+    hashes = manifest["files"] | {name: file_hash(folder / name) for name in added if (folder / name).is_file()}
+    write_json(folder / f".{MANIFEST}", manifest | dict(files=hashes))
+    with open(folder / f".{MANIFEST}") as f: os.fsync(f.fileno())
+    (folder / f".{MANIFEST}").replace(folder / MANIFEST)
+
+# %% ../../nbs/runs/00_store.ipynb #3684858e
+def publish_fitted(
+    trainer,  # fitted
+    attempt: Path,  # of `start_attempt`; it stays, for the notebook and the log of the process
+) -> Path:  # the run
+    "Publishes a fitted model as a run that is not scored yet."
+    attempt = Path(attempt)
+    folder, job = attempt / attempt.name, attempt / "job.json"
+    folder.mkdir()
+    write_run(trainer, folder)
+    grid = json.loads(job.read_text())["grid"] if job.is_file() else ""
+    return publish(folder, runs_folder(attempt), grid)
+
+def add_predictions(
+    trainer,  # with predictions
+    run: Path,  # of `publish_fitted`
+):
+    "Adds the predictions of a trainer to its run."
+    for split in trainer.predictions:
+        _write_predictions(trainer, split, run)
+    files = [prediction_file(split) for split in trainer.predictions]
+    manifest = load_run(run).manifest | dict(
+        splits=list(trainer.predictions), seconds=trainer.seconds, notes=trainer.learning_notes())
+    write_manifest(run, manifest, files)
+
+def add_scores(
+    trainer,  # evaluated
+    run: Path,  # of `publish_fitted`
+    figures: dict,  # name -> matplotlib Figure; they are closed
+):
+    "Adds scores and pictures to a run, which then counts as scored."
+    for split in trainer.metrics:
+        write_scores(trainer, split, run)
+    for name, figure in figures.items():
+        _write_figure(figure, run / "plots" / f"{name}.png")
+    files = [file for split in trainer.metrics for file in score_files(split).values()]
+    files += [f"plots/{name}.png" for name in figures]
+    write_manifest(run, load_run(run).manifest | dict(scored=True, reason=None), files)
+
+# %% ../../nbs/runs/00_store.ipynb #7d0d28a1
+def close_attempt(
+    attempt: Path,  # of a run that is published
+    run: Path,
+    reason: str = "",  # why it was not scored
+):
+    "Moves the executed notebook into the run, stores the reason where it is not scored, and removes the attempt."
+    with contextlib.suppress(OSError):
+        notebook = attempt / "train.ipynb"
+        if notebook.is_file():
+            notebook.rename(run / notebook.name)
+        manifest = load_run(run).manifest
+        why = {} if manifest.get("scored", True) else dict(reason=reason)
+        write_manifest(run, manifest | why, [notebook.name])
+    shutil.rmtree(attempt, ignore_errors=True)
 
 # %% ../../nbs/runs/00_store.ipynb #b15e1762
 def _swap_lock(folder):
@@ -269,7 +344,26 @@ class Run:
         if not isinstance(manifest, dict) or not set(REQUIRED) <= set(manifest) or not isinstance(manifest["files"], dict): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
         return manifest
 
+    @property
+    def scored(self) -> bool:
+        "Whether its predictions were scored; where not, `reason` says why."
+        return self.manifest.get("scored", True)
+
+    @property
+    def notes(self) -> list[str]:
+        "What is to be known of the fit, such as that it learnt nothing."
+        return self.manifest.get("notes") or []
+
+    @property
+    def reason(self) -> str:
+        "Why it is not scored, in one line; empty when it is."
+        if self.scored: return ""
+        if is_alive(self.path.parent / PARTIAL / self.path.name): return "its training is under way"
+        return self.manifest.get("reason") or "its training ended before it was scored"
+
     def _json(self, name):
+        if not self.scored and name != "history.json":
+            raise RunError(f"{self.path}: not scored ({self.reason}); run `modelfactory rescore` on it")
         file = self.path / "metrics" / name
         try: values = json.loads(file.read_text())
         except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
@@ -369,9 +463,11 @@ class Run:
 
     def __repr__(self):
         task = f"{self.manifest['model']} on {self.data}, horizon {self.horizon}"
+        if not self.scored: return f"Run({self.path.name}: {task}; not scored: {self.reason})"
         sharpe = self.metrics.get("sharpe_net", math.nan)
         shown = "–" if sharpe != sharpe else f"{sharpe:.2f}"
-        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown})"
+        notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
+        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
 
 def _read(file):
@@ -442,9 +538,9 @@ class RunList(list):
     folder: Path | None = None  # they were listed from
     unread: list = []  # dicts folder, reason: folders in it that cannot be read as runs
     def to_frame(self):
-        "A row a run with its main metrics."
+        "A row a run with its main metrics, and whether it is scored."
         import pandas as pd
-        return pd.DataFrame([dict(run=r.path.name, data=r.data, model=r.manifest["model"], horizon=r.horizon, seed=r.seed, **{k: r.metrics[k] for k in ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")}) for r in self])
+        return pd.DataFrame([_list_row(r) for r in self])
     def latest(self) -> RunList:
         "The newest run of each data set, model, horizon and seed."
         return RunList({r.key: r for r in self}.values())
@@ -455,6 +551,14 @@ class RunList(list):
         return {r.manifest["data"]: names[r.data] for r in self} | names
     def __repr__(self): return self.to_frame().round(3).to_string(index=False) if self else "no finished run"
     def _repr_html_(self): return self.to_frame().round(3).to_html(index=False, border=0) if self else "<p>no finished run</p>"
+
+_LISTED = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")
+
+def _list_row(run):
+    metrics = run.metrics if run.scored else dict.fromkeys(_LISTED, math.nan)
+    scored = "yes" if run.scored else f"no: {run.reason}"
+    about = dict(run=run.path.name, data=run.data, model=run.manifest["model"], horizon=run.horizon, seed=run.seed)
+    return about | {name: metrics[name] for name in _LISTED} | dict(scored=scored)
 
 def list_runs(
     runs: Path | None = None,  # None: settings' runs folder

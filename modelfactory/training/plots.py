@@ -58,17 +58,21 @@ def png(
 
 # %% ../../nbs/training/02_plots.ipynb #f737d1d2
 def _classes(predictions, y_true, classes):
-    k, seen = predictions.probabilities.shape[1], np.union1d(predictions.predictions, y_true).tolist()
-    found = tuple(classes or ((-1, 0, 1) if set(seen) <= {-1, 0, 1} and k == 3 else seen))
-    if len(found) != k or not set(seen) <= set(found): raise EvaluationError(f"classes {found} do not fit {k} probability columns and the values {seen}: name them with classes=")
-    if len(y_true) != len(predictions): raise EvaluationError(f"y_true has {len(y_true)} rows, expected {len(predictions)} as predictions have")
-    return found
+    "The classes as a tuple; raises `EvaluationError` where they do not fit the predictions and labels."
+    classes, k = tuple(classes), predictions.probabilities.shape[1]
+    values = np.union1d(predictions.predictions, y_true).tolist()
+    if len(classes) != k or not set(values) <= set(classes):
+        problem = f"classes {classes} do not fit {k} probability columns and the values {values}"
+        raise EvaluationError(f"{problem}: name them with classes=")
+    if len(y_true) != len(predictions):
+        raise EvaluationError(f"y_true has {len(y_true)} rows, expected {len(predictions)} as predictions have")
+    return classes
 
 # %% ../../nbs/training/02_plots.ipynb #4171f22a
 def plot_confusion(
     predictions: PredictionOutput,
     y_true: np.ndarray,  # (n,) class values
-    classes: tuple | None = None,  # class values, None: the barriers or the values seen
+    classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
 ) -> Figure:
     "Confusion matrix with row shares and counts."
     classes = _classes(predictions, y_true, classes)
@@ -94,7 +98,7 @@ def _bin_means(p, happened, n_bins=10):
 def plot_reliability(
     predictions: PredictionOutput,
     y_true: np.ndarray,  # (n,) class values
-    classes: tuple | None = None,  # class values, None: the barriers or the values seen
+    classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
 ) -> Figure:
     "Reliability of each class's probability, with the histogram of what was given."
     classes, p = _classes(predictions, y_true, classes), predictions.probabilities.astype(float)
@@ -125,7 +129,7 @@ def precision_recall(
 def plot_precision_recall(
     predictions: PredictionOutput,
     y_true: np.ndarray,  # (n,) class values
-    classes: tuple | None = None,  # class values, None: the barriers or the values seen
+    classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
 ) -> Figure:
     "Precision against recall of each class, over its prevalence."
     classes = _classes(predictions, y_true, classes)
@@ -210,7 +214,7 @@ def prediction_shares(
 # %% ../../nbs/training/02_plots.ipynb #a46476d9
 def plot_probabilities(
     predictions: PredictionOutput,
-    classes: tuple | None = None,  # class values, None: the barriers or the values seen
+    classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
 ) -> Figure:
     "Share of each predicted class over time, a strip for each symbol."
     from dataclasses import replace

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Mapping
 
+import numpy as np
 from annotated_types import Ge, Interval
 
 from ..data.bundled import resolve_data, whole_paths
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
+from ..data.prices import check_dataset_prices
 from ..data.splits import fingerprint
+from ..models.base import check_y, training_weights
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, Rate, ShownConfig, build_config, read_yaml, settings
@@ -27,7 +30,8 @@ from ..evaluation.robustness import plot_robustness, robustness
 from .test_set import record_test_use, runs_folder
 
 # %% auto #0
-__all__ = ['EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'early_stopping_note', 'trainer_plots']
+__all__ = ['NOTE_ROWS', 'NOTE_SPREAD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'learning_notes',
+           'early_stopping_note', 'trainer_plots']
 
 # %% ../../nbs/training/03_trainer.ipynb #25f0a7d0
 @dataclass
@@ -68,7 +72,8 @@ class Trainer:
         runs: Path | None = None,  # runs folder whose ledger records each use of test; None: settings' runs folder
     ):
         self.config = trainer_config(config)
-        self.frames, self.callbacks, self.runs = data, list(callbacks), runs
+        self.frames, self.callbacks, self.runs, self._fingerprint = data, list(callbacks), runs, ""
+        self._learning = None
         self.model, self.datasets, self.report, self.history = None, {}, None, None
         self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = {}, {}, {}, {}, {}
         self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, random_seed=self.config.seed, classes=self.config.data.classes)
@@ -92,13 +97,15 @@ class Trainer:
     def fingerprint(self,
         splits: tuple | None = None,  # None: train and val, and test where there is one
     ) -> str:
-        "Hash of the splits."
+        "Hash of the splits, as they were when the training began."
+        if splits is None and self._fingerprint: return self._fingerprint
         return fingerprint(resolve_data(self.config.data.data) if self.frames is None else self.frames, splits)
 
     def prepare_data(self):
-        "Reads and checks train and val, and cuts them into samples: `datasets`, `report`."
+        "Reads and checks train and val and the prices of val, and cuts them into samples: `datasets`, `report`."
         self.datasets, self.report = self._load(("train", "val"))
-        self.baseline_metrics = {}
+        self.baseline_metrics, self._fingerprint = {}, ""
+        if has_direction(self.config.data.classes): check_dataset_prices(self.datasets["val"], self.config.data.prices)
         return self.report
 
     def build_model(self):
@@ -112,6 +119,7 @@ class Trainer:
         if not self.datasets: self.prepare_data()
         if self.model is None: self.build_model()
         train, val = self.datasets["train"], self.datasets["val"]
+        self._fingerprint, self._learning = self.fingerprint(), None  # before hours in which files may be moved
         self.model.callbacks, start = [*self.model.callbacks, *self.callbacks], time.perf_counter()
         self.history = self.model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
         self.seconds["fit"] = time.perf_counter() - start
@@ -122,12 +130,26 @@ class Trainer:
         run: Path | None = None,  # folder of the run this belongs to, whose runs folder has the ledger; None: `runs`
     ) -> dict:
         "Predicts a split and scores it: `predictions[split]`, `metrics[split]`."
+        self.predict(split, run)
+        return self.score_split(split)
+
+    def predict(self,
+        split: str = "val",  # as of `evaluate`
+        run: Path | None = None,  # as of `evaluate`
+    ):  # PredictionOutput
+        "Predicts a split: `predictions[split]`."
         if self.model is None: self.train()
         if split not in self.datasets: self.datasets[split] = self._load((split,))[0][split]
         if split == "test": self._record_test_use(run)
         ds, start = self.datasets[split], time.perf_counter()
         self.predictions[split] = self.model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
+        return self.predictions[split]
+
+    def score_split(self,
+        split: str = "val",  # that was predicted
+    ) -> dict:
+        "Scores the predictions of a split: `metrics[split]`."
         self.robustness_by_split.pop(split, None)
         self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.nulls(split))
         return self.metrics[split]
@@ -149,10 +171,16 @@ class Trainer:
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(predictions, ds.y, prices, self.seconds.get("fit") if mine else None, self.seconds.get("predict") if mine else None, source)
 
+    def learning_notes(self) -> list[str]:  # sentences
+        "Whether the fit learnt anything at all, from predictions of rows of train; computed once."
+        if self._learning is None: self._learning = learning_notes(self.model, self.datasets["train"])
+        return self._learning
+
     def notes(self) -> tuple:  # sentences
-        "What to know of the scores: early stopping on validation, trades at the close that the model saw."
+        "What to know of the scores: a fit that learnt nothing, early stopping on validation, trades at the close that was seen."
         gap = GAP_0[:1].upper() + GAP_0[1:] + "." if self.config.data.gap == 0 else None
-        return tuple(note for note in (early_stopping_note(self.model_config), gap) if note)
+        learning = self.learning_notes() if self.history is not None else []
+        return tuple(note for note in (*learning, early_stopping_note(self.model_config), gap) if note)
 
     def direction_claim(self, split: str = "val", trials: int = 1):
         "What may be claimed of the direction of a split's predictions: a `DirectionClaim`."
@@ -200,6 +228,27 @@ class Trainer:
 def _at(data, folder): return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
 
 # %% ../../nbs/training/03_trainer.ipynb #c413ba48
+NOTE_ROWS = 4096  # rows of train that a fit is judged by
+NOTE_SPREAD = 1e-4  # standard deviation of each probability over rows, below which a prediction is constant
+
+def learning_notes(
+    model,  # fitted
+    train,  # TimeSeriesDataset it was fitted on
+) -> list[str]:  # a sentence, or none
+    "Says so where a fit learnt nothing: the same probabilities for every row, or a loss above that of the class shares."
+    rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
+    metadata = train.metadata.iloc[rows].reset_index(drop=True)
+    p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
+    size = f"{len(train):,} rows of train, {len(model.classes)} classes"
+    if p.std(0).max() < NOTE_SPREAD: return [f"The fit learnt nothing: it predicts the same for every row ({size})."]
+    codes = check_y(model, train.y[rows], len(rows))
+    weights = training_weights(model, codes, metadata)
+    weights = np.ones(len(rows)) if weights is None else weights
+    shares = np.bincount(codes, weights, minlength=len(model.classes)) / weights.sum()
+    loss, prior = (-np.average(np.log(np.clip(q, 1e-15, 1)), weights=weights) for q in (p[np.arange(len(rows)), codes], shares[codes]))
+    if loss < prior: return []
+    return [f"The fit learnt nothing: its log loss on train is {loss:.4f}, that of the class shares {prior:.4f} ({size})."]
+
 EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
                        "boosting than on unseen data; stop_on: train_tail avoids that.")
 
@@ -213,17 +262,20 @@ def early_stopping_note(
 
 # %% ../../nbs/training/03_trainer.ipynb #0b479276
 def trainer_plots(
-    trainer: Trainer,  # evaluated
+    trainer: Trainer,  # evaluated; without a model there is no picture of its importance
     split: str = "val",
 ) -> dict:  # name -> matplotlib Figure
     "Learning curve, confusion, reliability, precision and recall, equity (with prices), robustness, importance, shares."
     from modelfactory.training import plots
     predictions, y = trainer.predictions[split], trainer.datasets[split].y
-    figures = {}
+    classes, figures = trainer.config.data.classes, {}
     if trainer.history.get("val_loss"): figures["learning_curve"] = plots.plot_learning_curve(trainer.history)
-    figures |= dict(confusion=plots.plot_confusion(predictions, y), reliability=plots.plot_reliability(predictions, y), precision_recall=plots.plot_precision_recall(predictions, y))
+    figures["confusion"] = plots.plot_confusion(predictions, y, classes)
+    figures["reliability"] = plots.plot_reliability(predictions, y, classes)
+    figures["precision_recall"] = plots.plot_precision_recall(predictions, y, classes)
     if backtest := trainer.backtest(split):
         if backtest.has_prices: figures["equity"] = plots.plot_equity(backtest)
         figures["robustness"] = plot_robustness(trainer.robustness(split))
-    if importance := trainer.model.feature_importance(): figures["importance"] = plots.plot_importance(importance)
-    return figures | dict(predictions=plots.plot_probabilities(predictions))
+    importance = trainer.model.feature_importance() if trainer.model else None
+    if importance: figures["importance"] = plots.plot_importance(importance)
+    return figures | dict(predictions=plots.plot_probabilities(predictions, classes))

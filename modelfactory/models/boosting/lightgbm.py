@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..callbacks import notify
 from ..persistence import reading
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, TabularModel, n_threads
+from ..tabular import TabularConfig, TabularModel, leaf_size, n_threads
 from ...settings import Fraction, Positive, Rate
 
 # %% auto #0
@@ -23,7 +23,7 @@ class LightGBMConfig(TabularConfig):
     n_rounds: Positive = 500  # most boosting rounds
     learning_rate: Rate = 0.05  # weight of each tree
     num_leaves: Positive = 31  # leaves of a tree
-    min_data_in_leaf: Positive = 50  # least rows in a leaf
+    min_data_in_leaf: Positive = 50  # least rows in a leaf; 50 is lowered to rows // (20 * classes) where that is less
     bagging_fraction: Fraction = 0.8  # share of rows a tree sees
     feature_fraction: Fraction = 0.8  # share of features a tree sees
     lambda_l2: float = 1.0  # L2 on leaf values
@@ -46,13 +46,15 @@ class LightGBMModel(TabularModel):
     def fit_rows(self, train, val):
         import lightgbm as lgb
         c, losses = self.config, {}
+        least = dict(min_data_in_leaf=leaf_size(self, "min_data_in_leaf", len(train.X)))
+        parameters = self.parameters() | least
         notify(self, "on_fit_start", c.n_rounds)
-        data = lgb.Dataset(train.X, train.y, weight=train.weight, params=self.parameters())
+        data = lgb.Dataset(train.X, train.y, weight=train.weight, params=parameters)
         held = lgb.Dataset(val.X, val.y, weight=val.weight, reference=data)
         stop = [lgb.early_stopping(c.patience, verbose=False)] if c.early_stopping else []
-        self.booster = lgb.train(self.parameters(), data, c.n_rounds, [data, held], ["train", "val"], callbacks=[lgb.record_evaluation(losses), _adapter(self), *stop])
+        self.booster = lgb.train(parameters, data, c.n_rounds, [data, held], ["train", "val"], callbacks=[lgb.record_evaluation(losses), _adapter(self), *stop])
         best = self.booster.best_iteration if c.early_stopping else c.n_rounds
-        history = {f"{k}_loss": v["multi_logloss"] for k, v in losses.items()} | dict(best_round=max(1, best) - 1)
+        history = {f"{k}_loss": v["multi_logloss"] for k, v in losses.items()} | dict(best_round=max(1, best) - 1) | least
         notify(self, "on_fit_end", history)
         return history
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..callbacks import notify
 from ..persistence import reading
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, TabularModel, n_threads
+from ..tabular import TabularConfig, TabularModel, leaf_size, n_threads
 from ...settings import Fraction, NonNegative, Positive, Rate
 
 # %% auto #0
@@ -22,7 +22,7 @@ class XGBoostConfig(TabularConfig):
     n_rounds: Positive = 500  # most boosting rounds
     learning_rate: Rate = 0.05  # weight of each tree
     max_depth: Positive = 6  # depth of a tree
-    min_child_weight: float = 20.0  # least hessian in a leaf
+    min_child_weight: float = 20.0  # least hessian in a leaf; 20 is lowered to rows // (20 * classes) where that is less
     subsample: Fraction = 0.8  # share of rows a tree sees
     colsample_bytree: Fraction = 0.8  # share of features a tree sees
     reg_lambda: float = 1.0  # L2 on leaf values
@@ -45,12 +45,13 @@ class XGBoostModel(TabularModel):
     def fit_rows(self, train, val):
         import xgboost as xgb
         c, losses = self.config, {}
+        least = dict(min_child_weight=leaf_size(self, "min_child_weight", len(train.X)))
         notify(self, "on_fit_start", c.n_rounds)
         data = xgb.QuantileDMatrix(train.X, train.y, weight=train.weight, max_bin=c.max_bin, nthread=n_threads(c))
         held = xgb.QuantileDMatrix(val.X, val.y, weight=val.weight, ref=data, max_bin=c.max_bin, nthread=n_threads(c))
         stop = [xgb.callback.EarlyStopping(rounds=c.patience, save_best=True)] if c.early_stopping else []
-        self.booster = xgb.train(self.parameters(), data, c.n_rounds, evals=[(data, "train"), (held, "val")], evals_result=losses, verbose_eval=False, callbacks=[_adapter(self), *stop])
-        history = {f"{k}_loss": v["mlogloss"] for k, v in losses.items()} | dict(best_round=self.booster.num_boosted_rounds() - 1)
+        self.booster = xgb.train(self.parameters() | least, data, c.n_rounds, evals=[(data, "train"), (held, "val")], evals_result=losses, verbose_eval=False, callbacks=[_adapter(self), *stop])
+        history = {f"{k}_loss": v["mlogloss"] for k, v in losses.items()} | dict(best_round=self.booster.num_boosted_rounds() - 1) | least
         notify(self, "on_fit_end", history)
         return history
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..registry import ModelRegistry
-from ..tabular import SklearnModel, TabularConfig, n_threads
+from ..tabular import SklearnModel, TabularConfig, leaf_size, n_threads
 from ...settings import Fraction, Positive
 
 # %% auto #0
@@ -20,7 +20,7 @@ class RandomForestConfig(TabularConfig):
     "Keys of the forest, in scikit-learn's own names."
     n_estimators: Positive = 300  # trees
     max_depth: Positive = 10  # depth of a tree: what bounds its size on disk
-    min_samples_leaf: Positive = 20  # least rows in a leaf
+    min_samples_leaf: Positive = 20  # least rows in a leaf; 20 is lowered to rows // (20 * classes) where that is less
     max_features: Literal["sqrt", "log2"] | Fraction = "sqrt"  # features a split may choose from
     max_samples: Fraction = 0.7  # share of rows a tree sees
 
@@ -33,7 +33,12 @@ class RandomForestModel(SklearnModel):
     def estimator(self, n):
         from sklearn.ensemble import RandomForestClassifier
         c = self.config
-        own = {k: getattr(c, k) for k in ("n_estimators", "max_depth", "min_samples_leaf", "max_features", "max_samples")}
-        return RandomForestClassifier(**own, random_state=c.random_seed, n_jobs=n_threads(c))
+        own = {k: getattr(c, k) for k in ("n_estimators", "max_depth", "max_features", "max_samples")}
+        least = leaf_size(self, "min_samples_leaf", n)
+        return RandomForestClassifier(**own, min_samples_leaf=least, random_state=c.random_seed, n_jobs=n_threads(c))
+
+    def fit_rows(self, train, val):
+        super().fit_rows(train, val)
+        return dict(min_samples_leaf=self.fitted_estimator.min_samples_leaf)
 
     def feature_importance(self): return self.by_feature(self.fitted_estimator.feature_importances_)
