@@ -13,9 +13,9 @@ import pandas as pd
 from annotated_types import Interval
 
 from ..settings import ShownConfig
-from .splits import (
-    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, MissingFile, Split, SplitOverlap, SplitsError,
-    UnreadableFile, label_bars, read_splits)
+from modelfactory.data.splits import (
+    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, Split, SplitOverlap, SplitsError, label_bars, read_columns,
+    read_splits)
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
@@ -280,10 +280,8 @@ def load_datasets(
 # %% ../../nbs/data/01_dataset.ipynb #e887cb4a
 def read_prices(
     ds: TimeSeriesDataset,
-    file: Path | None = None,  # parquet with datetime, symbol, close
+    file: Path | None = None,  # parquet or CSV with datetime, symbol, close
 ) -> tuple:  # prices (datetime, symbol, close) or None, and where they come from
     "Closes of every bar: from `file` if given, else the split's own; raises `SplitsError` when the file does not serve."
     if file is None: return ds.split.prices(), "label" if ds.split.close is None else "close"
-    if not Path(file).is_file(): raise MissingFile(f"{file}: no such price file")
-    try: return pd.read_parquet(file, columns=["datetime", "symbol", "close"]), "file"
-    except Exception as e: raise UnreadableFile(f"{file}: expected a parquet file with datetime, symbol, close ({str(e).splitlines()[0][:100]})") from None
+    return read_columns(file, "price", ("close",)), "file"

@@ -13,17 +13,19 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # arrow's own keep
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError',
-           'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
-           'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
-           'split_files', 'Split', 'read_split', 'bars_between', 'label_bars', 'reaching_over', 'label_reach',
-           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits',
-           'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+__all__ = ['ROLES', 'KEYS', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'UNDEFINED', 'NO_VALUE', 'LABEL_NOISE', 'DAY', 'WEEK', 'MIN_BLOCKS',
+           'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
+           'UnknownHorizon', 'SplitsWarning', 'column_roles', 'split_files', 'symbol_text', 'Split', 'read_split',
+           'read_columns', 'bars_between', 'label_bars', 'reaching_over', 'label_reach', 'timestamps_per_bar',
+           'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
+           'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -58,16 +60,37 @@ ROLES = [(re.compile(pattern), role, why) for pattern, role, why in [
     (r"(label|bars_to_hit|mae|mfe|touch_type|quality|sample_weight|pain_to_gain|time_weighted_dd)_.*", "future", "computed from the future"),
     (r"fwd_return.*", "future", "computed from the future"),
     (r".*_h\d+", "future", "named like a horizon: computed from the future"),
-    (r"__index_level_\d+__", "bookkeeping", "index of a pandas frame"),
+    (r"__index_level_\d+__|Unnamed: \d+|", "bookkeeping", "index of a pandas frame"),
 ]]
 
 # %% ../../nbs/data/00_splits.ipynb #f4a02482
-def _role(name, kind):
+def _role(field):
+    "Role of a column and why it is no feature."
     for pattern, role, why in ROLES:
-        if pattern.fullmatch(name): return role, why
-    return ("feature", "") if _is_number(kind) else ("other", f"not a number ({kind})")
+        if pattern.fullmatch(field.name): return role, why
+    return ("feature", "") if _is_numeric(field) else ("other", f"not a number ({_kind(field)})")
 
-def _is_number(kind): return any(is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
+def _is_number(kind):
+    return any(is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
+
+def _is_text(kind): return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+def _extension(field):
+    "Name of an extension type that pyarrow does not know here and reads as the type of its storage; None for others."
+    return (field.metadata or {}).get(b"ARROW:extension:name")
+
+def _is_numeric(field): return _is_number(field.type) and not _extension(field)
+
+def _kind(field):
+    "A column's type as a message names it."
+    if extension := _extension(field): return extension.decode(errors="replace")
+    return "text" if _is_text(field.type) else str(field.type)
+
+def _index_columns(schema):
+    "Columns that were the index of the pandas frame that was written."
+    try: written = schema.pandas_metadata or {}
+    except ValueError: return set()
+    return {c for c in written.get("index_columns", ()) if isinstance(c, str)} if isinstance(written, dict) else set()
 
 # %% ../../nbs/data/00_splits.ipynb #db8cdb8e
 def column_roles(
@@ -77,10 +100,15 @@ def column_roles(
 ) -> pd.DataFrame:  # column, role, reason
     "The role of each column and why it is no feature; raises `MissingColumn` on a name that is not there."
     for name in [*features, *exclude]:
-        if name not in schema.names: raise MissingColumn(f"features/exclude: no column {name!r}, {did_you_mean(name, schema.names)}")
-    roles = pd.DataFrame([(n, *_role(n, t)) for n, t in zip(schema.names, schema.types)], columns=["column", "role", "reason"]).set_index("column")
+        if name not in schema.names:
+            raise MissingColumn(f"features/exclude: no column {name!r}, {did_you_mean(name, schema.names)}")
+    roles = pd.DataFrame([(field.name, *_role(field)) for field in schema], columns=["column", "role", "reason"])
+    roles = roles.set_index("column")
+    if index := [n for n in _index_columns(schema) if n in roles.index and roles.role[n] == "feature"]:
+        roles.loc[index, ["role", "reason"]] = "bookkeeping", "index of a pandas frame"
     if locked := [n for n in features if roles.role[n] in ("key", "target", "other")]:
-        raise SplitsError(f"features: {locked[0]!r} is a {roles.role[locked[0]]} column ({roles.reason[locked[0]]}), it can never be a feature")
+        raise SplitsError(f"features: {locked[0]!r} is a {roles.role[locked[0]]} column "
+                          f"({roles.reason[locked[0]]}), it can never be a feature")
     for names, role in [(features, "feature"), (exclude, "excluded")]:
         if names: roles.loc[list(names), ["role", "reason"]] = role, "asked for"
     return roles.reset_index()
@@ -88,21 +116,61 @@ def column_roles(
 def _features(roles): return roles.column[roles.role == "feature"].tolist()
 
 # %% ../../nbs/data/00_splits.ipynb #662fa9a7
-class _Table:
-    "A DataFrame that reads like a parquet file."
-    def __init__(self, frame): self.table = pa.Table.from_pandas(frame, preserve_index=False)
-    schema_arrow = property(lambda self: self.table.schema)
-    def read(self, columns): return self.table.select(columns)
+def _plain_type(kind):
+    "The type as which values of an Arrow type are read."
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind): return _plain_type(kind.value_type)
+    if pa.types.is_decimal(kind): return pa.float64()
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+
+def _plain(column):
+    "A column with the same values and nulls, and neither dictionary, runs, decimals nor views."
+    kind = column.type
+    if pa.types.is_dictionary(kind): return _plain(column.cast(kind.value_type))
+    if pa.types.is_run_end_encoded(kind): return _plain(pc.run_end_decode(column))
+    return column if kind == _plain_type(kind) else column.cast(_plain_type(kind), safe=False)
+
+class _Reader:
+    "Columns of a table, a file or a folder of parts, as plain values."
+    def __init__(self, schema, read):
+        self.schema = pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
+        self._read = read  # list of column names -> pa.Table
+
+    def read(self, columns):
+        table = self._read(columns)
+        return pa.table([_plain(column) for column in table.columns], names=table.column_names)
 
 # %% ../../nbs/data/00_splits.ipynb #0777557b
+KEYS = ("datetime", "symbol")  # columns that are unique together
+
+def _frame_reader(frame, file):
+    keys = [key for key in KEYS if key in frame.index.names and key not in frame.columns]
+    if keys and frame.columns.nlevels == 1: frame = frame.reset_index(level=keys)
+    _check_unique(frame.columns, file)
+    index = False if set(KEYS) <= set(frame.columns) else None  # where a key is missing, its levels are named in the error
+    try: return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
+    except (pa.ArrowException, TypeError, ValueError) as e: raise UnreadableFile(f"{file}: {_culprit(frame, e)}") from None
+
+def _table_reader(table): return _Reader(table.schema, table.select)
+
+def _culprit(frame, error):
+    "Which column of a frame Arrow cannot read, and what it holds."
+    for name, column in frame.items():
+        try: pa.Array.from_pandas(column)
+        except (pa.ArrowException, TypeError, ValueError):
+            types = column.dropna().map(lambda v: type(v).__name__).value_counts()
+            values = ", ".join(f"{t} ({n:,})" for t, n in types[:4].items())
+            return f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; convert or drop the column"
+    return str(error).splitlines()[0][:200]
+
 def _open(source, name):
-    if isinstance(source, pd.DataFrame):
-        _check_unique(source.columns, f"{name} frame")
-        try: return _Table(source), f"{name} frame"
-        except (pa.ArrowException, TypeError) as e: raise UnreadableFile(f"{name} frame: {str(e).splitlines()[0]}") from None
+    "A reader of one split, and how messages name where it is from; raises `SplitsError`."
+    if isinstance(source, pd.DataFrame): return _frame_reader(source, f"{name} frame"), f"{name} frame"
+    if hasattr(source, "__arrow_c_stream__"): return _table_reader(pa.table(source)), f"{name} table"
     if not Path(source).is_file(): raise MissingFile(f"{source}: no such file; expected a parquet file with the {name} split")
-    try: return pq.ParquetFile(source), Path(source).name
-    except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{source}: not a whole parquet file ({str(e).splitlines()[0][:120]}); write it again") from None
+    try: file = pq.ParquetFile(source)
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{source}: not a whole parquet file ({str(e).splitlines()[0][:120]}); write it again") from None
+    return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns)), Path(source).name
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
 def split_files(
@@ -121,19 +189,57 @@ def split_files(
 # %% ../../nbs/data/00_splits.ipynb #de74c2f3
 def _datetimes(column, file):
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type): times = column.to_pandas()
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type): times = _parse_text(column.to_pandas(), file)
-    else: raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps")
+    elif _is_text(column.type): times = _parse_text(column.to_pandas(), file)
+    else:
+        raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; "
+                          "convert the column to timestamps")
     times = pd.to_datetime(times, cache=False)
-    if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), 'with no time')}; drop or mend these rows")
-    if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
+    if (none := times.isna().to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
+    if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
     return times.dt.as_unit("ns")
 
 def _parse_text(text, file):
+    none = (text.isna() | (text == "")).to_numpy()
+    if none.any(): raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
     offsets = text.str.extract(r"([+-]\d\d:?\d\d|Z)$")[0].fillna("none")
-    if (mixed := (offsets != offsets.iloc[0]).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(mixed, 'in another time zone')}; convert all to one")
+    if (mixed := (offsets != offsets.iloc[0]).to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(mixed, 'in another time zone')}; convert all to one")
     times = pd.to_datetime(text, errors="coerce", format="ISO8601")
-    if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), f'not readable as a time ({text[times.isna()].iloc[0]!r})')}; use ISO 8601")
+    if (bad := times.isna().to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(bad, f'not readable as a time ({text[bad].iloc[0]!r})')}; use ISO 8601")
     return times
+
+# %% ../../nbs/data/00_splits.ipynb #a0d3f87d
+def symbol_text(
+    column: pa.ChunkedArray | pa.Array,  # (N,) text, numbers, dates, times or bytes
+    file: str,  # where it is from, for messages
+) -> pd.Series:  # (N,) text
+    "Symbols as the text by which they are compared; raises `SplitsError` on a row without one."
+    column = _plain(column)
+    kind = column.type
+    if pa.types.is_floating(kind): column = _whole_numbers(column)
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        try: column = column.cast(pa.large_string())
+        except pa.ArrowException: raise BadValue(f"{file}: symbol: bytes that are not UTF-8, expected names; decode them") from None
+    elif pa.types.is_date(kind) or pa.types.is_timestamp(kind): column = _times_as_text(column)
+    elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+        raise BadValue(f"{file}: symbol: found {kind}, expected text or numbers; convert the column")
+    text = column.cast(pa.large_string())
+    if (none := pc.fill_null(pc.equal(text, ""), True).to_numpy(zero_copy_only=False)).any():
+        raise MissingColumn(f"{file}: symbol: {_rows(none, 'with none')}; name the symbol of every row")
+    return text.to_pandas()
+
+def _whole_numbers(column):
+    "Integers where all numbers are whole, so that 1.0 and 1 are the same symbol; NaN becomes null."
+    column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    try: return column.cast(pa.int64())
+    except pa.ArrowInvalid: return column
+
+def _times_as_text(column):
+    text = column.to_pandas().astype("str")
+    return pa.Array.from_pandas(text.mask(column.is_null().to_numpy(zero_copy_only=False)))
 
 # %% ../../nbs/data/00_splits.ipynb #605818a7
 def _order(codes, times, file, symbols):
@@ -167,6 +273,7 @@ class Split:
     weights: dict  # horizon -> (N,) sample weights, where the file has them
     market: dict  # raw high, low, close: (N,), where the file has them
     order: np.ndarray | None = None  # row of the file each row came from; None = same order
+    label_notes: dict = field(default_factory=dict)  # horizon -> sentences on labels that were rounded or dropped
 
     def __len__(self): return len(self.matrix)
     def __repr__(self): return f"Split({self.name}: {len(self):,} rows, {len(self.symbols)} symbols, {len(self.features)} features, horizons {sorted(self.labels)}, {self.datetimes.min()} to {self.datetimes.max()})"
@@ -185,7 +292,9 @@ def _read_matrix(source, columns, n, order):
     matrix, rows = np.empty((n, len(columns)), np.float32), np.empty((AT_ONCE, n), np.float32)
     for j in range(0, len(columns), AT_ONCE):
         part = source.read(columns=columns[j:j + AT_ONCE])
-        for row, column in zip(rows, part.columns): np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
+        for row, column in zip(rows, part.columns):
+            if not pa.types.is_floating(column.type): column = column.cast(pa.float64(), safe=False)
+            np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
         matrix[:, j:j + AT_ONCE] = (rows if order is None else rows[:, order])[:part.num_columns].T
     return matrix
 
@@ -205,18 +314,66 @@ def _file_order(mask, order):
     return out
 
 # %% ../../nbs/data/00_splits.ipynb #5cab25e9
-def _label(column, classes):
-    values = column.to_numpy(zero_copy_only=False) if not isinstance(column, pa.ChunkedArray) else column.to_numpy()
-    defined = np.isin(values, classes)
-    return np.where(defined, np.where(defined, values, 0), NO_TARGET).astype(np.int8)
+UNDEFINED = -99  # what upstream writes where there is no label
+NO_VALUE = ("", "na", "nan", "none", "null")  # text that stands for a missing number, in any case
+LABEL_NOISE = 1e-6  # distance from a class within which a label is that class
+
+def _parse_numbers(column):
+    "Float64 values (N,) of numbers or text, and a mask (N,) of text that is no number; None for other types."
+    kind = column.type
+    if _is_number(kind) or pa.types.is_null(kind):
+        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.zeros(len(column), bool)
+    if not _is_text(kind): return None
+    text = column.to_pandas().astype("str").str.strip()
+    values = pd.to_numeric(text, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    return values, (np.isnan(values) & text.notna() & ~text.str.lower().isin(NO_VALUE)).to_numpy(bool)
+
+def _numbers(column, name, file):
+    parsed = _parse_numbers(column)
+    if parsed is None: raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
+    values, words = parsed
+    if words.any():
+        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected numbers; "
+                       "convert the column, or drop it")
+    return values
+
+def _counts(values, most=5):
+    "The most frequent values and how often each occurs."
+    counts = pd.Series(values).value_counts()
+    shown = ", ".join(f"{value!r} ({n:,})" if isinstance(value, str) else f"{value:.9g} ({n:,})" for value, n in counts[:most].items())
+    return shown + (f", and {len(counts) - most:,} more" if len(counts) > most else "")
+
+@np.errstate(invalid="ignore")  # of infinity, which is no class
+def _labels(column, name, classes, file):
+    "Labels (N,) int8, NO_TARGET where undefined, and notes on values that were rounded or dropped."
+    allowed = ", ".join(map(str, classes))
+    parsed = _parse_numbers(column)
+    if parsed is None:
+        raise BadValue(f"{file}: {name}: found {column.type}, expected labels among {allowed}; convert the column")
+    values, words = parsed
+    nearest = np.rint(values)
+    defined = np.isin(nearest, classes) & (np.abs(values - nearest) <= LABEL_NOISE)
+    if words.any() and not defined.any():
+        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected labels among {allowed}; "
+                       "map the text to these numbers")
+    notes = []
+    if rounded := int((defined & (values != nearest)).sum()):
+        notes.append(f"{file}: {name}: {rounded:,} labels read as the class within {LABEL_NOISE:g} of them")
+    foreign = words | ~(defined | np.isnan(values) | (nearest == UNDEFINED))
+    if foreign.any():
+        shown = _counts(column.to_pandas()[words] if words.any() else values[foreign])
+        notes.append(f"{file}: {name}: {int(foreign.sum()):,} of {int((foreign | defined).sum()):,} labels are none of {allowed} "
+                     f"and are no target: {shown}; map them to a class, or name them in classes=")
+    return np.where(defined, np.where(defined, nearest, 0), NO_TARGET).astype(np.int8), notes
 
 def _horizons(names, prefix="label_h"): return sorted(int(n[len(prefix):]) for n in names if re.fullmatch(prefix + r"\d+", n))
 
 # %% ../../nbs/data/00_splits.ipynb #c7be4065
 def _check_columns(schema, horizons, file):
     _check_unique(schema.names, file)
-    for key in ("datetime", "symbol"):
-        if key not in schema.names: raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {did_you_mean(key, schema.names)}")
+    for key in KEYS:
+        if key not in schema.names:
+            raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {_key_hint(key, schema)}")
     there = _horizons(schema.names)
     if horizons == (): return []
     if not there: raise MissingColumn(f"{file}: no label column, expected label_h<bars> such as label_h5")
@@ -224,13 +381,21 @@ def _check_columns(schema, horizons, file):
         if h not in there: raise UnknownHorizon(f"{file}: no column label_h{h}; horizons in this file: {', '.join(map(str, there))}")
     return list(horizons or there)
 
+def _key_hint(key, schema):
+    "What to do about a key that is not there."
+    if any(name.startswith("('") for name in schema.names):
+        return "the columns are a MultiIndex: move the symbols to the rows with frame.stack(level, future_stack=True).reset_index()"
+    if unnamed := [name for name in schema.names if name.startswith("__index_level_")]:
+        return f"levels of the index have no name ({', '.join(unnamed)}): name them datetime and symbol before writing"
+    return did_you_mean(key, schema.names)
+
 def _check_unique(names, file):
     names = pd.Index(names)
     if (twice := names[names.duplicated()]).size: raise UnreadableFile(f"{file}: column {twice[0]!r} is there more than once; keep one")
 
 # %% ../../nbs/data/00_splits.ipynb #60e4d853
 def read_split(
-    source: Path | pd.DataFrame,  # one parquet file or frame
+    source,  # a DataFrame, an Arrow table (of polars too), a parquet or CSV file, or a folder of parquet parts
     name: str = "train",  # train, val or test
     horizons: tuple | None = None,  # None: all there are; (): labels are not needed
     features: list | None = None,  # the F columns, in order; None: by their roles
@@ -239,35 +404,70 @@ def read_split(
 ) -> Split:
     "Reads one split into one float32 matrix; raises `SplitsError`. Nothing is fitted here."
     reader, file = _open(source, name)
-    horizons = _check_columns(schema := reader.schema_arrow, horizons, file)
-    if features is None: features = _features(column_roles(schema))
-    there = set(schema.names)
-    if absent := [f for f in features if f not in there]: raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; every feature the model knows is needed")
-    if not features: raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns")
+    horizons = _check_columns(reader.schema, horizons, file)
+    if features is None: features = _features(column_roles(reader.schema))
+    _check_features(reader.schema, features, file)
     try: return _assemble(reader, file, name, horizons, list(features), classes, nan)
-    except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+
+def _check_features(schema, features, file):
+    "Raises `SplitsError` unless all features are there and are numbers."
+    if not features:
+        raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns")
+    present = set(schema.names)
+    if absent := [f for f in features if f not in present]:
+        raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; "
+                            "every feature the model knows is needed")
+    if other := [f for f in features if not _may_be_number(schema.field(f))]:
+        kinds = ", ".join(f"{f} ({_kind(schema.field(f))})" for f in other[:5])
+        raise BadValue(f"{file}: {other[0]}: found {_kind(schema.field(other[0]))}, expected numbers; "
+                       f"convert the column ({len(other)} features are not numbers: {kinds})")
+
+def _may_be_number(field):
+    "A number, or a column without any value: all its rows are NaN."
+    return _is_numeric(field) or pa.types.is_null(field.type)
 
 # %% ../../nbs/data/00_splits.ipynb #0bb9ecbc
 def _assemble(reader, file, name, horizons, features, classes, nan):
     extra = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [*MARKET]
-    wanted = ["datetime", "symbol", *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema_arrow.names)]
+    wanted = [*KEYS, *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema.names)]
     small = reader.read(columns=wanted)
     if small.num_rows == 0: raise EmptySplit(f"{file}: no row, expected at least one bar")
-    if small["symbol"].null_count: raise MissingColumn(f"{file}: symbol: {_rows(small['symbol'].is_null().to_numpy(), 'with none')}; name the symbol of every row")
+    codes, symbols = pd.factorize(symbol_text(small["symbol"], file))
     times = _datetimes(small["datetime"], file)
-    codes, symbols = pd.factorize(small["symbol"].to_pandas())
-    order = _order(codes, times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy(), file, symbols)
-    pick = (lambda a: a) if order is None else (lambda a: a[order])
-    numbers = lambda c: pick(_numbers(small[c], c, file)) if c in small.column_names else None
-    by_horizon = lambda prefix: {h: a for h in horizons if (a := numbers(f"{prefix}_h{h}")) is not None}
-    split = Split(name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)), pick(codes), list(symbols),
-                  {h: pick(_label(small[f"label_h{h}"], classes)) for h in horizons}, by_horizon("bars_to_hit"), by_horizon("sample_weight"), {c: a for c in MARKET if (a := numbers(c)) is not None}, order)
+    stamps = times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy()
+    order = _order(codes, stamps, file, symbols)
+
+    def pick(values): return values if order is None else values[order]
+    def numbers(column): return pick(_numbers(small[column], column, file))
+    def by_horizon(prefix): return {h: numbers(f"{prefix}_h{h}") for h in horizons if f"{prefix}_h{h}" in small.column_names}
+
+    labels = {h: _labels(small[f"label_h{h}"], f"label_h{h}", classes, file) for h in horizons}
+    split = Split(
+        name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)),
+        pick(codes), list(symbols), {h: pick(y) for h, (y, _) in labels.items()}, by_horizon("bars_to_hit"),
+        by_horizon("sample_weight"), {c: numbers(c) for c in MARKET if c in small.column_names}, order,
+        {h: notes for h, (_, notes) in labels.items() if notes})
     _check_finite(split, nan)
     return split
 
-def _numbers(column, name, file):
-    if not (_is_number(column.type) or pa.types.is_null(column.type)): raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
-    return column.to_numpy().astype(float)
+# %% ../../nbs/data/00_splits.ipynb #3294258d
+def read_columns(
+    source,  # as of `read_split`
+    name: str,  # what it is, for messages about a frame
+    numbers: tuple,  # columns of numbers
+) -> pd.DataFrame:  # datetime, symbol as text, and these columns as float64, in the order of the source
+    "Keys and some numbers of a table, decoded as those of a split; raises `SplitsError`."
+    reader, file = _open(source, name)
+    _check_columns(reader.schema, (), file)
+    if absent := [c for c in numbers if c not in reader.schema.names]:
+        raise MissingColumn(f"{file}: no column {absent[0]!r}; expected {', '.join([*KEYS, *numbers])}")
+    try: table = reader.read([*KEYS, *numbers])
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+    return pd.DataFrame(dict(datetime=_datetimes(table["datetime"], file), symbol=symbol_text(table["symbol"], file),
+                             **{c: _numbers(table[c], c, file) for c in numbers}))
 
 # %% ../../nbs/data/00_splits.ipynb #dd847431
 DAY = 86_400 * 10**9  # in nanoseconds
@@ -429,10 +629,11 @@ def read_splits(
     files = split_files(data, splits)
     readers = {name: _open(source, name) for name, source in files.items()}
     first, file = readers[splits[0]]
-    _check_columns(first.schema_arrow, horizons, file)
-    roles = column_roles(first.schema_arrow, features, exclude)
+    _check_columns(first.schema, horizons, file)
+    roles = column_roles(first.schema, features, exclude)
     names = _features(roles)
-    for reader, other in readers.values(): _check_same(names, column_roles(reader.schema_arrow, features, exclude), file, other)
+    for reader, other in readers.values():
+        _check_same(names, (file, first.schema), column_roles(reader.schema, features, exclude), other, reader.schema)
     read = {name: read_split(source, name, horizons, names, classes, nan) for name, source in files.items()}
     fills = _fill(read, nan)
     for i, early in enumerate(splits):
@@ -440,10 +641,20 @@ def read_splits(
     return Splits(read, _report(read, roles, classes, fills))
 
 # %% ../../nbs/data/00_splits.ipynb #d33d180b
-def _check_same(names, roles, file, other):
-    there = set(_features(roles))
-    for missing, what in [(set(names) - there, f"in {file}, not in {other}"), (there - set(names), f"in {other}, not in {file}")]:
-        if missing: raise FeatureSetsDiffer(f"{other}: {len(missing)} features {what}: {', '.join(sorted(missing)[:5])}; all splits need the same features, or name them in exclude=")
+def _check_same(names, first, roles, other, schema):
+    "Raises `FeatureSetsDiffer` unless a split holds the features of the first one, with a number in each."
+    present = set(_features(roles))
+    if extra := sorted(present - set(names)): raise FeatureSetsDiffer(_difference(extra, other, schema, *first))
+    absent = [n for n in names if n not in present and not (n in schema.names and pa.types.is_null(schema.field(n).type))]
+    if absent: raise FeatureSetsDiffer(_difference(absent, *first, other, schema))
+
+def _difference(names, file, schema, other, other_schema):
+    "What to know of columns that are features of one file and not of another."
+    typed = [n for n in names if n in other_schema.names]
+    absent = [n for n in names if n not in other_schema.names]
+    texts = [f"{n} is {_kind(schema.field(n))} in {file} and {_kind(other_schema.field(n))} in {other}" for n in typed[:5]]
+    if absent: texts.append(f"{len(absent)} features in {file}, not in {other}: {', '.join(absent[:5])}")
+    return f"{other}: {'; '.join(texts)}; all splits need the same features as numbers, or name them in exclude="
 
 def _fill(read, nan):
     "Fills NaN with a value fitted on the first split; returns what was filled, by column."
@@ -480,17 +691,21 @@ def _shares(y, classes):
 # %% ../../nbs/data/00_splits.ipynb #c91e51dd
 def _warnings(read, classes, fills):
     "What to know; raises `MissingClass` when the first split, which is learnt from, lacks a class."
-    found, train = [], next(iter(read.values()))
+    sentences, train = [], next(iter(read.values()))
     for s in read.values():
         for h, y in s.labels.items():
+            notes = s.label_notes.get(h, [])
             if missing := [c for c in classes if not (y == c).any()]:
                 text = f"{s.file}: label_h{h}: class {missing[0]} never occurs"
-                if s is train: raise MissingClass(f"{text} among {int((y != NO_TARGET).sum()):,} labels of {s.name}; a model cannot learn it")
-                found.append(f"{text}; its scores will read as 0")
+                if s is train:
+                    raise MissingClass("; ".join([f"{text} among {int((y != NO_TARGET).sum()):,} labels of {s.name}", *notes,
+                                                  "a model cannot learn it"]))
+                sentences.append(f"{text}; its scores will read as 0")
+            sentences += notes
     constant = [n for n, lo, hi in zip(train.features, train.matrix.min(0), train.matrix.max(0)) if lo == hi]
-    if constant: found.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
-    if fills: found.append(f"NaN filled in {len(fills)} features: " + ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5]))
-    return found
+    if constant: sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
+    if fills: sentences.append(f"NaN filled in {len(fills)} features: " + ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5]))
+    return sentences
 
 # %% ../../nbs/data/00_splits.ipynb #7f315eec
 CONSTANT_CALL = .55  # share of one sign from which a constant prediction is mentioned

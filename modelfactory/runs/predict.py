@@ -64,8 +64,10 @@ def predict_run(
     frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[seen])
     skipped = pd.Series(bars.codes).value_counts().sort_index() - keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0).to_numpy()
     known = run.train_features or {}
+    of_train = set(known.get("symbols", bars.symbols))
     frame.attrs |= dict(
-        skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n}, unseen=[s for s in bars.symbols if known and s not in known["symbols"]],
+        skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n},
+        unseen=[s for s in bars.symbols if s not in of_train],
         drift=drifted, limits=known.get("lengths", []))  # lengths for which there are limits
     return frame
 
