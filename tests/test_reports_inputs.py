@@ -293,3 +293,177 @@ def test_context_and_prices_meet_symbols_of_another_type(tmp_path):
     ([1., np.nan], MissingColumn, "120 rows with none"), ([b"A", b"\xff"], BadValue, "bytes that are not UTF-8")])
 def test_symbols_that_name_nothing_are_refused(symbols, error, words):
     assert words in message(error, read_split, bars(symbols=symbols))
+
+
+# Layouts ----------------------------------------------------------------------------------------------------------------------
+
+def assert_same(read, expected):
+    assert read.symbols == expected.symbols and read.features == expected.features
+    assert np.array_equal(read.matrix, expected.matrix, equal_nan=True)
+    assert read.datetimes.tz_localize(None).equals(expected.datetimes.tz_localize(None))
+    assert np.array_equal(read.labels[5], expected.labels[5]) and np.array_equal(read.close, expected.close)
+
+
+def spark(frame, folder):
+    "Parts with long names, a mark of success, checksums."
+    folder.mkdir(parents=True)
+    for i in range(3): frame[i::3].to_parquet(folder / f"part-0000{i}-8f2c.c000.snappy.parquet", index=False)
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-00000-8f2c.c000.snappy.parquet.crc").write_bytes(b"crc")
+
+
+def dask(frame, folder):
+    "Twelve numbered parts; the tenth comes after the second, and one has whole numbers in place of floats."
+    folder.mkdir(parents=True)
+    for i in range(12):
+        part = frame.iloc[i * len(frame) // 12:(i + 1) * len(frame) // 12].set_index("datetime")
+        if i == 2: part = part.astype(dict(label_h5="float32", symbol="category"))
+        part.to_parquet(folder / f"part.{i}.parquet")
+
+
+def by_date(frame, folder):
+    frame.assign(date=frame.datetime.dt.date.astype(str)).to_parquet(folder, partition_cols=["date"], index=False)
+
+
+def by_symbol(frame, folder): frame.to_parquet(folder, partition_cols=["symbol"], index=False)
+
+
+@pytest.mark.parametrize("write", [spark, dask, by_date, by_symbol])
+@pytest.mark.parametrize("layout", ["{}_scaled.parquet", "{}.parquet", "{}", "split={}"])
+def test_folders_of_parts_are_read(write, layout, tmp_path):
+    for split in ("train", "val", "test"): write(bars(split), tmp_path / layout.format(split))
+    read = read_splits(tmp_path, splits=("train", "val", "test"))
+    for split in read:
+        assert_same(read[split], read_split(bars(split).sort_values(["symbol", "datetime"], kind="stable")))
+    assert fingerprint(tmp_path) != fingerprint(tmp_path, ("train", "val"))
+    before = fingerprint(tmp_path)
+    write(bars("test", n=100), tmp_path / "another")
+    assert fingerprint(tmp_path) == before != fingerprint(dict.fromkeys(("train", "val"), tmp_path / "another"))
+
+
+def test_symbols_in_folder_names_keep_their_zeros(tmp_path):
+    frame = bars(symbols=["000001", "US/A B"])
+    by_symbol(frame, tmp_path / "train")
+    assert_same(read_split(tmp_path / "train"), read_split(frame))
+
+
+def test_parts_that_differ_are_refused_by_name(tmp_path):
+    spark(bars(), tmp_path / "train")
+    odd = tmp_path / "train/part-00003.parquet"
+    bars().drop(columns="trend").to_parquet(odd)
+    assert "train/part-00003.parquet: no column 'trend'" in message(MissingColumn, read_split, tmp_path / "train")
+    bars().assign(trend="up").to_parquet(odd)
+    assert "parts differ in type" in message(UnreadableFile, read_split, tmp_path / "train")
+    odd.write_bytes(b"PAR1")
+    assert "part-00003.parquet: not a whole parquet file" in message(UnreadableFile, read_split, tmp_path / "train")
+
+
+@pytest.mark.parametrize("name", ["{}.parquet", "{}_scaled.parquet"])
+def test_a_folder_of_data_sets_says_which_to_name(name, tmp_path):
+    for split in ("train", "val"):
+        for h in (5, 20):
+            (tmp_path / f"core_full/h{h}").mkdir(parents=True, exist_ok=True)
+            bars(split).to_parquet(tmp_path / f"core_full/h{h}" / name.format(split))
+    assert_same(read_splits(tmp_path / "core_full/h5")["val"], read_split(bars("val")))
+    text = message(SplitsError, read_splits, tmp_path / "core_full")
+    assert "there are splits in h20, h5: name one of these folders, such as" in text and "core_full/h20" in text
+    assert "holds splits" in message(SplitsError, read_split, tmp_path / "core_full/h5")
+
+
+@pytest.mark.parametrize("options", [dict(index=False), dict(), dict(index=False, date_format="%Y-%m-%dT%H:%M:%S%z")])
+def test_csv_is_read_in_place_of_parquet(options, tmp_path):
+    frames = {split: bars(split, ["NA", "000001"]) for split in ("train", "val", "test")}
+    for split, frame in frames.items(): frame.to_csv(tmp_path / f"{split}_scaled.csv", **options)
+    read = read_splits(tmp_path, splits=("train", "val", "test"))
+    for split, frame in frames.items(): assert_same(read[split], read_split(frame))
+    assert len(fingerprint(tmp_path)) == 16
+
+
+def test_csv_types_are_decided_by_all_rows(tmp_path):
+    n = 60_000
+    frame = pd.DataFrame(dict(datetime=pd.date_range("2000", periods=n, freq="h"), symbol="A", x=1, label_h5=0)).astype(dict(x=object))
+    frame.loc[n - 1, "x"] = .5
+    frame.loc[7, "label_h5"] = np.nan
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    split = read_split(tmp_path / "train.csv")
+    assert split.features == ["x"] and split.matrix[-1, 0] == .5 and (split.labels[5] == NO_TARGET).sum() == 1
+
+
+def test_csv_that_is_not_one_says_so(tmp_path):
+    bars().to_csv(tmp_path / "train.parquet", index=False)
+    assert "begins with b'date', expected a parquet file; name a CSV file train.csv" in message(UnreadableFile, read_split, tmp_path / "train.parquet")
+    bars().to_csv(tmp_path / "train.csv", sep=";", index=False)
+    assert "separate the columns of a CSV file by commas" in message(MissingColumn, read_split, tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text("datetime,symbol\n1,2,3\n")
+    assert "not a readable CSV file" in message(UnreadableFile, read_split, tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text("")
+    assert "not a readable CSV file" in message(UnreadableFile, read_split, tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("levels", [["symbol", "datetime"], ["datetime"], ["symbol"]])
+def test_keys_in_the_index_are_keys(levels, tmp_path):
+    frame = bars().set_index(levels)
+    frame.to_parquet(tmp_path / "train.parquet")
+    for source in (frame, tmp_path / "train.parquet"): assert_same(read_split(source), read_split(bars()))
+    data = {split: bars(split).set_index(levels) for split in ("train", "val")}
+    moved = data | dict(train=bars("train").assign(datetime=lambda f: f.datetime + pd.Timedelta("1h")).set_index(levels))
+    assert fingerprint(data) != fingerprint(moved)
+
+
+def test_an_index_that_names_nothing_says_what_to_do(tmp_path):
+    frame = bars().set_index(["datetime", "symbol"])
+    frame.index.names = [None, None]
+    frame.to_parquet(tmp_path / "train.parquet")
+    wide = bars().set_index(["datetime", "symbol"]).unstack()
+    wide.to_parquet(tmp_path / "wide.parquet")
+    for source in (frame, tmp_path / "train.parquet"):
+        assert "levels of the index have no name" in message(MissingColumn, read_split, source)
+    for source in (wide, tmp_path / "wide.parquet"):
+        assert "the columns are a MultiIndex" in message(MissingColumn, read_split, source)
+
+
+def test_new_bars_may_be_parts_or_csv(run, tmp_path):
+    frame = bars("test", [1, 600306])
+    expected = run.predict(frame)
+    spark(frame, tmp_path / "new")
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    for source in (tmp_path / "new", tmp_path / "new.csv", pa.Table.from_pandas(frame)):
+        found = run.predict(source)
+        assert np.array_equal(found.p_up, expected.p_up) and found.symbol.equals(expected.symbol)
+    for split in ("train", "test"): spark(bars(split, [1, 600306]), tmp_path / "splits" / split)
+    assert len(run.predict(tmp_path / "splits")) > len(expected)  # the rows of train come before
+
+
+# Many symbols -----------------------------------------------------------------------------------------------------------------
+
+class CountedArray(np.ndarray):
+    "Counts the elements that element-wise operations go through."
+    elements = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        plain = [np.asarray(x) for x in inputs]
+        CountedArray.elements += sum(x.size for x in plain)
+        return getattr(ufunc, method)(*plain, **kwargs)
+
+
+def naive_reaching_over(split, horizon, start):
+    from modelfactory.data.splits import bars_between, label_bars
+    times, needs = split.datetimes.as_unit("ns").asi8, label_bars(split, horizon)
+    over = np.zeros(len(split), bool)
+    for i, code in enumerate(split.codes):
+        own = times[split.codes == code]
+        left = (own > times[i]).sum() + bars_between(own, own[-1], start)
+        over[i] = needs[i] > left and split.labels[horizon][i] != NO_TARGET
+    return over
+
+
+def test_checking_boundaries_goes_through_each_row_a_few_times():
+    from modelfactory.data.splits import reaching_over
+    symbols = [f"S{i}" for i in range(300)]
+    split = read_split(bars(symbols=symbols, n=12))
+    start = split.datetimes.max().value + 1
+    expected = naive_reaching_over(read_split(bars(symbols=symbols[:20], n=12)), 5, start)
+    split.codes, CountedArray.elements = split.codes.view(CountedArray), 0
+    over = reaching_over(split, 5, start)
+    assert over[:len(expected)].tolist() == expected.tolist() and over.sum() == 300 * 5
+    assert CountedArray.elements <= 10 * len(split)

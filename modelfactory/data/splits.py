@@ -8,6 +8,7 @@ import hashlib, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Mapping
+from urllib.parse import unquote
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # arrow's own keeps what is freed; heard only where arrow is not imported yet
 
 import numpy as np
@@ -19,13 +20,14 @@ import pyarrow.parquet as pq
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'KEYS', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'UNDEFINED', 'NO_VALUE', 'LABEL_NOISE', 'DAY', 'WEEK', 'MIN_BLOCKS',
-           'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
-           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
-           'UnknownHorizon', 'SplitsWarning', 'column_roles', 'split_files', 'symbol_text', 'Split', 'read_split',
-           'read_columns', 'bars_between', 'label_bars', 'reaching_over', 'label_reach', 'timestamps_per_bar',
-           'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
-           'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+__all__ = ['ROLES', 'KEYS', 'SPLIT_ORDER', 'LAYOUTS', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'UNDEFINED', 'NO_VALUE', 'LABEL_NOISE',
+           'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SplitsError', 'MissingFile', 'UnreadableFile',
+           'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer',
+           'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles', 'parquet_parts',
+           'split_path', 'split_files', 'symbol_text', 'Split', 'read_split', 'read_columns', 'bars_between',
+           'label_bars', 'reaching_over', 'label_reach', 'timestamps_per_bar', 'effective_blocks', 'split_blocks',
+           'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings', 'block_warnings',
+           'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -142,9 +144,13 @@ class _Reader:
 # %% ../../nbs/data/00_splits.ipynb #0777557b
 KEYS = ("datetime", "symbol")  # columns that are unique together
 
-def _frame_reader(frame, file):
+def _with_keys(frame):
+    "The frame with keys that are levels of its index as columns."
     keys = [key for key in KEYS if key in frame.index.names and key not in frame.columns]
-    if keys and frame.columns.nlevels == 1: frame = frame.reset_index(level=keys)
+    return frame.reset_index(level=keys) if keys and frame.columns.nlevels == 1 else frame
+
+def _frame_reader(frame, file):
+    frame = _with_keys(frame)
     _check_unique(frame.columns, file)
     index = False if set(KEYS) <= set(frame.columns) else None  # where a key is missing, its levels are named in the error
     try: return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
@@ -162,29 +168,118 @@ def _culprit(frame, error):
             return f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; convert or drop the column"
     return str(error).splitlines()[0][:200]
 
+# %% ../../nbs/data/00_splits.ipynb #962af2a2
+def parquet_parts(
+    folder: Path,
+) -> list[Path]:  # in natural order, part.2 before part.10; empty where `folder` is no folder
+    "Parquet files of a folder and of its folders named key=value; names that begin with a dot or an underscore are left out."
+    if not Path(folder).is_dir(): return []
+    entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith((".", "_"))]
+    files = [entry for entry in entries if entry.suffix == ".parquet" and entry.is_file()]
+    partitions = [entry for entry in entries if "=" in entry.name and entry.is_dir() and not entry.is_symlink()]
+    files += [file for entry in partitions for file in parquet_parts(entry)]
+    return sorted(files, key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(file))])
+
+def _parts_reader(folder):
+    "All parts of a folder below each other; raises `SplitsError` where their columns differ."
+    if any(split_path(folder, split) for split in SPLIT_ORDER):
+        raise MissingFile(f"{folder}: holds splits, expected the rows of one split; name one of its files")
+    parts = {file.relative_to(folder): _part_reader(folder, file) for file in parquet_parts(folder)}
+    if not parts: raise MissingFile(f"{folder}: holds no parquet file, expected the parts of one split")
+    (first, reader), *others = parts.items()
+    for name, other in others:
+        if lacking := set(reader.schema.names) ^ set(other.schema.names):
+            column = min(lacking)
+            where = [file for file in (first, name) if column not in parts[file].schema.names][0]
+            raise MissingColumn(f"{folder.name}/{where}: no column {column!r}, which other parts have; write all parts with the same columns")
+    try: schema = pa.unify_schemas([part.schema for part in parts.values()], promote_options="permissive")
+    except pa.ArrowException as e:
+        raise UnreadableFile(f"{folder.name}: parts differ in type: {str(e).splitlines()[0][:200]}; write all parts with one type") from None
+    return _Reader(schema, lambda columns: pa.concat_tables([part.read(columns) for part in parts.values()], promote_options="permissive"))
+
+def _part_reader(folder, file):
+    "One part; it is opened when it is read, as a folder may hold more parts than a process may open."
+    from pyarrow.dataset import ParquetFileFormat
+    from pyarrow.fs import LocalFileSystem
+    fragment = ParquetFileFormat().make_fragment(str(file), filesystem=LocalFileSystem())
+    try: schema = fragment.physical_schema
+    except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(file, e)) from None
+    _check_unique(schema.names, file)
+    keys = dict(part.split("=", 1) for part in file.parent.relative_to(folder).parts)
+    keys = {key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for key, value in keys.items() if key not in schema.names}
+    for key in keys: schema = schema.append(pa.field(key, pa.large_string()))
+
+    def read(columns):
+        table = fragment.to_table(columns=[c for c in columns if c not in keys])
+        for key in set(keys).intersection(columns):
+            table = table.append_column(key, pa.repeat(pa.scalar(keys[key], pa.large_string()), table.num_rows))
+        return table.select(columns)
+
+    return _Reader(schema, read)
+
+# %% ../../nbs/data/00_splits.ipynb #61854174
+def _csv_reader(path):
+    from pyarrow import csv
+    options = dict(
+        read_options=csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1)),  # types are decided by all rows
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(KEYS, pa.large_string())))
+    try: return _table_reader(csv.read_csv(path, **options))
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{path}: not a readable CSV file ({str(e).splitlines()[0][:120]}); write it again") from None
+
+def _not_parquet(path, error):
+    "What a file is that does not open as parquet, and what to do."
+    with open(path, "rb") as f: start = f.read(4)
+    if start in (b"", b"PAR1"): return f"{path}: not a whole parquet file ({str(error).splitlines()[0][:120]}); write it again"
+    return (f"{path}: begins with {start!r}, expected a parquet file; name a CSV file {Path(path).with_suffix('.csv').name}, "
+            "write any other as parquet")
+
 def _open(source, name):
     "A reader of one split, and how messages name where it is from; raises `SplitsError`."
     if isinstance(source, pd.DataFrame): return _frame_reader(source, f"{name} frame"), f"{name} frame"
     if hasattr(source, "__arrow_c_stream__"): return _table_reader(pa.table(source)), f"{name} table"
-    if not Path(source).is_file(): raise MissingFile(f"{source}: no such file; expected a parquet file with the {name} split")
-    try: file = pq.ParquetFile(source)
-    except (pa.ArrowException, OSError) as e:
-        raise UnreadableFile(f"{source}: not a whole parquet file ({str(e).splitlines()[0][:120]}); write it again") from None
-    return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns)), Path(source).name
+    path = Path(source)
+    if path.is_dir(): return _parts_reader(path), path.name
+    if not path.is_file(): raise MissingFile(f"{path}: no such file; expected a parquet file with the {name} split")
+    if path.suffix == ".csv": return _csv_reader(path), path.name
+    try: file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(path, e)) from None
+    return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns)), path.name
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
+SPLIT_ORDER = ("train", "val", "test")  # in time
+LAYOUTS = ("{}_scaled.parquet", "{}.parquet", "{}", "split={}", "{}_scaled.csv", "{}.csv")  # the first that is there is read
+
+def split_path(
+    folder: Path,  # of splits
+    split: str,  # train, val or test
+) -> Path | None:  # a file or a folder of parts; None where there is neither
+    "Where a split is in a folder, by `LAYOUTS`."
+    paths = (Path(folder) / layout.format(split) for layout in LAYOUTS)
+    return next((path for path in paths if (path.suffix and path.is_file()) or parquet_parts(path)), None)
+
 def split_files(
-    data: Path | Mapping,  # folder of Phase 1 splits, or {"train": frame or file, "val": ...}
+    data: Path | Mapping,  # folder of Phase 1 splits, or {"train": frame, table, file or folder of parts, "val": ...}
     splits: tuple = ("train", "val"),  # which to use
-) -> dict:  # split name -> file or frame
+) -> dict:  # split name -> file, folder of parts, frame or table
     "Where each split is; raises `MissingFile`."
     if isinstance(data, Mapping):
         if missing := set(splits) - set(data): raise MissingFile(f"no {sorted(missing)[0]} split among {sorted(data)}")
         return {s: data[s] for s in splits}
-    files = {s: Path(data) / f"{s}_scaled.parquet" for s in splits}
-    for s, f in files.items():
-        if not f.is_file(): raise MissingFile(f"{f}: no such file; expected Phase 1 splits train_scaled.parquet, val_scaled.parquet, test_scaled.parquet in one folder")
+    files = {s: split_path(data, s) for s in splits}
+    for s, file in files.items():
+        if file is None:
+            raise MissingFile(f"{Path(data) / LAYOUTS[0].format(s)}: no such file; expected Phase 1 splits train_scaled.parquet, "
+                              f"val_scaled.parquet, test_scaled.parquet in one folder{_folder_hint(Path(data), s)}")
     return files
+
+def _folder_hint(folder, split):
+    "Where else the split could be."
+    if not folder.is_dir(): return ""
+    entries = sorted(entry.name for entry in folder.iterdir())
+    if below := [name for name in entries if (folder / name).is_dir() and split_path(folder / name, split)]:
+        return f"; there are splits in {', '.join(below[:5])}: name one of these folders, such as {folder / below[0]}"
+    return f"; the folder holds {', '.join(entries[:5]) or 'nothing'}{' ...' * (len(entries) > 5)}"
 
 # %% ../../nbs/data/00_splits.ipynb #de74c2f3
 def _datetimes(column, file):
@@ -385,6 +480,7 @@ def _key_hint(key, schema):
     "What to do about a key that is not there."
     if any(name.startswith("('") for name in schema.names):
         return "the columns are a MultiIndex: move the symbols to the rows with frame.stack(level, future_stack=True).reset_index()"
+    if len(schema.names) == 1: return f"there is one column, {schema.names[0][:60]!r}: separate the columns of a CSV file by commas"
     if unnamed := [name for name in schema.names if name.startswith("__index_level_")]:
         return f"levels of the index have no name ({', '.join(unnamed)}): name them datetime and symbol before writing"
     return did_you_mean(key, schema.names)
@@ -509,10 +605,10 @@ def reaching_over(
     over = np.zeros(len(split), bool)
     needs = label_bars(split, horizon)
     times = split.datetimes.as_unit("ns").asi8
-    for code in range(len(split.symbols)):
-        rows = np.flatnonzero(split.codes == code)
-        left = np.arange(len(rows))[::-1] + bars_between(times[rows], times[rows[-1]], start)
-        over[rows] = needs[rows] > left
+    edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))  # rows are ordered by symbol
+    for low, high in zip(edges[:-1], edges[1:]):
+        left = np.arange(high - low)[::-1] + bars_between(times[low:high], times[high - 1], start)
+        over[low:high] = needs[low:high] > left
     return over & (split.labels[horizon] != NO_TARGET)
 
 # %% ../../nbs/data/00_splits.ipynb #8d806359
@@ -744,8 +840,6 @@ def read_scaler(folder: Path) -> dict | None:  # None where there is no such fil
     except (OSError, ValueError, TypeError) as e: raise UnreadableFile(f"{file}: not a JSON object ({e})") from None
 
 # %% ../../nbs/data/00_splits.ipynb #72426939
-SPLIT_ORDER = ("train", "val", "test")  # in time
-
 def fingerprint(
     data: Path | Mapping,  # as in `read_splits`
     splits: tuple | None = None,  # None: train and val, and test where there is one
@@ -756,11 +850,21 @@ def fingerprint(
     digest = hashlib.blake2b(digest_size=8)
     for name, source in split_files(data, splits).items():
         digest.update(name.encode())
-        digest.update(_digest_frame(source) if isinstance(source, pd.DataFrame) else _digest_file(source))
+        digest.update(_digest(source))
     return digest.hexdigest()
 
 def _has_test(data):
-    return "test" in data if isinstance(data, Mapping) else (Path(data) / "test_scaled.parquet").is_file()
+    return "test" in data if isinstance(data, Mapping) else split_path(data, "test") is not None
+
+def _digest(source):
+    "Hash of one split's content: rows of a frame or table, bytes of a file or of the parts of a folder."
+    if isinstance(source, pd.DataFrame): return _digest_frame(_with_keys(source))
+    if hasattr(source, "__arrow_c_stream__"): return _digest_frame(pa.table(source).to_pandas())
+    if not Path(source).is_dir(): return _digest_file(source)
+    digest = hashlib.blake2b()
+    for file in parquet_parts(source):  # the names of folders hold values
+        digest.update(str(file.parent.relative_to(source)).encode() + _digest_file(file))
+    return digest.digest()
 
 def _digest_file(file):
     with open(file, "rb") as f: return hashlib.file_digest(f, "blake2b").digest()
