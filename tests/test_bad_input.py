@@ -161,7 +161,7 @@ splits("splits that overlap in time", SplitOverlap, "train_scaled.parquet", "val
 splits("splits closer than the label window", SplitOverlap, "train_scaled.parquet", "label_h5", "10 rows", "row 115", "null", val=shift(days=25))
 splits("one symbol of a panel closer than the label window", SplitOverlap, "label_h5", "5 rows", "BBB", val=lambda t: shift(days=25)(t), train=lambda t: t.assign(label_h5=t.label_h5.mask(t.symbol == "AAA")))
 splits("a class absent from train", MissingClass, "train_scaled.parquet", "label_h5", "class 1", train=lambda t: t.assign(label_h5=t.label_h5.clip(upper=0)))
-splits("labels that are words", MissingClass, "train_scaled.parquet", "label_h5", "0 labels", train=lambda t: t.assign(label_h5="up"))
+splits("labels that are words", BadValue, "train_scaled.parquet", "label_h5", "'up' (240)", train=lambda t: t.assign(label_h5="up"))
 splits("bars_to_hit that are words", BadValue, "train_scaled.parquet", "bars_to_hit_h5", train=lambda t: t.assign(bars_to_hit_h5="soon"))
 splits("sample weights that are words", BadValue, "train_scaled.parquet", "sample_weight_h5", train=lambda t: t.assign(sample_weight_h5="heavy"))
 splits("closes that are words", BadValue, "val_scaled.parquet", "close", val=lambda t: t.assign(close="dear"))
@@ -230,7 +230,7 @@ def _(work):
     ds = load_datasets(DatasetConfig("data"), 5)[0]["val"]
     return lambda: read_prices(ds, "closes.parquet")
 
-@kind("a price file without close", UnreadableFile, "closes.parquet", "close")
+@kind("a price file without close", MissingColumn, "closes.parquet", "close")
 def _(work):
     bars("val").drop(columns="close").to_parquet("closes.parquet")
     ds = load_datasets(DatasetConfig("data"), 5)[0]["val"]

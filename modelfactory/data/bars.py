@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .prices import price_warnings
-from .splits import (
-    EPOCH_FIX, FIRST_YEAR, SplitsError, SplitsWarning, block_warnings, check_splits, column_roles)
+from modelfactory.data.splits import (
+    EPOCH_FIX, FIRST_YEAR, UNDEFINED, SplitsError, SplitsWarning, block_warnings, check_splits, column_roles,
+    symbol_text)
 
 # %% auto #0
-__all__ = ['OHLCV', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'UNDEFINED', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd',
-           'check_bars', 'true_range', 'atr', 'bar_features', 'find_lookahead', 'default_barriers', 'triple_barrier',
-           'read_barriers', 'split_by_time', 'overreaching', 'write_splits', 'publish_folder', 'bars_to_splits']
+__all__ = ['OHLCV', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd', 'check_bars',
+           'true_range', 'atr', 'bar_features', 'find_lookahead', 'default_barriers', 'triple_barrier', 'read_barriers',
+           'split_by_time', 'overreaching', 'write_splits', 'publish_folder', 'bars_to_splits']
 
 # %% ../../nbs/data/03_bars.ipynb #154024c7
 class BarsError(SplitsError): "Bars, or a table made of them, that cannot become splits."
@@ -77,12 +78,18 @@ def check_bars(
     missing = [c for c in ["datetime", "symbol", *OHLCV] if c not in bars]
     if missing: raise BarsError(f"bars: no column {missing[0]!r}, expected datetime, symbol, {', '.join(OHLCV)}; found {', '.join(map(str, bars.columns))}; rename or add it")
     _demand(bars["symbol"].notna(), "symbol", "with none", "name the symbol of every bar")
-    bars = pd.DataFrame(dict(datetime=_times(bars["datetime"].reset_index(drop=True)), symbol=bars["symbol"].astype(str).array, **{c: _number(bars[c]) for c in OHLCV}))
+    bars = pd.DataFrame(dict(datetime=_times(bars["datetime"].reset_index(drop=True)), symbol=_symbols(bars["symbol"]), **{c: _number(bars[c]) for c in OHLCV}))
     _demand(~bars.duplicated(["symbol", "datetime"]), "symbol, datetime", "repeating a key", "keep one row a bar")
     _check_prices(bars)
     order = np.lexsort((bars.datetime, pd.factorize(bars.symbol)[0]))
     _check_enough(bars.symbol, at_least)
     return bars.iloc[order].reset_index(drop=True)
+
+def _symbols(column):
+    "Symbols as splits compare them."
+    try: values = pa.Array.from_pandas(column)
+    except (pa.ArrowException, TypeError, ValueError): return column.astype(str).array  # of several types
+    return symbol_text(values, "bars").array
 
 def _number(column):
     number = pd.to_numeric(column, errors="coerce")
@@ -367,7 +374,6 @@ def _same(a, b):
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 # %% ../../nbs/data/03_bars.ipynb #8f9fa2e4
-UNDEFINED = -99  # label of a row that has none, as upstream writes it
 SPREAD = 0.55  # barrier in ATR at a horizon of one bar
 
 def default_barriers(

@@ -13,9 +13,9 @@ import pandas as pd
 from annotated_types import Interval
 
 from ..settings import ShownConfig
-from .splits import (
-    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, MissingFile, Split, SplitOverlap, SplitsError,
-    UnreadableFile, label_bars, read_splits)
+from modelfactory.data.splits import (
+    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, Split, SplitOverlap, SplitsError, label_bars, read_columns,
+    read_splits)
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
@@ -126,7 +126,8 @@ def last_rows(
 ) -> Split | None:  # without labels, rows ordered as `symbols`, then by time; None where there is no such row
     "The last rows of each symbol in earlier splits, in the time zone of the last one; raises `SplitsError`."
     splits = [] if splits is None else [splits] if isinstance(splits, Split) else list(splits)
-    pieces = [(code, *piece) for code, name in enumerate(symbols) for piece in _last_of(splits, name, n)]
+    places = [{name: code for code, name in enumerate(split.symbols)} for split in splits]
+    pieces = [(code, *piece) for code, name in enumerate(symbols) for piece in _last_of(splits, places, name, n)]
     if not pieces: return None
     names = dict.fromkeys(name for split in splits for name in split.market)
     first, *others = [_in_zone_of(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
@@ -134,15 +135,14 @@ def last_rows(
         splits[-1], name="context", matrix=np.concatenate([split.matrix[rows] for _, split, rows in pieces]),
         datetimes=first.append(others), symbols=list(symbols), order=None, labels={}, bars_to_hit={}, weights={},
         codes=np.repeat([code for code, *_ in pieces], [rows.stop - rows.start for *_, rows in pieces]),
-        market={name: np.concatenate([_raw(split, name)[rows] for _, split, rows in pieces]) for name in names})
+        market={name: np.concatenate([_raw(split, name, rows) for _, split, rows in pieces]) for name in names})
 
-def _last_of(splits, name, n):
+def _last_of(splits, places, name, n):
     "Pieces of the last `n` rows of a symbol, in time order: the split and a slice of its rows."
     pieces = []
-    for split in reversed(splits):
-        if n <= 0 or name not in split.symbols: continue
-        code = split.symbols.index(name)
-        start, stop = map(int, np.searchsorted(split.codes, [code, code + 1]))
+    for split, codes in zip(reversed(splits), reversed(places)):
+        if n <= 0 or name not in codes: continue
+        start, stop = map(int, np.searchsorted(split.codes, [codes[name], codes[name] + 1]))
         start = max(start, stop - n)
         n -= stop - start
         if stop > start: pieces.append((split, slice(start, stop)))
@@ -156,7 +156,9 @@ def _in_zone_of(split, datetimes):
                           "convert both to one")
     return datetimes if zone is None else datetimes.tz_convert(zone)
 
-def _raw(split, name): return split.market.get(name, np.full(len(split), np.nan))
+def _raw(split, name, rows=slice(None)):
+    "Rows of a raw column; NaN where the split has none."
+    return split.market[name][rows] if name in split.market else np.full(len(range(len(split))[rows]), np.nan)
 
 # %% ../../nbs/data/01_dataset.ipynb #c3ca33aa
 def prepend_context(
@@ -280,16 +282,14 @@ def load_datasets(
 # %% ../../nbs/data/01_dataset.ipynb #e887cb4a
 def read_prices(
     ds: TimeSeriesDataset,
-    file: Path | None = None,  # parquet with datetime, symbol, close
+    file: Path | None = None,  # parquet or CSV with datetime, symbol, close
 ) -> tuple:  # prices (datetime, symbol, close) or None, and where they come from
     "Closes of every bar: from `file` if given, else the split's own; raises `SplitsError` when the file does not serve."
     if file is None: return ds.split.prices(), "label" if ds.split.close is None else "close"
     return price_file(file), "file"
 
 def price_file(
-    file: Path,  # parquet with datetime, symbol, close
+    file: Path,  # parquet or CSV with datetime, symbol, close
 ) -> pd.DataFrame:
     "The closes of a file; raises `SplitsError` when it does not serve."
-    if not Path(file).is_file(): raise MissingFile(f"{file}: no such price file")
-    try: return pd.read_parquet(file, columns=["datetime", "symbol", "close"])
-    except Exception as e: raise UnreadableFile(f"{file}: expected a parquet file with datetime, symbol, close ({str(e).splitlines()[0][:100]})") from None
+    return read_columns(file, "price", ("close",))

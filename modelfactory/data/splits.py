@@ -8,23 +8,26 @@ import hashlib, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Mapping
+from urllib.parse import unquote
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # arrow's own keeps what is freed; heard only where arrow is not imported yet
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..settings import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'FIRST_YEAR', 'EPOCH_FIX', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'RARE_CLASS',
-           'CONSTANT_CALL', 'SPLIT_ORDER', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
-           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
-           'UnknownHorizon', 'SplitsWarning', 'column_roles', 'split_files', 'Split', 'read_split', 'bars_between',
-           'label_bars', 'reaching_over', 'check_order', 'label_reach', 'timestamps_per_bar', 'effective_blocks',
-           'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings',
-           'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+__all__ = ['ROLES', 'KEYS', 'SPLIT_ORDER', 'LAYOUTS', 'FIRST_YEAR', 'EPOCH_FIX', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'UNDEFINED',
+           'NO_VALUE', 'LABEL_NOISE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'RARE_CLASS', 'CONSTANT_CALL', 'SplitsError',
+           'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
+           'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
+           'parquet_parts', 'split_path', 'split_files', 'symbol_text', 'Split', 'read_split', 'read_columns',
+           'bars_between', 'label_bars', 'reaching_over', 'check_order', 'label_reach', 'timestamps_per_bar',
+           'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
+           'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -59,16 +62,37 @@ ROLES = [(re.compile(pattern), role, why) for pattern, role, why in [
     (r"(label|bars_to_hit|mae|mfe|touch_type|quality|sample_weight|pain_to_gain|time_weighted_dd)_.*", "future", "computed from the future"),
     (r"fwd_return.*", "future", "computed from the future"),
     (r".*_h\d+", "future", "named like a horizon: computed from the future"),
-    (r"__index_level_\d+__", "bookkeeping", "index of a pandas frame"),
+    (r"__index_level_\d+__|Unnamed: \d+|", "bookkeeping", "index of a pandas frame"),
 ]]
 
 # %% ../../nbs/data/00_splits.ipynb #f4a02482
-def _role(name, kind):
+def _role(field):
+    "Role of a column and why it is no feature."
     for pattern, role, why in ROLES:
-        if pattern.fullmatch(name): return role, why
-    return ("feature", "") if _is_number(kind) else ("other", f"not a number ({kind})")
+        if pattern.fullmatch(field.name): return role, why
+    return ("feature", "") if _is_numeric(field) else ("other", f"not a number ({_kind(field)})")
 
-def _is_number(kind): return any(is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
+def _is_number(kind):
+    return any(is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
+
+def _is_text(kind): return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+def _extension(field):
+    "Name of an extension type that pyarrow does not know here and reads as the type of its storage; None for others."
+    return (field.metadata or {}).get(b"ARROW:extension:name")
+
+def _is_numeric(field): return _is_number(field.type) and not _extension(field)
+
+def _kind(field):
+    "A column's type as a message names it."
+    if extension := _extension(field): return extension.decode(errors="replace")
+    return "text" if _is_text(field.type) else str(field.type)
+
+def _index_columns(schema):
+    "Columns that were the index of the pandas frame that was written."
+    try: written = schema.pandas_metadata or {}
+    except ValueError: return set()
+    return {c for c in written.get("index_columns", ()) if isinstance(c, str)} if isinstance(written, dict) else set()
 
 # %% ../../nbs/data/00_splits.ipynb #db8cdb8e
 def column_roles(
@@ -78,10 +102,15 @@ def column_roles(
 ) -> pd.DataFrame:  # column, role, reason
     "The role of each column and why it is no feature; raises `MissingColumn` on a name that is not there."
     for name in [*features, *exclude]:
-        if name not in schema.names: raise MissingColumn(f"features/exclude: no column {name!r}, {did_you_mean(name, schema.names)}")
-    roles = pd.DataFrame([(n, *_role(n, t)) for n, t in zip(schema.names, schema.types)], columns=["column", "role", "reason"]).set_index("column")
+        if name not in schema.names:
+            raise MissingColumn(f"features/exclude: no column {name!r}, {did_you_mean(name, schema.names)}")
+    roles = pd.DataFrame([(field.name, *_role(field)) for field in schema], columns=["column", "role", "reason"])
+    roles = roles.set_index("column")
+    if index := [n for n in _index_columns(schema) if n in roles.index and roles.role[n] == "feature"]:
+        roles.loc[index, ["role", "reason"]] = "bookkeeping", "index of a pandas frame"
     if locked := [n for n in features if roles.role[n] in ("key", "target", "other")]:
-        raise SplitsError(f"features: {locked[0]!r} is a {roles.role[locked[0]]} column ({roles.reason[locked[0]]}), it can never be a feature")
+        raise SplitsError(f"features: {locked[0]!r} is a {roles.role[locked[0]]} column "
+                          f"({roles.reason[locked[0]]}), it can never be a feature")
     for names, role in [(features, "feature"), (exclude, "excluded")]:
         if names: roles.loc[list(names), ["role", "reason"]] = role, "asked for"
     return roles.reset_index()
@@ -89,35 +118,168 @@ def column_roles(
 def _features(roles): return roles.column[roles.role == "feature"].tolist()
 
 # %% ../../nbs/data/00_splits.ipynb #662fa9a7
-class _Table:
-    "A DataFrame that reads like a parquet file."
-    def __init__(self, frame): self.table = pa.Table.from_pandas(frame, preserve_index=False)
-    schema_arrow = property(lambda self: self.table.schema)
-    def read(self, columns): return self.table.select(columns)
+def _plain_type(kind):
+    "The type as which values of an Arrow type are read."
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind): return _plain_type(kind.value_type)
+    if pa.types.is_decimal(kind): return pa.float64()
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+
+def _plain(column):
+    "A column with the same values and nulls, and neither dictionary, runs, decimals nor views."
+    kind = column.type
+    if pa.types.is_dictionary(kind): return _plain(column.cast(kind.value_type))
+    if pa.types.is_run_end_encoded(kind): return _plain(pc.run_end_decode(column))
+    return column if kind == _plain_type(kind) else column.cast(_plain_type(kind), safe=False)
+
+class _Reader:
+    "Columns of a table, a file or a folder of parts, as plain values."
+    def __init__(self, schema, read):
+        self.schema = pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
+        self._read = read  # list of column names -> pa.Table
+
+    def read(self, columns):
+        table = self._read(columns)
+        return pa.table([_plain(column) for column in table.columns], names=table.column_names)
 
 # %% ../../nbs/data/00_splits.ipynb #0777557b
+KEYS = ("datetime", "symbol")  # columns that are unique together
+
+def _with_keys(frame):
+    "The frame with keys that are levels of its index as columns."
+    keys = [key for key in KEYS if key in frame.index.names and key not in frame.columns]
+    return frame.reset_index(level=keys) if keys and frame.columns.nlevels == 1 else frame
+
+def _frame_reader(frame, file):
+    frame = _with_keys(frame)
+    _check_unique(frame.columns, file)
+    index = False if set(KEYS) <= set(frame.columns) else None  # where a key is missing, its levels are named in the error
+    try: return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
+    except (pa.ArrowException, TypeError, ValueError) as e: raise UnreadableFile(f"{file}: {_culprit(frame, e)}") from None
+
+def _table_reader(table): return _Reader(table.schema, table.select)
+
+def _culprit(frame, error):
+    "Which column of a frame Arrow cannot read, and what it holds."
+    for name, column in frame.items():
+        try: pa.Array.from_pandas(column)
+        except (pa.ArrowException, TypeError, ValueError):
+            types = column.dropna().map(lambda v: type(v).__name__).value_counts()
+            values = ", ".join(f"{t} ({n:,})" for t, n in types[:4].items())
+            return f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; convert or drop the column"
+    return str(error).splitlines()[0][:200]
+
+# %% ../../nbs/data/00_splits.ipynb #962af2a2
+def parquet_parts(
+    folder: Path,
+) -> list[Path]:  # in natural order, part.2 before part.10; empty where `folder` is no folder
+    "Parquet files of a folder and of its folders named key=value; names that begin with a dot or an underscore are left out."
+    if not Path(folder).is_dir(): return []
+    entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith((".", "_"))]
+    files = [entry for entry in entries if entry.suffix == ".parquet" and entry.is_file()]
+    partitions = [entry for entry in entries if "=" in entry.name and entry.is_dir() and not entry.is_symlink()]
+    files += [file for entry in partitions for file in parquet_parts(entry)]
+    return sorted(files, key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(file))])
+
+def _parts_reader(folder):
+    "All parts of a folder below each other; raises `SplitsError` where their columns differ."
+    if any(split_path(folder, split) for split in SPLIT_ORDER):
+        raise MissingFile(f"{folder}: holds splits, expected the rows of one split; name one of its files")
+    parts = {file.relative_to(folder): _part_reader(folder, file) for file in parquet_parts(folder)}
+    if not parts: raise MissingFile(f"{folder}: holds no parquet file, expected the parts of one split")
+    (first, reader), *others = parts.items()
+    for name, other in others:
+        if lacking := set(reader.schema.names) ^ set(other.schema.names):
+            column = min(lacking)
+            where = [file for file in (first, name) if column not in parts[file].schema.names][0]
+            raise MissingColumn(f"{folder.name}/{where}: no column {column!r}, which other parts have; write all parts with the same columns")
+    try: schema = pa.unify_schemas([part.schema for part in parts.values()], promote_options="permissive")
+    except pa.ArrowException as e:
+        raise UnreadableFile(f"{folder.name}: parts differ in type: {str(e).splitlines()[0][:200]}; write all parts with one type") from None
+    return _Reader(schema, lambda columns: pa.concat_tables([part.read(columns) for part in parts.values()], promote_options="permissive"))
+
+def _part_reader(folder, file):
+    "One part; it is opened when it is read, as a folder may hold more parts than a process may open."
+    from pyarrow.dataset import ParquetFileFormat
+    from pyarrow.fs import LocalFileSystem
+    fragment = ParquetFileFormat().make_fragment(str(file), filesystem=LocalFileSystem())
+    try: schema = fragment.physical_schema
+    except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(file, e)) from None
+    _check_unique(schema.names, file)
+    keys = dict(part.split("=", 1) for part in file.parent.relative_to(folder).parts)
+    keys = {key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for key, value in keys.items() if key not in schema.names}
+    for key in keys: schema = schema.append(pa.field(key, pa.large_string()))
+
+    def read(columns):
+        table = fragment.to_table(columns=[c for c in columns if c not in keys])
+        for key in set(keys).intersection(columns):
+            table = table.append_column(key, pa.repeat(pa.scalar(keys[key], pa.large_string()), table.num_rows))
+        return table.select(columns)
+
+    return _Reader(schema, read)
+
+# %% ../../nbs/data/00_splits.ipynb #61854174
+def _csv_reader(path):
+    from pyarrow import csv
+    options = dict(
+        read_options=csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1)),  # types are decided by all rows
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(KEYS, pa.large_string())))
+    try: return _table_reader(csv.read_csv(path, **options))
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{path}: not a readable CSV file ({str(e).splitlines()[0][:120]}); write it again") from None
+
+def _not_parquet(path, error):
+    "What a file is that does not open as parquet, and what to do."
+    with open(path, "rb") as f: start = f.read(4)
+    if start in (b"", b"PAR1"): return f"{path}: not a whole parquet file ({str(error).splitlines()[0][:120]}); write it again"
+    return (f"{path}: begins with {start!r}, expected a parquet file; name a CSV file {Path(path).with_suffix('.csv').name}, "
+            "write any other as parquet")
+
 def _open(source, name):
-    if isinstance(source, pd.DataFrame):
-        _check_unique(source.columns, f"{name} frame")
-        try: return _Table(source), f"{name} frame"
-        except (pa.ArrowException, TypeError) as e: raise UnreadableFile(f"{name} frame: {str(e).splitlines()[0]}") from None
-    if not Path(source).is_file(): raise MissingFile(f"{source}: no such file; expected a parquet file with the {name} split")
-    try: return pq.ParquetFile(source), Path(source).name
-    except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{source}: not a whole parquet file ({str(e).splitlines()[0][:120]}); write it again") from None
+    "A reader of one split, and how messages name where it is from; raises `SplitsError`."
+    if isinstance(source, pd.DataFrame): return _frame_reader(source, f"{name} frame"), f"{name} frame"
+    if hasattr(source, "__arrow_c_stream__"): return _table_reader(pa.table(source)), f"{name} table"
+    path = Path(source)
+    if path.is_dir(): return _parts_reader(path), path.name
+    if not path.is_file(): raise MissingFile(f"{path}: no such file; expected a parquet file with the {name} split")
+    if path.suffix == ".csv": return _csv_reader(path), path.name
+    try: file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(path, e)) from None
+    return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns)), path.name
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
+SPLIT_ORDER = ("train", "val", "test")  # in time
+LAYOUTS = ("{}_scaled.parquet", "{}.parquet", "{}", "split={}", "{}_scaled.csv", "{}.csv")  # the first that is there is read
+
+def split_path(
+    folder: Path,  # of splits
+    split: str,  # train, val or test
+) -> Path | None:  # a file or a folder of parts; None where there is neither
+    "Where a split is in a folder, by `LAYOUTS`."
+    paths = (Path(folder) / layout.format(split) for layout in LAYOUTS)
+    return next((path for path in paths if (path.suffix and path.is_file()) or parquet_parts(path)), None)
+
 def split_files(
-    data: Path | Mapping,  # folder of Phase 1 splits, or {"train": frame or file, "val": ...}
+    data: Path | Mapping,  # folder of Phase 1 splits, or {"train": frame, table, file or folder of parts, "val": ...}
     splits: tuple = ("train", "val"),  # which to use
-) -> dict:  # split name -> file or frame
+) -> dict:  # split name -> file, folder of parts, frame or table
     "Where each split is; raises `MissingFile`."
     if isinstance(data, Mapping):
         if missing := set(splits) - set(data): raise MissingFile(f"no {sorted(missing)[0]} split among {sorted(data)}")
         return {s: data[s] for s in splits}
-    files = {s: Path(data) / f"{s}_scaled.parquet" for s in splits}
-    for s, f in files.items():
-        if not f.is_file(): raise MissingFile(f"{f}: no such file; expected Phase 1 splits train_scaled.parquet, val_scaled.parquet, test_scaled.parquet in one folder")
+    files = {s: split_path(data, s) for s in splits}
+    for s, file in files.items():
+        if file is None:
+            raise MissingFile(f"{Path(data) / LAYOUTS[0].format(s)}: no such file; expected Phase 1 splits train_scaled.parquet, "
+                              f"val_scaled.parquet, test_scaled.parquet in one folder{_folder_hint(Path(data), s)}")
     return files
+
+def _folder_hint(folder, split):
+    "Where else the split could be."
+    if not folder.is_dir(): return ""
+    entries = sorted(entry.name for entry in folder.iterdir())
+    if below := [name for name in entries if (folder / name).is_dir() and split_path(folder / name, split)]:
+        return f"; there are splits in {', '.join(below[:5])}: name one of these folders, such as {folder / below[0]}"
+    return f"; the folder holds {', '.join(entries[:5]) or 'nothing'}{' ...' * (len(entries) > 5)}"
 
 # %% ../../nbs/data/00_splits.ipynb #de74c2f3
 FIRST_YEAR = 1971  # times before it are numbers of another unit that were read as nanoseconds
@@ -125,20 +287,60 @@ EPOCH_FIX = "expected bars of 1971 or later; numbers since 1970 need their unit:
 
 def _datetimes(column, file):
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type): times = column.to_pandas()
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type): times = _parse_text(column.to_pandas(), file)
-    else: raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps")
+    elif _is_text(column.type): times = _parse_text(column.to_pandas(), file)
+    else:
+        raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; "
+                          "convert the column to timestamps")
     times = pd.to_datetime(times, cache=False)
-    if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), 'with no time')}; drop or mend these rows")
-    if (old := (times.dt.year < FIRST_YEAR).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(old, f'before {FIRST_YEAR}')} ({times[old].iloc[0]}); {EPOCH_FIX}")
-    if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
+    if (none := times.isna().to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
+    if (old := (times.dt.year < FIRST_YEAR).to_numpy()).any():
+        problem = f"{_rows(old, f'before {FIRST_YEAR}')} ({times[old].iloc[0]})"
+        raise BadDatetime(f"{file}: datetime: {problem}; {EPOCH_FIX}")
+    if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
     return times.dt.as_unit("ns")
 
 def _parse_text(text, file):
+    none = (text.isna() | (text == "")).to_numpy()
+    if none.any(): raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
     offsets = text.str.extract(r"([+-]\d\d:?\d\d|Z)$")[0].fillna("none")
-    if (mixed := (offsets != offsets.iloc[0]).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(mixed, 'in another time zone')}; convert all to one")
+    if (mixed := (offsets != offsets.iloc[0]).to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(mixed, 'in another time zone')}; convert all to one")
     times = pd.to_datetime(text, errors="coerce", format="ISO8601")
-    if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), f'not readable as a time ({text[times.isna()].iloc[0]!r})')}; use ISO 8601")
+    if (bad := times.isna().to_numpy()).any():
+        raise BadDatetime(f"{file}: datetime: {_rows(bad, f'not readable as a time ({text[bad].iloc[0]!r})')}; use ISO 8601")
     return times
+
+# %% ../../nbs/data/00_splits.ipynb #a0d3f87d
+def symbol_text(
+    column: pa.ChunkedArray | pa.Array,  # (N,) text, numbers, dates, times or bytes
+    file: str,  # where it is from, for messages
+) -> pd.Series:  # (N,) text
+    "Symbols as the text by which they are compared; raises `SplitsError` on a row without one."
+    column = _plain(column)
+    kind = column.type
+    if pa.types.is_floating(kind): column = _whole_numbers(column)
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        try: column = column.cast(pa.large_string())
+        except pa.ArrowException: raise BadValue(f"{file}: symbol: bytes that are not UTF-8, expected names; decode them") from None
+    elif pa.types.is_date(kind) or pa.types.is_timestamp(kind): column = _times_as_text(column)
+    elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+        raise BadValue(f"{file}: symbol: found {kind}, expected text or numbers; convert the column")
+    text = column.cast(pa.large_string())
+    if (none := pc.fill_null(pc.equal(text, ""), True).to_numpy(zero_copy_only=False)).any():
+        raise MissingColumn(f"{file}: symbol: {_rows(none, 'with none')}; name the symbol of every row")
+    return text.to_pandas()
+
+def _whole_numbers(column):
+    "Integers where all numbers are whole, so that 1.0 and 1 are the same symbol; NaN becomes null."
+    column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    try: return column.cast(pa.int64())
+    except pa.ArrowInvalid: return column
+
+def _times_as_text(column):
+    text = column.to_pandas().astype("str")
+    return pa.Array.from_pandas(text.mask(column.is_null().to_numpy(zero_copy_only=False)))
 
 # %% ../../nbs/data/00_splits.ipynb #605818a7
 def _order(codes, times, file, symbols):
@@ -172,6 +374,7 @@ class Split:
     weights: dict  # horizon -> (N,) sample weights, where the file has them
     market: dict  # raw high, low, close: (N,), where the file has them
     order: np.ndarray | None = None  # row of the file each row came from; None = same order
+    label_notes: dict = field(default_factory=dict)  # horizon -> sentences on labels that were rounded or dropped
 
     def __len__(self): return len(self.matrix)
     def __repr__(self): return f"Split({self.name}: {len(self):,} rows, {len(self.symbols)} symbols, {len(self.features)} features, horizons {sorted(self.labels)}, {self.datetimes.min()} to {self.datetimes.max()})"
@@ -190,7 +393,9 @@ def _read_matrix(source, columns, n, order):
     matrix, rows = np.empty((n, len(columns)), np.float32), np.empty((AT_ONCE, n), np.float32)
     for j in range(0, len(columns), AT_ONCE):
         part = source.read(columns=columns[j:j + AT_ONCE])
-        for row, column in zip(rows, part.columns): np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
+        for row, column in zip(rows, part.columns):
+            if not pa.types.is_floating(column.type): column = column.cast(pa.float64(), safe=False)
+            np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
         matrix[:, j:j + AT_ONCE] = (rows if order is None else rows[:, order])[:part.num_columns].T
     return matrix
 
@@ -230,18 +435,66 @@ def _file_order(mask, order):
     return out
 
 # %% ../../nbs/data/00_splits.ipynb #5cab25e9
-def _label(column, classes):
-    values = column.to_numpy(zero_copy_only=False) if not isinstance(column, pa.ChunkedArray) else column.to_numpy()
-    defined = np.isin(values, classes)
-    return np.where(defined, np.where(defined, values, 0), NO_TARGET).astype(np.int8)
+UNDEFINED = -99  # what upstream writes where there is no label
+NO_VALUE = ("", "na", "nan", "none", "null")  # text that stands for a missing number, in any case
+LABEL_NOISE = 1e-6  # distance from a class within which a label is that class
+
+def _parse_numbers(column):
+    "Float64 values (N,) of numbers or text, and a mask (N,) of text that is no number; None for other types."
+    kind = column.type
+    if _is_number(kind) or pa.types.is_null(kind):
+        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.zeros(len(column), bool)
+    if not _is_text(kind): return None
+    text = column.to_pandas().astype("str").str.strip()
+    values = pd.to_numeric(text, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    return values, (np.isnan(values) & text.notna() & ~text.str.lower().isin(NO_VALUE)).to_numpy(bool)
+
+def _numbers(column, name, file):
+    parsed = _parse_numbers(column)
+    if parsed is None: raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
+    values, words = parsed
+    if words.any():
+        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected numbers; "
+                       "convert the column, or drop it")
+    return values
+
+def _counts(values, most=5):
+    "The most frequent values and how often each occurs."
+    counts = pd.Series(values).value_counts()
+    shown = ", ".join(f"{value!r} ({n:,})" if isinstance(value, str) else f"{value:.9g} ({n:,})" for value, n in counts[:most].items())
+    return shown + (f", and {len(counts) - most:,} more" if len(counts) > most else "")
+
+@np.errstate(invalid="ignore")  # of infinity, which is no class
+def _labels(column, name, classes, file):
+    "Labels (N,) int8, NO_TARGET where undefined, and notes on values that were rounded or dropped."
+    allowed = ", ".join(map(str, classes))
+    parsed = _parse_numbers(column)
+    if parsed is None:
+        raise BadValue(f"{file}: {name}: found {column.type}, expected labels among {allowed}; convert the column")
+    values, words = parsed
+    nearest = np.rint(values)
+    defined = np.isin(nearest, classes) & (np.abs(values - nearest) <= LABEL_NOISE)
+    if words.any() and not defined.any():
+        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected labels among {allowed}; "
+                       "map the text to these numbers")
+    notes = []
+    if rounded := int((defined & (values != nearest)).sum()):
+        notes.append(f"{file}: {name}: {rounded:,} labels read as the class within {LABEL_NOISE:g} of them")
+    foreign = words | ~(defined | np.isnan(values) | (nearest == UNDEFINED))
+    if foreign.any():
+        shown = _counts(column.to_pandas()[words] if words.any() else values[foreign])
+        notes.append(f"{file}: {name}: {int(foreign.sum()):,} of {int((foreign | defined).sum()):,} labels are none of {allowed} "
+                     f"and are no target: {shown}; map them to a class, or name them in classes=")
+    return np.where(defined, np.where(defined, nearest, 0), NO_TARGET).astype(np.int8), notes
 
 def _horizons(names, prefix="label_h"): return sorted(int(n[len(prefix):]) for n in names if re.fullmatch(prefix + r"\d+", n))
 
 # %% ../../nbs/data/00_splits.ipynb #c7be4065
 def _check_columns(schema, horizons, file):
     _check_unique(schema.names, file)
-    for key in ("datetime", "symbol"):
-        if key not in schema.names: raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {did_you_mean(key, schema.names)}")
+    for key in KEYS:
+        if key not in schema.names:
+            raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {_key_hint(key, schema)}")
     there = _horizons(schema.names)
     if horizons == (): return []
     if not there: raise MissingColumn(f"{file}: no label column, expected label_h<bars> such as label_h5")
@@ -249,13 +502,22 @@ def _check_columns(schema, horizons, file):
         if h not in there: raise UnknownHorizon(f"{file}: no column label_h{h}; horizons in this file: {', '.join(map(str, there))}")
     return list(horizons or there)
 
+def _key_hint(key, schema):
+    "What to do about a key that is not there."
+    if any(name.startswith("('") for name in schema.names):
+        return "the columns are a MultiIndex: move the symbols to the rows with frame.stack(level, future_stack=True).reset_index()"
+    if len(schema.names) == 1: return f"there is one column, {schema.names[0][:60]!r}: separate the columns of a CSV file by commas"
+    if unnamed := [name for name in schema.names if name.startswith("__index_level_")]:
+        return f"levels of the index have no name ({', '.join(unnamed)}): name them datetime and symbol before writing"
+    return did_you_mean(key, schema.names)
+
 def _check_unique(names, file):
     names = pd.Index(names)
     if (twice := names[names.duplicated()]).size: raise UnreadableFile(f"{file}: column {twice[0]!r} is there more than once; keep one")
 
 # %% ../../nbs/data/00_splits.ipynb #60e4d853
 def read_split(
-    source: Path | pd.DataFrame,  # one parquet file or frame
+    source,  # a DataFrame, an Arrow table (of polars too), a parquet or CSV file, or a folder of parquet parts
     name: str = "train",  # train, val or test
     horizons: tuple | None = None,  # None: all there are; (): labels are not needed
     features: list | None = None,  # the F columns, in order; None: by their roles
@@ -264,35 +526,70 @@ def read_split(
 ) -> Split:
     "Reads one split into one float32 matrix; raises `SplitsError`. Nothing is fitted here."
     reader, file = _open(source, name)
-    horizons = _check_columns(schema := reader.schema_arrow, horizons, file)
-    if features is None: features = _features(column_roles(schema))
-    there = set(schema.names)
-    if absent := [f for f in features if f not in there]: raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; every feature the model knows is needed")
-    if not features: raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns")
+    horizons = _check_columns(reader.schema, horizons, file)
+    if features is None: features = _features(column_roles(reader.schema))
+    _check_features(reader.schema, features, file)
     try: return _assemble(reader, file, name, horizons, list(features), classes, nan)
-    except (pa.ArrowException, OSError) as e: raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+
+def _check_features(schema, features, file):
+    "Raises `SplitsError` unless all features are there and are numbers."
+    if not features:
+        raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns")
+    present = set(schema.names)
+    if absent := [f for f in features if f not in present]:
+        raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; "
+                            "every feature the model knows is needed")
+    if other := [f for f in features if not _may_be_number(schema.field(f))]:
+        kinds = ", ".join(f"{f} ({_kind(schema.field(f))})" for f in other[:5])
+        raise BadValue(f"{file}: {other[0]}: found {_kind(schema.field(other[0]))}, expected numbers; "
+                       f"convert the column ({len(other)} features are not numbers: {kinds})")
+
+def _may_be_number(field):
+    "A number, or a column without any value: all its rows are NaN."
+    return _is_numeric(field) or pa.types.is_null(field.type)
 
 # %% ../../nbs/data/00_splits.ipynb #0bb9ecbc
 def _assemble(reader, file, name, horizons, features, classes, nan):
     extra = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [*MARKET]
-    wanted = ["datetime", "symbol", *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema_arrow.names)]
+    wanted = [*KEYS, *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema.names)]
     small = reader.read(columns=wanted)
     if small.num_rows == 0: raise EmptySplit(f"{file}: no row, expected at least one bar")
-    if small["symbol"].null_count: raise MissingColumn(f"{file}: symbol: {_rows(small['symbol'].is_null().to_numpy(), 'with none')}; name the symbol of every row")
+    codes, symbols = pd.factorize(symbol_text(small["symbol"], file))
     times = _datetimes(small["datetime"], file)
-    codes, symbols = pd.factorize(small["symbol"].to_pandas())
-    order = _order(codes, times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy(), file, symbols)
-    pick = (lambda a: a) if order is None else (lambda a: a[order])
-    numbers = lambda c: pick(_numbers(small[c], c, file)) if c in small.column_names else None
-    by_horizon = lambda prefix: {h: a for h in horizons if (a := numbers(f"{prefix}_h{h}")) is not None}
-    split = Split(name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)), pick(codes), list(symbols),
-                  {h: pick(_label(small[f"label_h{h}"], classes)) for h in horizons}, by_horizon("bars_to_hit"), by_horizon("sample_weight"), {c: a for c in MARKET if (a := numbers(c)) is not None}, order)
+    stamps = times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy()
+    order = _order(codes, stamps, file, symbols)
+
+    def pick(values): return values if order is None else values[order]
+    def numbers(column): return pick(_numbers(small[column], column, file))
+    def by_horizon(prefix): return {h: numbers(f"{prefix}_h{h}") for h in horizons if f"{prefix}_h{h}" in small.column_names}
+
+    labels = {h: _labels(small[f"label_h{h}"], f"label_h{h}", classes, file) for h in horizons}
+    split = Split(
+        name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)),
+        pick(codes), list(symbols), {h: pick(y) for h, (y, _) in labels.items()}, by_horizon("bars_to_hit"),
+        by_horizon("sample_weight"), {c: numbers(c) for c in MARKET if c in small.column_names}, order,
+        {h: notes for h, (_, notes) in labels.items() if notes})
     _check_finite(split, nan)
     return split
 
-def _numbers(column, name, file):
-    if not (_is_number(column.type) or pa.types.is_null(column.type)): raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
-    return column.to_numpy().astype(float)
+# %% ../../nbs/data/00_splits.ipynb #3294258d
+def read_columns(
+    source,  # as of `read_split`
+    name: str,  # what it is, for messages about a frame
+    numbers: tuple,  # columns of numbers
+) -> pd.DataFrame:  # datetime, symbol as text, and these columns as float64, in the order of the source
+    "Keys and some numbers of a table, decoded as those of a split; raises `SplitsError`."
+    reader, file = _open(source, name)
+    _check_columns(reader.schema, (), file)
+    if absent := [c for c in numbers if c not in reader.schema.names]:
+        raise MissingColumn(f"{file}: no column {absent[0]!r}; expected {', '.join([*KEYS, *numbers])}")
+    try: table = reader.read([*KEYS, *numbers])
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+    return pd.DataFrame(dict(datetime=_datetimes(table["datetime"], file), symbol=symbol_text(table["symbol"], file),
+                             **{c: _numbers(table[c], c, file) for c in numbers}))
 
 # %% ../../nbs/data/00_splits.ipynb #dd847431
 DAY = 86_400 * 10**9  # in nanoseconds
@@ -334,10 +631,10 @@ def reaching_over(
     over = np.zeros(len(split), bool)
     needs = label_bars(split, horizon)
     times = split.datetimes.as_unit("ns").asi8
-    for code in range(len(split.symbols)):
-        rows = np.flatnonzero(split.codes == code)
-        left = np.arange(len(rows))[::-1] + bars_between(times[rows], times[rows[-1]], start)
-        over[rows] = needs[rows] > left
+    edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))  # rows are ordered by symbol
+    for low, high in zip(edges[:-1], edges[1:]):
+        left = np.arange(high - low)[::-1] + bars_between(times[low:high], times[high - 1], start)
+        over[low:high] = needs[low:high] > left
     return over & (split.labels[horizon] != NO_TARGET)
 
 # %% ../../nbs/data/00_splits.ipynb #8d806359
@@ -472,10 +769,11 @@ def read_splits(
     files = split_files(data, splits)
     readers = {name: _open(source, name) for name, source in files.items()}
     first, file = readers[splits[0]]
-    _check_columns(first.schema_arrow, horizons, file)
-    roles = column_roles(first.schema_arrow, features, exclude)
+    _check_columns(first.schema, horizons, file)
+    roles = column_roles(first.schema, features, exclude)
     names = _features(roles)
-    for reader, other in readers.values(): _check_same(names, column_roles(reader.schema_arrow, features, exclude), file, other)
+    for reader, other in readers.values():
+        _check_same(names, (file, first.schema), column_roles(reader.schema, features, exclude), other, reader.schema)
     read = {name: read_split(source, name, horizons, names, classes, nan or "keep") for name, source in files.items()}
     if nan is None: _check_nan(list(read.values()))
     fills = _fill(read, nan)
@@ -484,10 +782,20 @@ def read_splits(
     return Splits(read, _report(read, roles, classes, fills))
 
 # %% ../../nbs/data/00_splits.ipynb #d33d180b
-def _check_same(names, roles, file, other):
-    there = set(_features(roles))
-    for missing, what in [(set(names) - there, f"in {file}, not in {other}"), (there - set(names), f"in {other}, not in {file}")]:
-        if missing: raise FeatureSetsDiffer(f"{other}: {len(missing)} features {what}: {', '.join(sorted(missing)[:5])}; all splits need the same features, or name them in exclude=")
+def _check_same(names, first, roles, other, schema):
+    "Raises `FeatureSetsDiffer` unless a split holds the features of the first one, with a number in each."
+    present = set(_features(roles))
+    if extra := sorted(present - set(names)): raise FeatureSetsDiffer(_difference(extra, other, schema, *first))
+    absent = [n for n in names if n not in present and not (n in schema.names and pa.types.is_null(schema.field(n).type))]
+    if absent: raise FeatureSetsDiffer(_difference(absent, *first, other, schema))
+
+def _difference(names, file, schema, other, other_schema):
+    "What to know of columns that are features of one file and not of another."
+    typed = [n for n in names if n in other_schema.names]
+    absent = [n for n in names if n not in other_schema.names]
+    texts = [f"{n} is {_kind(schema.field(n))} in {file} and {_kind(other_schema.field(n))} in {other}" for n in typed[:5]]
+    if absent: texts.append(f"{len(absent)} features in {file}, not in {other}: {', '.join(absent[:5])}")
+    return f"{other}: {'; '.join(texts)}; all splits need the same features as numbers, or name them in exclude="
 
 def _fill(read, nan):
     "Fills NaN with a value fitted on the first split; returns what was filled, by column."
@@ -536,18 +844,22 @@ def _rare_classes(train, horizon, classes):
 
 def _warnings(read, classes, fills):
     "What to know; raises `MissingClass` when the first split, which is learnt from, lacks a class."
-    found, train = [], next(iter(read.values()))
+    sentences, train = [], next(iter(read.values()))
     for s in read.values():
         for h, y in s.labels.items():
+            notes = s.label_notes.get(h, [])
             if missing := [c for c in classes if not (y == c).any()]:
                 text = f"{s.file}: label_h{h}: class {missing[0]} never occurs"
-                if s is train: raise MissingClass(f"{text} among {int((y != NO_TARGET).sum()):,} labels of {s.name}; a model cannot learn it")
-                found.append(f"{text}; its scores will read as 0")
+                if s is train:
+                    raise MissingClass("; ".join([f"{text} among {int((y != NO_TARGET).sum()):,} labels of {s.name}", *notes,
+                                                  "a model cannot learn it"]))
+                sentences.append(f"{text}; its scores will read as 0")
+            sentences += notes
     constant = [n for n, lo, hi in zip(train.features, train.matrix.min(0), train.matrix.max(0)) if lo == hi]
-    found += [text for h in train.labels for text in _rare_classes(train, h, classes)]
-    if constant: found.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
-    if fills: found.append(f"NaN filled in {len(fills)} features: " + ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5]))
-    return found
+    sentences += [text for h in train.labels for text in _rare_classes(train, h, classes)]
+    if constant: sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
+    if fills: sentences.append(f"NaN filled in {len(fills)} features: " + ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5]))
+    return sentences
 
 # %% ../../nbs/data/00_splits.ipynb #7f315eec
 CONSTANT_CALL = .55  # share of one sign from which a constant prediction is mentioned
@@ -586,8 +898,6 @@ def read_scaler(folder: Path) -> dict | None:  # None where there is no such fil
     except (OSError, ValueError, TypeError) as e: raise UnreadableFile(f"{file}: not a JSON object ({e})") from None
 
 # %% ../../nbs/data/00_splits.ipynb #72426939
-SPLIT_ORDER = ("train", "val", "test")  # in time
-
 def fingerprint(
     data: Path | Mapping,  # as in `read_splits`
     splits: tuple | None = None,  # None: train and val, and test where there is one
@@ -598,11 +908,21 @@ def fingerprint(
     digest = hashlib.blake2b(digest_size=8)
     for name, source in split_files(data, splits).items():
         digest.update(name.encode())
-        digest.update(_digest_frame(source) if isinstance(source, pd.DataFrame) else _digest_file(source))
+        digest.update(_digest(source))
     return digest.hexdigest()
 
 def _has_test(data):
-    return "test" in data if isinstance(data, Mapping) else (Path(data) / "test_scaled.parquet").is_file()
+    return "test" in data if isinstance(data, Mapping) else split_path(data, "test") is not None
+
+def _digest(source):
+    "Hash of one split's content: rows of a frame or table, bytes of a file or of the parts of a folder."
+    if isinstance(source, pd.DataFrame): return _digest_frame(_with_keys(source))
+    if hasattr(source, "__arrow_c_stream__"): return _digest_frame(pa.table(source).to_pandas())
+    if not Path(source).is_dir(): return _digest_file(source)
+    digest = hashlib.blake2b()
+    for file in parquet_parts(source):  # the names of folders hold values
+        digest.update(str(file.parent.relative_to(source)).encode() + _digest_file(file))
+    return digest.digest()
 
 def _digest_file(file):
     with open(file, "rb") as f: return hashlib.file_digest(f, "blake2b").digest()

@@ -13,7 +13,7 @@ import pandas as pd
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
-from ..data.splits import SPLIT_ORDER, BadValue, read_split, split_files
+from ..data.splits import SPLIT_ORDER, BadValue, parquet_parts, read_split, split_files, split_path
 from .store import prediction_frame
 
 # %% auto #0
@@ -39,7 +39,7 @@ def _keys(bars, rows, gap, horizon):
 # %% ../../nbs/runs/04_predict.ipynb #1aec0933
 def predict_run(
     run,  # a `Run`, or the folder of one
-    data: Path | pd.DataFrame,  # a parquet file, a frame, a folder with Phase 1 splits or a bundled name
+    data,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts, a folder of splits or a bundled name
     split: str = "test",  # which split of a folder
     ahead: bool = False,  # also the bar to come of each symbol
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after; `.attrs`: skipped, unseen, drift, limits
@@ -47,9 +47,8 @@ def predict_run(
     from modelfactory.runs.store import Run, load_run
     run = run if isinstance(run, Run) else load_run(run)
     model, asked = run.loaded, run.config["data"]
-    is_folder = isinstance(data, (str, Path)) and (str(data) in BUNDLED or Path(data).is_dir())
-    folder = resolve_data(data) if is_folder else None
-    if is_folder: data = split_files(folder, (split,))[split]
+    folder = _folder_of_splits(data)
+    if folder is not None: data = split_files(folder, (split,))[split]
     bars = read_split(data, split, (), model.feature_columns, nan=asked["nan"])
     drifted = []
     if run.train_features: drifted = population_stability_index(bars, run.train_features).to_dict("records")
@@ -64,17 +63,28 @@ def predict_run(
     frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[seen])
     skipped = pd.Series(bars.codes).value_counts().sort_index() - keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0).to_numpy()
     known = run.train_features or {}
+    of_train = set(known.get("symbols", bars.symbols))
     frame.attrs |= dict(
-        skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n}, unseen=[s for s in bars.symbols if known and s not in known["symbols"]],
+        skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n},
+        unseen=[s for s in bars.symbols if s not in of_train],
         drift=drifted, limits=known.get("lengths", []))  # lengths for which there are limits
     return frame
+
+def _folder_of_splits(data):
+    "The folder of splits that `data` names; None for everything else, a folder with the parts of one table included."
+    if not isinstance(data, (str, Path)): return None
+    if str(data) in BUNDLED: return resolve_data(data)
+    folder = Path(data)
+    if not folder.is_dir(): return None
+    is_parts = parquet_parts(folder) and not any(split_path(folder, split) for split in SPLIT_ORDER)
+    return None if is_parts else folder
 
 def _context(folder, bars, n, fills, nan):
     "The last `n` rows of each symbol in the splits of a folder before this one; None where there are none."
     earlier, context = [], None
     for name in reversed(SPLIT_ORDER[:SPLIT_ORDER.index(bars.name)] if folder is not None and n else ()):
-        file = Path(folder) / f"{name}_scaled.parquet"
-        if not file.is_file(): continue
+        file = split_path(folder, name)
+        if file is None: continue
         split = read_split(file, name, (), bars.features, nan=nan)
         _fill(split, fills, nan)
         earlier.insert(0, split)

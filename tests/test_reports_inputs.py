@@ -1,0 +1,469 @@
+"Inputs of public reports: labels, symbols and features of any type and layout are read right, or refused by name."
+import datetime
+import decimal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modelfactory.data.bars import check_bars
+from modelfactory.data.dataset import DatasetConfig, load_datasets, read_prices
+from modelfactory.data.splits import (
+    NO_TARGET, BadValue, FeatureSetsDiffer, MissingClass, MissingColumn, SplitsError, UnreadableFile, fingerprint,
+    read_split, read_splits)
+from modelfactory.models.base import PredictionOutput
+
+pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half
+
+
+def bars(split="train", symbols=("AAA", "BBB"), n=120):
+    "Hourly bars of a split, a month after the split before."
+    number = ["train", "val", "test"].index(split)
+    rng = np.random.default_rng(number)
+    times = pd.date_range("2024-01-01", periods=n, freq="h") + pd.Timedelta(days=30 * number)
+    frames = [pd.DataFrame(dict(datetime=times, symbol=symbol, close=100 + rng.normal(size=n).cumsum(),
+                                momentum=rng.normal(size=n), trend=rng.normal(size=n), label_h5=rng.integers(-1, 2, n)))
+              for symbol in symbols]
+    return pd.concat(frames, ignore_index=True)
+
+
+def frames(change=lambda frame: frame): return {split: change(bars(split)) for split in ("train", "val")}
+
+
+def write_folder(folder, change=lambda frame: frame, splits=("train", "val")):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in splits: change(bars(split)).to_parquet(folder / f"{split}_scaled.parquet", index=False)
+    return folder
+
+
+def warnings_of(read): return [text for text in read.report.warnings if "blocks of" not in text]  # these splits are short
+
+
+def message(error, call, *args, **kwargs):
+    with pytest.raises(error) as caught: call(*args, **kwargs)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# One reader of frames and files -----------------------------------------------------------------------------------------------
+
+LABELS = np.array([-1, 0, 1, 1, 0, -1, 1, 0], float)
+HOLES = np.array([False, True, False, False, True, False, False, True])
+
+
+def tiny(labels, n=len(LABELS), **columns):
+    "One symbol; the labels decide what is read."
+    times = pd.date_range("2024-01-01", periods=n, freq="h")
+    return pd.DataFrame(dict(datetime=times, symbol="AAA", momentum=np.arange(n, dtype=float), label_h5=labels) | columns)
+
+
+def coded(kind):
+    "Labels with holes in a type of pandas."
+    values = [None if hole else int(value) for value, hole in zip(LABELS, HOLES)]
+    if kind == "category": return pd.Series(pd.Categorical(values))
+    if kind == "category of text": return pd.Series(pd.Categorical([None if v is None else str(v) for v in values]))
+    if kind == "decimal": return pd.Series([None if v is None else decimal.Decimal(v) for v in values])
+    if kind == "text": return pd.Series([None if v is None else str(v) for v in values])
+    return pd.Series(values, dtype=kind)
+
+
+@pytest.mark.parametrize("kind", ["category", "category of text", "decimal", "text", "Int8", "Float64", "int64[pyarrow]"])
+def test_rows_without_a_label_stay_without_one_in_frame_and_file(kind, tmp_path):
+    frame = tiny(coded(kind))
+    frame.to_parquet(tmp_path / "train.parquet")
+    for source in (frame, pa.Table.from_pandas(frame), tmp_path / "train.parquet"):
+        labels = read_split(source).labels[5]
+        assert labels.tolist() == np.where(HOLES, NO_TARGET, LABELS).tolist(), (kind, type(source))
+
+
+def test_nulls_of_a_category_label_are_not_the_last_category():
+    "237 of 1,186 rows without a label, in a frame."
+    labels = np.tile([-1., 0., 1.], 396)[:1_186]
+    labels[::5][:237] = np.nan
+    assert np.isnan(labels).sum() == 237
+    split = read_split(tiny(pd.Categorical(labels), n=1_186))
+    assert (split.labels[5] == NO_TARGET).sum() == 237
+    assert (split.labels[5] == 1).sum() == (labels == 1).sum()
+
+
+@pytest.mark.parametrize("values", [
+    pd.Series(pd.Categorical([3, 1, 2, 1, 3, 2, 1, 1])), pd.Series([3, 1, 2, 1, 3, 2, 1, 1], dtype="Int16"),
+    pd.Series([decimal.Decimal(v) for v in "31213211"]), pd.Series([3, 1, 2, 1, 3, 2, 1, 1], dtype="float[pyarrow]")])
+def test_a_number_of_any_type_is_a_feature_in_frame_and_file(values, tmp_path):
+    frame = tiny(0, level=values)
+    frame.to_parquet(tmp_path / "train.parquet")
+    expected = values.astype(float).tolist()
+    for source in (frame, pa.Table.from_pandas(frame), tmp_path / "train.parquet"):
+        split = read_split(source)
+        assert split.features == ["momentum", "level"] and split.matrix[:, 1].tolist() == expected
+
+
+def test_holes_of_booleans_and_integers_are_nan():
+    frame = tiny(0, up=pd.array([True, None, False, True] * 2, "boolean"), n_trades=pd.array([1, None, 3, 4] * 2, "Int64"))
+    matrix = read_split(frame, nan="keep").matrix[:, 1:]
+    assert np.array_equal(matrix[:4], [[1, 1], [np.nan, np.nan], [0, 3], [1, 4]], equal_nan=True)
+    assert "up: 2 rows with NaN" in message(BadValue, read_split, frame)
+
+
+def test_an_arrow_table_of_runs_and_views_is_read():
+    import pyarrow.compute as pc
+    table = pa.Table.from_pandas(tiny(LABELS))
+    table = table.set_column(1, "symbol", pa.array(["AAA"] * len(LABELS), pa.string_view()))
+    table = table.set_column(3, "label_h5", pc.run_end_encode(pa.array(LABELS)))
+    assert read_split(table).labels[5].tolist() == LABELS.tolist()
+
+
+def test_periods_and_the_index_of_a_frame_are_no_features(tmp_path):
+    frame = tiny(0, month=pd.period_range("2024-01", periods=8, freq="M")).set_index(pd.Index(range(100, 108), name="row_id"))
+    frame.to_parquet(tmp_path / "train.parquet")
+    assert read_split(frame).features == read_split(tmp_path / "train.parquet").features == ["momentum"]
+    assert read_split(frame.reset_index(), features=["row_id"]).matrix[0, 0] == 100
+
+
+def test_a_frame_that_arrow_cannot_read_is_refused_by_column():
+    text = message(UnreadableFile, read_split, tiny(0, note=[1, "a"] * 4))
+    assert text.startswith("train frame: note: found object with values of type int (4), str (4)")
+
+
+# Label codings ----------------------------------------------------------------------------------------------------------------
+
+def test_labels_as_numeric_text_are_numbers():
+    data = frames(lambda f: f.assign(label_h5=f.label_h5.map({-1: "-1", 0: "0.0", 1: " 1"})))
+    read = read_splits(data)
+    assert all((read[s].labels[5] == bars(s).label_h5).all() for s in data) and warnings_of(read) == []
+
+
+def test_labels_with_rounding_noise_are_the_class_and_said():
+    noise = np.random.default_rng(0).uniform(-9e-7, 9e-7, 240)
+    read = read_splits(frames(lambda f: f.assign(label_h5=f.label_h5 + noise)))
+    assert all((read[s].labels[5] == bars(s).label_h5).all() for s in read)
+    assert warnings_of(read) == [f"{s} frame: label_h5: 240 labels read as the class within 1e-06 of them" for s in read]
+
+
+def test_labels_that_are_no_class_are_counted_in_a_warning():
+    def foreign(frame):
+        labels = frame.label_h5.astype(float).to_numpy(copy=True)
+        labels[:30], labels[30:70], labels[70:75], labels[75:80] = 2, -2, -99, np.nan
+        labels[80] = .5
+        return frame.assign(label_h5=labels)
+    read = read_splits(frames(foreign))
+    shown = "train frame: label_h5: 71 of 230 labels are none of -1, 0, 1 and are no target: -2 (40), 2 (30), 0.5 (1)"
+    assert any(w.startswith(shown) for w in read.report.warnings) and (read["train"].labels[5] == NO_TARGET).sum() == 81
+    assert shown in repr(read.report) and shown in str(read.report.to_dict())
+
+
+def test_undefined_labels_and_nulls_are_no_warning():
+    labels = np.where(np.arange(240) < 20, -99, bars().label_h5)
+    for column in (pd.Series(labels), pd.Series(labels).mask(labels == -99)):
+        assert warnings_of(read_splits(frames(lambda f: f.assign(label_h5=column)))) == []
+
+
+def test_words_among_numeric_labels_are_dropped_with_a_warning():
+    def words(frame): return frame.assign(label_h5=frame.label_h5.astype(str).where(frame.index >= 7, "undefined"))
+    warnings = read_splits(frames(words)).report.warnings
+    assert "train frame: label_h5: 7 of 240 labels are none of -1, 0, 1 and are no target: 'undefined' (7)" in warnings[0]
+
+
+@pytest.mark.parametrize("labels, words", [
+    (lambda y: y.map({-1: "down", 0: "flat", 1: "up"}), "label_h5: found text ('"),
+    (lambda y: pd.to_datetime(y, unit="D"), "label_h5: found timestamp["),
+    (lambda y: pd.to_timedelta(y, unit="D"), "label_h5: found duration["),
+    (lambda y: y.map(lambda v: [v]), "label_h5: found list<")])
+def test_labels_of_another_type_are_refused_by_name(labels, words):
+    text = message(BadValue, read_splits, frames(lambda f: f.assign(label_h5=labels(f.label_h5))))
+    assert text.startswith("train frame: ") and words in text and "expected labels among -1, 0, 1" in text
+
+
+def test_a_missing_class_says_which_values_are_there_instead():
+    text = message(MissingClass, read_splits, frames(lambda f: f.assign(label_h5=f.label_h5 * 2)))
+    n = (bars().label_h5 != 0).sum()
+    assert f"class -1 never occurs among {240 - n} labels" in text and f"{n} of 240 labels are none of -1, 0, 1" in text
+    read = read_splits(frames(lambda f: f.assign(label_h5=f.label_h5 * 2)), classes=(-2, 0, 2))
+    assert (read["train"].labels[5] == bars().label_h5 * 2).all()
+
+
+def test_check_shows_what_is_dropped(tmp_path, capsys):
+    from modelfactory.cli import main
+    data = write_folder(tmp_path / "data", lambda f: f.assign(label_h5=f.label_h5.mask(f.index < 9, 2)), ("train", "val", "test"))
+    with pytest.raises(SystemExit): main(["check", str(data)])
+    assert "9 of 240 labels are none of -1, 0, 1" in capsys.readouterr().out.replace("\n", " ")
+
+
+# Types of features ------------------------------------------------------------------------------------------------------------
+
+TYPES = {
+    "text": lambda f: f.assign(trend=f.trend.astype(str)),
+    "list": lambda f: f.assign(trend=[[v] for v in f.trend]),
+    "timestamp": lambda f: f.assign(trend=pd.Timestamp("2024-01-01")),
+    "duration": lambda f: f.assign(trend=pd.Timedelta("1h")),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_feature_of_another_type_is_refused_by_name(kind, tmp_path):
+    frame = TYPES[kind](bars("val"))
+    frame.to_parquet(tmp_path / "val.parquet")
+    for source, file in ((frame, "val frame"), (tmp_path / "val.parquet", "val.parquet")):
+        text = message(BadValue, read_split, source, "val", features=["momentum", "trend"])
+        assert text.startswith(f"{file}: trend: found {kind}") and "expected numbers" in text
+    text = message(FeatureSetsDiffer, read_splits, dict(train=bars(), val=frame))
+    assert f"val frame: trend is double in train frame and {kind}" in text and "not in val" not in text
+    text = message(FeatureSetsDiffer, read_splits, dict(train=TYPES[kind](bars()), val=bars("val")))
+    assert f"trend is double in val frame and {kind}" in text and "not in train" not in text
+
+
+def test_a_feature_without_any_value_in_val_is_nan():
+    val = bars("val").assign(trend=None)
+    assert "trend: 240 rows with NaN" in message(BadValue, read_splits, dict(train=bars(), val=val))
+    assert np.isfinite(read_splits(dict(train=bars(), val=val), nan="median")["val"].matrix).all()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_new_bars_of_another_type_are_refused_by_name(kind, run):
+    text = message(BadValue, run.predict, TYPES[kind](bars("test")))
+    assert text.startswith(f"test frame: trend: found {kind}")
+
+
+# Symbols ----------------------------------------------------------------------------------------------------------------------
+
+SYMBOLS = {
+    "numbers": ([1, 600306], ["1", "600306"]), "floats": ([1., 600306.], ["1", "600306"]),
+    "text": (["1", "600306"], ["1", "600306"]), "bytes": ([b"1", b"600306"], ["1", "600306"]),
+    "decimals": ([decimal.Decimal("1"), decimal.Decimal("600306")], ["1", "600306"]),
+    "dates": ([datetime.date(2024, 3, 15), datetime.date(2024, 6, 21)], ["2024-03-15", "2024-06-21"]),
+    "timestamps": ([pd.Timestamp("2024-03-15"), pd.Timestamp("2024-06-21")], ["2024-03-15", "2024-06-21"]),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A finished run on symbols 1 and 600306."
+    return trained(tmp_path_factory.mktemp("run"), SYMBOLS["numbers"][0])
+
+
+def trained(folder, symbols):
+    from modelfactory.runs.store import load_run, publish, start_attempt, write_run
+    from modelfactory.training.trainer import Trainer
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "val", "test"): bars(split, symbols).to_parquet(folder / f"data/{split}_scaled.parquet")
+    trainer = Trainer(dict(model="logistic_regression", horizon=5, data=str(folder / "data")))
+    trainer.run_full_pipeline()
+    attempt = start_attempt(folder / "runs", "logistic_regression", 5)
+    write_run(trainer, attempt)
+    return load_run(publish(attempt, folder / "runs"))
+
+
+@pytest.mark.parametrize("kind", SYMBOLS)
+def test_symbols_of_any_type_are_text(kind, tmp_path):
+    symbols, names = SYMBOLS[kind]
+    frame = bars(symbols=symbols)
+    frame.to_parquet(tmp_path / "train.parquet")
+    category = frame.assign(symbol=frame.symbol.astype("category"))
+    for source in (frame, tmp_path / "train.parquet", category): assert read_split(source).symbols == names
+    with_prices = frame.assign(open=frame.close, high=frame.close, low=frame.close, volume=0)
+    assert check_bars(with_prices).symbol.unique().tolist() == names
+
+
+@pytest.mark.parametrize("kind", ["numbers", "floats", "text", "bytes", "decimals"])
+def test_symbols_of_train_are_seen_in_new_bars(kind, run):
+    frame = run.predict(bars("test", SYMBOLS[kind][0]))
+    assert frame.attrs["unseen"] == [] and frame.symbol.unique().tolist() == ["1", "600306"]
+    assert run.predict(bars("test", [1, 7])).attrs["unseen"] == ["7"]
+
+
+def test_dates_as_symbols_are_seen_in_new_bars(tmp_path):
+    run = trained(tmp_path, SYMBOLS["dates"][0])
+    for kind in ("dates", "timestamps"): assert run.predict(bars("test", SYMBOLS[kind][0])).attrs["unseen"] == []
+
+
+def test_context_and_prices_meet_symbols_of_another_type(tmp_path):
+    data = dict(train=bars("train", [1, 600306]), val=bars("val", ["1", "600306"]))
+    val = load_datasets(DatasetConfig("frames"), 5, 12, data=data)[0]["val"]
+    assert len(val) == 240  # the first windows reach back into train
+    bars("val", [1., 600306.]).to_parquet(tmp_path / "closes.parquet")
+    prices, source = read_prices(val, tmp_path / "closes.parquet")
+    assert source == "file" and prices.symbol.unique().tolist() == ["1", "600306"]
+    assert np.allclose(prices.close, val.metadata.close)
+
+
+@pytest.mark.parametrize("symbols, error, words", [
+    (["AAA", None], MissingColumn, "120 rows with none, first at row 120"), (["AAA", ""], MissingColumn, "120 rows with none"),
+    ([1., np.nan], MissingColumn, "120 rows with none"), ([b"A", b"\xff"], BadValue, "bytes that are not UTF-8")])
+def test_symbols_that_name_nothing_are_refused(symbols, error, words):
+    assert words in message(error, read_split, bars(symbols=symbols))
+
+
+# Layouts ----------------------------------------------------------------------------------------------------------------------
+
+def assert_same(read, expected):
+    assert read.symbols == expected.symbols and read.features == expected.features
+    assert np.array_equal(read.matrix, expected.matrix, equal_nan=True)
+    assert read.datetimes.tz_localize(None).equals(expected.datetimes.tz_localize(None))
+    assert np.array_equal(read.labels[5], expected.labels[5]) and np.array_equal(read.close, expected.close)
+
+
+def spark(frame, folder):
+    "Parts with long names, a mark of success, checksums."
+    folder.mkdir(parents=True)
+    for i in range(3): frame[i::3].to_parquet(folder / f"part-0000{i}-8f2c.c000.snappy.parquet", index=False)
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-00000-8f2c.c000.snappy.parquet.crc").write_bytes(b"crc")
+
+
+def dask(frame, folder):
+    "Twelve numbered parts; the tenth comes after the second, and one has whole numbers in place of floats."
+    folder.mkdir(parents=True)
+    for i in range(12):
+        part = frame.iloc[i * len(frame) // 12:(i + 1) * len(frame) // 12].set_index("datetime")
+        if i == 2: part = part.astype(dict(label_h5="float32", symbol="category"))
+        part.to_parquet(folder / f"part.{i}.parquet")
+
+
+def by_date(frame, folder):
+    frame.assign(date=frame.datetime.dt.date.astype(str)).to_parquet(folder, partition_cols=["date"], index=False)
+
+
+def by_symbol(frame, folder): frame.to_parquet(folder, partition_cols=["symbol"], index=False)
+
+
+@pytest.mark.parametrize("write", [spark, dask, by_date, by_symbol])
+@pytest.mark.parametrize("layout", ["{}_scaled.parquet", "{}.parquet", "{}", "split={}"])
+def test_folders_of_parts_are_read(write, layout, tmp_path):
+    for split in ("train", "val", "test"): write(bars(split), tmp_path / layout.format(split))
+    read = read_splits(tmp_path, splits=("train", "val", "test"))
+    for split in read:
+        assert_same(read[split], read_split(bars(split).sort_values(["symbol", "datetime"], kind="stable")))
+    assert fingerprint(tmp_path) != fingerprint(tmp_path, ("train", "val"))
+    before = fingerprint(tmp_path)
+    write(bars("test", n=100), tmp_path / "another")
+    assert fingerprint(tmp_path) == before != fingerprint(dict.fromkeys(("train", "val"), tmp_path / "another"))
+
+
+def test_symbols_in_folder_names_keep_their_zeros(tmp_path):
+    frame = bars(symbols=["000001", "US/A B"])
+    by_symbol(frame, tmp_path / "train")
+    assert_same(read_split(tmp_path / "train"), read_split(frame))
+
+
+def test_parts_that_differ_are_refused_by_name(tmp_path):
+    spark(bars(), tmp_path / "train")
+    odd = tmp_path / "train/part-00003.parquet"
+    bars().drop(columns="trend").to_parquet(odd)
+    assert "train/part-00003.parquet: no column 'trend'" in message(MissingColumn, read_split, tmp_path / "train")
+    bars().assign(trend="up").to_parquet(odd)
+    assert "parts differ in type" in message(UnreadableFile, read_split, tmp_path / "train")
+    odd.write_bytes(b"PAR1")
+    assert "part-00003.parquet: not a whole parquet file" in message(UnreadableFile, read_split, tmp_path / "train")
+
+
+@pytest.mark.parametrize("name", ["{}.parquet", "{}_scaled.parquet"])
+def test_a_folder_of_data_sets_says_which_to_name(name, tmp_path):
+    for split in ("train", "val"):
+        for h in (5, 20):
+            (tmp_path / f"core_full/h{h}").mkdir(parents=True, exist_ok=True)
+            bars(split).to_parquet(tmp_path / f"core_full/h{h}" / name.format(split))
+    assert_same(read_splits(tmp_path / "core_full/h5")["val"], read_split(bars("val")))
+    text = message(SplitsError, read_splits, tmp_path / "core_full")
+    assert "there are splits in h20, h5: name one of these folders, such as" in text and "core_full/h20" in text
+    assert "holds splits" in message(SplitsError, read_split, tmp_path / "core_full/h5")
+
+
+@pytest.mark.parametrize("options", [dict(index=False), dict(), dict(index=False, date_format="%Y-%m-%dT%H:%M:%S%z")])
+def test_csv_is_read_in_place_of_parquet(options, tmp_path):
+    frames = {split: bars(split, ["NA", "000001"]) for split in ("train", "val", "test")}
+    for split, frame in frames.items(): frame.to_csv(tmp_path / f"{split}_scaled.csv", **options)
+    read = read_splits(tmp_path, splits=("train", "val", "test"))
+    for split, frame in frames.items(): assert_same(read[split], read_split(frame))
+    assert len(fingerprint(tmp_path)) == 16
+
+
+def test_csv_types_are_decided_by_all_rows(tmp_path):
+    n = 60_000
+    frame = pd.DataFrame(dict(datetime=pd.date_range("2000", periods=n, freq="h"), symbol="A", x=1, label_h5=0)).astype(dict(x=object))
+    frame.loc[n - 1, "x"] = .5
+    frame.loc[7, "label_h5"] = np.nan
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    split = read_split(tmp_path / "train.csv")
+    assert split.features == ["x"] and split.matrix[-1, 0] == .5 and (split.labels[5] == NO_TARGET).sum() == 1
+
+
+def test_csv_that_is_not_one_says_so(tmp_path):
+    bars().to_csv(tmp_path / "train.parquet", index=False)
+    assert "begins with b'date', expected a parquet file; name a CSV file train.csv" in message(UnreadableFile, read_split, tmp_path / "train.parquet")
+    bars().to_csv(tmp_path / "train.csv", sep=";", index=False)
+    assert "separate the columns of a CSV file by commas" in message(MissingColumn, read_split, tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text("datetime,symbol\n1,2,3\n")
+    assert "not a readable CSV file" in message(UnreadableFile, read_split, tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text("")
+    assert "not a readable CSV file" in message(UnreadableFile, read_split, tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("levels", [["symbol", "datetime"], ["datetime"], ["symbol"]])
+def test_keys_in_the_index_are_keys(levels, tmp_path):
+    frame = bars().set_index(levels)
+    frame.to_parquet(tmp_path / "train.parquet")
+    for source in (frame, tmp_path / "train.parquet"): assert_same(read_split(source), read_split(bars()))
+    data = {split: bars(split).set_index(levels) for split in ("train", "val")}
+    moved = data | dict(train=bars("train").assign(datetime=lambda f: f.datetime + pd.Timedelta("1h")).set_index(levels))
+    assert fingerprint(data) != fingerprint(moved)
+
+
+def test_an_index_that_names_nothing_says_what_to_do(tmp_path):
+    frame = bars().set_index(["datetime", "symbol"])
+    frame.index.names = [None, None]
+    frame.to_parquet(tmp_path / "train.parquet")
+    wide = bars().set_index(["datetime", "symbol"]).unstack()
+    wide.to_parquet(tmp_path / "wide.parquet")
+    for source in (frame, tmp_path / "train.parquet"):
+        assert "levels of the index have no name" in message(MissingColumn, read_split, source)
+    for source in (wide, tmp_path / "wide.parquet"):
+        assert "the columns are a MultiIndex" in message(MissingColumn, read_split, source)
+
+
+def test_new_bars_may_be_parts_or_csv(run, tmp_path):
+    frame = bars("test", [1, 600306])
+    expected = run.predict(frame)
+    spark(frame, tmp_path / "new")
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    for source in (tmp_path / "new", tmp_path / "new.csv", pa.Table.from_pandas(frame)):
+        found = run.predict(source)
+        assert np.array_equal(found.p_up, expected.p_up) and found.symbol.equals(expected.symbol)
+    for split in ("train", "test"): spark(bars(split, [1, 600306]), tmp_path / "splits" / split)
+    assert len(run.predict(tmp_path / "splits")) > len(expected)  # the rows of train come before
+
+
+# Many symbols -----------------------------------------------------------------------------------------------------------------
+
+class CountedArray(np.ndarray):
+    "Counts the elements that element-wise operations go through."
+    elements = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        plain = [np.asarray(x) for x in inputs]
+        CountedArray.elements += sum(x.size for x in plain)
+        return getattr(ufunc, method)(*plain, **kwargs)
+
+
+def naive_reaching_over(split, horizon, start):
+    from modelfactory.data.splits import bars_between, label_bars
+    times, needs = split.datetimes.as_unit("ns").asi8, label_bars(split, horizon)
+    over = np.zeros(len(split), bool)
+    for i, code in enumerate(split.codes):
+        own = times[split.codes == code]
+        left = (own > times[i]).sum() + bars_between(own, own[-1], start)
+        over[i] = needs[i] > left and split.labels[horizon][i] != NO_TARGET
+    return over
+
+
+def test_checking_boundaries_goes_through_each_row_a_few_times():
+    from modelfactory.data.splits import reaching_over
+    symbols = [f"S{i}" for i in range(300)]
+    split = read_split(bars(symbols=symbols, n=12))
+    start = split.datetimes.max().value + 1
+    expected = naive_reaching_over(read_split(bars(symbols=symbols[:20], n=12)), 5, start)
+    split.codes, CountedArray.elements = split.codes.view(CountedArray), 0
+    over = reaching_over(split, 5, start)
+    assert over[:len(expected)].tolist() == expected.tolist() and over.sum() == 300 * 5
+    assert CountedArray.elements <= 10 * len(split)
