@@ -186,7 +186,7 @@ def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`"
          folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
          on: Annotated[str, typer.Option(help="train, or val: then val is no longer unseen, and the result says so")] = "train",
          storage: Annotated[Optional[str], typer.Option(help="URL of a database that machines share; sqlite in the runs folder without it")] = None,
-         output: Annotated[Optional[Path], typer.Option(help="YAML to write; params/tuned without it", dir_okay=False)] = None):
+         output: Annotated[Optional[Path], typer.Option(help="YAML to write; tuned/ in the runs folder without it", dir_okay=False)] = None):
     "Search a model's settings; the same command goes on with the same study.\n\nExample: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"
     from modelfactory.runs.grid import trainer_of
     from modelfactory.training.tuner import OptunaModelTuner

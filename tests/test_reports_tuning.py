@@ -1,15 +1,22 @@
 "Reports about cutting, tuning and plugins: what was fed, what comes out."
 import filecmp
+import sqlite3
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import finish, until
+from test_tracking import client_of, make_run
+from test_tuner import at_home, home, process, states, tuner  # noqa: F401, two of them are fixtures
 
 from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
 from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, read_splits
+from modelfactory.runs.store import list_runs
+from modelfactory.runs.tracking import TrackingError, rebuild, track_run, track_runs
+from modelfactory.training.tuner import GRACE, n_trials_of, read_tuned
 
 NAMES = ("train", "val", "test")
 
@@ -116,3 +123,84 @@ def test_what_cannot_be_purged_leaves_nothing_behind(tmp_path):
     table[table.datetime > "2024-01-10"].to_parquet(source / "val_scaled.parquet")
     with pytest.raises(SplitOverlap, match="cut the splits by time"): purge_splits(source, tmp_path / "purged")
     assert [p.name for p in tmp_path.iterdir()] == ["splits"]
+
+
+# Tuning and tracking
+
+def orphaned(tuner):
+    "A trial that was lost before its first sign of life: its process was killed right after it had been entered."
+    return tuner.study().ask().number
+
+
+def test_a_trial_that_nobody_works_on_is_made_by_another(home, tmp_path):
+    lost = orphaned(tuner(home, tmp_path / "o.db", 2))
+    worker = process(home, tmp_path / "o.db", 2)
+    written = finish(worker)
+    result = tuner(home, tmp_path / "o.db", 2).run()
+    assert worker.returncode == 0 and len(result.trials) == 2 and {"COMPLETE", "PRUNED"} >= set(states(result)), written
+    assert result.study.trials[lost].state.name == "FAIL" and lost not in [t.number for t in result.trials]
+
+
+def test_a_trial_that_another_process_works_on_is_left_to_it(home, tmp_path):
+    "Longer than the signs of life that may be missed: it is neither failed nor made twice."
+    storage, begun = tmp_path / "alive.db", tmp_path / "begun"
+    slow = dict(pause=1.5 * GRACE / 6, rounds=6)
+    other = process(home, storage, 1, slow, VALLEY_BEGUN=begun)
+    until(lambda: begun.exists() or other.poll() is not None, "a trial")
+    result = tuner(home, storage, 1, slow).run()
+    written = finish(other)
+    assert other.returncode == 0 and [t.state.name for t in result.study.trials] == ["COMPLETE"], written
+
+
+@pytest.mark.parametrize("folder", ["50%", "what?", "a%20b", "{x}", "a#b", "x&y=z", "ü é"])
+def test_a_study_is_kept_in_the_file_that_was_named(home, tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / folder))
+    tuner(home, None, 1).run()
+    assert [f.name for f in tmp_path.iterdir()] == [folder]
+    assert [f.name for f in (tmp_path / folder).iterdir()] == ["tuning.db"]
+    assert n_trials_of("valley", 5) == n_trials_of("valley", 5, storage=tmp_path / folder / "tuning.db") == 1
+
+
+def test_tuned_parameters_lie_with_the_runs(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
+    before = sorted((home / "params").rglob("*"))
+    file = tuner(home, None, 1).run().save()
+    assert file == tmp_path / "runs/tuned/valley_h5.yaml" and read_tuned(file)[1]["n_trials"] == 1
+    assert sorted((home / "params").rglob("*")) == before and list_runs(tmp_path / "runs") == []
+
+
+def test_an_experiment_that_was_deleted_is_one_line_with_what_to_do(tmp_path):
+    run = make_run(tmp_path)
+    track_run(run)
+    client, _ = client_of(tmp_path)
+    client.delete_experiment(client.get_experiment_by_name("modelfactory").experiment_id)
+    for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
+        with pytest.raises(TrackingError, match="was deleted in MLflow; take another name") as refused: act()
+        assert "\n" not in str(refused.value) and "--experiment-id 1" in str(refused.value)
+    assert track_runs(tmp_path, experiment="modelfactory_2").new == 1
+    client.restore_experiment("1")
+    assert track_runs(tmp_path).there == 1
+
+
+def test_an_empty_database_is_filled(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "mlflow.db").touch()
+    assert track_runs(tmp_path).new == 1 and len(client_of(tmp_path)[1]) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "not a database"])
+def test_a_database_that_holds_nothing_is_one_line_with_what_to_do(tmp_path, damage):
+    "All tables but that of MLflow's version were dropped, or the file is something else."
+    run, file = make_run(tmp_path), tmp_path / "mlflow.db"
+    track_run(run)
+    if damage == "empty":
+        with sqlite3.connect(file) as db:
+            tables = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            for name in tables:
+                if name not in ("alembic_version", "sqlite_sequence"): db.execute(f"DROP TABLE {name}")
+    else: file.write_bytes(b"something else" * 100)
+    for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
+        with pytest.raises(TrackingError, match="; delete it, then modelfactory track --rebuild$") as refused: act()
+        assert "\n" not in str(refused.value)
+    file.unlink()
+    assert rebuild(tmp_path).new == 1
