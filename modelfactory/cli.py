@@ -131,7 +131,13 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
                engine: Annotated[Optional[str], typer.Option(help="local or ray; settings.ini's without it")] = None,
                address: Annotated[Optional[str], typer.Option(help="of a Ray cluster; settings.ini's without it")] = None,
                force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
-    "Run a grid of models x horizons; what is finished is skipped.\n\nExample: modelfactory experiment demo"
+    """Run a grid of models x horizons; what is finished is skipped.
+
+    Ends with 0 when every run is finished or cannot be made on this machine (a library or checkpoint is missing: listed as
+    unavailable), with 1 when a run failed or was stopped by a limit, with 2 when the grid or its data are not right and
+    nothing was started, with 130 after Ctrl-C.
+
+    Example: modelfactory experiment demo"""
     from modelfactory.runs.grid import run_grid
     result = run_grid(grid, output, workers, timeout, force, memory, engine, address)
     print(result)

@@ -1,6 +1,7 @@
 "Reports about cutting, tuning and plugins: what was fed, what comes out."
 import filecmp
 import sqlite3
+import sys
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,14 @@ from test_tuner import at_home, home, process, states, tuner  # noqa: F401, two 
 from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
 from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, read_splits
-from modelfactory.runs.store import list_runs
+from modelfactory.models.base import NotFittedError
+from modelfactory.models.conformance import CHECKS, check_model
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs.engine import Outcome
+from modelfactory.runs.grid import GridResult
+from modelfactory.runs.store import list_runs, load_run, publish, start_attempt, write_run
 from modelfactory.runs.tracking import TrackingError, rebuild, track_run, track_runs
+from modelfactory.training.trainer import Trainer
 from modelfactory.training.tuner import GRACE, n_trials_of, read_tuned
 
 NAMES = ("train", "val", "test")
@@ -204,3 +211,113 @@ def test_a_database_that_holds_nothing_is_one_line_with_what_to_do(tmp_path, dam
         assert "\n" not in str(refused.value)
     file.unlink()
     assert rebuild(tmp_path).new == 1
+
+
+# Plugins, and the exit codes of a grid
+
+CONTRACT_ALONE = '''
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from modelfactory.models.base import BaseModel, FeatureMismatch, ModelConfig, NotFittedError, PredictionOutput
+from modelfactory.models.registry import ModelRegistry
+
+
+@dataclass
+class OwnFilesConfig(ModelConfig):
+    width: float = 1.
+
+
+@ModelRegistry.register("own_files", family="strangers")
+class OwnFiles(BaseModel):
+    "Classes by the distance to their means; saved in files of its own, as section 3 of the contract asks."
+    Config = OwnFilesConfig
+    means = None
+
+    def rows(self, X, n):
+        T, F = self.config.sequence_length, len(self.feature_columns)
+        expected = (n, F) if T == 1 else (n, T, F)
+        if X.shape != expected or X.dtype != np.float32:
+            raise ValueError(f"X is {X.shape} {X.dtype}, expected {expected} float32")
+        X = np.asarray(X).reshape(n, T * F)[:, -F:]
+        if np.isnan(X).any(): raise ValueError("X holds NaN, which this model does not take")
+        return X
+
+    def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
+        X, y, weight = self.rows(X_train, len(y_train)), np.asarray(y_train), np.ones(len(y_train))
+        if not np.isin(y, self.classes).all(): raise ValueError(f"labels {set(y)}, expected {self.classes}")
+        if self.config.class_weight: weight /= np.array([(y == value).sum() for value in y])
+        if self.config.sample_weight:
+            if "sample_weight" not in metadata_train: raise ValueError("the metadata has no sample_weight")
+            weight *= metadata_train.sample_weight.to_numpy()
+        total = np.array([weight[y == c].sum() for c in self.classes])
+        sums = np.array([(weight[:, None] * X)[y == c].sum(0) for c in self.classes])
+        self.means, self.share = sums / np.maximum(total, 1e-9)[:, None], total / total.sum()
+        return {}
+
+    def predict(self, X, metadata):
+        if self.means is None: raise NotFittedError("predict before fit or load")
+        X = self.rows(X, len(metadata))
+        near = np.exp(-((X[:, None] - self.means) ** 2).sum(2).clip(max=50) / self.config.width) * self.share + 1e-12
+        p = (near / near.sum(1, keepdims=True)).astype(np.float32)
+        keys = pd.DatetimeIndex(metadata.datetime), metadata.symbol.to_numpy(), metadata.horizon.to_numpy()
+        return PredictionOutput(np.array(self.classes, np.int8)[p.argmax(1)], p, *keys)
+
+    def save(self, path):
+        if self.means is None: raise NotFittedError("save before fit or load")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "columns.json").write_text(json.dumps(self.feature_columns))
+        np.savez(path / "means.npz", means=self.means, share=self.share)
+
+    def load(self, path):
+        saved = json.loads((path / "columns.json").read_text())
+        if saved != self.feature_columns: raise FeatureMismatch(f"fitted on {saved}, expected the same in that order")
+        with np.load(path / "means.npz") as file: self.means, self.share = file["means"], file["share"]
+'''
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    (tmp_path / "own_files.py").write_text(CONTRACT_ALONE)
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "own_files.py"))
+    sys.modules.pop("modelfactory_plugins.own_files", None)
+    ModelRegistry.discover()
+
+
+def test_a_plugin_that_keeps_to_the_contract_alone_is_whole(own_files):
+    assert len(check_model("own_files")) == len(CHECKS)
+
+
+def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):
+    trainer = Trainer(dict(model="own_files", horizon=5, data="planted", config=dict(width=2.)))
+    trainer.run_full_pipeline()
+    attempt = start_attempt(tmp_path / "runs", "own_files", 5)
+    write_run(trainer, attempt)
+    model, task = load_run(publish(attempt, tmp_path / "runs")).model(), trainer.datasets["val"]
+    again = model.predict(task.X, task.metadata).probabilities
+    assert model.config.width == 2 and np.array_equal(again, trainer.predictions["val"].probabilities)
+
+
+def test_a_refused_save_writes_no_header(own_files, tmp_path):
+    with pytest.raises(NotFittedError): ModelRegistry.create("own_files", {}, 5, ["x"]).save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("statuses, code", [
+    (["ok", "skipped"], 0), (["ok", "unavailable"], 0), (["unavailable"], 0),
+    (["ok", "failed"], 1), (["timeout"], 1), (["killed"], 1), (["interrupted"], 1)])
+def test_the_exit_code_of_a_grid_is_the_one_its_help_promises(statuses, code, monkeypatch):
+    result = GridResult(Outcome(f"run {i}", status) for i, status in enumerate(statuses))
+    monkeypatch.setattr("modelfactory.runs.grid.run_grid", lambda *args: result)
+    assert call("experiment", "demo") == code
+
+
+def test_the_help_of_experiment_says_how_it_ends(capsys):
+    assert call("experiment", "no such grid") == 2
+    assert call("experiment", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("0 when every run is finished", "unavailable", "1 when a run failed", "2 when the grid", "130 after Ctrl-C"):
+        assert words in text
