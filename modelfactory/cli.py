@@ -185,7 +185,13 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
                engine: Annotated[Optional[str], typer.Option(help="local or ray; settings.ini's without it")] = None,
                address: Annotated[Optional[str], typer.Option(help="of a Ray cluster; settings.ini's without it")] = None,
                force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
-    "Run a grid of models x horizons; what is finished is skipped.\n\nExample: modelfactory experiment demo"
+    """Run a grid of models x horizons; what is finished is skipped.
+
+    Ends with 0 when every run is finished or cannot be made on this machine (a library or checkpoint is missing: listed as
+    unavailable), with 1 when a run failed or was stopped by a limit, with 2 when the grid or its data are not right and
+    nothing was started, with 130 after Ctrl-C.
+
+    Example: modelfactory experiment demo"""
     from modelfactory.runs.grid import run_grid
     result = run_grid(grid, output, workers, timeout, force, memory, engine, address)
     print(result)
@@ -244,7 +250,7 @@ def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`"
          folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
          on: Annotated[str, typer.Option(help="train, or val: then val is no longer unseen, and the result says so")] = "train",
          storage: Annotated[Optional[str], typer.Option(help="URL of a database that machines share; sqlite in the runs folder without it")] = None,
-         output: Annotated[Optional[Path], typer.Option(help="YAML to write; params/tuned without it", dir_okay=False)] = None):
+         output: Annotated[Optional[Path], typer.Option(help="YAML to write; tuned/ in the runs folder without it", dir_okay=False)] = None):
     "Search a model's settings; the same command goes on with the same study.\n\nExample: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"
     from modelfactory.data.audit import audit
     from modelfactory.runs.grid import trainer_of

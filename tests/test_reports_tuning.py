@@ -1,15 +1,29 @@
 "Reports about cutting, tuning and plugins: what was fed, what comes out."
 import filecmp
+import sqlite3
+import sys
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import finish, until
+from test_tracking import client_of, make_run
+from test_tuner import at_home, home, process, states, tuner  # noqa: F401, two of them are fixtures
 
 from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
 from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, read_splits
+from modelfactory.models.base import NotFittedError
+from modelfactory.models.conformance import CHECKS, check_model
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs.engine import Outcome
+from modelfactory.runs.grid import GridResult
+from modelfactory.runs.store import list_runs, load_run, publish, start_attempt, write_run
+from modelfactory.runs.tracking import TrackingError, rebuild, track_run, track_runs
+from modelfactory.training.trainer import Trainer
+from modelfactory.training.tuner import GRACE, n_trials_of, read_tuned
 
 NAMES = ("train", "val", "test")
 
@@ -116,3 +130,194 @@ def test_what_cannot_be_purged_leaves_nothing_behind(tmp_path):
     table[table.datetime > "2024-01-10"].to_parquet(source / "val_scaled.parquet")
     with pytest.raises(SplitOverlap, match="cut the splits by time"): purge_splits(source, tmp_path / "purged")
     assert [p.name for p in tmp_path.iterdir()] == ["splits"]
+
+
+# Tuning and tracking
+
+def orphaned(tuner):
+    "A trial that was lost before its first sign of life: its process was killed right after it had been entered."
+    return tuner.study().ask().number
+
+
+def test_a_trial_that_nobody_works_on_is_made_by_another(home, tmp_path):
+    lost = orphaned(tuner(home, tmp_path / "o.db", 2))
+    worker = process(home, tmp_path / "o.db", 2)
+    written = finish(worker)
+    result = tuner(home, tmp_path / "o.db", 2).run()
+    assert worker.returncode == 0 and len(result.trials) == 2 and {"COMPLETE", "PRUNED"} >= set(states(result)), written
+    assert result.study.trials[lost].state.name == "FAIL" and lost not in [t.number for t in result.trials]
+
+
+def test_a_trial_that_another_process_works_on_is_left_to_it(home, tmp_path):
+    "Longer than the signs of life that may be missed: it is neither failed nor made twice."
+    storage, begun = tmp_path / "alive.db", tmp_path / "begun"
+    slow = dict(pause=1.5 * GRACE / 6, rounds=6)
+    other = process(home, storage, 1, slow, VALLEY_BEGUN=begun)
+    until(lambda: begun.exists() or other.poll() is not None, "a trial")
+    result = tuner(home, storage, 1, slow).run()
+    written = finish(other)
+    assert other.returncode == 0 and [t.state.name for t in result.study.trials] == ["COMPLETE"], written
+
+
+@pytest.mark.parametrize("folder", ["50%", "what?", "a%20b", "{x}", "a#b", "x&y=z", "ü é"])
+def test_a_study_is_kept_in_the_file_that_was_named(home, tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / folder))
+    tuner(home, None, 1).run()
+    assert [f.name for f in tmp_path.iterdir()] == [folder]
+    assert [f.name for f in (tmp_path / folder).iterdir()] == ["tuning.db"]
+    assert n_trials_of("valley", 5) == n_trials_of("valley", 5, storage=tmp_path / folder / "tuning.db") == 1
+
+
+def test_tuned_parameters_lie_with_the_runs(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
+    before = sorted((home / "params").rglob("*"))
+    file = tuner(home, None, 1).run().save()
+    assert file == tmp_path / "runs/tuned/valley_h5.yaml" and read_tuned(file)[1]["n_trials"] == 1
+    assert sorted((home / "params").rglob("*")) == before and list_runs(tmp_path / "runs") == []
+
+
+def test_an_experiment_that_was_deleted_is_one_line_with_what_to_do(tmp_path):
+    run = make_run(tmp_path)
+    track_run(run)
+    client, _ = client_of(tmp_path)
+    client.delete_experiment(client.get_experiment_by_name("modelfactory").experiment_id)
+    for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
+        with pytest.raises(TrackingError, match="was deleted in MLflow; take another name") as refused: act()
+        assert "\n" not in str(refused.value) and "--experiment-id 1" in str(refused.value)
+    assert track_runs(tmp_path, experiment="modelfactory_2").new == 1
+    client.restore_experiment("1")
+    assert track_runs(tmp_path).there == 1
+
+
+def test_an_empty_database_is_filled(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "mlflow.db").touch()
+    assert track_runs(tmp_path).new == 1 and len(client_of(tmp_path)[1]) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "not a database"])
+def test_a_database_that_holds_nothing_is_one_line_with_what_to_do(tmp_path, damage):
+    "All tables but that of MLflow's version were dropped, or the file is something else."
+    run, file = make_run(tmp_path), tmp_path / "mlflow.db"
+    track_run(run)
+    if damage == "empty":
+        with sqlite3.connect(file) as db:
+            tables = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            for name in tables:
+                if name not in ("alembic_version", "sqlite_sequence"): db.execute(f"DROP TABLE {name}")
+    else: file.write_bytes(b"something else" * 100)
+    for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
+        with pytest.raises(TrackingError, match="; delete it, then modelfactory track --rebuild$") as refused: act()
+        assert "\n" not in str(refused.value)
+    file.unlink()
+    assert rebuild(tmp_path).new == 1
+
+
+# Plugins, and the exit codes of a grid
+
+CONTRACT_ALONE = '''
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from modelfactory.models.base import BaseModel, FeatureMismatch, ModelConfig, NotFittedError, PredictionOutput
+from modelfactory.models.registry import ModelRegistry
+
+
+@dataclass
+class OwnFilesConfig(ModelConfig):
+    width: float = 1.
+
+
+@ModelRegistry.register("own_files", family="strangers")
+class OwnFiles(BaseModel):
+    "Classes by the distance to their means; saved in files of its own, as section 3 of the contract asks."
+    Config = OwnFilesConfig
+    means = None
+
+    def rows(self, X, n):
+        T, F = self.config.sequence_length, len(self.feature_columns)
+        expected = (n, F) if T == 1 else (n, T, F)
+        if X.shape != expected or X.dtype != np.float32:
+            raise ValueError(f"X is {X.shape} {X.dtype}, expected {expected} float32")
+        X = np.asarray(X).reshape(n, T * F)[:, -F:]
+        if np.isnan(X).any(): raise ValueError("X holds NaN, which this model does not take")
+        return X
+
+    def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
+        X, y, weight = self.rows(X_train, len(y_train)), np.asarray(y_train), np.ones(len(y_train))
+        if not np.isin(y, self.classes).all(): raise ValueError(f"labels {set(y)}, expected {self.classes}")
+        if self.config.class_weight: weight /= np.array([(y == value).sum() for value in y])
+        if self.config.sample_weight:
+            if "sample_weight" not in metadata_train: raise ValueError("the metadata has no sample_weight")
+            weight *= metadata_train.sample_weight.to_numpy()
+        total = np.array([weight[y == c].sum() for c in self.classes])
+        sums = np.array([(weight[:, None] * X)[y == c].sum(0) for c in self.classes])
+        self.means, self.share = sums / np.maximum(total, 1e-9)[:, None], total / total.sum()
+        return {}
+
+    def predict(self, X, metadata):
+        if self.means is None: raise NotFittedError("predict before fit or load")
+        X = self.rows(X, len(metadata))
+        near = np.exp(-((X[:, None] - self.means) ** 2).sum(2).clip(max=50) / self.config.width) * self.share + 1e-12
+        p = (near / near.sum(1, keepdims=True)).astype(np.float32)
+        keys = pd.DatetimeIndex(metadata.datetime), metadata.symbol.to_numpy(), metadata.horizon.to_numpy()
+        return PredictionOutput(np.array(self.classes, np.int8)[p.argmax(1)], p, *keys)
+
+    def save(self, path):
+        if self.means is None: raise NotFittedError("save before fit or load")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "columns.json").write_text(json.dumps(self.feature_columns))
+        np.savez(path / "means.npz", means=self.means, share=self.share)
+
+    def load(self, path):
+        saved = json.loads((path / "columns.json").read_text())
+        if saved != self.feature_columns: raise FeatureMismatch(f"fitted on {saved}, expected the same in that order")
+        with np.load(path / "means.npz") as file: self.means, self.share = file["means"], file["share"]
+'''
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    (tmp_path / "own_files.py").write_text(CONTRACT_ALONE)
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "own_files.py"))
+    sys.modules.pop("modelfactory_plugins.own_files", None)
+    ModelRegistry.discover()
+
+
+def test_a_plugin_that_keeps_to_the_contract_alone_is_whole(own_files):
+    assert len(check_model("own_files")) == len(CHECKS)
+
+
+def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):
+    trainer = Trainer(dict(model="own_files", horizon=5, data="planted", config=dict(width=2.)))
+    trainer.run_full_pipeline()
+    attempt = start_attempt(tmp_path / "runs", "own_files", 5)
+    write_run(trainer, attempt)
+    model, task = load_run(publish(attempt, tmp_path / "runs")).model(), trainer.datasets["val"]
+    again = model.predict(task.X, task.metadata).probabilities
+    assert model.config.width == 2 and np.array_equal(again, trainer.predictions["val"].probabilities)
+
+
+def test_a_refused_save_writes_no_header(own_files, tmp_path):
+    with pytest.raises(NotFittedError): ModelRegistry.create("own_files", {}, 5, ["x"]).save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("statuses, code", [
+    (["ok", "skipped"], 0), (["ok", "unavailable"], 0), (["unavailable"], 0),
+    (["ok", "failed"], 1), (["timeout"], 1), (["killed"], 1), (["interrupted"], 1)])
+def test_the_exit_code_of_a_grid_is_the_one_its_help_promises(statuses, code, monkeypatch):
+    result = GridResult(Outcome(f"run {i}", status) for i, status in enumerate(statuses))
+    monkeypatch.setattr("modelfactory.runs.grid.run_grid", lambda *args: result)
+    assert call("experiment", "demo") == code
+
+
+def test_the_help_of_experiment_says_how_it_ends(capsys):
+    assert call("experiment", "no such grid") == 2
+    assert call("experiment", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("0 when every run is finished", "unavailable", "1 when a run failed", "2 when the grid", "130 after Ctrl-C"):
+        assert words in text

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -82,12 +83,28 @@ def to_output(
                             metadata["symbol"].to_numpy(), metadata["horizon"].to_numpy())
 
 # %% ../../nbs/models/00_base.ipynb #e6ede258
+def _with_header(save):
+    "`save`, and `model.json` where it wrote none."
+    @wraps(save)
+    def save_with_header(self, path):
+        from modelfactory.models.persistence import HEADER, save_header
+        save(self, path)
+        if not (Path(path) / HEADER).is_file():
+            self.fitted = True  # or there would have been nothing to save
+            save_header(self, path)
+    return save_with_header
+
 class BaseModel(ABC):
     "A classifier of windows. Subclasses say how to fit, predict, save and load; `check_model` proves that they do."
     Config = ModelConfig  # the model's own config dataclass
     name, family = "", ""  # set by the registry
     requires = ()  # libraries that must be installed
     accepts_nan = False  # whether NaN features are allowed
+
+    def __init_subclass__(cls, **options):
+        "Lets a `save` that writes no `model.json` be followed by one, which is what `load_model` reads first."
+        super().__init_subclass__(**options)
+        if "save" in vars(cls) and not getattr(cls.save, "__isabstractmethod__", False): cls.save = _with_header(cls.save)
 
     def __init__(self,
         config: dict,  # overrides of `Config`'s defaults

@@ -14,8 +14,8 @@ from .store import MANIFEST, Run, RunError, list_runs, load_run
 from ..settings import ConfigError, redact, settings
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'KEY', 'ORIGIN', 'KIND', 'LONGEST', 'LARGEST', 'TAGS', 'QUIET', 'STATES', 'TrackingError', 'Store',
-           'tracking_store', 'View', 'flatten', 'run_view', 'track_run', 'Tracked', 'track_runs', 'rebuild',
+__all__ = ['EXPERIMENT', 'KEY', 'ORIGIN', 'KIND', 'LONGEST', 'LARGEST', 'TAGS', 'QUIET', 'NO_STORE', 'STATES', 'TrackingError',
+           'Store', 'tracking_store', 'View', 'flatten', 'run_view', 'track_run', 'Tracked', 'track_runs', 'rebuild',
            'track_study', 'try_track', 'Tracker']
 
 # %% ../../nbs/runs/05_tracking.ipynb #2c5c2c69
@@ -169,10 +169,15 @@ def _session(store: Store):
     try:
         with _quiet():
             store._lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(store._lock, timeout=30): yield _Session(store)
+            with FileLock(store._lock, timeout=120): yield _Session(store)
     except (TrackingError, RunError, ConfigError): raise
     except ImportError as e: raise TrackingError(f"tracking needs a library that is not there ({redact(e)}): pip install mlflow") from None
-    except Exception as e: raise TrackingError(f"{store}: {_reason(e, store.uri)}") from None
+    except Exception as e:
+        reason = _reason(e, store.uri)
+        mend = "; delete it, then modelfactory track --rebuild" if store.file and NO_STORE.search(reason) else ""
+        raise TrackingError(f"{store}: {reason}{mend}") from None
+
+NO_STORE = re.compile("no such (table|column)|not a database|malformed|database schema")  # of a sqlite file
 
 def _reason(e, uri):
     "An exception's cause in one line, without what is secret in `uri`."
@@ -205,6 +210,10 @@ class _Session:
     def _experiment(self):
         here, found = self.store._artifacts, self.client.get_experiment_by_name(self.store.experiment)
         if not found: return self.client.create_experiment(self.store.experiment, here and here.as_uri())
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(f"{self.store}: the experiment {self.store.experiment!r} was deleted in MLflow; take another name, "
+                                f"such as experiment = {self.store.experiment}_2 in settings.ini, or restore it: mlflow experiments "
+                                f"restore --experiment-id {found.experiment_id} (MLFLOW_TRACKING_URI names the store)")
         if self.store._ours and found.artifact_location != here.as_uri():
             raise TrackingError(f"{self.store.file}: was made when its folder had another name; delete it, then modelfactory track --rebuild")
         return found.experiment_id

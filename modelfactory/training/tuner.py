@@ -32,8 +32,9 @@ from .trainer import Trainer, TrainerConfig
 # %% auto #0
 __all__ = ['RANGES', 'GRACE', 'RETRIES', 'CHECKS', 'OBJECTIVES', 'ALL_FAIL', 'FACTS', 'TunerError', 'IntRange', 'FloatRange',
            'Categorical', 'read_space', 'storage_url', 'sqlite_file', 'open_storage', 'Watch', 'Part', 'Objective',
-           'OptunaModelTuner', 'counted', 'reason_of', 'TuningResult', 'tuned_file', 'write_tuned', 'read_tuned',
-           'n_trials_of', 'plot_history', 'importances', 'plot_importances', 'plot_slices', 'study_figures']
+           'OptunaModelTuner', 'counted', 'Orphans', 'reason_of', 'TuningResult', 'tuned_file', 'write_tuned',
+           'read_tuned', 'n_trials_of', 'plot_history', 'importances', 'plot_importances', 'plot_slices',
+           'study_figures']
 
 # %% ../../nbs/training/05_tuner.ipynb #33f66205
 class TunerError(ConfigError): "A search that cannot be made as it is, or that came to nothing."
@@ -121,11 +122,22 @@ RETRIES = 2  # times that the trial of a lost worker is tried again
 def storage_url(
     storage: str | Path | None = None,  # a database URL, or a file for sqlite; None: settings' storage, else tuning.db in the runs folder
 ) -> str:
-    "The URL of a database."
+    "The URL of a database; what means something in a URL, such as % and ?, is quoted in a file's name."
+    from sqlalchemy.engine import URL
     storage = storage or settings().storage or settings().runs / "tuning.db"
-    return str(storage) if "://" in str(storage) else f"sqlite:///{Path(storage).resolve()}"
+    if "://" in str(storage): return str(storage)
+    return URL.create("sqlite", database=str(Path(storage).resolve())).render_as_string()
 
-def sqlite_file(url: str) -> Path | None: "The file of a sqlite URL; None for another database."; return Path(url[10:]) if url.startswith("sqlite:///") else None
+def sqlite_file(
+    url: str,
+) -> Path | None:
+    "The file of a sqlite URL; None for another database."
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+    if not url.startswith("sqlite"): return None
+    try: file = make_url(url).database
+    except ArgumentError: return None
+    return Path(file) if file and file != ":memory:" else None
 
 # %% ../../nbs/training/05_tuner.ipynb #4f35b181
 def open_storage(
@@ -372,8 +384,9 @@ class OptunaModelTuner:
         if self.objective.splits is None: self.objective.prepare_data()
         with _quiet():
             study, bar = self.study(), Progress(self.n_trials, f"{self.model} h{self.config.horizon}")
+            orphans = Orphans()
             try:
-                while not _over(study, self.n_trials, bar): self._next(study)
+                while not _over(study, self.n_trials, bar, orphans): self._next(study)
             finally: bar.close()
         return TuningResult(study)
 
@@ -413,10 +426,24 @@ def _void(trial, why): trial.set_user_attr("void", why); return math.nan
 # %% ../../nbs/training/05_tuner.ipynb #c69f6b99
 ALL_FAIL = 10  # failures without a success after which a study is given up
 
-def _over(study, n_trials, bar):
+class Orphans:
+    "Trials that are RUNNING although nobody works on them."
+    def __init__(self): self.seen = set()
+
+    def fail(self, study):
+        """Fails those without a sign of life for `GRACE` heartbeats; another trial takes their place.
+
+        optuna knows the time of the last sign only: a trial that was lost before its first one gets one here, once."""
+        from optuna.storages import fail_stale_trials
+        fail_stale_trials(study)
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.name == "RUNNING" and trial._trial_id not in self.seen:
+                study._storage.record_heartbeat(trial._trial_id)
+                self.seen.add(trial._trial_id)
+
+def _over(study, n_trials, bar, orphans):
     "Whether the study has what was asked for; raises `TunerError` when every trial fails."
-    from optuna.storages import fail_stale_trials
-    fail_stale_trials(study)
+    orphans.fail(study)
     trials = counted(study)
     by = {state: [t for t in trials if t.state.name in state] for state in ("COMPLETE PRUNED", "FAIL", "RUNNING")}
     done = len(by["COMPLETE PRUNED"]) + len(by["FAIL"])
@@ -462,7 +489,7 @@ class TuningResult:
         return pd.DataFrame([dict(trial=t.number, state=t.state.name.lower(), value=t.value if t.state.name == "COMPLETE" else math.nan, **t.params) for t in self.trials])
 
     def save(self,
-        file: Path | None = None,  # None: params/tuned/{model}_h{horizon}.yaml
+        file: Path | None = None,  # None: tuned/{model}_h{horizon}.yaml in the runs folder
     ) -> Path:
         "Writes the parameters as a YAML for `--config`, with what they are worth in its comments."
         return write_tuned(self, Path(file or tuned_file(self.facts["model"], self.facts["horizon"])))
@@ -489,7 +516,7 @@ FACTS = ("model", "horizon", "data", "data_fingerprint", "objective", "measured_
 
 def tuned_file(model: str, horizon: int) -> Path:
     "Where tuned parameters are kept."
-    return settings().params / "tuned" / f"{model}_h{horizon}.yaml"
+    return settings().runs / "tuned" / f"{model}_h{horizon}.yaml"
 
 def _how_to_use(facts):
     beside = " ".join(filter(None, [f"--preset {facts['preset']}" if facts["preset"] else "", *(f"--set {k}={json.dumps(v)}" for k, v in facts["config"].items())]))
