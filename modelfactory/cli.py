@@ -225,11 +225,12 @@ def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; de
 
 @app.command()
 def rescore(runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a folder that holds runs")],
-            class_metrics: Annotated[bool, typer.Option("--class-metrics", help="class metrics alone where the data cannot be read; without it such a run stays as it is")] = False):
+            class_metrics: Annotated[bool, typer.Option("--class-metrics", help="class metrics alone where the data cannot be read; without it such a run stays as it is")] = False,
+            data: Annotated[Optional[str], typer.Option(help="folder with their data, where they have moved")] = None):
     "Score stored predictions anew, without training: for runs scored by an earlier version.\n\nExample: modelfactory rescore runs"
     from modelfactory.runs.rescore import NOT_SCORED, rescore_runs
     n_left = 0
-    for row in rescore_runs(runs, class_metrics):
+    for row in rescore_runs(runs, class_metrics, data):
         print(f"{row['run']}: {row['scored']}" + (f" ({row['reason']})" if row["reason"] else ""))
         n_left += row["scored"] == NOT_SCORED
     if n_left: raise typer.Exit(1)

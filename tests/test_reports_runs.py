@@ -334,7 +334,7 @@ def test_runs_are_of_one_data_set_by_fingerprint_or_whole_path(tmp_path):
         "splits (22222222)", "splits (66666666)"}
 
 
-def test_data_that_moved_are_named_for_final_and_compare(projects, tmp_path, monkeypatch, capsys):
+def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_path, monkeypatch, capsys):
     runs, moved = tmp_path / "runs", tmp_path / "elsewhere/renamed"
     shutil.copytree(projects / "one/splits", tmp_path / "mine/splits")
     monkeypatch.chdir(tmp_path / "mine")
@@ -358,6 +358,9 @@ def test_data_that_moved_are_named_for_final_and_compare(projects, tmp_path, mon
                        ("splits", "expected key=value")):
         code, out, err = call(capsys, "compare", runs, "--json", "--data", pair)
         assert code == 2 and says in err and out == ""
+    assert call(capsys, "rescore", run)[0] == 1
+    code, out, _ = call(capsys, "rescore", run, "--data", moved)
+    assert code in (0, None) and out == f"{run.name}: all\n"
     code, out, _ = call(capsys, "compare", runs, "--json", "--data", f"splits={moved}")
     assert code in (0, None) and json.loads(out)["tasks"][0]["data"] == "splits"
 

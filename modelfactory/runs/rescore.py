@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from ..data.bundled import data_path
 from ..data.splits import SplitsError
 from ..evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from ..evaluation.backtest import BacktestError
@@ -214,11 +215,14 @@ SCORING_ERRORS = (RunError, SplitsError, ConfigError, EvaluationError, BacktestE
 def rescore_run(
     path: Path,  # folder of a finished run
     class_metrics: bool = False,  # where the data cannot be read: class metrics alone; False: the run stays as it is
+    data: str | Path | None = None,  # folder with the data, where they have moved
 ) -> dict:  # run, splits, scored: `all`, `class metrics only` or `NOT_SCORED`, reason
     "Scores a run's stored predictions anew; raises `RunError` where they are missing or have changed."
     run = load_run(Path(path).resolve())
     with FileLock(run.path.parent / ".rescore.lock", timeout=600):
-        return _rescored(load_run(run.path), class_metrics)
+        run = load_run(run.path)
+        run.moved_to = data and data_path(data)
+        return _rescored(run, class_metrics)
 
 def _rescored(run, class_metrics):
     if "bundle_of" in run.manifest:
@@ -270,15 +274,16 @@ def _write_manifest(run, staged, changed):
 def rescore_runs(
     paths: list,  # folders of finished runs, or folders that hold runs
     class_metrics: bool = False,  # where the data cannot be read: class metrics alone; False: the run stays as it is
+    data: str | Path | None = None,  # folder with the data, where they have moved
 ):  # generator of dicts run, splits, scored, reason, one a run
     "Scores stored predictions anew, one run after the other; all folders are checked before the first."
     folders = list(dict.fromkeys(folder for p in paths for folder in _run_folders(Path(p).resolve())))
-    return (_row_of(folder, class_metrics) for folder in folders)
+    return (_row_of(folder, class_metrics, data) for folder in folders)
 
-def _row_of(folder, class_metrics):
+def _row_of(folder, class_metrics, data):
     "What became of one run; a run that cannot be scored does not end the others."
     try:
-        return rescore_run(folder, class_metrics)
+        return rescore_run(folder, class_metrics, data)
     except (*SCORING_ERRORS, OSError, KeyError, TypeError, AttributeError) as e:
         reason = str(e) if isinstance(e, (*SCORING_ERRORS, OSError)) else f"a damaged file: {e!r}"
         return dict(run=folder.name, splits=[], scored=NOT_SCORED, reason=reason)
@@ -296,6 +301,7 @@ def _run_folders(path):
 def rescore(
     paths: list,  # folders of finished runs, or folders that hold runs
     class_metrics: bool = False,  # where the data cannot be read: class metrics alone; False: the run stays as it is
+    data: str | Path | None = None,  # folder with the data, where they have moved
 ) -> pd.DataFrame:  # run, splits, scored: `all`, `class metrics only` or `NOT_SCORED`, reason
     "Scores the stored predictions of runs anew."
-    return pd.DataFrame(rescore_runs(paths, class_metrics), columns=["run", "splits", "scored", "reason"])
+    return pd.DataFrame(rescore_runs(paths, class_metrics, data), columns=["run", "splits", "scored", "reason"])
