@@ -459,3 +459,44 @@ def test_check_and_grid_read_the_same_splits_and_end_alike(tmp_path, capsys):
     for name in ("train", "val"): set_close(data, name, lambda t: t.drop(columns=["f0", "f1"], inplace=True))
     with pytest.raises(SystemExit) as end: main(["check", str(data)])
     assert end.value.code == 0
+
+
+def test_a_fit_that_diverges_at_once_says_what_to_lower_before_anything_is_predicted(tmp_path):
+    from modelfactory.models.base import DivergedError
+    data = str(write_folder(tmp_path / "data"))
+    small = dict(learning_rate=1e30, max_epochs=3, sequence_length=4, hidden_size=4)
+    t = trainer.Trainer(dict(model="lstm", horizon=5, data=data, config=small))
+    message = r"the loss is NaN or infinite in round 1: the fit diverged; lower learning_rate \(now {}\)"
+    with pytest.raises(DivergedError, match="lstm: " + message.format(r"1e\+30")): t.train()
+    assert t.predictions == {}
+    t = trainer.Trainer(dict(model="xgboost", horizon=5, data=data))
+    t.build_model().fit = lambda *args: dict(val_loss=[float("nan")] * 3, best_round=0)  # as libraries without a check of theirs
+    with pytest.raises(DivergedError, match="xgboost: " + message.format("0.05")): t.train()
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_the_best_round_is_never_one_whose_loss_is_nan(tmp_path, monkeypatch, early_stopping):
+    from modelfactory.models import sequence
+    import torch
+    record = sequence.Training.record
+    def third_epoch_diverges(self, train_loss, val_loss):
+        if len(self.losses["val_loss"]) == 2:
+            with torch.no_grad(): next(iter(self.net.parameters())).fill_(float("nan"))
+            train_loss = val_loss = float("nan")
+        record(self, train_loss, val_loss)
+    monkeypatch.setattr(sequence.Training, "record", third_epoch_diverges)
+    config = dict(sequence_length=4, hidden_size=4, max_epochs=5, early_stopping=early_stopping)
+    t = trainer.Trainer(dict(model="lstm", horizon=5, data=str(write_folder(tmp_path / "data")), config=config))
+    history = t.train()
+    assert len(history["val_loss"]) == 3 and np.isnan(history["val_loss"][2])
+    assert history["best_round"] == int(np.nanargmin(history["val_loss"])) < 2
+    assert np.isfinite(t.predict().probabilities).all()
+    assert any("NaN or infinite in round 3" in note and "lower learning_rate" in note for note in t.learning_notes())
+    assert "round" in plots.plot_learning_curve(dict(val_loss=[float("nan"), 1., .9])).axes[0].get_legend_handles_labels()[1][-1]
+
+
+def test_a_nan_in_the_first_round_neither_stops_a_fit_nor_is_it_the_best(tmp_path):
+    from modelfactory.models.callbacks import EarlyStopping
+    stop, losses = EarlyStopping(3), [float("nan"), 1., .9, 1., 1.1, 1.2]
+    stop.on_fit_start(object(), 6)
+    assert [stop.on_epoch_end(None, i, dict(val_loss=loss)) for i, loss in enumerate(losses)] == [False] * 5 + [True]

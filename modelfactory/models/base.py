@@ -18,9 +18,9 @@ from ..settings import NonNegative, Positive, ShownConfig, build_config
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['NotFittedError', 'FeatureMismatch', 'ModelUnavailable', 'ModelConfig', 'PredictionOutput', 'probability_columns',
-           'to_output', 'BaseModel', 'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'refuse_nan',
-           'check_metadata', 'training_weights']
+__all__ = ['NotFittedError', 'FeatureMismatch', 'DivergedError', 'ModelUnavailable', 'ModelConfig', 'PredictionOutput',
+           'probability_columns', 'to_output', 'BaseModel', 'expected_shape', 'check_X', 'check_y', 'check_two_classes',
+           'diverged', 'check_history', 'refuse_nan', 'check_metadata', 'training_weights']
 
 # %% ../../nbs/models/00_base.ipynb #01b7aa30
 class NotFittedError(RuntimeError):
@@ -28,6 +28,9 @@ class NotFittedError(RuntimeError):
 
 class FeatureMismatch(ValueError):
     "The model was fitted on other feature columns than those it is asked about."
+
+class DivergedError(ValueError):
+    "A fit whose losses are NaN or infinite, so that there is no round to keep."
 
 class ModelUnavailable(ImportError):
     "Something that the model needs is not on this machine: a library, a pretrained checkpoint."
@@ -187,6 +190,24 @@ def check_two_classes(
 ):
     "Raises `ValueError` when train holds a single class."
     if len(np.unique(codes)) < 2: raise ValueError(f"{model.name}: train holds one class only, expected at least two of {model.classes}")
+
+def diverged(
+    model: BaseModel,
+    number: int,  # of the round, from 1
+) -> str:
+    "The sentence of a fit whose loss is not a number any more, with what to lower."
+    rate = getattr(model.config, "learning_rate", None)
+    lower = f"lower learning_rate (now {rate:g})" if rate is not None else "check the scale of the features"
+    return f"{model.name}: the loss is NaN or infinite in round {number}: the fit diverged; {lower}"
+
+def check_history(
+    model: BaseModel,  # fitted
+    history: dict,  # of `fit`
+):
+    "Raises `DivergedError` where the round that was kept has no finite validation loss."
+    losses = np.asarray(history.get("val_loss", []), float)
+    kept = history.get("best_round", len(losses) - 1)
+    if len(losses) and not np.isfinite(losses[min(kept, len(losses) - 1)]): raise DivergedError(diverged(model, kept + 1))
 
 def refuse_nan(model: BaseModel):
     "Raises the `ValueError` of a model that was given NaN and does not take it."

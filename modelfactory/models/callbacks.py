@@ -37,14 +37,21 @@ class ShowProgress(Callback):
     def on_fit_end(self, model, history): self.bar.close()
 
 # %% ../../nbs/models/03_callbacks.ipynb #7bb9ad16
-def _so_far(model): return list(model.training.losses["val_loss"]) if getattr(model, "training", None) else []
+def _so_far(model):
+    "Validation losses of the rounds before this fit."
+    losses = model.training.losses["val_loss"] if getattr(model, "training", None) else []
+    return [_or_inf(loss) for loss in losses]
+
+def _or_inf(loss):
+    "A loss that can be compared: infinity for NaN."
+    return float("inf") if loss != loss else loss
 
 class EarlyStopping(Callback):
     "Stops when the validation loss has not fallen for `patience` rounds."
     def __init__(self, patience: int = 10): self.patience = patience
     def on_fit_start(self, model, n_rounds): self.losses = _so_far(model)
     def on_epoch_end(self, model, epoch, logs):
-        self.losses.append(logs["val_loss"])
+        self.losses.append(_or_inf(logs["val_loss"]))
         return epoch - self.losses.index(min(self.losses)) >= self.patience
 
 # %% ../../nbs/models/03_callbacks.ipynb #9f4c5042
@@ -82,7 +89,7 @@ class Checkpoint(Callback):
         self.losses = _so_far(model)
 
     def on_epoch_end(self, model, epoch, logs):
-        self.losses.append(logs.get("val_loss", 0.))
+        self.losses.append(_or_inf(logs.get("val_loss", 0.)))
         if (epoch + 1) % self.every or (self.best and self.losses[-1] > min(self.losses)): return
         older, aside = list(self.folder.glob("round_*")), self.folder / f".{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, refuse_nan, to_output, training_weights
+from .base import (
+    BaseModel, DivergedError, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, diverged,
+    refuse_nan, to_output, training_weights)
 from .callbacks import EarlyStopping, notify
 from .persistence import HEADER, CheckpointError, load_header, reading, save_header
 from .tabular import n_threads
@@ -246,9 +248,14 @@ class Training:
         return float(total) / len(batches)
 
     def record(self, train_loss: float, val_loss: float):
-        "Appends an epoch's losses; keeps the state when validation was never lower."
+        "Appends an epoch's losses; keeps the state when validation was never lower. A loss that is not finite is never the lowest."
         self.losses["train_loss"].append(train_loss), self.losses["val_loss"].append(val_loss)
-        if self.best is None or val_loss <= min(self.losses["val_loss"]): self.best = own_state(self.net)
+        if np.isfinite(val_loss) and val_loss <= np.nanmin(self.losses["val_loss"]): self.best = own_state(self.net)
+
+    @property
+    def has_diverged(self) -> bool:
+        "Whether a weight of the network is not finite: no later epoch brings it back."
+        return not all(p.isfinite().all() for p in self.net.parameters())
 
 # %% ../../nbs/models/08_sequence.ipynb #b18ad4a0
 def write_training(t: Training, folder: Path, key: dict):
@@ -256,7 +263,7 @@ def write_training(t: Training, folder: Path, key: dict):
     from safetensors.torch import save_file
     opt = t.optimiser.state_dict()
     moments = {f"moments.{i}.{k}": v for i, s in opt["state"].items() for k, v in s.items()}
-    nets = {f"{part}.{k}": v for part, state in [("net", own_state(t.net)), ("best", t.best)] for k, v in state.items()}
+    nets = {f"{part}.{k}": v for part, state in [("net", own_state(t.net)), ("best", t.best or {})] for k, v in state.items()}
     save_file(nets | {k: v.cpu().contiguous() for k, v in moments.items()}, folder / "training.safetensors")
     (folder / "training.json").write_text(json.dumps(dict(key=key, losses=t.losses, groups=opt["param_groups"], schedule=t.schedule.state_dict())))
 
@@ -271,7 +278,7 @@ def read_training(t: Training, folder: Path, key: dict):
     moments = {int(i): v for i, v in _by_part(parts["moments"]).items()}
     load_own_state(t.net, parts["net"])
     t.optimiser.load_state_dict(dict(state=moments, param_groups=said["groups"])), t.schedule.load_state_dict(said["schedule"])
-    t.losses, t.best = said["losses"], parts["best"]
+    t.losses, t.best = said["losses"], parts.get("best")
 
 def _by_part(tensors):
     parts = {}
@@ -359,8 +366,11 @@ class SequenceClassifier(NetworkModel):
             notify(self, "on_fit_start", c.max_epochs, to=watching)
             self._epochs(t, train, val, watching)
         finally: self.training = None
-        if c.early_stopping: load_own_state(self.net, t.best)
-        history = t.losses | dict(best_round=int(np.argmin(t.losses["val_loss"])) if c.early_stopping else len(t.losses["val_loss"]) - 1)
+        losses = np.asarray(t.losses["val_loss"])
+        if t.best is None: raise DivergedError(diverged(self, len(losses)))
+        keep_best = c.early_stopping or t.has_diverged
+        if keep_best: load_own_state(self.net, t.best)
+        history = t.losses | dict(best_round=int(np.nanargmin(losses)) if keep_best else len(losses) - 1)
         notify(self, "on_fit_end", history, to=watching)
         return history
 
@@ -368,6 +378,9 @@ class SequenceClassifier(NetworkModel):
         for number in range(len(t.losses["val_loss"]), self.config.max_epochs):
             train_loss = t.epoch(number, *train)
             t.record(train_loss, float(weighted_loss(all_logits(t.run, val[0], self.config.batch_size), *val[1:])))
+            if not np.isfinite([train_loss, t.losses["val_loss"][-1]]).all() and t.has_diverged:
+                if t.best is None: raise DivergedError(diverged(self, number + 1))
+                break
             self.fitted = True
             if notify(self, "on_epoch_end", number, {k: v[-1] for k, v in t.losses.items()}, to=watching): break
 

@@ -193,8 +193,8 @@ def plot_learning_curve(history: dict) -> Figure:
     ax, val = axes[0, 0], history.get("val_loss", [])
     for key, name, style in (("train_loss", "train", dict(color="#7f7f7f", ls="--")), ("val_loss", "validation", dict(color="#0072B2"))):
         if len(loss := history.get(key, [])): ax.plot(np.arange(1, len(loss) + 1), loss, label=name, lw=1.4, **style)
-    if len(val):
-        best = history.get("best_round", int(np.argmin(val)))
+    if np.isfinite(val).any():
+        best = history.get("best_round", int(np.nanargmin(val)))
         ax.plot(best + 1, val[best], "o", color="#D55E00", label=f"best: {val[best]:.4f}, round {best + 1}")
     ax.set(xlabel="round", ylabel="loss"); ax.legend(frameon=False, fontsize=8); ax.xaxis.get_major_locator().set_params(integer=True)
     return fig

@@ -16,7 +16,7 @@ from ..data.bundled import resolve_data, whole_paths
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.prices import check_dataset_prices
 from ..data.splits import fingerprint
-from ..models.base import check_y, training_weights
+from ..models.base import check_history, check_y, training_weights
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from ..settings import NonNegative, Positive, Rate, ShownConfig, build_config, read_yaml, settings
@@ -31,7 +31,7 @@ from .test_set import record_test_use, runs_folder
 
 # %% auto #0
 __all__ = ['NOTE_ROWS', 'NOTE_SPREAD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'learning_notes',
-           'early_stopping_note', 'trainer_plots']
+           'divergence_notes', 'early_stopping_note', 'trainer_plots']
 
 # %% ../../nbs/training/03_trainer.ipynb #25f0a7d0
 @dataclass
@@ -123,6 +123,7 @@ class Trainer:
         self.model.callbacks, start = [*self.model.callbacks, *self.callbacks], time.perf_counter()
         self.history = self.model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
         self.seconds["fit"] = time.perf_counter() - start
+        check_history(self.model, self.history)
         return self.history
 
     def evaluate(self,
@@ -173,7 +174,8 @@ class Trainer:
 
     def learning_notes(self) -> list[str]:  # sentences
         "Whether the fit learnt anything at all, from predictions of rows of train; computed once."
-        if self._learning is None: self._learning = learning_notes(self.model, self.datasets["train"])
+        if self._learning is None:
+            self._learning = learning_notes(self.model, self.datasets["train"]) + divergence_notes(self.history)
         return self._learning
 
     def notes(self) -> tuple:  # sentences
@@ -248,6 +250,16 @@ def learning_notes(
     loss, prior = (-np.average(np.log(np.clip(q, 1e-15, 1)), weights=weights) for q in (p[np.arange(len(rows)), codes], shares[codes]))
     if loss < prior: return []
     return [f"The fit learnt nothing: its log loss on train is {loss:.4f}, that of the class shares {prior:.4f} ({size})."]
+
+def divergence_notes(
+    history: dict | None,  # of a fit
+) -> list[str]:  # a sentence, or none
+    "Says so where the losses of a fit were NaN or infinite from some round on."
+    losses = np.asarray((history or {}).get("val_loss", []), float)
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if not len(bad): return []
+    kept = (history or {}).get("best_round", 0) + 1
+    return [f"The loss was NaN or infinite in round {bad[0] + 1}; the weights of round {kept} are kept: lower learning_rate."]
 
 EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
                        "boosting than on unseen data; stop_on: train_tail avoids that.")
