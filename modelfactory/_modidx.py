@@ -173,6 +173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'modelfactory.data.bars._volume_ratio': ( 'data/bars.html#_volume_ratio',
                                                                                   'modelfactory/data/bars.py'),
                                         'modelfactory.data.bars._vwap_gap': ('data/bars.html#_vwap_gap', 'modelfactory/data/bars.py'),
+                                        'modelfactory.data.bars._widen': ('data/bars.html#_widen', 'modelfactory/data/bars.py'),
                                         'modelfactory.data.bars._wilder': ('data/bars.html#_wilder', 'modelfactory/data/bars.py'),
                                         'modelfactory.data.bars._write': ('data/bars.html#_write', 'modelfactory/data/bars.py'),
                                         'modelfactory.data.bars._write_and_check': ( 'data/bars.html#_write_and_check',

@@ -1,19 +1,23 @@
 "Inputs of public reports: labels, symbols and features of any type and layout are read right, or refused by name."
 import datetime
 import decimal
+import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from modelfactory.data.bars import check_bars
 from modelfactory.data.dataset import DatasetConfig, load_datasets, read_prices
 from modelfactory.data.splits import (
     NO_TARGET, BadValue, FeatureSetsDiffer, MissingClass, MissingColumn, SplitsError, UnreadableFile, fingerprint,
     read_split, read_splits)
-from modelfactory.models.base import PredictionOutput
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half
 
@@ -240,15 +244,16 @@ SYMBOLS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A finished run on symbols 1 and 600306."
-    return trained(tmp_path_factory.mktemp("run"), SYMBOLS["numbers"][0])
+    return trained(tmp_path_factory.mktemp("run"), lambda split: bars(split, SYMBOLS["numbers"][0]))
 
 
-def trained(folder, symbols):
+def trained(folder, make, **data):
+    "A finished run on the frames that `make` gives for each split."
     from modelfactory.runs.store import load_run, publish, start_attempt, write_run
     from modelfactory.training.trainer import Trainer
     (folder / "data").mkdir(parents=True)
-    for split in ("train", "val", "test"): bars(split, symbols).to_parquet(folder / f"data/{split}_scaled.parquet")
-    trainer = Trainer(dict(model="logistic_regression", horizon=5, data=str(folder / "data")))
+    for split in ("train", "val", "test"): make(split).to_parquet(folder / f"data/{split}_scaled.parquet")
+    trainer = Trainer(dict(model="logistic_regression", horizon=5, data=dict(data=str(folder / "data"), **data)))
     trainer.run_full_pipeline()
     attempt = start_attempt(folder / "runs", "logistic_regression", 5)
     write_run(trainer, attempt)
@@ -274,7 +279,7 @@ def test_symbols_of_train_are_seen_in_new_bars(kind, run):
 
 
 def test_dates_as_symbols_are_seen_in_new_bars(tmp_path):
-    run = trained(tmp_path, SYMBOLS["dates"][0])
+    run = trained(tmp_path, lambda split: bars(split, SYMBOLS["dates"][0]))
     for kind in ("dates", "timestamps"): assert run.predict(bars("test", SYMBOLS[kind][0])).attrs["unseen"] == []
 
 
@@ -467,3 +472,175 @@ def test_checking_boundaries_goes_through_each_row_a_few_times():
     over = reaching_over(split, 5, start)
     assert over[:len(expected)].tolist() == expected.tolist() and over.sum() == 300 * 5
     assert CountedArray.elements <= 10 * len(split)
+
+
+# Adjusted bars ----------------------------------------------------------------------------------------------------------------
+
+def adjusted(n=1_400, outside=17, by=1e-10):
+    "Daily bars; some closes lie above the high and some below the low by a share of the price."
+    rng = np.random.default_rng(0)
+    close = 100 * np.exp(rng.normal(0, .01, n).cumsum())
+    frame = pd.DataFrame(dict(datetime=pd.date_range("2010", periods=n, freq="D"), symbol="AAA", open=close, high=close * 1.01,
+                              low=close * .99, close=close, volume=1.))
+    rows = rng.choice(n, outside, replace=False)
+    frame.loc[rows[:10], "high"] = close[rows[:10]] * (1 - by)
+    frame.loc[rows[10:], "low"] = close[rows[10:]] * (1 + by)
+    return frame, np.sort(rows)
+
+
+def test_closes_outside_by_a_rounding_widen_the_bar_and_are_counted():
+    from modelfactory.data.splits import SplitsWarning
+    frame, rows = adjusted()
+    with pytest.warns(SplitsWarning) as shown: checked = check_bars(frame)
+    assert f"17 of 1,400 rows outside [low, high] by a rounding (at most 1e-09 of the price), first at row {rows[0]}" in str(shown[0].message)
+    assert len(shown) == 1 and shown[0].filename == __file__
+    assert (checked.high >= checked.close).all() and (checked.low <= checked.close).all()
+    pd.testing.assert_frame_equal(checked.drop(index=rows), frame.drop(index=rows), check_dtype=False)
+    assert checked.close.equals(frame.close) and ((checked.high != frame.high) | (checked.low != frame.low)).sum() == 17
+
+
+def test_flat_bars_with_a_high_below_the_low_by_a_rounding_are_widened():
+    frame, _ = adjusted(50, 0)
+    frame = frame.assign(high=frame.close * (1 - 2e-10), low=frame.close * (1 + 2e-10))
+    with pytest.warns(UserWarning, match="50 of 50 rows"): checked = check_bars(frame)
+    assert (checked.high == frame.close).all() and (checked.low == frame.close).all()
+
+
+@pytest.mark.parametrize("by", [2e-9, 1e-6])
+def test_closes_outside_by_more_than_a_rounding_are_refused(by):
+    text = message(SplitsError, check_bars, adjusted(by=by)[0])
+    assert "close: 17 rows outside [low, high]" in text
+
+
+def test_written_splits_hold_the_widened_bars(tmp_path):
+    from modelfactory.data.bars import bars_to_splits
+    frame, _ = adjusted()
+    with pytest.warns(UserWarning) as shown: out = bars_to_splits(frame, tmp_path / "splits", horizons=(5,))
+    assert sum("by a rounding" in str(w.message) for w in shown) == 1
+    for split in ("train", "val", "test"):
+        rows = pd.read_parquet(out / f"{split}_scaled.parquet")
+        assert ((rows.low <= rows.close) & (rows.close <= rows.high)).all()
+
+
+# The same splits in five formats ----------------------------------------------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", 25))  # 200 before a release
+WHOLE = ["int8", "int64", "uint16", "bool", "Int32", "boolean", "UInt8", "int64[pyarrow]", "category of numbers", "float16"]
+FRACTIONS = ["float64", "float32", "Float32", "double[pyarrow]", "decimal", "category of floats"]
+HOLED = {"float64", "float32", "Int32", "boolean", "Float32", "int64[pyarrow]", "double[pyarrow]", "decimal", "category of numbers",
+         "category of floats"}
+LABEL_KINDS = ["int8", "Int8", "float64", "float32", "text", "category of numbers", "category of text", "decimal", "double[pyarrow]"]
+SYMBOL_KINDS = {"text": ["ES", "NA", "000001"], "category": ["zz", "Ü 1", "A,B"], "numbers": [600306, 1, 7], "bytes": [b"ES", b"NQ", b"7"]}
+ZONES = [None, "UTC", "America/New_York", "Asia/Kolkata"]  # without a change of the clock in the two months drawn
+
+
+def typed(values, holes, kind):
+    "A column of numbers in a type, None where there is a hole."
+    listed = [None if hole else value for value, hole in zip(values.tolist(), holes)]
+    if kind == "decimal": return pd.Series([None if v is None else decimal.Decimal(str(round(v, 4))) for v in listed])
+    if kind == "text": return pd.Series([None if v is None else f"{v:g}" for v in listed])
+    if kind == "category of text": return pd.Series(pd.Categorical([None if v is None else f"{v:g}" for v in listed]))
+    if kind.startswith("category"): return pd.Series(pd.Categorical(listed))
+    return pd.Series(listed).astype(kind) if kind in HOLED or kind == "Int8" else pd.Series(values).astype(kind)
+
+
+@st.composite
+def splits_of_any_type(draw):
+    "A frame of four features f0 to f3: types, order of rows, zone, unit, gaps in time, holes, symbols, where the keys are."
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    symbol_kind = draw(st.sampled_from(list(SYMBOL_KINDS)))
+    names = SYMBOL_KINDS[symbol_kind][:draw(st.integers(1, 3))]
+    sizes = draw(st.lists(st.integers(2, 40), min_size=len(names), max_size=len(names)))
+    zone, unit = draw(st.sampled_from(ZONES)), draw(st.sampled_from(["s", "ms", "us", "ns"]))
+    times = [pd.Timestamp("2024-01-04") + pd.to_timedelta(np.sort(rng.choice(4 * n, n, replace=False)) * 15, "min") for n in sizes]
+    datetimes = pd.Series(np.concatenate(times)).astype(f"datetime64[{unit}]")
+    frame = pd.DataFrame(dict(datetime=datetimes.dt.tz_localize(zone), symbol=[s for s, n in zip(names, sizes) for _ in range(n)]))
+    if symbol_kind == "category": frame["symbol"] = frame.symbol.astype("category")
+    n, share = len(frame), draw(st.sampled_from([0, .3]))
+    for j in range(4):
+        kind = draw(st.sampled_from(WHOLE if j % 2 else FRACTIONS))
+        values = rng.integers(0, 2 if kind in ("bool", "boolean") else 100, n) if j % 2 else rng.normal(size=n)
+        holes = (rng.random(n) < share) & (np.arange(n) > 0) & (kind in HOLED)
+        frame[f"f{j}"] = typed(values, holes, kind)
+    label_kind = draw(st.sampled_from(LABEL_KINDS))
+    holes = (rng.random(n) < share) & (np.arange(n) > 0) & (label_kind != "int8")
+    frame["label_h5"] = typed(rng.choice([-1, 0, 1, -99, 2], n, p=[.3, .3, .2, .1, .1]), holes, label_kind)
+    frame["close"], frame["venue"] = rng.lognormal(size=n), rng.choice(["X", "Y"], n)
+    order = draw(st.sampled_from(["by symbol", "by time", "shuffled", "reversed"]))
+    if order == "by time": frame = frame.sort_values("datetime", kind="stable")
+    if order in ("shuffled", "reversed"): frame = frame.iloc[rng.permutation(n) if order == "shuffled" else slice(None, None, -1)]
+    frame = frame.reset_index(drop=True)
+    return frame.set_index(draw(st.sampled_from([["symbol"], ["datetime", "symbol"]]))) if draw(st.booleans()) else frame
+
+
+def as_polars_writes(frame, file):
+    "Large strings, decimals of 38 digits, dictionaries of text alone, no word of pandas, small row groups."
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    fields = []
+    for field in table.schema:
+        kind = field.type
+        if pa.types.is_dictionary(kind):
+            text = pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
+            kind = pa.dictionary(pa.uint32(), pa.large_string()) if text else kind.value_type
+        if pa.types.is_string(kind): kind = pa.large_string()
+        if pa.types.is_decimal(kind): kind = pa.decimal128(38, kind.scale)
+        fields.append(pa.field(field.name, kind))
+    columns = [column.cast(field.type.value_type).dictionary_encode().cast(field.type) if pa.types.is_dictionary(field.type) else column.cast(field.type)
+               for column, field in zip(table.columns, fields)]
+    pq.write_table(pa.table(columns, schema=pa.schema(fields)), file, row_group_size=16)
+
+
+def formats(frame, folder):
+    "The same rows as frame, pandas' parquet, polars' parquet, Arrow table and CSV."
+    frame.to_parquet(folder / "pandas.parquet")
+    columns = frame.reset_index() if frame.index.names != [None] else frame
+    as_polars_writes(columns, folder / "polars.parquet")
+    written = columns.assign(symbol=columns.symbol.map(lambda s: s.decode() if isinstance(s, bytes) else s))
+    written.to_csv(folder / "rows.csv", index=False)
+    return dict(frame=frame, pandas=folder / "pandas.parquet", polars=folder / "polars.parquet",
+                table=pa.Table.from_pandas(columns, preserve_index=False), csv=folder / "rows.csv")
+
+
+@pytest.fixture(scope="module")
+def four_features(tmp_path_factory):
+    "A finished run on the features f0 to f3."
+    def make(split):
+        frame = bars(split)
+        rng = np.random.default_rng(5)
+        return frame.drop(columns=["momentum", "trend"]).assign(**{f"f{j}": rng.normal(size=len(frame)) for j in range(4)})
+    return trained(tmp_path_factory.mktemp("four"), make, nan="zero")
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(frame=splits_of_any_type())
+def test_five_formats_give_the_same_matrix_labels_and_predictions(frame, four_features):
+    rows = frame.reset_index() if frame.index.names != [None] else frame
+    names = [s.decode() if isinstance(s, bytes) else str(s) for s in dict.fromkeys(rows.symbol)]
+    expected = None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in formats(frame, Path(folder)).items():
+            split = read_split(source, "test", nan="keep")
+            predictions = four_features.predict(source)
+            notes = [note.split(": ", 1)[1] for note in split.label_notes.get(5, [])]
+            result = dict(
+                features=split.features, symbols=split.symbols, codes=split.codes, matrix=split.matrix, labels=split.labels[5],
+                times=split.datetimes.as_unit("ns").asi8, close=split.close, notes=notes, p_up=predictions.p_up.to_numpy(),
+                after=pd.DatetimeIndex(predictions.after).as_unit("ns").asi8, symbol=predictions.symbol.tolist(),
+                unseen=predictions.attrs["unseen"])
+            if expected is None:
+                expected = result
+                assert split.symbols == names and split.features == ["f0", "f1", "f2", "f3"]
+                check_against_the_frame(split, rows)
+            for key, value in result.items(): assert np.array_equal(value, expected[key], equal_nan=key == "matrix"), (name, key)
+
+
+def check_against_the_frame(split, rows):
+    "Value by value, in plain Python."
+    keys = [s.decode() if isinstance(s, bytes) else str(s) for s in rows.symbol]
+    by_key = {(key, pd.Timestamp(time)): i for i, (key, time) in enumerate(zip(keys, rows.datetime))}
+    for i in range(len(split)):
+        row = rows.iloc[by_key[split.symbols[split.codes[i]], split.datetimes[i]]]
+        label = None if pd.isna(row.label_h5) else float(row.label_h5)
+        assert split.labels[5][i] == (label if label in (-1, 0, 1) else NO_TARGET)
+        values = [np.nan if pd.isna(row[f]) else np.float32(float(row[f])) for f in split.features]
+        assert np.array_equal(split.matrix[i], values, equal_nan=True)

@@ -19,9 +19,9 @@ from modelfactory.data.splits import (
     symbol_text)
 
 # %% auto #0
-__all__ = ['OHLCV', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd', 'check_bars',
-           'true_range', 'atr', 'bar_features', 'find_lookahead', 'default_barriers', 'triple_barrier', 'read_barriers',
-           'split_by_time', 'overreaching', 'write_splits', 'publish_folder', 'bars_to_splits']
+__all__ = ['OHLCV', 'PRICE_ROUNDING', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd',
+           'check_bars', 'true_range', 'atr', 'bar_features', 'find_lookahead', 'default_barriers', 'triple_barrier',
+           'read_barriers', 'split_by_time', 'overreaching', 'write_splits', 'publish_folder', 'bars_to_splits']
 
 # %% ../../nbs/data/03_bars.ipynb #154024c7
 class BarsError(SplitsError): "Bars, or a table made of them, that cannot become splits."
@@ -61,26 +61,41 @@ def _times(column):
     return column.dt.as_unit("ns")
 
 # %% ../../nbs/data/03_bars.ipynb #22402bc9
+PRICE_ROUNDING = 1e-9  # share of the price by which a close may lie outside [low, high]
+
 def _check_prices(bars):
+    "The bars with low and high widened by roundings; raises `BarsError` on prices that cannot be."
     for c in OHLCV:
         _demand(np.isfinite(bars[c]), c, "with NaN or infinity", "drop or mend them")
         if c != "volume": _demand(bars[c] > 0, c, "not above zero", "use traded prices, not differences or logs")
     _demand(bars.volume >= 0, "volume", "below zero", "set volumes that are not known to 0")
+    bars = _widen(bars)
     _demand(bars.high >= bars.low, "high", "below low", "swap or mend them")
     _demand((bars.close >= bars.low) & (bars.close <= bars.high), "close", "outside [low, high]", "widen low and high, or mend the close")
+    return bars
+
+def _widen(bars):
+    "Low and high contain closes that lie outside by a rounding."
+    rounding = PRICE_ROUNDING * bars.close
+    above = (bars.close > bars.high) & (bars.close - bars.high <= rounding)
+    below = (bars.close < bars.low) & (bars.low - bars.close <= rounding)
+    if n := int((above | below).sum()):
+        warnings.warn(f"bars: close: {n:,} of {len(bars):,} rows outside [low, high] by a rounding (at most {PRICE_ROUNDING:g} of the price), "
+                      f"first at row {np.flatnonzero(above | below)[0]:,}; low and high are widened to the close", SplitsWarning, stacklevel=4)
+    return bars.assign(high=bars.high.mask(above, bars.close), low=bars.low.mask(below, bars.close))
 
 # %% ../../nbs/data/03_bars.ipynb #d0299c59
 def check_bars(
     bars: pd.DataFrame,  # datetime, symbol, open, high, low, close, volume; any order, other columns ignored
     at_least: int = 1,  # bars that each symbol must have
 ) -> pd.DataFrame:  # these seven columns, sorted by symbol (first appearance) and datetime, prices float64
-    "Bars in order; raises `BarsError` with column, count, first row and mend."
+    "Bars in order, low and high widened by roundings; raises `BarsError` with column, count, first row and mend."
     missing = [c for c in ["datetime", "symbol", *OHLCV] if c not in bars]
     if missing: raise BarsError(f"bars: no column {missing[0]!r}, expected datetime, symbol, {', '.join(OHLCV)}; found {', '.join(map(str, bars.columns))}; rename or add it")
     _demand(bars["symbol"].notna(), "symbol", "with none", "name the symbol of every bar")
     bars = pd.DataFrame(dict(datetime=_times(bars["datetime"].reset_index(drop=True)), symbol=_symbols(bars["symbol"]), **{c: _number(bars[c]) for c in OHLCV}))
     _demand(~bars.duplicated(["symbol", "datetime"]), "symbol, datetime", "repeating a key", "keep one row a bar")
-    _check_prices(bars)
+    bars = _check_prices(bars)
     order = np.lexsort((bars.datetime, pd.factorize(bars.symbol)[0]))
     _check_enough(bars.symbol, at_least)
     return bars.iloc[order].reset_index(drop=True)
@@ -562,7 +577,9 @@ def _ready(table, horizons, shares, extra):
     "The table with clean keys, its features and its splits, once all of it has been checked."
     _check_horizons(horizons)
     names, table = _check_table(table, horizons, extra), table.reset_index(drop=True)
-    check_bars(table); _spans(table)
+    checked = check_bars(table)
+    _spans(table)
+    table = table.assign(high=checked["high"], low=checked["low"])  # in the same order
     for c in [f"{c}_h{h}" for h in horizons for c in ("label", "bars_to_hit")]: _demand(table[c].notna(), c, "with none", f"write {UNDEFINED} where there is no label")
     for f in names: _demand(np.isfinite(table[f].to_numpy(np.float32)), f, "with NaN or infinity", "leave out the warm-up and mend the rest")
     split = table["split"].to_numpy(object) if "split" in table else split_by_time(table["datetime"], shares)
