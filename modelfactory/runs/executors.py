@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from ..models.base import ModelUnavailable
 from ..models.params import read_params
 from .engine import Limits, Outcome, run_notebook
-from .store import MANIFEST, Run
+from .store import list_runs
 from ..settings import ConfigError, settings
 
 # %% auto #0
@@ -38,8 +38,7 @@ LOCKS = ".locks"
 
 def finished_run(job: Job, runs: Path) -> Path | None:
     "The finished run of this identity, if there is one."
-    names = Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*/{MANIFEST}")
-    return next((f.parent for f in names if Run(f.parent).identity == job.identity), None)
+    return next((run.path for run in list_runs(runs) if run.identity == job.identity), None)
 
 def run_job(
     job: Job,

@@ -23,7 +23,7 @@ from ..models.base import PredictionOutput, probability_columns, to_output
 from ..models.persistence import file_hash
 from .store import (
     MANIFEST, STAGED, Run, RunError, finish_swaps, list_runs, load_run, replace_run, score_files,
-    write_json, write_scores)
+    working_folder, write_json, write_manifest, write_scores)
 from ..settings import ConfigError
 from ..training import plots
 
@@ -148,7 +148,7 @@ def _fresh(file):
 
 def _stage(run):
     "A folder beside the runs with all files of a run."
-    staged = run.path.parent / STAGED / run.path.name
+    staged = working_folder(run.path.parent, STAGED) / run.path.name
     shutil.rmtree(staged, ignore_errors=True)
     staged.parent.mkdir(exist_ok=True)
     shutil.copytree(run.path, staged, copy_function=_link_or_copy, symlinks=True)
@@ -223,9 +223,8 @@ def _write_manifest(run, staged, changed):
     files = {name: digest for name, digest in run.manifest["files"].items() if name not in changed}
     files |= {name: file_hash(staged / name) for name in changed if (staged / name).is_file()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(staged / MANIFEST, run.manifest | dict(scoring=SCORING_VERSION, rescored=when, files=files))
-    with open(staged / MANIFEST) as f:
-        os.fsync(f.fileno())
+    changes = dict(scoring=SCORING_VERSION, rescored=when, files=files)
+    write_manifest(staged, run.manifest | changes, own=run.is_own)
 
 # %% ../../nbs/runs/13_rescore.ipynb #f93c1f93
 def rescore_runs(
@@ -247,7 +246,7 @@ def _row_of(folder, class_metrics):
 def _run_folders(path):
     "The folder of a run itself, or of the runs in it."
     finish_swaps(path.parent)
-    if (path / MANIFEST).is_file():
+    if os.path.lexists(path / MANIFEST):
         return [load_run(path).path]
     runs = list_runs(path)
     if not runs:
