@@ -20,7 +20,7 @@ COMPARED = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")
 def score_on_test(run: Run) -> dict:
     "Test metrics of a run, after an entry in the ledger; raises `RunError` when its data are not those it was trained on."
     from modelfactory.training.trainer import Trainer
-    trainer, model = Trainer(run.config), run.model()
+    trainer, model = Trainer(run.config), run.loaded
     prints = [trainer.fingerprint(), trainer.fingerprint(("train", "val"))]  # earlier versions left test out
     if run.manifest["data_fingerprint"] not in prints:
         raise RunError(f"{run.path.name}: {run.data} has changed since it was trained; "
