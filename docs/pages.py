@@ -12,7 +12,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/_build/pages"
-LINKED = ("settings.ini", "CONTRIBUTING.md")  # what pages link to besides each other
+LINKED = ("settings.ini", "CONTRIBUTING.md", "SECURITY.md")  # what pages link to besides each other
 
 
 def write_pages(pages=PAGES):

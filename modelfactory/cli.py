@@ -10,6 +10,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .files import print_escaped as print  # whatever is shown may hold names of a stranger
+
 app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% auto #0

@@ -8,6 +8,7 @@ import configparser, inspect, os, re
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -15,14 +16,16 @@ from typing import Annotated, Literal, get_type_hints
 from annotated_types import Ge, Gt, Interval
 
 import modelfactory
+from .files import FileError, PrintableError, printable, read_regular
 
 # %% auto #0
-__all__ = ['SHOWN', 'Positive', 'NonNegative', 'Fraction', 'Rate', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config',
-           'field_notes', 'html_table', 'ShownConfig', 'read_yaml', 'redact', 'Settings', 'settings', 'plugin_files',
+__all__ = ['SHOWN', 'Positive', 'NonNegative', 'Fraction', 'Rate', 'LARGEST_YAML', 'MOST_NODES', 'PACKAGE_ROOT', 'RUN_NAME',
+           'HARMLESS', 'ConfigError', 'SettingsError', 'did_you_mean', 'build_config', 'field_notes', 'html_table',
+           'ShownConfig', 'read_yaml', 'redact', 'Settings', 'refused_settings', 'settings', 'plugin_files',
            'params_folder']
 
 # %% ../nbs/00_settings.ipynb #198bfcc1
-class ConfigError(ValueError):
+class ConfigError(PrintableError):
     "A configuration that holds an unknown key or a value that does not fit."
 
 class SettingsError(ConfigError):
@@ -48,6 +51,11 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]  # a share
 Rate = Annotated[float, Gt(0)]  # a positive real number
 
 # %% ../nbs/00_settings.ipynb #044087d1
+@cache
+def _adapter(cls):
+    from pydantic import TypeAdapter
+    return TypeAdapter(cls)
+
 def build_config(
     cls: type,  # a dataclass
     values: dict,  # what was given
@@ -55,7 +63,7 @@ def build_config(
     error: type = ConfigError,  # raised on a bad value
 ):
     "Fills dataclass `cls` from `values`; an unknown key or a value that does not fit raises `error` in one line."
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
     where = where or cls.__name__
     if not isinstance(values, dict): raise error(f"{where}: found {type(values).__name__}, expected key: value pairs")
     valid = {f.name for f in fields(cls) if f.init}
@@ -63,13 +71,20 @@ def build_config(
         if key not in valid: raise error(f"{where}: unknown key {key!r}, {did_you_mean(key, valid)}")
     nested = {k: h for k, h in get_type_hints(cls).items() if is_dataclass(h) and isinstance(values.get(k), dict)}
     values = values | {k: build_config(h, values[k], f"{where}: {k}", error) for k, h in nested.items()}
-    try: return TypeAdapter(cls).validate_python(values)
+    try: return _adapter(cls).validate_python(values)
     except ValidationError as e: raise error(f"{where}: {_first_problem(e)}") from None
 
 def _first_problem(e):
     first = e.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"])) or "value"
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}" if first["type"] != "missing" else f"{key} is missing"
+    if first["type"] == "missing": return f"{key} is missing"
+    return f"{key} = {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+def _short(value):
+    "The value as Python writes it, at most 200 characters of it."
+    try: text = repr(value)
+    except RecursionError: return f"a {type(value).__name__} nested too deep"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 # %% ../nbs/00_settings.ipynb #0847e614
 def field_notes(
@@ -98,17 +113,33 @@ class ShownConfig:
         return html_table([(escape(name), ""), (escape(value), "font-weight:bold" if own else ""), (escape(note), "color:#7f7f7f")] for name, value, note, own in rows)
 
 # %% ../nbs/00_settings.ipynb #dd35ff83
+LARGEST_YAML, MOST_NODES = 1 << 20, 200_000  # bytes, and values with aliases written out
+
 def read_yaml(
     path: Path,  # a YAML file with one mapping
 ) -> dict:
-    "The mapping in a YAML file; raises `ConfigError` when it is missing, malformed, tagged with code or not a mapping."
+    "The mapping in a YAML file; raises `ConfigError` when it is missing, malformed, too large or not plain data."
     import yaml
-    try: values = yaml.safe_load(Path(path).read_text())
+    try:
+        values = yaml.safe_load(read_regular(path, LARGEST_YAML).decode())
+        _count_nodes(values)
     except FileNotFoundError: raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except FileError as e: raise ConfigError(str(e)) from None
+    except RecursionError: raise ConfigError(f"{path}: not readable as plain YAML: nested too deep") from None
+    except Exception as e:  # PyYAML lets errors of the types that it builds through
         raise ConfigError(f"{path}: not readable as plain YAML: {' '.join(str(e).split())[:200]}") from None
-    if not isinstance(values or {}, dict): raise ConfigError(f"{path}: found a {type(values).__name__}, expected key: value pairs")
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"{path}: found a {type(values).__name__}, expected key: value pairs")
     return values or {}
+
+def _count_nodes(value):
+    "Raises `ValueError` where aliases refer to themselves or to so many values that writing them out would fill memory."
+    waiting, n_nodes = [value], 0
+    while waiting:
+        node = waiting.pop()
+        n_nodes += 1
+        if isinstance(node, (dict, list)): waiting += node.values() if isinstance(node, dict) else node
+        if n_nodes + len(waiting) > MOST_NODES: raise ValueError(f"more than {MOST_NODES:,} values")
 
 # %% ../nbs/00_settings.ipynb #9c4a318d
 def redact(
@@ -146,12 +177,40 @@ class Settings:
     def __repr__(self): return "\n".join(f"{f.name:16} {redact(getattr(self, f.name))}" for f in fields(self))
 
 # %% ../nbs/00_settings.ipynb #f9deb3dd
-def _is_ours(file): return file.is_file() and "[modelfactory]" in file.read_text(errors="replace")
+PACKAGE_ROOT = Path(modelfactory.__file__).resolve().parents[1]  # of a checkout
+
+def _is_ours(file):
+    try: return "[modelfactory]" in read_regular(file, LARGEST_YAML).decode(errors="replace")
+    except (OSError, FileError): return False
 
 def _find_file():
     if named := os.environ.get("MODELFACTORY_SETTINGS"): return Path(named)
-    places = [Path.cwd(), *Path.cwd().parents, Path(modelfactory.__file__).resolve().parents[1]]
+    places = [Path.cwd(), *Path.cwd().parents, PACKAGE_ROOT]
     return next((p / "settings.ini" for p in places if _is_ours(p / "settings.ini")), None)
+
+# %% ../nbs/00_settings.ipynb #89f4d3b2
+RUN_NAME = r"[a-z][a-z0-9_]*_h\d+_.*\d{8}_\d{6}_[0-9a-f]+"  # of the folder of a run
+
+def _distrust(file):
+    "Why a settings file that was found by walking up may not name code or addresses; empty where it may."
+    folder, here = file.resolve().parent, Path.cwd().resolve()
+    if folder == PACKAGE_ROOT: return ""
+    if hasattr(os, "geteuid") and file.stat().st_uid != os.geteuid(): return "the file belongs to another user"
+    if folder.name == Settings.runs.name or _holds_runs(folder) or _within_runs(folder):
+        return "the folder is one of runs, which may have been received"
+    git_root = next((p for p in (here, *here.parents) if (p / ".git").exists()), None)
+    if folder in (here, git_root): return ""
+    return "it is neither in the root of the git repository nor in the folder of the command"
+
+def _holds_runs(folder):
+    names = (f.parent.name for f in (folder / "manifest.json", *folder.glob("*/manifest.json")))
+    return any(re.fullmatch(RUN_NAME, name) for name in names)
+
+def _within_runs(folder):
+    "Whether a folder is the runs folder of a settings file further up, or lies in it."
+    above = [p for p in folder.parents if _is_ours(p / "settings.ini")]
+    named = [(p, (p / _read_file(p / "settings.ini").get("runs", Settings.runs)).resolve()) for p in above]
+    return any(folder.is_relative_to(runs) and runs != p for p, runs in named)
 
 # %% ../nbs/00_settings.ipynb #6b3dc4d0
 def _read_file(file):
@@ -165,12 +224,33 @@ def _read_environment():
     return {k[len(prefix):].lower(): v for k, v in os.environ.items() if k.startswith(prefix) and k != prefix + "SETTINGS"}
 
 # %% ../nbs/00_settings.ipynb #efda9338
+HARMLESS = dict(plugins=("",), notebooks=("nbs",), engine=("local",), address=("",), tracking=("", "sqlite"), storage=("",))
+
 def _given():
     file = _find_file()
-    given = {**(_read_file(file) if file else {}), **_read_environment()}
+    stored, _ = _trusted(file)
+    given = {**stored, **_read_environment()}
     for key in {"horizons", "plugins"} & set(given): given[key] = [t.strip() for t in given[key].split(",") if t.strip()]
     if given.get("trading_days") == "auto": given["trading_days"] = None
     return file, file.resolve().parent if file else Path.cwd(), given
+
+def _trusted(file):
+    "What a settings file says, less the keys that run code or name an address where it is not trusted; and those keys."
+    if file is None: return dict(notebooks=str(PACKAGE_ROOT / "nbs")), []
+    stored = _read_file(file)
+    if os.environ.get("MODELFACTORY_SETTINGS") or not _distrust(file): return stored, []
+    refused = [key for key, harmless in HARMLESS.items() if stored.get(key, "").strip() not in ("", *harmless)]
+    allowed = {key: value for key, value in stored.items() if key not in refused}
+    return allowed | dict(notebooks=str(PACKAGE_ROOT / "nbs")), refused
+
+def refused_settings() -> str:  # one line, empty where everything is used
+    "What a settings file that was found by walking up names and this process does not use, and why."
+    if os.environ.get("MODELFACTORY_SETTINGS") or not (file := _find_file()): return ""
+    _, refused = _trusted(file)
+    if not refused: return ""
+    what = f"{refused[0]} in {file} {'are' if refused[0] == 'plugins' else 'is'} not {'loaded' if refused[0] == 'plugins' else 'used'}"
+    also = f" (nor {', '.join(refused[1:])})" if refused[1:] else ""
+    return printable(f"{what}{also}: {_distrust(file)}; MODELFACTORY_SETTINGS={file} uses it all the same")
 
 # %% ../nbs/00_settings.ipynb #d2ffc2d6
 def settings() -> Settings:

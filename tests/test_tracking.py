@@ -229,5 +229,5 @@ def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path):
     (odd.path / "metrics/metrics.json").write_text("[1, 2]")
     done = track_runs(tmp_path)
     assert done.new == 1 and set(done.failed) == {r.path.name for r in (changed, outside, link, odd)}
-    assert "outside the run" in done.failed[outside.path.name] and "outside the run" in done.failed[link.path.name] and "changed since" in done.failed[changed.path.name]
+    assert "outside the run" in done.failed[outside.path.name] and "symbolic link" in done.failed[link.path.name] and "changed since" in done.failed[changed.path.name]
     assert [f for f in (tmp_path / "mlflow-artifacts").rglob("*") if f.is_file() and b"canary" in f.read_bytes()] == []

@@ -10,7 +10,8 @@ from pathlib import Path
 import modelfactory.models
 from .base import BaseModel, ModelUnavailable
 from ..builtin import params_file
-from ..settings import did_you_mean, plugin_files
+from ..files import print_escaped, printable
+from ..settings import ConfigError, did_you_mean, plugin_files, read_yaml, refused_settings
 
 # %% auto #0
 __all__ = ['UnknownModel', 'check_name', 'load_plugin', 'ModelList', 'ModelRegistry']
@@ -18,7 +19,7 @@ __all__ = ['UnknownModel', 'check_name', 'load_plugin', 'ModelList', 'ModelRegis
 # %% ../../nbs/models/01_registry.ipynb #c7884e9a
 class UnknownModel(KeyError):
     "No model of that name is registered."
-    def __str__(self): return self.args[0]
+    def __str__(self): return printable(self.args[0])
 
 def check_name(name: str) -> str:
     "Returns a model or family name; raises `ValueError` unless it is a plain lower-case word."
@@ -65,9 +66,8 @@ def _own_config(cls):
     "What the model's YAML says, read without checking it: listing has to be cheap."
     if cls.lacks.__func__ is BaseModel.lacks.__func__: return {}
     if (file := params_file(f"models/{cls.name}.yaml")) is None: return {}
-    import yaml
-    try: return dict(yaml.safe_load(file.read_text()) or {})
-    except (OSError, ValueError, yaml.YAMLError): return {}
+    try: return read_yaml(file)
+    except ConfigError: return {}
 
 def _describe(cls):
     reason = _missing(cls) or cls.lacks(_own_config(cls))
@@ -139,6 +139,7 @@ class ModelRegistry:
             cls._found = True
             for m in _family_modules(): importlib.import_module(m)
             for point in _entry_points(): cls._try(point.name, point.load)
+        _report(refused_settings())
         for file in plugin_files(): cls._try(file.stem, lambda: load_plugin(file))
 
     @classmethod
@@ -152,6 +153,12 @@ def _family_modules():
         if package.ispkg:
             folder = Path(modelfactory.models.__path__[0]) / package.name.rsplit(".", 1)[1]
             yield from (m.name for m in pkgutil.iter_modules([str(folder)], package.name + "."))
+
+_reported = set()  # lines that this process has printed
+
+def _report(line):
+    if line and line not in _reported: print_escaped(line, file=sys.stderr)
+    _reported.add(line)
 
 def _entry_points():
     from importlib.metadata import entry_points

@@ -135,5 +135,7 @@ class SklearnModel(TabularModel):
 
     def read(self, folder):
         from skops.io import load
-        from modelfactory.models.persistence import reading
-        with reading(folder / "estimator.skops", "a scikit-learn estimator of trusted types") as file: self.fitted_estimator = load(file, trusted=list(self.trusted))
+        from modelfactory.models.persistence import check_archive, reading
+        with reading(folder / "estimator.skops", "a scikit-learn estimator of trusted types") as file:
+            check_archive(file)
+            self.fitted_estimator = load(file, trusted=list(self.trusted))

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/03_compare.ipynb #9683747c
 from __future__ import annotations
-import html, json, math
+import html, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..evaluation.backtest import BacktestError
 from ..evaluation.evaluator import SCORING_VERSION
 from ..evaluation.metrics import EvaluationError, classification_metrics, classification_stats, metric_sign
 from ..evaluation.permutation import shuffled_direction_confusion
+from ..files import FileError, printable, read_json, replace_text
 from ..models.base import probability_columns
 from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
@@ -27,7 +28,7 @@ from ..settings import ConfigError, did_you_mean, settings
 from ..training.test_set import test_set_uses
 
 # %% auto #0
-__all__ = ['MIN_CEILING_GAP', 'CLAIMS', 'SHOWN', 'DIRECTION', 'BEST', 'VERDICTS', 'BOUNDS', 'STYLE', 'COMPARISON',
+__all__ = ['MIN_CEILING_GAP', 'CLAIMS', 'SHOWN', 'DIRECTION', 'BEST', 'VERDICTS', 'BOUNDS', 'LISTED', 'STYLE', 'COMPARISON',
            'seed_statistics', 'variance_split', 'ceiling_scores', 'comparison', 'plain_data', 'read_comparison',
            'failures', 'leaderboard', 'escape_markdown', 'Table', 'leaderboard_table', 'direction_tests',
            'best_per_horizon', 'best_verdict', 'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling',
@@ -307,13 +308,15 @@ def _unscored_row(run):
     return dict(run=title, status=UNSCORED, reason=reason, folder=run.path.name)
 
 def plain_data(value):
-    "A value as JSON holds it: numbers of Python, None where undefined."
+    "A value as JSON holds it: numbers of Python, None where undefined, text with `printable`."
     if isinstance(value, dict):
-        return {str(k): plain_data(v) for k, v in value.items()}
+        return {printable(k): plain_data(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain_data(v) for v in value]
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, str):
+        return printable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def _early_stopping(runs):
@@ -324,7 +327,7 @@ def _early_stopping(runs):
     for model, run in {r.manifest["model"]: r for r in runs.latest()}.items():
         try:
             note = early_stopping_note(run.config["config"])
-        except (ConfigError, UnknownModel, KeyError, TypeError):
+        except (RunError, ConfigError, UnknownModel, KeyError, TypeError):
             continue  # the model's plugin or the run's config is not there any more
         if note:
             notes.setdefault(note, []).append(model)
@@ -335,9 +338,13 @@ def read_comparison(
     file: Path,  # model_comparison.json
 ) -> dict:
     "A stored comparison; raises `RunError` on another schema."
-    result = json.loads(Path(file).read_text())
-    if result.get("schema") != 1:
-        raise RunError(f"{file}: schema {result.get('schema')}, expected 1; run `modelfactory compare` again")
+    try:
+        result = read_json(file)
+    except FileError as e:
+        raise RunError(f"{e}; run `modelfactory compare` again") from None
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != 1:
+        raise RunError(f"{file}: schema {schema}, expected 1; run `modelfactory compare` again")
     return result
 
 # %% ../../nbs/runs/03_compare.ipynb #7972e214
@@ -352,7 +359,7 @@ def _excluded(runs):
 
 def _excluded_rows(file):
     try:
-        report = json.loads(file.read_text())
+        report = read_json(file)
         columns = excluded_by_reason(pd.DataFrame(report["excluded"], columns=["column", "role", "reason"]))
         report["labels"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -379,8 +386,8 @@ def failures(
     for attempt in sorted((Path(runs) / FAILED).glob("*/job.json"), key=lambda f: f.parent.name[-22:]):
         try:
             asked, outcome = (
-                json.loads(attempt.read_text())["parameters"],
-                json.loads((attempt.parent / "outcome.json").read_text()),
+                read_json(attempt)["parameters"],
+                read_json(attempt.parent / "outcome.json"),
             )
             title = f"{asked['model']} h{asked['horizon']} {Path(asked['data']).name}"
             row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.parent.name)
@@ -432,7 +439,7 @@ def escape_markdown(
     text,  # a name, or a sentence with names
 ) -> str:
     "Text as markdown that shows it as it is, in one line."
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", r"\|").replace("](", r"]\(")
+    return html.escape(" ".join(printable(text).split()), quote=False).replace("|", r"\|").replace("](", r"]\(")
 
 @dataclass
 class Table:
@@ -783,18 +790,19 @@ def notes(
     "What a reader has to know of the tasks: versions of data and scoring, rows left out, seeds, early stopping."
     found = [sentence for task in result["tasks"] for sentence in task_notes(task)]
     stopping = [f"{row['sentence']} (here: {', '.join(row['models'])})" for row in result["early_stopping"]]
-    unread = len(result["unread"])
     unscored = [f"{r['run']}: trained, not scored: {r['reason']}." for r in result["failed"] if r["status"] == UNSCORED]
-    return (
-        found
-        + unscored
-        + stopping
-        + (
-            [f"{unread} folder{' is' if unread == 1 else 's are'} not readable as a run and left out."]
-            if unread
-            else []
-        )
-    )
+    return found + unscored + stopping + _unread_note(result["unread"])
+
+LISTED = 5  # folders in one sentence
+
+def _unread_note(unread):
+    "The folders that are left out since they cannot be read as runs; the reasons are in `excluded_table`."
+    if not unread:
+        return []
+    are = "1 folder is" if len(unread) == 1 else f"{len(unread)} folders are"
+    names = ", ".join(row["folder"] for row in unread[:LISTED])
+    more = f" and {len(unread) - LISTED} more" if len(unread) > LISTED else ""
+    return [f"{are} not readable as a run and left out: {names}{more}."]
 
 def task_notes(
     task: dict,  # of `comparison`
@@ -863,8 +871,9 @@ def seconds_table(
 def excluded_table(
     result: dict,  # of `comparison`
 ) -> Table:
-    "Columns that are no features, and rows without a target."
-    return Table(pd.DataFrame(result["excluded"], columns=["data", "role", "reason", "count", "examples"]))
+    "Columns that are no features, rows without a target, and folders that cannot be read as runs."
+    unread = [dict(data="", role="run", reason=row["reason"], count=1, examples=row["folder"]) for row in result["unread"]]
+    return Table(pd.DataFrame(result["excluded"] + unread, columns=["data", "role", "reason", "count", "examples"]))
 
 # %% ../../nbs/runs/03_compare.ipynb #232a0105
 STYLE = (
@@ -887,7 +896,7 @@ def to_html(
     ).from_notebook_node(nb)
     head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
     head += f"<title>Model comparison</title><style>{STYLE}</style>"
-    Path(output).write_text(f"<!doctype html><html lang='en'><head>{head}</head><body>{page}</body></html>")
+    replace_text(output, f"<!doctype html><html lang='en'><head>{head}</head><body>{page}</body></html>")
 
 # %% ../../nbs/runs/03_compare.ipynb #1c0589c3
 def to_markdown(
@@ -909,7 +918,7 @@ def to_markdown(
     pictures.mkdir()
     for name, data in resources["outputs"].items():
         (pictures.parent / name).write_bytes(data)
-    Path(output).write_text(text)
+    replace_text(output, text)
 
 # %% ../../nbs/runs/03_compare.ipynb #9832e789
 def write_comparison(
@@ -925,8 +934,7 @@ def write_comparison(
     if not any(r.scored for r in found):
         raise RunError(f"{runs}: none of {len(found)} runs is scored ({found[0].reason}); run `modelfactory rescore`")
     result = comparison(found)
-    write_json(runs / ".model_comparison.json", result)
-    (runs / ".model_comparison.json").replace(runs / COMPARISON)
+    write_json(runs / COMPARISON, result)
     return result
 
 COMPARISON = "model_comparison.json"
@@ -960,6 +968,7 @@ def compare(
 
     runs = Path(runs or settings().runs).resolve()
     write_comparison(runs, moved)
+    (runs / ".compare.ipynb").unlink(missing_ok=True)
     execute(
         find_notebook("compare.ipynb"),
         runs / ".compare.ipynb",

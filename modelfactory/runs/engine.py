@@ -37,7 +37,7 @@ def check_parameters(notebook: Path, parameters: dict):
 
 # %% ../../nbs/runs/01_engine.ipynb #44d175c9
 RARELY = 20_000  # new objects between two searches for cycles: at Python's 700 (3.11), imports and messages are looked through again and again
-START = f"import gc, runpy, sys; gc.set_threshold({RARELY}); sys.modules['debugpy'] = None; runpy.run_module('ipykernel_launcher', run_name='__main__')"  # of a kernel, which nobody will debug
+START = f"import sys; sys.path[:] = filter(None, sys.path); sys.argv.append('--IPKernelApp.ignore_cwd=True'); import gc, runpy; gc.set_threshold({RARELY}); sys.modules['debugpy'] = None; runpy.run_module('ipykernel_launcher', run_name='__main__')"  # of a kernel, which nobody will debug
 LONGEST_SOCKET = 100  # bytes of a path, which a number is added to; macOS takes 103, Linux 107
 
 
@@ -256,7 +256,7 @@ def run_notebook(
 def _attempt(parameters, runs, notebook, limits, stop, grid):
     attempt, start = start_attempt(runs, parameters["model"], parameters["horizon"]), time.monotonic()
     write_json(attempt / "job.json", dict(notebook=str(notebook), runs=str(runs), grid=grid, parameters=parameters | dict(output=str(attempt))))
-    command = [sys.executable, "-m", "modelfactory.runs.engine", str(attempt), str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "modelfactory.runs.engine", str(attempt), str(os.getpid())]
     with open(attempt / "run.log", "w") as log: process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(limits, attempt.name), start_new_session=True)
     try: status, reason = _watch(process, limits, stop)
     except BaseException: end_run(process, attempt.name); _ended(attempt, runs, "interrupted", "interrupted", start); raise

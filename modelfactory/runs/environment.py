@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import modelfactory
-from ..settings import Settings, html_table, settings
+from ..files import printable
+from ..settings import Settings, html_table, refused_settings, settings
 
 # %% auto #0
 __all__ = ['MARKS', 'COLOURS', 'Finding', 'Environment', 'versions_that_differ', 'kernel_python', 'check_environment']
@@ -32,7 +33,7 @@ class Environment(list):
     "Findings; shows itself as a table."
     @property
     def ok(self) -> bool: return not any(f.state == "fail" for f in self)
-    def __repr__(self): return "\n".join(f"{MARKS[f.state]} {f.what:10} {f.found}" + (f"\n{'':13}{f.mend}" if f.mend else "") for f in self)
+    def __repr__(self): return printable("\n".join(f"{MARKS[f.state]} {f.what:10} {f.found}" + (f"\n{'':13}{f.mend}" if f.mend else "") for f in self))
     def _repr_html_(self):
         top = "vertical-align:top"
         return html_table([(MARKS[f.state], f"{top};color:{COLOURS[f.state]}"), (f.what, top), (escape(f.found) + (f"<br><b>{escape(f.mend)}</b>" if f.mend else ""), top)] for f in self)
@@ -101,6 +102,13 @@ def _settings(here: Settings):
     file = here.root / "settings.ini"
     return Finding("settings", str(file) if file.is_file() else "no settings.ini from here upwards: defaults")
 
+def _plugins(here: Settings):
+    "The plugins that are loaded, and what a settings file names in vain."
+    named = ", ".join(_short(here, file) for file in here.plugins)
+    loaded = [Finding("plugins", named)] if named else []
+    line = refused_settings()
+    return loaded + ([Finding("plugins", line, "warn", "name the file in MODELFACTORY_SETTINGS if you wrote it")] if line else [])
+
 def _data(here: Settings):
     from modelfactory.data.bundled import BUNDLED
     name = _short(here, here.data)
@@ -129,4 +137,4 @@ def _models():
 def check_environment() -> Environment:
     "Looks at Python, packages, machine, GPU, kernel, settings, folders and models; raises `SettingsError` when `settings.ini` cannot be read."
     here = settings()
-    return Environment([_python(), _packages(), _machine(), _gpu(), _kernel(), _settings(here), _data(here), _runs(here), *_models()])
+    return Environment([_python(), _packages(), _machine(), _gpu(), _kernel(), _settings(here), *_plugins(here), _data(here), _runs(here), *_models()])

@@ -4,9 +4,8 @@
 
 # %% ../../nbs/runs/06_executors.ipynb #c6bc46a8
 from __future__ import annotations
-import math, os, secrets, socket, sys, threading
+import contextlib, math, os, secrets, socket, sys, threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..models.base import ModelUnavailable
 from ..models.params import read_params
 from .engine import Limits, Outcome, run_notebook, run_outcome
-from .store import MANIFEST, Run
+from .store import MANIFEST, Run, RunError, load_run
 from ..settings import ConfigError, settings
 
 # %% auto #0
@@ -38,10 +37,13 @@ class Job:
 # %% ../../nbs/runs/06_executors.ipynb #1d48f707
 LOCKS = ".locks"
 
-def finished_run(job: Job, runs: Path) -> Path | None:
-    "The finished run of this identity, if there is one."
-    names = Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*/{MANIFEST}")
-    return next((f.parent for f in names if Run(f.parent).identity == job.identity), None)
+def finished_run(job: Job, runs: Path) -> Run | None:
+    "The finished run of this identity, if there is one; a damaged run is none."
+    for manifest in Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*/{MANIFEST}"):
+        with contextlib.suppress(RunError):
+            run = load_run(manifest.parent)
+            if run.identity == job.identity: return run
+    return None
 
 def run_job(
     job: Job,
@@ -55,11 +57,11 @@ def run_job(
     try:
         with _lock(job, runs, stop):
             if stop.is_set(): return Outcome(job.title, "interrupted", "stopped before it began")
-            if not force and (run := finished_run(job, runs)): return run_outcome(job.title, Run(run), "skipped")
+            if not force and (run := finished_run(job, runs)): return run_outcome(job.title, run, "skipped")
             return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
     except Exception as e: return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(job, runs, stop):
     "Waits until no other process makes this run, or until it is told to stop."
     (Path(runs) / LOCKS).mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def score_on_test(
     "Test metrics of a run, after an entry in the ledger; raises `RunError` when its data are not those it was trained on."
     from modelfactory.training.trainer import Trainer
     config = run.config | dict(data=run.config["data"] | dict(data=str(data or run.data_folder)))
-    trainer, model = Trainer(config), run.model()
+    trainer, model = Trainer(config), run.loaded
     trainer.prepare_data()
     trainer.model = model
     return trainer.evaluate("test", run.path)

@@ -24,6 +24,7 @@ from ..progress import Progress, duration
 from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .tracking import Tracker
+from ..files import read_json
 from .store import (
     FAILED, PARTIAL, UNSCORED, RunList, clear_partial, is_alive, list_runs, run_identity)
 from ..settings import ConfigError, NonNegative, Positive, ShownConfig, build_config, did_you_mean, read_yaml, settings
@@ -247,7 +248,7 @@ def _attempts(folder):
     "The newest attempt of each set of parameters."
     found = {}
     for attempt in sorted(folder.glob("*"), key=lambda f: f.name[-22:]):
-        with contextlib.suppress(OSError, ValueError): found[_key(json.loads((attempt / "job.json").read_text())["parameters"])] = attempt
+        with contextlib.suppress(OSError, ValueError): found[_key(read_json(attempt / "job.json")["parameters"])] = attempt
     return found
 
 # %% ../../nbs/runs/02_grid.ipynb #3a69ded1
@@ -258,7 +259,7 @@ def _status(job, run, running, failed):
     if job.unavailable: return dict(status="unavailable", seconds=None, note=job.unavailable)
     if not failed: return dict(status="waiting", seconds=None, note="")
     with contextlib.suppress(OSError, ValueError):
-        said = json.loads((failed / "outcome.json").read_text())
+        said = read_json(failed / "outcome.json")
         return dict(status=said["status"], seconds=None, note=f"{said['reason']} (see {failed.name})")
     return dict(status="failed", seconds=None, note=f"see {failed.name}")
 
@@ -266,7 +267,7 @@ def _age(attempt): return round(time.time() - (attempt / "job.json").stat().st_m
 
 def _progress(attempt):
     with contextlib.suppress(OSError, ValueError):
-        p = json.loads((attempt / "progress.json").read_text())
+        p = read_json(attempt / "progress.json")
         left = f", at most {duration(p['seconds'] / p['done'] * (p['of'] - p['done']))} left" if p["done"] else ""
         return f"round {p['done']} of {p['of']}{left}" + "".join(f", {k} {v:.4f}" for k, v in p["losses"].items())
     return ""

@@ -4,13 +4,13 @@
 
 # %% ../../nbs/runs/04_predict.ipynb #47d6dae0
 from __future__ import annotations
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..data.bundled import BUNDLED, resolve_data
+from ..files import printable
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
 from ..data.splits import SPLIT_ORDER, BadValue, parquet_parts, read_split, split_files, split_path
@@ -52,7 +52,7 @@ def predict_run(
     bars = read_split(data, split, (), model.feature_columns, nan=asked["nan"])
     drifted = []
     if run.train_features: drifted = population_stability_index(bars, run.train_features).to_dict("records")
-    fills = json.loads((run.path / "splits.json").read_text())["fills"]
+    fills = run.report["fills"]
     _fill(bars, fills, asked["nan"])
     context_rows = model.history_length(vars(model.config)) + asked["gap"] - 1
     joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, asked["nan"]))
@@ -67,7 +67,8 @@ def predict_run(
     frame.attrs |= dict(
         skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n},
         unseen=[s for s in bars.symbols if s not in of_train],
-        drift=drifted, limits=known.get("lengths", []))  # lengths for which there are limits
+        drift=drifted, limits=known.get("lengths", []),  # lengths for which there are limits
+        isolated=run.isolated or not run.is_own)
     return frame
 
 def _folder_of_splits(data):
@@ -107,7 +108,11 @@ def prediction_warnings(
     sentences = [f"{len(frame):,} predictions"]
     if skipped: sentences.append(f"{sum(skipped.values()):,} bars without a whole window before them: {', '.join(f'{s} {n}' for s, n in list(skipped.items())[:5])}")
     if unseen: sentences.append(f"{len(unseen)} symbols that train has not seen, predicted all the same: {', '.join(map(str, unseen[:5]))}")
-    return sentences + _drift_warnings(pd.DataFrame(drift), frame.attrs.get("limits", ()))
+    if frame.attrs.get("isolated"):
+        from modelfactory.runs.isolation import limits_note
+        sentences.append(f"the run was not made here, its model is read in a process of its own: {limits_note()}")
+    sentences += _drift_warnings(pd.DataFrame(drift), frame.attrs.get("limits", ()))
+    return [" ".join(printable(sentence).split()) for sentence in sentences]
 
 BEYOND = .5  # share of a feature's values beyond all of train from which it is reported whatever the number of bars
 

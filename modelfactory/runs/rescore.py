@@ -24,7 +24,7 @@ from ..models.base import PredictionOutput, probability_columns, to_output
 from ..models.persistence import file_hash
 from .store import (
     MANIFEST, PARTIAL, STAGED, Run, RunError, add_predictions, check_data, finish_swaps, is_alive, list_runs, load_run,
-    prediction_file, replace_run, score_files, write_json, write_manifest, write_scores)
+    prediction_file, replace_run, score_files, working_folder, write_json, write_manifest, write_scores)
 from ..settings import ConfigError
 from ..training import plots
 from ..training.trainer import trainer_plots
@@ -151,7 +151,7 @@ def _fresh(file):
 
 def _stage(run):
     "A folder beside the runs with all files of a run."
-    staged = run.path.parent / STAGED / run.path.name
+    staged = working_folder(run.path.parent, STAGED) / run.path.name
     shutil.rmtree(staged, ignore_errors=True)
     staged.parent.mkdir(exist_ok=True)
     shutil.copytree(run.path, staged, copy_function=_link_or_copy, symlinks=True)
@@ -268,7 +268,7 @@ def _write_manifest(run, staged, changed):
     files |= {name: file_hash(staged / name) for name in changed if (staged / name).is_file()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     done = dict(scoring=SCORING_VERSION, rescored=when, scored=True, reason=None, files=files)
-    write_manifest(staged, run.manifest | done)
+    write_manifest(staged, run.manifest | done, own=run.is_own)
 
 # %% ../../nbs/runs/13_rescore.ipynb #f93c1f93
 def rescore_runs(
@@ -291,7 +291,7 @@ def _row_of(folder, class_metrics, data):
 def _run_folders(path):
     "The folder of a run itself, or of the runs in it."
     finish_swaps(path.parent)
-    if (path / MANIFEST).is_file():
+    if os.path.lexists(path / MANIFEST):
         return [load_run(path).path]
     runs = list_runs(path)
     if not runs:

@@ -4,33 +4,43 @@
 
 # %% ../../nbs/runs/00_store.ipynb #c11a3576
 from __future__ import annotations
-import contextlib, hashlib, html, json, math, os, platform, secrets, shutil, subprocess, sys, time
+import contextlib, hashlib, hmac, html, json, math, os, platform, re, secrets, shutil, subprocess, sys, time
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Interval, MaxLen
 
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.splits import fingerprint
+from ..files import (
+    FileError, PrintableError, check_inner_name, check_tree, printable, read_json, read_regular, replace_text)
 from ..models.base import probability_columns
 from ..models.code import code_version
 from ..models.persistence import file_hash, library_version, load_model
 from ..models.registry import check_name
-from ..settings import read_yaml, settings
+from ..settings import ConfigError, Positive, build_config, read_yaml, settings
 from ..training.test_set import runs_folder, short_names
 
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'UNSCORED', 'STAGED', 'REPLACED', 'SILENT', 'FORMER_NAMES',
-           'REQUIRED', 'RunError', 'run_identity', 'start_attempt', 'claim', 'clear_partial', 'is_alive', 'write_json',
-           'prediction_frame', 'write_run', 'git_commit', 'prediction_file', 'score_files', 'write_scores', 'publish',
-           'write_manifest', 'publish_fitted', 'add_predictions', 'add_scores', 'close_attempt', 'replace_run',
-           'finish_swaps', 'read_metrics', 'Run', 'load_run', 'name_data', 'check_data', 'RunList', 'list_runs']
+__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'UNSCORED', 'STAGED', 'REPLACED', 'SILENT', 'MARK',
+           'FORMER_NAMES', 'Text', 'LARGEST_MANIFEST', 'MOST_VALUES', 'RunError', 'RunConfigError', 'run_identity',
+           'start_attempt', 'claim', 'working_folder', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame',
+           'write_run', 'git_commit', 'prediction_file', 'score_files', 'write_scores', 'write_manifest', 'hashes',
+           'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'close_attempt', 'replace_run', 'finish_swaps',
+           'read_metrics', 'Manifest', 'read_manifest', 'Run', 'load_run', 'name_data', 'check_data', 'RunList',
+           'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
-class RunError(ValueError):
+class RunError(PrintableError):
     "A folder that is not a finished run, or one whose files have changed since."
+
+class RunConfigError(RunError, ConfigError):
+    "A finished run whose config.yaml is damaged."
 
 MANIFEST, RESULT, FEATURES, PARTIAL, FAILED = "manifest.json", "result.json", "features.json", ".partial", ".failed"
 UNSCORED = "not scored"  # what became of a run that was trained and published, and whose scoring failed
@@ -57,7 +67,7 @@ def start_attempt(
 ) -> Path:  # an empty folder
     "A folder to work in, named as the run will be."
     name = f"{check_name(model)}_h{int(horizon)}_{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
-    attempt = Path(runs) / PARTIAL / name
+    attempt = working_folder(runs, PARTIAL) / name
     attempt.mkdir(parents=True)
     claim(attempt)
     return attempt
@@ -73,9 +83,19 @@ def _born(process):
     return process.create_time() - psutil.boot_time()
 
 # %% ../../nbs/runs/00_store.ipynb #14a7fff3
+def working_folder(
+    runs: Path,  # the runs folder
+    name: str,  # PARTIAL, STAGED or REPLACED
+) -> Path:
+    "A folder of work in progress; raises `RunError` where it is a link: what is moved and removed there must be runs'."
+    folder = Path(runs) / name
+    if folder.is_symlink():
+        raise RunError(f"{folder}: a symbolic link, expected a folder; remove the link")
+    return folder
+
 def clear_partial(runs: Path) -> list[str]:  # names of what was removed
     "Removes attempts whose process is gone."
-    dead = [a for a in (Path(runs) / PARTIAL).glob("*") if not is_alive(a)]
+    dead = [a for a in working_folder(runs, PARTIAL).glob("*") if not is_alive(a)]
     for a in dead: shutil.rmtree(a, ignore_errors=True)
     return [a.name for a in dead]
 
@@ -85,7 +105,7 @@ def is_alive(attempt: Path) -> bool:
     "Whether a process works on an attempt."
     import psutil
     try:
-        pid, started, *where = (attempt / "pid").read_text().split()
+        pid, started, *where = read_regular(attempt / "pid", 1000).decode().split()
         if where and where[0] != platform.node(): return abs(time.time() - (attempt / "pid").stat().st_mtime) < SILENT
         process = psutil.Process(int(pid))
         return process.status() != psutil.STATUS_ZOMBIE and abs(_born(process) - float(started)) < 1
@@ -93,10 +113,14 @@ def is_alive(attempt: Path) -> bool:
 
 # %% ../../nbs/runs/00_store.ipynb #c0e35b4c
 def write_json(file: Path, values):
-    "Writes plain data; NaN and infinity become null."
-    plain = lambda v: {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else [plain(x) for x in v] if isinstance(v, (list, tuple)) else None if isinstance(v, float) and not math.isfinite(v) else v
+    "Writes plain data by one rename; NaN and infinity become null."
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(plain(values), indent=1, allow_nan=False, default=str))
+    replace_text(file, json.dumps(_finite(values), indent=1, allow_nan=False, default=str))
+
+def _finite(value):
+    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/runs/00_store.ipynb #fc9808a0
 def prediction_frame(
@@ -186,7 +210,56 @@ def _versions(model):
     libraries = ("modelfactory", "numpy", "pandas", "pyarrow", *model.requires)
     return dict(python=sys.version.split()[0], **{lib: library_version(lib) for lib in libraries})
 
+# %% ../../nbs/runs/00_store.ipynb #41f1a3a2
+MARK = "mark"  # key of a manifest that was written here
+
+def _key_file():
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "modelfactory/key"
+
+def _user_key(make=False):
+    "The user's secret, 32 bytes; None where there is none and none can be made."
+    file = _key_file()
+    with contextlib.suppress(OSError, FileError):
+        if make and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            aside = file.with_name(f".{secrets.token_hex(6)}")
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+                f.write(secrets.token_bytes(32))
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, file)  # unlike a rename it leaves the key of another process
+            aside.unlink()
+        key = read_regular(file, 32)
+        return key if len(key) == 32 else None
+    return None
+
+def _mark(values, key):
+    "The keyed hash of a manifest without its mark."
+    text = json.dumps({k: v for k, v in values.items() if k != MARK}, sort_keys=True)
+    return hmac.new(key, text.encode(), "sha256").hexdigest()
+
+def write_manifest(
+    folder: Path,  # of the run
+    values: dict,  # of the manifest
+    own: bool,  # whether this user made the run: then it gets the user's mark
+):
+    "Writes the manifest of a run, whole or not at all, and waits until the disk has it."
+    values = json.loads(json.dumps(_finite({k: v for k, v in values.items() if k != MARK}), default=str))
+    key = _user_key(make=True) if own else None
+    write_json(folder / MANIFEST, values | ({MARK: _mark(values, key)} if key else {}))
+    with open(folder / MANIFEST) as f: os.fsync(f.fileno())
+
 # %% ../../nbs/runs/00_store.ipynb #0dc9ca2f
+def hashes(
+    folder: Path,
+) -> dict[str, str]:  # relative name -> sha256
+    "The hash of each file in a folder; raises `RunError` where it holds a link, or a name that no manifest may hold."
+    try:
+        check_tree(folder)
+        names = [check_inner_name(f.relative_to(folder).as_posix()) for f in sorted(folder.rglob("*")) if f.is_file()]
+    except FileError as e: raise RunError(str(e)) from None
+    return {name: file_hash(folder / name) for name in names}
+
 def publish(
     attempt: Path,  # with `result.json`
     runs: Path,  # the runs folder
@@ -194,26 +267,15 @@ def publish(
 ) -> Path:  # the run
     "Makes a finished attempt a run; raises `RunError` when it is not finished."
     attempt = Path(attempt)
-    try: result = json.loads((attempt / RESULT).read_text())
-    except (OSError, ValueError): raise RunError(f"{attempt}: no {RESULT}: the training did not reach its end") from None
+    try: result = read_json(attempt / RESULT)
+    except (OSError, FileError): raise RunError(f"{attempt}: no {RESULT}: the training did not reach its end") from None
     for extra in (RESULT, "pid", "job.json", "run.log", "progress.json"): (attempt / extra).unlink(missing_ok=True)
+    files = hashes(attempt)
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    scored = (attempt / score_files("val")["metrics"]).is_file()
-    manifest = dict(status="ok", name=attempt.name, created=created, grid=grid or None, **result, scored=scored)
-    files = [str(f.relative_to(attempt)) for f in sorted(attempt.rglob("*")) if f.is_file()]
-    write_manifest(attempt, manifest | dict(files={}), files)
+    scored = score_files("val")["metrics"] in files
+    values = dict(status="ok", name=attempt.name, created=created, grid=grid or None, **result, scored=scored, files=files)
+    write_manifest(attempt, values, own=True)
     return attempt.rename(Path(runs) / attempt.name)
-
-def write_manifest(
-    folder: Path,  # of a run
-    manifest: dict,
-    added: list = (),  # names of files to enter with their hashes, as far as they are there
-):
-    "Writes the manifest of a folder in one step: a kill leaves the old one or the new one."
-    hashes = manifest["files"] | {name: file_hash(folder / name) for name in added if (folder / name).is_file()}
-    write_json(folder / f".{MANIFEST}", manifest | dict(files=hashes))
-    with open(folder / f".{MANIFEST}") as f: os.fsync(f.fileno())
-    (folder / f".{MANIFEST}").replace(folder / MANIFEST)
 
 # %% ../../nbs/runs/00_store.ipynb #3684858e
 def publish_fitted(
@@ -225,7 +287,7 @@ def publish_fitted(
     folder, job = attempt / attempt.name, attempt / "job.json"
     folder.mkdir()
     write_run(trainer, folder)
-    grid = json.loads(job.read_text())["grid"] if job.is_file() else ""
+    grid = read_json(job)["grid"] if job.is_file() else ""
     return publish(folder, runs_folder(attempt), grid)
 
 def add_predictions(
@@ -236,9 +298,8 @@ def add_predictions(
     for split in trainer.predictions:
         _write_predictions(trainer, split, run)
     files = [prediction_file(split) for split in trainer.predictions]
-    manifest = load_run(run).manifest | dict(
-        splits=list(trainer.predictions), seconds=trainer.seconds, notes=trainer.learning_notes())
-    write_manifest(run, manifest, files)
+    changes = dict(splits=list(trainer.predictions), seconds=trainer.seconds, notes=trainer.learning_notes())
+    _change_manifest(run, changes, files)
 
 def add_scores(
     trainer,  # evaluated
@@ -252,7 +313,13 @@ def add_scores(
         _write_figure(figure, run / "plots" / f"{name}.png")
     files = [file for split in trainer.metrics for file in score_files(split).values()]
     files += [f"plots/{name}.png" for name in figures]
-    write_manifest(run, load_run(run).manifest | dict(scored=True, reason=None), files)
+    _change_manifest(run, dict(scored=True, reason=None), files)
+
+def _change_manifest(run, changes, added):
+    "Changes a manifest in one step, and enters the hashes of files that were added as far as they are there."
+    stored = load_run(run)
+    files = stored.manifest["files"] | {name: file_hash(run / name) for name in added if (run / name).is_file()}
+    write_manifest(run, stored.manifest | changes | dict(files=files), own=stored.is_own)
 
 # %% ../../nbs/runs/00_store.ipynb #7d0d28a1
 def close_attempt(
@@ -265,9 +332,7 @@ def close_attempt(
         notebook = attempt / "train.ipynb"
         if notebook.is_file():
             notebook.rename(run / notebook.name)
-        manifest = load_run(run).manifest
-        why = {} if manifest.get("scored", True) else dict(reason=reason)
-        write_manifest(run, manifest | why, [notebook.name])
+        _change_manifest(run, {} if load_run(run).scored else dict(reason=reason), [notebook.name])
     shutil.rmtree(attempt, ignore_errors=True)
 
 # %% ../../nbs/runs/00_store.ipynb #b15e1762
@@ -280,7 +345,7 @@ def replace_run(
     run: Path,  # the folder it replaces
 ):
     "Puts a complete folder in a run's place. A kill at any moment leaves the old run or the new one."
-    old = run.parent / REPLACED / run.name
+    old = working_folder(run.parent, REPLACED) / run.name
     old.parent.mkdir(exist_ok=True)
     with _swap_lock(run.parent):
         _finish_swap(old)
@@ -298,8 +363,9 @@ def _finish_swap(old):
 def finish_swaps(
     runs: Path,  # the runs folder
 ):
-    "Ends every interrupted replacement of a run in a folder."
-    waiting = [f for f in (Path(runs) / REPLACED).glob("*") if f.is_dir()]
+    "Ends every interrupted replacement of a run in a folder; leaves links alone."
+    if any((Path(runs) / name).is_symlink() for name in (REPLACED, STAGED)): return
+    waiting = [f for f in (Path(runs) / REPLACED).glob("*") if f.is_dir() and not f.is_symlink()]
     if not waiting: return
     with contextlib.suppress(OSError), _swap_lock(Path(runs)):
         for old in waiting: _finish_swap(old)
@@ -320,14 +386,87 @@ def _current_name(name):
     if base not in FORMER_NAMES: return name
     return FORMER_NAMES[base] and FORMER_NAMES[base] + name[len(base):]
 
-# %% ../../nbs/runs/00_store.ipynb #91776549
-REQUIRED = ("model", "horizon", "seed", "data", "created", "files", "identity")  # keys of a manifest
+# %% ../../nbs/runs/00_store.ipynb #d77c57ba
+Text = Annotated[str, MaxLen(4096)]
 
+@dataclass
+class Manifest:
+    "The fields of a manifest that are read, with their types; others are kept as they are."
+    model: Text  # name in the registry of who made the run
+    horizon: Annotated[int, Interval(ge=1, le=1_000_000)]  # bars ahead
+    seed: Annotated[int, Interval(ge=-2**63, le=2**63)]
+    data: Text  # folder or name
+    created: Text  # time in ISO 8601
+    identity: Text  # hash of what decides the results
+    files: dict[Text, Annotated[str, MaxLen(64)]]  # name -> sha256
+    name: Text | None = None  # of the folder
+    family: Text | None = None
+    grid: Text | None = None
+    scoring: Positive = 1  # version of the metrics' definitions
+    data_fingerprint: Text | None = None
+    code: Text | None = None
+    commit: Text | None = None
+    claim: Text | None = None  # of a bundle
+    bundle_of: Text | None = None  # run that a bundle was made of
+    scored: bool = True  # whether its predictions were scored
+    reason: Text | None = None  # why it is not scored
+    notes: list[Text] = field(default_factory=list)  # on the fit
+    splits: list[Text] = field(default_factory=list)  # those that were predicted
+    seconds: dict[Text, float] = field(default_factory=dict)
+    train_shares: list[float] | None = None  # of each class
+    versions: dict[Text, Text | None] = field(default_factory=dict)  # of libraries
+
+LARGEST_MANIFEST = 16 << 20  # bytes
+
+def _stored_manifest(folder):
+    "A manifest as it is stored, a dict; raises `RunError`."
+    file = Path(folder) / MANIFEST
+    try: values = read_json(file, LARGEST_MANIFEST, links=False)
+    except FileNotFoundError:
+        raise RunError(f"{folder}: not a finished run (no {MANIFEST}); runs are listed by `list_runs`") from None
+    except (OSError, FileError) as e:
+        reason = str(e).removeprefix(f"{file}: ")
+        raise RunError(f"{file}: not readable ({reason}); remove the folder or copy the run again") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{file}: not a manifest of this kit (a {type(values).__name__}, expected names and values)")
+    return values
+
+def read_manifest(
+    folder: Path,  # of a run
+) -> dict:  # the fields of `Manifest` that it has, and whatever else it holds
+    """The checked manifest of a run; raises `RunError` where it is damaged, where a name in it leads out of the run, or
+    where the folder holds a link or anything else that is neither a file nor a folder. All readers of runs use it."""
+    folder = Path(folder)
+    stored, file = _stored_manifest(folder), folder / MANIFEST
+    typed = {f.name: stored[f.name] for f in fields(Manifest) if f.name in stored}
+    checked = asdict(build_config(Manifest, typed, f"{file}: not a manifest of this kit", RunError))
+    kept = {"splits", "seconds", "versions", *typed}
+    manifest = stored | {name: value for name, value in checked.items() if name in kept}
+    try: year = datetime.fromtimestamp(datetime.fromisoformat(manifest["created"]).timestamp()).year
+    except (ValueError, OverflowError, OSError): year = 0
+    if year < 1970:
+        raise RunError(f"{file}: created = {manifest['created'][:40]!r}, expected a time in ISO 8601")
+    for split in manifest["splits"]:
+        if not re.fullmatch(r"\w{1,40}", split): raise RunError(f"{file}: {split[:100]!r} is no name of a split")
+    for name, digest in manifest["files"].items():
+        try: check_inner_name(name)
+        except FileError: raise RunError(f"{file}: names {name[:100]!r}, which is or may be outside the run") from None
+        if not re.fullmatch("[0-9a-f]{64}", digest): raise RunError(f"{file}: no hash of {name!r}")
+    try: check_tree(folder)
+    except (FileError, OSError) as e: raise RunError(str(e)) from None
+    return manifest
+
+# %% ../../nbs/runs/00_store.ipynb #91776549
 class Run:
     "A finished run."
     moved_to = None  # folder with its data, where they are not any more where they were
 
-    def __init__(self, path: Path): self.path = Path(path); self.manifest
+    def __init__(self,
+        path: Path,  # its folder
+        isolated: bool = False,  # whether `model` reads the checkpoint in a process of its own
+    ):
+        self.path, self.isolated = Path(path), isolated
+        self.manifest
 
     @property
     def data_folder(self) -> str:
@@ -338,11 +477,15 @@ class Run:
     @cached_property
     def manifest(self) -> dict:
         "What the run says of itself; raises `RunError` when there is none."
-        try: manifest = json.loads((self.path / MANIFEST).read_text())
-        except FileNotFoundError: raise RunError(f"{self.path}: not a finished run (no {MANIFEST}); runs are listed by `list_runs`") from None
-        except (OSError, ValueError) as e: raise RunError(f"{self.path / MANIFEST}: not readable ({e})") from None
-        if not isinstance(manifest, dict) or not set(REQUIRED) <= set(manifest) or not isinstance(manifest["files"], dict): raise RunError(f"{self.path / MANIFEST}: not a manifest of this kit")
-        return manifest
+        return read_manifest(self.path)
+
+    @cached_property
+    def is_own(self) -> bool:
+        "Whether this user made the run: its manifest carries the user's mark."
+        stored, key = _stored_manifest(self.path), _user_key()
+        mark = stored.get(MARK)
+        if not key or not isinstance(mark, str) or not mark.isascii(): return False
+        return hmac.compare_digest(_mark(stored, key), mark)
 
     @property
     def scored(self) -> bool:
@@ -361,14 +504,27 @@ class Run:
         if is_alive(self.path.parent / PARTIAL / self.path.name): return "its training is under way"
         return self.manifest.get("reason") or "its training ended before it was scored"
 
+    def file(self,
+        name: str,  # relative, with / between its parts
+    ) -> Path:
+        "The place of a file of the run; raises `RunError` on a name that leads out of the run."
+        try: return self.path / check_inner_name(name)
+        except FileError as e: raise RunError(f"{self.path.name}: {e}") from None
+
+    def read_json(self,
+        name: str,  # relative
+    ) -> dict:
+        "A file of the run that holds names and values; raises `RunError` where it does not."
+        file = self.file(name)
+        try: values = read_json(file, links=False)
+        except (OSError, FileError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
+        if isinstance(values, dict): return values
+        raise RunError(f"{file}: found a {type(values).__name__}, expected names and values; train the run again")
+
     def _json(self, name):
         if not self.scored and name != "history.json":
             raise RunError(f"{self.path}: not scored ({self.reason}); run `modelfactory rescore` on it")
-        file = self.path / "metrics" / name
-        try: values = json.loads(file.read_text())
-        except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
-        if isinstance(values, dict): return values
-        raise RunError(f"{file}: found a {type(values).__name__}, expected names and values; train the run again")
+        return self.read_json(f"metrics/{name}")
     def _numbers(self, name): return read_metrics(self._json(name))
     @cached_property
     def metrics(self):
@@ -392,20 +548,36 @@ class Run:
     baseline = property(lambda self: self.baselines["prior"])  # of the class shares of train
     history = cached_property(lambda self: self._json("history.json"))  # losses by round
     robustness = cached_property(lambda self: self._json("robustness.json"))  # what the profit hangs on: tables as lists of rows
-    config = cached_property(lambda self: read_yaml(self.path / "config.yaml"))  # everything needed to run it again
+    report = cached_property(lambda self: self.read_json("splits.json"))  # what was read from the splits
+
+    @cached_property
+    def config(self) -> dict:
+        "Everything needed to run it again; raises `RunConfigError` where it is damaged or names what is no model."
+        file = self.file("config.yaml")
+        try:
+            config = read_yaml(file)
+            check_name(str(config.get("model", "")).rpartition(":")[2])
+        except (ConfigError, ValueError) as e:
+            raise RunConfigError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
+        if not isinstance(config.get("data"), dict) or not isinstance(config["data"].get("classes"), list):
+            raise RunConfigError(f"{file}: no data with classes; train the run again")
+        return config
 
     def predictions(self, split: str = "val") -> pd.DataFrame:
         "datetime, symbol, horizon, y_true, prediction and probabilities; raises `RunError` when that split was not predicted."
-        file = self.path / f"predictions/{split}_predictions.parquet"
+        file = self.file(f"predictions/{split}_predictions.parquet")
         if not file.is_file(): raise RunError(f"{self.path.name}: no predictions of {split!r}; there are: {', '.join(self.manifest['splits'])}")
         return _read(file)
 
-    loaded = cached_property(lambda self: self.model())  # the same model again and again
+    @cached_property
+    def loaded(self):
+        "The same model again and again; of a run that was not made here, in a process of its own."
+        return self.model() if self.isolated or self.is_own else Run(self.path, isolated=True).model()
+
     @cached_property
     def train_features(self) -> dict | None:
         "Bins of each feature on train and the symbols there; None for runs that kept none."
-        file = self.path / FEATURES
-        return json.loads(file.read_text()) if file.is_file() else None
+        return self.read_json(FEATURES) if self.file(FEATURES).is_file() else None
 
     def predict(self, data, ahead: bool = False) -> pd.DataFrame:
         "Predictions of new bars, which need no labels: see `predict_run`."
@@ -414,24 +586,30 @@ class Run:
 
     def daily(self, split: str = "val") -> pd.DataFrame:
         "Profit by day of a split, before and after cost; raises `RunError` when there is none."
-        file = self.path / f"predictions/{split}_daily.parquet"
+        file = self.file(f"predictions/{split}_daily.parquet")
         if not file.is_file(): raise RunError(f"{self.path.name}: no daily profit of {split!r}")
         return _read(file).set_index("day")
 
     def verify(self, under: str = ""):
         "Raises `RunError` when a file below `under` is missing or differs from its hash."
         for name, digest in self.manifest["files"].items():
-            file = self.path / name
-            if name.startswith(under) and not (file.is_file() and file_hash(file) == digest): raise RunError(f"{file}: {'changed since the run was published' if file.is_file() else 'missing'}; train the run again")
+            if not name.startswith(under): continue
+            file = self.file(name)
+            if not file.is_file(): raise RunError(f"{file}: missing; train the run again")
+            if file_hash(file) != digest:
+                raise RunError(f"{file}: changed since the run was published; train the run again")
 
     def model(self):
-        "The trained model, verified by hash first."
+        "The trained model, verified by hash first; of an isolated run one that predicts in a process of its own."
         self.verify("checkpoints/")
         listed = {name for name in self.manifest["files"] if name.startswith("checkpoints/")}
-        for file in (self.path / "checkpoints").rglob("*"):
-            if not file.is_dir() and str(file.relative_to(self.path)) not in listed: raise RunError(f"{file}: not among the files of the run; remove it")
+        for file in self.file("checkpoints").rglob("*"):
+            if not file.is_dir() and file.relative_to(self.path).as_posix() not in listed:
+                raise RunError(f"{file}: not among the files of the run; remove it")
         if not listed: raise RunError(f"{self.path}: its manifest lists no checkpoint; train the run again")
-        return load_model(self.path / "checkpoints")
+        if not self.isolated: return load_model(self.file("checkpoints"))
+        from modelfactory.runs.isolation import IsolatedModel
+        return IsolatedModel(self.file("checkpoints"))
 
     @property
     def key(self): return self.data, self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
@@ -467,23 +645,33 @@ class Run:
         sharpe = self.metrics.get("sharpe_net", math.nan)
         shown = "–" if sharpe != sharpe else f"{sharpe:.2f}"
         notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
-        return f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})"
+        return printable(f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})")
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
+
+MOST_VALUES = 1 << 30  # rows times columns of a table of a run
 
 def _read(file):
     "A small table: without the search for partitions that pandas pays for."
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
-    try: return ParquetFile(file).read(use_threads=False).to_pandas()
-    except (OSError, ValueError) as e: raise RunError(f"{file}: not readable ({e}); train the run again") from None
+    try:
+        table = ParquetFile(file)
+        n_values = table.metadata.num_rows * table.metadata.num_columns
+        if n_values > MOST_VALUES: raise RunError(f"{file}: {n_values:,} values, expected at most {MOST_VALUES:,}")
+        return table.read(use_threads=False).to_pandas()
+    except RunError: raise
+    except (OSError, ValueError, ArrowException, MemoryError, TypeError, KeyError) as e:
+        raise RunError(f"{file}: not readable ({e}); train the run again") from None
 
 # %% ../../nbs/runs/00_store.ipynb #f515efcc
 def load_run(
     path: Path,  # folder of a run
+    isolated: bool = False,  # whether `model` reads the checkpoint in a process of its own, as for a run of a stranger
 ) -> Run:
     "A finished run; raises `RunError` when the folder is none."
     path = Path(path)
     if not path.is_dir(): finish_swaps(path.parent)
-    return Run(path)
+    return Run(path, isolated)
 
 # %% ../../nbs/runs/00_store.ipynb #7ad18e8c
 def _data_keys(run):
@@ -549,16 +737,23 @@ class RunList(list):
         "A short name of each data set: the end of its path that no other one here has."
         names = short_names(r.data for r in self)
         return {r.manifest["data"]: names[r.data] for r in self} | names
-    def __repr__(self): return self.to_frame().round(3).to_string(index=False) if self else "no finished run"
-    def _repr_html_(self): return self.to_frame().round(3).to_html(index=False, border=0) if self else "<p>no finished run</p>"
+    def __repr__(self):
+        table = self.to_frame().round(3).to_string(index=False) if self else "no finished run"
+        return printable("\n".join([table, *self._left_out()]))
+    def _repr_html_(self):
+        table = self.to_frame().round(3).to_html(index=False, border=0) if self else "<p>no finished run</p>"
+        return "".join([table, *(f"<p>{html.escape(printable(line))}</p>" for line in self._left_out())])
+    def _left_out(self): return [f"left out: {row['folder']}: {row['reason']}" for row in self.unread]
+
 
 _LISTED = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")
 
 def _list_row(run):
-    metrics = run.metrics if run.scored else dict.fromkeys(_LISTED, math.nan)
+    try: metrics = run.metrics
+    except RunError: metrics = {}  # not scored, or damaged
     scored = "yes" if run.scored else f"no: {run.reason}"
     about = dict(run=run.path.name, data=run.data, model=run.manifest["model"], horizon=run.horizon, seed=run.seed)
-    return about | {name: metrics[name] for name in _LISTED} | dict(scored=scored)
+    return about | {name: metrics.get(name, math.nan) for name in _LISTED} | dict(scored=scored)
 
 def list_runs(
     runs: Path | None = None,  # None: settings' runs folder
@@ -569,7 +764,8 @@ def list_runs(
     for path in sorted(f for f in folder.glob("*") if not f.name.startswith(".")):
         try: found += _listed(path)
         except (RunError, OSError) as e:
-            unread.append(dict(folder=path.name, reason=str(e).replace(f"{folder}{os.sep}", "")))
+            reason = " ".join(str(e).replace(f"{folder}{os.sep}", "").split())
+            unread.append(dict(folder=printable(path.name), reason=printable(reason)))
     result = RunList(sorted(found, key=lambda r: (r.created, r.path.name)))
     result.folder, result.unread = folder, unread
     name_data(result)
@@ -577,8 +773,9 @@ def list_runs(
 
 def _listed(path):
     "The run in a folder, in a list; empty where the folder is no run."
-    if not (path / MANIFEST).is_file():
-        if (path / "config.yaml").is_file(): raise RunError(f"{path}: no {MANIFEST}; remove the folder or copy the run again")
+    if not os.path.lexists(path / MANIFEST):
+        if (path / "config.yaml").is_file():
+            raise RunError(f"{path}: no {MANIFEST}; remove the folder or copy the run again")
         return []
     run = Run(path)
     return [] if "bundle_of" in run.manifest else [run]

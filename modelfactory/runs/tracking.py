@@ -122,11 +122,8 @@ def _tags(run):
 
 # %% ../../nbs/runs/05_tracking.ipynb #8bc4a47b
 def _files(run, checkpoints):
-    home = run.path.resolve()
-    files = {name: run.path / name for name in run.manifest["files"] if not name.startswith((".ipynb_checkpoints/", *["checkpoints/"] * (not checkpoints)))}
-    for name, file in files.items():
-        if not file.resolve().is_relative_to(home): raise RunError(f"{run.path.name}: its manifest names {name!r}, which is outside the run")
-        run.verify(name)
+    files = {name: run.file(name) for name in run.manifest["files"] if not name.startswith((".ipynb_checkpoints/", *["checkpoints/"] * (not checkpoints)))}
+    for name in files: run.verify(name)
     return {n: f for n, f in files.items() if n.startswith("checkpoints/") or f.stat().st_size <= LARGEST} | {MANIFEST: run.path / MANIFEST}
 
 # %% ../../nbs/runs/05_tracking.ipynb #a193cc4a
@@ -302,6 +299,7 @@ def track_runs(
     "Shows every finished run of a folder in MLflow; a damaged run is named and does not stop the others."
     store, found = _found(runs, uri, experiment)
     done = Tracked(str(store))
+    done.failed |= {row["folder"]: redact(row["reason"]) for row in found.unread}
     for run in found:
         try: view = run_view(run)
         except Exception as e: done.failed[run.path.name] = redact(" ".join(f"{type(e).__name__}: {e}".split())); continue

@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import FileError, read_regular
+
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
@@ -32,6 +34,8 @@ def record_test_use(
     file.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = dict(zip(COLUMNS, (when, run, _resolved(data), fingerprint, model, horizon)))
+    if file.is_symlink():
+        raise FileError(f"{file}: a symbolic link, expected a file; replace it by the file itself")
     with FileLock(f"{file}.lock"), open(file, "a") as f:
         f.write(json.dumps(line) + "\n")
         f.flush()
@@ -47,11 +51,18 @@ def _resolved(data):
 def read_ledger(
     runs: Path,  # the runs folder
 ) -> pd.DataFrame:  # when, run, data, fingerprint, model, horizon
-    "Every recorded use of a test set, oldest first."
+    "Every recorded use of a test set, oldest first; raises `FileError` where the ledger is damaged."
     import pandas as pd
     file = Path(runs) / LEDGER
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return pd.DataFrame([json.loads(line) for line in lines], columns=COLUMNS)
+    lines = read_regular(file).decode(errors="replace").splitlines() if os.path.lexists(file) else []
+    return pd.DataFrame([_entry(file, number, line) for number, line in enumerate(lines, 1)], columns=COLUMNS)
+
+def _entry(file, number, line):
+    "One use of a test set as text or number by column."
+    try: values = json.loads(line)
+    except (ValueError, RecursionError): values = None
+    if isinstance(values, dict): return {c: v for c, v in values.items() if isinstance(v, (str, int, float))}
+    raise FileError(f"{file}: line {number} is no entry of the ledger; repair or remove that line")
 
 # %% ../../nbs/training/11_test_set.ipynb #d763f578
 def runs_folder(
