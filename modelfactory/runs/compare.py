@@ -253,8 +253,8 @@ def _data_notes(task):
     "Warnings that the newest run of a task has on its data."
     newest = max(task.runs, key=lambda r: (r.created, r.path.name))
     try:
-        return [str(text) for text in json.loads((newest.path / "splits.json").read_text())["warnings"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [str(text) for text in newest.report["warnings"]]
+    except (RunError, KeyError, TypeError):
         return []
 
 def _variance(task, metrics):
