@@ -1,6 +1,7 @@
 "Runs that survive: faults injected into real processes, and what a person is told of them."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from modelfactory.runs.engine import MARK, Limits, run_notebook
 from modelfactory.runs.executors import RayEngine
 from modelfactory.runs.grid import grid_config, grid_status, plan, run_grid
 from modelfactory.runs.store import PARTIAL, list_runs
+from modelfactory.settings import ConfigError
 
 PLUGIN = """
 import os, signal, subprocess, sys, time
@@ -158,9 +160,23 @@ def test_two_grids_on_one_folder_train_each_run_once(tmp_path):
     assert len(list_runs(tmp_path / "runs")) == 4
 
 
+def test_a_process_that_does_not_end_after_its_run_is_published_is_ended(tmp_path, monkeypatch):
+    "Such as one whose interpreter waits for a socket at its exit: the run is whole, and nobody waits for ever."
+    runs, real = tmp_path / "runs", subprocess.Popen
+
+    def publishes(command, env, **options):
+        (runs / env[MARK]).mkdir()
+        return real([sys.executable, "-c", "import time; time.sleep(3600)"], env=env, **options)
+
+    monkeypatch.setattr(engine, "ENDING", 0)
+    monkeypatch.setattr(engine.subprocess, "Popen", publishes)
+    before = ours()
+    outcome = run_notebook(dict(model="svm", horizon=5), runs, Limits(PATIENCE))
+    assert outcome.status == "ok" and outcome.path.parent == runs and gone(before)
+
+
 def test_a_corrupt_file_in_mid_grid_costs_its_own_runs(tmp_path):
     from modelfactory.data.bundled import resolve_data
-    import shutil
     data = shutil.copytree(resolve_data("planted"), tmp_path / "data")
     jobs = plan(grid_config(dict(data=str(data), models=["logistic_regression"], horizons=[5], preset="quick")))
     file = data / "train_scaled.parquet"
@@ -177,12 +193,20 @@ def test_a_runs_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
+def on_ray(grid, runs):
+    "A grid on a real cluster of this machine, if Ray can start one within the half minute it gives itself."
+    try: return run_grid(grid, runs, engine="ray", workers=1, timeout=PATIENCE)
+    except ConfigError as e:
+        if "timed out during startup" not in str(e): raise
+        pytest.skip(f"NOT TRIED on Ray, which could not start on this busy machine: {e}")
+
+
 def test_ray_gives_a_lost_worker_s_run_to_another(faulty, tmp_path, monkeypatch):
     "A real cluster of this machine, whose worker is killed in the middle of a run."
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     flag = tmp_path / "once"
     grid = dict(data="planted", models=["faulty"], horizons=[5], seeds=[1], overrides=dict(faulty=dict(fault="once", flag=str(flag))))
-    result = run_grid(grid, tmp_path / "runs", engine="ray", workers=1, timeout=PATIENCE)
+    result = on_ray(grid, tmp_path / "runs")
     assert result.count("ok") == 1 and flag.is_file() and len(list_runs(tmp_path / "runs")) == 1, result
 
 
@@ -191,9 +215,38 @@ def test_a_model_that_always_kills_its_worker_is_given_up_and_the_others_are_mad
     (tmp_path / "models").mkdir()
     (tmp_path / "models/logistic_regression.yaml").write_text("model_name: logistic_regression\nmodel_family: classical\n")
     grid = dict(data="planted", models=["faulty", "logistic_regression"], horizons=[5], overrides=dict(faulty=dict(fault="poison")))
-    result = run_grid(grid, tmp_path / "runs", engine="ray", workers=1, timeout=PATIENCE)
+    result = on_ray(grid, tmp_path / "runs")
     assert [(o.name.split()[0], o.status) for o in sorted(result, key=lambda o: o.name)] == [("faulty", "killed"), ("logistic_regression", "ok")], result
     assert "its worker was lost" in str(result) and "Traceback" not in str(result) and len(list_runs(tmp_path / "runs")) == 1
+
+
+class SlowRay:
+    "Gives its start up `n_late` times, and leaves a process of it behind each time."
+    def __init__(self, n_late, folder): self.n_late, self.started, self.program = n_late, [], folder / "ray/raylet"
+
+    def init(self, **options):
+        self.program.parent.mkdir(exist_ok=True)
+        shutil.copy(shutil.which("sleep"), self.program)
+        self.started.append(subprocess.Popen([self.program, "3600"]))
+        if len(self.started) <= self.n_late: raise Exception("The current node timed out during startup.\nThis could ...")
+
+    def remote(self, function): return function
+
+
+@pytest.mark.parametrize("n_late, starts", [(0, 1), (2, 3), (99, 5)])
+def test_a_cluster_that_is_slow_to_start_is_tried_again_and_leaves_no_process(tmp_path, monkeypatch, n_late, starts):
+    ray = SlowRay(n_late, tmp_path)
+    monkeypatch.setattr("modelfactory.runs.executors._ray", lambda: ray)
+    try:
+        if n_late < 99: assert RayEngine().ray is ray
+        else:
+            with pytest.raises(ConfigError, match="no cluster at this machine .*timed out during startup.*$"): RayEngine()
+        assert len(ray.started) == starts
+        late = ray.started[:n_late]
+        assert [p.wait(PATIENCE) for p in late] == [-signal.SIGKILL] * len(late)
+        assert all(p.poll() is None for p in ray.started[n_late:]), "the cluster that did start"
+    finally:
+        for p in ray.started: p.kill()
 
 
 def test_nothing_of_ray_is_imported_with_the_local_engine():

@@ -15,8 +15,9 @@ from test_tuner import at_home, home, process, states, tuner  # noqa: F401, two 
 from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
 from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, read_splits
+from modelfactory.models import conformance
 from modelfactory.models.base import NotFittedError
-from modelfactory.models.conformance import CHECKS, check_model
+from modelfactory.models.conformance import CHECKS, ConformanceError, check_model
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.engine import Outcome
 from modelfactory.runs.grid import GridResult
@@ -289,6 +290,14 @@ def own_files(tmp_path, monkeypatch):
 
 def test_a_plugin_that_keeps_to_the_contract_alone_is_whole(own_files):
     assert len(check_model("own_files")) == len(CHECKS)
+
+
+def test_a_fresh_process_that_hangs_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(conformance, "FRESH", "import time; time.sleep(3600)")
+    monkeypatch.setattr(conformance, "FRESH_SECONDS", .1)
+    meta = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=2)))
+    with pytest.raises(ConformanceError, match="does not end within 0.1 s"):
+        conformance.predict_in_fresh_process(tmp_path, np.zeros((2, 1), np.float32), meta)
 
 
 def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):

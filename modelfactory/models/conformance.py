@@ -19,8 +19,8 @@ from .registry import ModelRegistry
 from ..settings import ConfigError
 
 # %% auto #0
-__all__ = ['CHECKS', 'NETWORK_CHECKS', 'FRESH', 'Task', 'planted', 'ConformanceError', 'check', 'network_check', 'Subject',
-           'require', 'output_is_whole', 'no_row_is_no_error', 'history_is_plain', 'rows_are_independent',
+__all__ = ['CHECKS', 'NETWORK_CHECKS', 'FRESH', 'FRESH_SECONDS', 'Task', 'planted', 'ConformanceError', 'check', 'network_check',
+           'Subject', 'require', 'output_is_whole', 'no_row_is_no_error', 'history_is_plain', 'rows_are_independent',
            'predicting_twice_is_the_same', 'seed_decides', 'windows_or_arrays', 'unfitted_refuses',
            'wrong_shapes_refused', 'unknown_config_refused', 'nan_policy', 'predict_in_fresh_process',
            'saves_data_only', 'loads_in_a_fresh_process', 'load_restores_everything', 'other_features_refused',
@@ -208,12 +208,18 @@ X, meta, out = np.load(sys.argv[2]), pd.read_parquet(sys.argv[3]), sys.argv[4]
 np.save(out, load_model(sys.argv[1]).predict(X, meta).probabilities)
 """
 
+FRESH_SECONDS = 600  # after which a fresh process counts as one that hangs
+
 def predict_in_fresh_process(folder: Path, X: np.ndarray, metadata: pd.DataFrame) -> np.ndarray:
     "Probabilities made by a new interpreter from the model saved in `folder`."
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         np.save(d / "X.npy", X), metadata.to_parquet(d / "meta.parquet")
-        done = subprocess.run([sys.executable, "-c", FRESH, str(folder), str(d / "X.npy"), str(d / "meta.parquet"), str(d / "p.npy")], capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+        command = [sys.executable, "-c", FRESH, folder, d / "X.npy", d / "meta.parquet", d / "p.npy"]
+        options = dict(capture_output=True, text=True, timeout=FRESH_SECONDS, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+        try: done = subprocess.run([str(word) for word in command], **options)
+        except subprocess.TimeoutExpired:
+            raise ConformanceError(f"a fresh process that loads it does not end within {FRESH_SECONDS} s") from None
         require(done.returncode == 0, f"a fresh process cannot load it: {done.stderr.strip().splitlines()[-1:]}")
         return np.load(d / "p.npy")
 
@@ -236,7 +242,7 @@ def loads_in_a_fresh_process(s):
 
 def _exported(name):
     code = f"from modelfactory.models.registry import ModelRegistry; ModelRegistry.get({name!r})"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=FRESH_SECONDS).returncode == 0
 
 @check
 def load_restores_everything(s):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/01_engine.ipynb #57c3e027
 from __future__ import annotations
-import contextlib, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import contextlib, gc, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from .store import FAILED, UNSCORED, Run, claim, close_attempt, load_run, publis
 from ..settings import ConfigError, did_you_mean, settings
 
 # %% auto #0
-__all__ = ['RARELY', 'START', 'LONGEST_SOCKET', 'MARK', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters', 'execute',
-           'main', 'Outcome', 'Limits', 'environment', 'gigabytes', 'end_run', 'run_outcome', 'run_notebook']
+__all__ = ['RARELY', 'START', 'LONGEST_SOCKET', 'MARK', 'ENDING', 'MENDABLE', 'ATTEMPTS', 'find_notebook', 'check_parameters',
+           'execute', 'main', 'Outcome', 'Limits', 'environment', 'gigabytes', 'end_run', 'run_outcome', 'run_notebook']
 
 # %% ../../nbs/runs/01_engine.ipynb #fe60489e
 def find_notebook(
@@ -171,11 +171,15 @@ def gigabytes(
     return total / 1e9
 
 # %% ../../nbs/runs/01_engine.ipynb #be59b561
-def _watch(process, limits, stop):
-    "Status and reason when a process had to be ended; empty when it ended by itself."
-    start = time.monotonic()
+ENDING = 60  # seconds that the process of a run may take to end once the run is published
+
+def _watch(process, limits, stop, published=lambda: False):
+    "Status and reason when a process had to be ended; empty when it ended by itself, or only its end was missing."
+    start, done = time.monotonic(), math.inf
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired): process.wait(.2); return "", ""
+        if published(): done = min(done, time.monotonic())
+        if time.monotonic() - done > ENDING: return "", ""
         if stop is not None and stop.is_set(): return "interrupted", "stopped before it was done"
         if limits.seconds and time.monotonic() - start > limits.seconds: return "timeout", f"not done after {limits.seconds:g} s"
         if limits.memory_gb and (used := gigabytes(process.pid)) > limits.memory_gb: return "killed", f"out of memory: {used:.2f} GB used, {limits.memory_gb:g} allowed"
@@ -258,8 +262,9 @@ def _attempt(parameters, runs, notebook, limits, stop, grid):
     write_json(attempt / "job.json", dict(notebook=str(notebook), runs=str(runs), grid=grid, parameters=parameters | dict(output=str(attempt))))
     command = [sys.executable, "-P", "-m", "modelfactory.runs.engine", str(attempt), str(os.getpid())]
     with open(attempt / "run.log", "w") as log: process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(limits, attempt.name), start_new_session=True)
-    try: status, reason = _watch(process, limits, stop)
+    def is_closed(): return (runs / attempt.name).is_dir() and not attempt.is_dir()
+    try: status, reason = _watch(process, limits, stop, is_closed)
     except BaseException: end_run(process, attempt.name); _ended(attempt, runs, "interrupted", "interrupted", start); raise
-    if attempt.is_dir(): end_run(process, attempt.name)
+    if attempt.is_dir() or process.poll() is None: end_run(process, attempt.name)
     if not status and attempt.is_dir(): status, reason = _why(process.returncode, attempt)
     return _ended(attempt, runs, status, reason, start)

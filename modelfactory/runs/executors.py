@@ -18,7 +18,7 @@ from .store import MANIFEST, Run, RunError, load_run
 from ..settings import ConfigError, settings
 
 # %% auto #0
-__all__ = ['LOCKS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'LocalEngine', 'RayEngine', 'make_engine']
+__all__ = ['LOCKS', 'STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'LocalEngine', 'RayEngine', 'make_engine']
 
 # %% ../../nbs/runs/06_executors.ipynb #cc3e7d1b
 @dataclass
@@ -99,8 +99,7 @@ class RayEngine:
         else: _reachable(address)
         self.refs, self.ray = [], _ray()
         own = dict(num_cpus=workers, _node_ip_address="127.0.0.1", include_dashboard=False) if address is None else {}
-        try: self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True, **own)
-        except Exception as e: raise ConfigError(f"engine ray: no cluster at {address or 'this machine'} ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]})") from None
+        _join(self.ray, address, own)
         self.task = self.ray.remote(_on_worker)
 
     def submit(self, job: Job, runs: Path, limits: Limits, force: bool = False) -> Future:  # of an `Outcome`
@@ -116,6 +115,30 @@ class RayEngine:
         "Ends what runs, and this process's part in the cluster."
         for ref in self.refs: self.ray.cancel(ref)
         self.ray.shutdown()
+
+STARTS = 5  # of a cluster of this machine: Ray gives up after 30 s, which a busy machine needs for longer
+
+def _join(ray, address, own):
+    "Joins a cluster, or starts one; raises `ConfigError` in one line, and then leaves none of its processes."
+    import psutil
+    for left in reversed(range(STARTS)):
+        before = _processes_of_ray()
+        try: return ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True, **own)
+        except Exception as e:
+            for process in _processes_of_ray() - before:
+                with contextlib.suppress(psutil.NoSuchProcess): process.kill()
+            if address is None and left and "timed out during startup" in str(e): continue
+            reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+            raise ConfigError(f"engine ray: no cluster at {address or 'this machine'} ({reason})") from None
+
+def _processes_of_ray():
+    "What this process started, and what that started, of the Ray package."
+    import psutil
+    started = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if f"{os.sep}ray{os.sep}" in " ".join(process.cmdline()): started.add(process)
+    return started
 
 def _ask_for_token():
     "Has a cluster of this machine refuse whoever does not know its token; Ray reads this once, when it is imported."
