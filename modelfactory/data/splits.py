@@ -129,7 +129,9 @@ def _datetimes(column, file):
     else: raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps")
     times = pd.to_datetime(times, cache=False)
     if times.isna().any(): raise BadDatetime(f"{file}: datetime: {_rows(times.isna().to_numpy(), 'with no time')}; drop or mend these rows")
-    if (old := (times.dt.year < FIRST_YEAR).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(old, f'before {FIRST_YEAR}')} ({times[old].iloc[0]}); {EPOCH_FIX}")
+    if (old := (times.dt.year < FIRST_YEAR).to_numpy()).any():
+        rows = _rows(old, f"before {FIRST_YEAR}")
+        raise BadDatetime(f"{file}: datetime: {rows} ({times[old].iloc[0]}); {EPOCH_FIX}")
     if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any(): raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
     return times.dt.as_unit("ns")
 
@@ -465,7 +467,8 @@ def _report(read, roles, classes, fills):
     splits = pd.DataFrame([dict(split=s.name, rows=len(s), symbols=len(s.symbols), first=s.datetimes.min(), last=s.datetimes.max()) for s in read.values()])
     labels = pd.DataFrame([_label_row(s, h, classes) for s in read.values() for h in s.labels])
     from modelfactory.data.prices import split_warnings
-    warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels) + split_warnings(read)
+    warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels)
+    warnings += split_warnings(read)
     return SplitsReport(splits, labels, roles, warnings, fills)
 
 def _label_row(split, horizon, classes):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/06_executors.ipynb #c6bc46a8
 from __future__ import annotations
-import math, os, secrets, socket, sys, threading
+import math, os, secrets, socket, subprocess, sys, threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +39,15 @@ LOCKS = ".locks"
 def finished_run(job: Job, runs: Path) -> Path | None:
     "The finished run of this identity, if there is one."
     names = Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*/{MANIFEST}")
-    return next((f.parent for f in names if Run(f.parent).identity == job.identity), None)
+    found = [run for run in (Run(f.parent) for f in names) if run.identity == job.identity]
+    return next((run.path for run in sorted(found, key=lambda r: not r.scored)), None)
+
+def _finished(title, run):
+    "The outcome of a run that is there; one that is not scored is scored first, in a process of its own."
+    if run.scored: return run_outcome(title, run, "skipped")
+    code = "import sys; from modelfactory.runs.rescore import rescore; rescore(sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, str(run.path)], stdin=subprocess.DEVNULL, capture_output=True)
+    return run_outcome(title, Run(run.path), "ok")
 
 def run_job(
     job: Job,
@@ -53,7 +61,7 @@ def run_job(
     try:
         with _lock(job, runs, stop):
             if stop.is_set(): return Outcome(job.title, "interrupted", "stopped before it began")
-            if not force and (run := finished_run(job, runs)): return run_outcome(job.title, Run(run), "skipped")
+            if not force and (run := finished_run(job, runs)): return _finished(job.title, Run(run))
             return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
     except Exception as e: return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
 

@@ -35,6 +35,6 @@ def final(
 ) -> pd.DataFrame:  # a row a run and metric: val, test with its interval, worse: whether test is the worse of the two
     "Scores chosen runs on test, once each; raises `RunError` on a folder that is no run, before any is scored."
     runs = [load_run(p) for p in dict.fromkeys(Path(p).resolve() for p in paths)]
-    for r in runs: r.verify()
+    for r in runs: r.verify(), r.metrics  # one that is not scored is refused before test is used
     scored = [(r, score_on_test(r)) for r in runs]
     return pd.DataFrame([dict(run=r.path.name, metric=m, val=r.metrics[m], test=found[m], low=found.get(f"{m}_ci_low"), high=found.get(f"{m}_ci_high"), worse=bool((found[m] - r.metrics[m]) * (metric_sign(m) or 1) < 0)) for r, found in scored for m in COMPARED])
