@@ -67,8 +67,9 @@ class Grid:
         return found
 
     def photograph(self):
-        "What is finished: folder -> its manifest."
-        return {f.parent.name: f.read_bytes() for f in self.runs.glob(f"[!.]*/{MANIFEST}")}
+        "What is finished and scored: folder -> its manifest."
+        manifests = {f.parent.name: f.read_bytes() for f in self.runs.glob(f"[!.]*/{MANIFEST}")}
+        return {name: text for name, text in manifests.items() if json.loads(text)["scored"]}
 
     def check(self, before):
         "Raises `AssertionError` unless what was there is as it was, all that shows is whole, and nothing lives on."

@@ -645,5 +645,6 @@ def bars_to_splits(
     table = pd.concat([bars, bar_features(bars).drop(columns=["datetime", "symbol"]), *(triple_barrier(bars, h, *barriers.get(h, ())) for h in horizons)], axis=1)
     table = table[bars.groupby("symbol").cumcount() >= WARMUP]
     report = _write_and_check(table, out, horizons, shares, embargo, scale=True, extra_features=())
-    for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]: warnings.warn(text, SplitsWarning, stacklevel=2)
+    for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]:
+        warnings.warn(text, SplitsWarning, stacklevel=2)
     return out

@@ -32,12 +32,14 @@ def check_prices(
         raise BadPrices(f"{file}: datetime: found {prices['datetime'].dtype}, expected timestamps; convert the column")
     zones = prices["datetime"].dt.tz, bars["datetime"].dt.tz
     if str(zones[0]) != str(zones[1]):
-        raise BadPrices(f"{file}: datetime: time zone {zones[0]}, but the bars have {zones[1]}; convert one to the other")
-    _raise_on(prices["datetime"].isna() | prices["symbol"].isna(), prices, file, "no datetime or no symbol", "drop them")
+        raise BadPrices(f"{file}: datetime: time zone {zones[0]}, the bars have {zones[1]}; convert one to the other")
+    unnamed = prices[["datetime", "symbol"]].isna().any(axis=1)
+    _raise_on(unnamed, prices, file, "no datetime or no symbol", "drop these rows")
     close = pd.to_numeric(prices["close"], errors="coerce")
-    for bad, what in ((close.isna(), "NaN"), (np.isinf(close), "infinite"), (close == 0, "zero"), (close < 0, "negative")):
+    for what, bad in dict(NaN=close.isna(), infinite=np.isinf(close), zero=close == 0, negative=close < 0).items():
         _raise_on(bad, prices, file, f"close is {what}", "fix or drop these bars, or name another file in prices=")
-    _raise_on(prices.duplicated(["datetime", "symbol"]), prices, file, "datetime and symbol are repeated", "keep one row a bar")
+    repeated = prices.duplicated(["datetime", "symbol"])
+    _raise_on(repeated, prices, file, "datetime and symbol are repeated", "keep one row a bar")
     keys = prices[["datetime", "symbol"]].assign(symbol=prices["symbol"].astype(str), priced=True)
     wanted = bars[["datetime", "symbol"]].assign(symbol=bars["symbol"].astype(str))
     priced = wanted.merge(keys, on=["datetime", "symbol"], how="left")["priced"]
@@ -47,7 +49,8 @@ def _raise_on(bad, table, file, what, fix):
     bad = np.asarray(bad, bool)
     if not bad.any(): return
     first = table.iloc[int(bad.argmax())]
-    raise BadPrices(f"{file}: {what} at {bad.sum():,} of {len(bad):,} bars, first {first['symbol']} {first['datetime']}; {fix}")
+    where = f"{bad.sum():,} of {len(bad):,} bars, first {first['symbol']} {first['datetime']}"
+    raise BadPrices(f"{file}: {what} at {where}; {fix}")
 
 # %% ../../nbs/data/09_prices.ipynb #d936e38c
 def check_dataset_prices(
@@ -138,9 +141,11 @@ def feature_warnings(
         peak = np.fmax(np.fmax.reduce(split.matrix) - middle, middle - np.fmin.reduce(split.matrix))
         for j in np.flatnonzero((high > low) & (peak > FAR_FEATURE * (high - low))):
             i = int(np.nanargmax(np.abs(split.matrix[:, j] - middle[j])))
-            texts.append(f"{split.features[j]} {split.matrix[i, j]:,.6g} at {split.symbols[split.codes[i]]} {split.datetimes[i]} in {split.name}")
+            where = f"{split.symbols[split.codes[i]]} {split.datetimes[i]} in {split.name}"
+            texts.append(f"{split.features[j]} {split.matrix[i, j]:,.6g} at {where}")
     if not texts: return []
-    return [f"features reach more than {FAR_FEATURE:,} times their interquartile range of train: {_named(texts)}: check their scaling"]
+    far = f"features reach more than {FAR_FEATURE:,} times their interquartile range of train"
+    return [f"{far}: {_named(texts)}: check their scaling"]
 
 def check_split_prices(
     splits: Mapping[str, Split],  # by name

@@ -812,7 +812,8 @@ def _report(read, roles, classes, fills):
     splits = pd.DataFrame([dict(split=s.name, rows=len(s), symbols=len(s.symbols), first=s.datetimes.min(), last=s.datetimes.max()) for s in read.values()])
     labels = pd.DataFrame([_label_row(s, h, classes) for s in read.values() for h in s.labels])
     from modelfactory.data.prices import split_warnings
-    warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels) + split_warnings(read)
+    warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels)
+    warnings += split_warnings(read)
     return SplitsReport(splits, labels, roles, warnings, fills)
 
 def _label_row(split, horizon, classes):

@@ -207,7 +207,8 @@ def check_history(
     "Raises `DivergedError` where the round that was kept has no finite validation loss."
     losses = np.asarray(history.get("val_loss", []), float)
     kept = history.get("best_round", len(losses) - 1)
-    if len(losses) and not np.isfinite(losses[min(kept, len(losses) - 1)]): raise DivergedError(diverged(model, kept + 1))
+    if len(losses) and not np.isfinite(losses[min(kept, len(losses) - 1)]):
+        raise DivergedError(diverged(model, kept + 1))
 
 def refuse_nan(model: BaseModel):
     "Raises the `ValueError` of a model that was given NaN and does not take it."

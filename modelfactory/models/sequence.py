@@ -248,7 +248,7 @@ class Training:
         return float(total) / len(batches)
 
     def record(self, train_loss: float, val_loss: float):
-        "Appends an epoch's losses; keeps the state when validation was never lower. A loss that is not finite is never the lowest."
+        "Appends an epoch's losses; keeps the state when validation was never lower; NaN is never the lowest."
         self.losses["train_loss"].append(train_loss), self.losses["val_loss"].append(val_loss)
         if np.isfinite(val_loss) and val_loss <= np.nanmin(self.losses["val_loss"]): self.best = own_state(self.net)
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/06_executors.ipynb #c6bc46a8
 from __future__ import annotations
-import contextlib, math, os, secrets, socket, sys, threading
+import contextlib, math, os, secrets, socket, subprocess, sys, threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,12 +38,19 @@ class Job:
 LOCKS = ".locks"
 
 def finished_run(job: Job, runs: Path) -> Run | None:
-    "The finished run of this identity, if there is one; a damaged run is none."
+    "The finished run of this identity, a scored one first; a damaged run is none."
+    runs_of_job = []
     for manifest in Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*/{MANIFEST}"):
-        with contextlib.suppress(RunError):
-            run = load_run(manifest.parent)
-            if run.identity == job.identity: return run
-    return None
+        with contextlib.suppress(RunError): runs_of_job.append(load_run(manifest.parent))
+    same = [run for run in runs_of_job if run.identity == job.identity]
+    return min(same, key=lambda run: not run.scored, default=None)
+
+def _finished(title, run):
+    "The outcome of a run that is there; one that is not scored is scored first, in a process of its own."
+    if run.scored: return run_outcome(title, run, "skipped")
+    code = "import sys; from modelfactory.runs.rescore import rescore; rescore(sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, str(run.path)], stdin=subprocess.DEVNULL, capture_output=True)
+    return run_outcome(title, load_run(run.path), "ok")
 
 def run_job(
     job: Job,
@@ -57,7 +64,7 @@ def run_job(
     try:
         with _lock(job, runs, stop):
             if stop.is_set(): return Outcome(job.title, "interrupted", "stopped before it began")
-            if not force and (run := finished_run(job, runs)): return run_outcome(job.title, run, "skipped")
+            if not force and (run := finished_run(job, runs)): return _finished(job.title, run)
             return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
     except Exception as e: return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
 

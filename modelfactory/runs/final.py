@@ -40,6 +40,7 @@ def final(
     runs = [load_run(p) for p in dict.fromkeys(Path(p).resolve() for p in paths)]
     for run in runs:
         run.verify()
+        run.metrics  # one that is not scored is refused before test is used
         try: check_data(run, data or run.data_folder)
         except MissingFile as e:
             raise RunError(f"{run.path.name}: {e}; where the data have moved, name their folder with --data") from None

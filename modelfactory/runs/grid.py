@@ -96,7 +96,8 @@ def plan(
     todo = {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}
     found = {}
     for (data, _), job in todo.items():
-        found |= dict.fromkeys(f"{Path(data).name}: {text}" for text in trainer_of(job.parameters).prepare_data().warnings)
+        report = trainer_of(job.parameters).prepare_data()
+        found |= dict.fromkeys(f"{Path(data).name}: {text}" for text in report.warnings)
     for data in dict.fromkeys(data for data, _ in todo): audit_data(grid, data)
     if warnings is not None: warnings += found
     return jobs
@@ -139,7 +140,9 @@ class GridResult(list):
     def to_frame(self): return pd.DataFrame([dict(run=o.name, status=o.status, seconds=round(o.seconds, 1), reason=o.reason) for o in self])
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
-        return (counts or "nothing to run") + "".join(f"\n  {o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason) + "".join(f"\n  warning: {text}" for text in self.warnings)
+        lines = [f"{o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason]
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n  ".join([counts or "nothing to run", *lines])
     def _repr_html_(self): return self.to_frame().to_html(index=False, border=0)
 
 # %% ../../nbs/runs/02_grid.ipynb #d24b91e5
@@ -156,8 +159,8 @@ def run_grid(
     "Trains what is not finished; one failed run does not stop the others."
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
-    stored = RunList() if force else list_runs(runs)
-    finished, warnings = _by_identity(stored), []
+    stored, warnings = RunList() if force else list_runs(runs), []
+    finished = {key: run for key, run in _by_identity(stored).items() if run.scored}
     jobs = plan(grid if isinstance(grid, GridConfig) else grid_config(grid), finished, warnings)
     clear_partial(runs)
     result = GridResult(run_outcome(j.title, run, "skipped") for j in jobs if (run := finished.get(j.identity)))
@@ -170,15 +173,16 @@ def run_grid(
     return result
 
 def trained_by_other_code(
-    jobs: list[Job],  # without a finished run
-    stored: RunList,  # finished runs
+    jobs: list[Job],  # without a scored run
+    stored: RunList,  # all runs
 ) -> list[Job]:
     "Jobs that a stored run would have finished but for its code, or for defaults that have changed since."
-    tasks = {}
+    tasks, identities = {}, {run.identity for run in stored}
     for run in stored:
         tasks.setdefault((run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")), []).append(run)
     task = lambda job: (*(job.resolved[k] for k in ("model", "horizon", "seed")), job.fingerprint)
-    return [job for job in jobs if any(_asks_the_same(job.resolved, run) for run in tasks.get(task(job), ()))]
+    return [job for job in jobs if job.identity not in identities
+            and any(_asks_the_same(job.resolved, run) for run in tasks.get(task(job), ()))]
 
 
 def _asks_the_same(resolved, run):

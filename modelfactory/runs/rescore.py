@@ -102,7 +102,9 @@ def score_with_data(
 
 def _timings(run):
     "Seconds of fitting and predicting, as the training measured them."
-    if not run.scored: return {f"{name}_seconds": run.manifest["seconds"].get(name, np.nan) for name in ("fit", "predict")}
+    if not run.scored:
+        seconds = run.manifest["seconds"]
+        return {f"{name}_seconds": seconds.get(name, np.nan) for name in ("fit", "predict")}
     return {name: run.metrics.get(name, np.nan) for name in ("fit_seconds", "predict_seconds")}
 
 # %% ../../nbs/runs/13_rescore.ipynb #22e66833

@@ -179,7 +179,7 @@ class Trainer:
         return self._learning
 
     def notes(self) -> tuple:  # sentences
-        "What to know of the scores: a fit that learnt nothing, early stopping on validation, trades at the close that was seen."
+        "What to know of the scores: a fit that learnt nothing, early stopping on val, trades at the close that was seen."
         gap = GAP_0[:1].upper() + GAP_0[1:] + "." if self.config.data.gap == 0 else None
         learning = self.learning_notes() if self.history is not None else []
         return tuple(note for note in (*learning, early_stopping_note(self.model_config), gap) if note)
@@ -237,7 +237,7 @@ def learning_notes(
     model,  # fitted
     train,  # TimeSeriesDataset it was fitted on
 ) -> list[str]:  # a sentence, or none
-    "Says so where a fit learnt nothing: the same probabilities for every row, or a loss above that of the class shares."
+    "Says so where a fit learnt nothing: the same probabilities for every row, or no better than the class shares."
     rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
     metadata = train.metadata.iloc[rows].reset_index(drop=True)
     p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
@@ -247,9 +247,13 @@ def learning_notes(
     weights = training_weights(model, codes, metadata)
     weights = np.ones(len(rows)) if weights is None else weights
     shares = np.bincount(codes, weights, minlength=len(model.classes)) / weights.sum()
-    loss, prior = (-np.average(np.log(np.clip(q, 1e-15, 1)), weights=weights) for q in (p[np.arange(len(rows)), codes], shares[codes]))
+    loss, prior = (_log_loss(given, weights) for given in (p[np.arange(len(rows)), codes], shares[codes]))
     if loss < prior: return []
-    return [f"The fit learnt nothing: its log loss on train is {loss:.4f}, that of the class shares {prior:.4f} ({size})."]
+    losses = f"its log loss on train is {loss:.4f}, that of the class shares {prior:.4f}"
+    return [f"The fit learnt nothing: {losses} ({size})."]
+
+def _log_loss(p, weights):
+    return -np.average(np.log(np.clip(p, 1e-15, 1)), weights=weights)
 
 def divergence_notes(
     history: dict | None,  # of a fit
@@ -259,7 +263,8 @@ def divergence_notes(
     bad = np.flatnonzero(~np.isfinite(losses))
     if not len(bad): return []
     kept = (history or {}).get("best_round", 0) + 1
-    return [f"The loss was NaN or infinite in round {bad[0] + 1}; the weights of round {kept} are kept: lower learning_rate."]
+    kept = f"the weights of round {kept} are kept"
+    return [f"The loss was NaN or infinite in round {bad[0] + 1}; {kept}: lower learning_rate."]
 
 EARLY_STOPPING_NOTE = ("Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
                        "boosting than on unseen data; stop_on: train_tail avoids that.")
