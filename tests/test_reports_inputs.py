@@ -126,6 +126,29 @@ def test_periods_and_the_index_of_a_frame_are_no_features(tmp_path):
     assert read_split(frame.reset_index(), features=["row_id"]).matrix[0, 0] == 100
 
 
+def test_extension_types_that_are_not_known_here_are_no_features(tmp_path):
+    "Arrow reads them as the numbers of their storage."
+    table = pa.Table.from_pandas(tiny(0))
+    field = pa.field("month", pa.int64(), metadata={"ARROW:extension:name": "acme.period"})
+    pq.write_table(table.append_column(field, pa.array(range(8))), tmp_path / "train.parquet")
+    assert read_split(tmp_path / "train.parquet").features == ["momentum"]
+    text = message(BadValue, read_split, tmp_path / "train.parquet", features=["momentum", "month"])
+    assert "month: found acme.period, expected numbers" in text
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[" * 100_000, b"7", b'{"index_columns": 7}', b'{"index_columns": [["momentum"], {}]}'])
+def test_metadata_of_pandas_that_makes_no_sense_is_ignored(metadata, tmp_path):
+    table = pa.Table.from_pandas(tiny(LABELS)).replace_schema_metadata({b"pandas": metadata})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert read_split(tmp_path / "train.parquet").features == ["momentum"]
+
+
+def test_a_stream_of_arrow_batches_is_read_once():
+    data = {split: pa.Table.from_pandas(bars(split)).to_reader() for split in ("train", "val")}
+    read = read_splits(data)
+    assert all(np.array_equal(read[split].labels[5], bars(split).label_h5) for split in read)
+
+
 def test_a_frame_that_arrow_cannot_read_is_refused_by_column():
     text = message(UnreadableFile, read_split, tiny(0, note=[1, "a"] * 4))
     assert text.startswith("train frame: note: found object with values of type int (4), str (4)")
@@ -191,8 +214,8 @@ def test_a_missing_class_says_which_values_are_there_instead():
 def test_check_shows_what_is_dropped(tmp_path, capsys):
     from modelfactory.cli import main
     data = write_folder(tmp_path / "data", lambda f: f.assign(label_h5=f.label_h5.mask(f.index < 9, 2)), ("train", "val", "test"))
-    with pytest.raises(SystemExit): main(["check", str(data)])
-    assert "9 of 240 labels are none of -1, 0, 1" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(SystemExit) as end: main(["check", str(data)])
+    assert end.value.code == 0 and "9 of 240 labels are none of -1, 0, 1" in capsys.readouterr().out.replace("\n", " ")
 
 
 # Types of features ------------------------------------------------------------------------------------------------------------
@@ -411,6 +434,8 @@ def test_keys_in_the_index_are_keys(levels, tmp_path):
     frame.to_parquet(tmp_path / "train.parquet")
     for source in (frame, tmp_path / "train.parquet"): assert_same(read_split(source), read_split(bars()))
     data = {split: bars(split).set_index(levels) for split in ("train", "val")}
+    prices = bars().assign(open=1., high=200., low=.5, volume=0)
+    assert check_bars(prices.set_index(levels)).equals(check_bars(prices))
     moved = data | dict(train=bars("train").assign(datetime=lambda f: f.datetime + pd.Timedelta("1h")).set_index(levels))
     assert fingerprint(data) != fingerprint(moved)
 

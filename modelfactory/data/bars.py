@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .splits import (
-    UNDEFINED, SplitsError, SplitsWarning, block_warnings, check_splits, column_roles, symbol_text)
+    UNDEFINED, SplitsError, SplitsWarning, block_warnings, check_splits, column_roles, symbol_text, with_keys)
 
 # %% auto #0
 __all__ = ['OHLCV', 'PRICE_ROUNDING', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd',
@@ -87,6 +87,7 @@ def check_bars(
     at_least: int = 1,  # bars that each symbol must have
 ) -> pd.DataFrame:  # these seven columns, sorted by symbol (first appearance) and datetime, prices float64
     "Bars in order, low and high widened by roundings; raises `BarsError` with column, count, first row and mend."
+    bars = with_keys(bars)
     missing = [c for c in ["datetime", "symbol", *OHLCV] if c not in bars]
     if missing: raise BarsError(f"bars: no column {missing[0]!r}, expected datetime, symbol, {', '.join(OHLCV)}; found {', '.join(map(str, bars.columns))}; rename or add it")
     _demand(bars["symbol"].notna(), "symbol", "with none", "name the symbol of every bar")

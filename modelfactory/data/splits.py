@@ -23,11 +23,11 @@ from ..settings import did_you_mean
 __all__ = ['ROLES', 'KEYS', 'SPLIT_ORDER', 'LAYOUTS', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'UNDEFINED', 'NO_VALUE', 'LABEL_NOISE',
            'DAY', 'WEEK', 'MIN_BLOCKS', 'CONSTANT_CALL', 'SplitsError', 'MissingFile', 'UnreadableFile',
            'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer',
-           'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles', 'parquet_parts',
-           'split_path', 'split_files', 'symbol_text', 'Split', 'read_split', 'read_columns', 'bars_between',
-           'label_bars', 'reaching_over', 'label_reach', 'timestamps_per_bar', 'effective_blocks', 'split_blocks',
-           'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings', 'block_warnings',
-           'check_splits', 'read_scaler', 'fingerprint']
+           'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles', 'with_keys',
+           'parquet_parts', 'split_path', 'split_files', 'symbol_text', 'Split', 'read_split', 'read_columns',
+           'bars_between', 'label_bars', 'reaching_over', 'label_reach', 'timestamps_per_bar', 'effective_blocks',
+           'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'constant_call_warnings',
+           'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -90,9 +90,10 @@ def _kind(field):
 
 def _index_columns(schema):
     "Columns that were the index of the pandas frame that was written."
-    try: written = schema.pandas_metadata or {}
-    except ValueError: return set()
-    return {c for c in written.get("index_columns", ()) if isinstance(c, str)} if isinstance(written, dict) else set()
+    try: written = schema.pandas_metadata
+    except (ValueError, RecursionError): return set()
+    columns = written.get("index_columns") if isinstance(written, dict) else None
+    return {c for c in columns if isinstance(c, str)} if isinstance(columns, list) else set()
 
 # %% ../../nbs/data/00_splits.ipynb #db8cdb8e
 def column_roles(
@@ -144,13 +145,15 @@ class _Reader:
 # %% ../../nbs/data/00_splits.ipynb #0777557b
 KEYS = ("datetime", "symbol")  # columns that are unique together
 
-def _with_keys(frame):
+def with_keys(
+    frame: pd.DataFrame,
+) -> pd.DataFrame:
     "The frame with keys that are levels of its index as columns."
     keys = [key for key in KEYS if key in frame.index.names and key not in frame.columns]
     return frame.reset_index(level=keys) if keys and frame.columns.nlevels == 1 else frame
 
 def _frame_reader(frame, file):
-    frame = _with_keys(frame)
+    frame = with_keys(frame)
     _check_unique(frame.columns, file)
     index = False if set(KEYS) <= set(frame.columns) else None  # where a key is missing, its levels are named in the error
     try: return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
@@ -499,7 +502,9 @@ def read_split(
     nan: str | None = None,  # None refuses NaN
 ) -> Split:
     "Reads one split into one float32 matrix; raises `SplitsError`. Nothing is fitted here."
-    reader, file = _open(source, name)
+    return _read_opened(*_open(source, name), name, horizons, features, classes, nan)
+
+def _read_opened(reader, file, name, horizons, features, classes, nan):
     horizons = _check_columns(reader.schema, horizons, file)
     if features is None: features = _features(column_roles(reader.schema))
     _check_features(reader.schema, features, file)
@@ -730,7 +735,7 @@ def read_splits(
     names = _features(roles)
     for reader, other in readers.values():
         _check_same(names, (file, first.schema), column_roles(reader.schema, features, exclude), other, reader.schema)
-    read = {name: read_split(source, name, horizons, names, classes, nan) for name, source in files.items()}
+    read = {name: _read_opened(*opened, name, horizons, names, classes, nan) for name, opened in readers.items()}
     fills = _fill(read, nan)
     for i, early in enumerate(splits):
         for late in splits[i + 1:]: _check_apart(read[early], read[late])
@@ -858,7 +863,7 @@ def _has_test(data):
 
 def _digest(source):
     "Hash of one split's content: rows of a frame or table, bytes of a file or of the parts of a folder."
-    if isinstance(source, pd.DataFrame): return _digest_frame(_with_keys(source))
+    if isinstance(source, pd.DataFrame): return _digest_frame(with_keys(source))
     if hasattr(source, "__arrow_c_stream__"): return _digest_frame(pa.table(source).to_pandas())
     if not Path(source).is_dir(): return _digest_file(source)
     digest = hashlib.blake2b()
