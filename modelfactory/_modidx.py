@@ -539,6 +539,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'modelfactory.data.splits._file_order': ( 'data/splits.html#_file_order',
                                                                                     'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._fill': ('data/splits.html#_fill', 'modelfactory/data/splits.py'),
+                                          'modelfactory.data.splits._first_line': ( 'data/splits.html#_first_line',
+                                                                                    'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._folder_hint': ( 'data/splits.html#_folder_hint',
                                                                                      'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._frame_reader': ( 'data/splits.html#_frame_reader',

@@ -77,8 +77,10 @@ def _widen(bars):
     above = (bars.close > bars.high) & (bars.close - bars.high <= rounding)
     below = (bars.close < bars.low) & (bars.low - bars.close <= rounding)
     if n := int((above | below).sum()):
-        warnings.warn(f"bars: close: {n:,} of {len(bars):,} rows outside [low, high] by a rounding (at most {PRICE_ROUNDING:g} of the price), "
-                      f"first at row {np.flatnonzero(above | below)[0]:,}; low and high are widened to the close", SplitsWarning, stacklevel=4)
+        first = np.flatnonzero(above | below)[0]
+        text = (f"bars: close: {n:,} of {len(bars):,} rows outside [low, high] by a rounding (at most "
+                f"{PRICE_ROUNDING:g} of the price), first at row {first:,}; low and high are widened to the close")
+        warnings.warn(text, SplitsWarning, stacklevel=4)
     return bars.assign(high=bars.high.mask(above, bars.close), low=bars.low.mask(below, bars.close))
 
 # %% ../../nbs/data/03_bars.ipynb #d0299c59
@@ -91,7 +93,8 @@ def check_bars(
     missing = [c for c in ["datetime", "symbol", *OHLCV] if c not in bars]
     if missing: raise BarsError(f"bars: no column {missing[0]!r}, expected datetime, symbol, {', '.join(OHLCV)}; found {', '.join(map(str, bars.columns))}; rename or add it")
     _demand(bars["symbol"].notna(), "symbol", "with none", "name the symbol of every bar")
-    bars = pd.DataFrame(dict(datetime=_times(bars["datetime"].reset_index(drop=True)), symbol=_symbols(bars["symbol"]), **{c: _number(bars[c]) for c in OHLCV}))
+    times, symbols = _times(bars["datetime"].reset_index(drop=True)), _symbols(bars["symbol"])
+    bars = pd.DataFrame(dict(datetime=times, symbol=symbols, **{c: _number(bars[c]) for c in OHLCV}))
     _demand(~bars.duplicated(["symbol", "datetime"]), "symbol, datetime", "repeating a key", "keep one row a bar")
     bars = _check_prices(bars)
     order = np.lexsort((bars.datetime, pd.factorize(bars.symbol)[0]))
