@@ -42,7 +42,7 @@ def write_folder(folder, change=lambda frame: frame, splits=("train", "val")):
     return folder
 
 
-def warnings_of(read): return [text for text in read.report.warnings if "blocks of" not in text]  # these splits are short
+def warnings_of(read): return [text for text in read.report.warnings if "blocks of" not in text]  # short splits
 
 
 def message(error, call, *args, **kwargs):
@@ -51,7 +51,7 @@ def message(error, call, *args, **kwargs):
     return str(caught.value)
 
 
-# One reader of frames and files -----------------------------------------------------------------------------------------------
+# One reader of frames and files ---------------------------------------------------------------------------------------
 
 LABELS = np.array([-1, 0, 1, 1, 0, -1, 1, 0], float)
 HOLES = np.array([False, True, False, False, True, False, False, True])
@@ -60,7 +60,8 @@ HOLES = np.array([False, True, False, False, True, False, False, True])
 def tiny(labels, n=len(LABELS), **columns):
     "One symbol; the labels decide what is read."
     times = pd.date_range("2024-01-01", periods=n, freq="h")
-    return pd.DataFrame(dict(datetime=times, symbol="AAA", momentum=np.arange(n, dtype=float), label_h5=labels) | columns)
+    frame = dict(datetime=times, symbol="AAA", momentum=np.arange(n, dtype=float), label_h5=labels)
+    return pd.DataFrame(frame | columns)
 
 
 def coded(kind):
@@ -73,7 +74,8 @@ def coded(kind):
     return pd.Series(values, dtype=kind)
 
 
-@pytest.mark.parametrize("kind", ["category", "category of text", "decimal", "text", "Int8", "Float64", "int64[pyarrow]"])
+@pytest.mark.parametrize("kind", [
+    "category", "category of text", "decimal", "text", "Int8", "Float64", "int64[pyarrow]"])
 def test_rows_without_a_label_stay_without_one_in_frame_and_file(kind, tmp_path):
     frame = tiny(coded(kind))
     frame.to_parquet(tmp_path / "train.parquet")
@@ -105,7 +107,8 @@ def test_a_number_of_any_type_is_a_feature_in_frame_and_file(values, tmp_path):
 
 
 def test_holes_of_booleans_and_integers_are_nan():
-    frame = tiny(0, up=pd.array([True, None, False, True] * 2, "boolean"), n_trades=pd.array([1, None, 3, 4] * 2, "Int64"))
+    up, n_trades = pd.array([True, None, False, True] * 2, "boolean"), pd.array([1, None, 3, 4] * 2, "Int64")
+    frame = tiny(0, up=up, n_trades=n_trades)
     matrix = read_split(frame, nan="keep").matrix[:, 1:]
     assert np.array_equal(matrix[:4], [[1, 1], [np.nan, np.nan], [0, 3], [1, 4]], equal_nan=True)
     assert "up: 2 rows with NaN" in message(BadValue, read_split, frame)
@@ -120,10 +123,35 @@ def test_an_arrow_table_of_runs_and_views_is_read():
 
 
 def test_periods_and_the_index_of_a_frame_are_no_features(tmp_path):
-    frame = tiny(0, month=pd.period_range("2024-01", periods=8, freq="M")).set_index(pd.Index(range(100, 108), name="row_id"))
+    frame = tiny(0, month=pd.period_range("2024-01", periods=8, freq="M"))
+    frame = frame.set_index(pd.Index(range(100, 108), name="row_id"))
     frame.to_parquet(tmp_path / "train.parquet")
     assert read_split(frame).features == read_split(tmp_path / "train.parquet").features == ["momentum"]
     assert read_split(frame.reset_index(), features=["row_id"]).matrix[0, 0] == 100
+
+
+def test_extension_types_that_are_not_known_here_are_no_features(tmp_path):
+    "Arrow reads them as the numbers of their storage."
+    table = pa.Table.from_pandas(tiny(0))
+    field = pa.field("month", pa.int64(), metadata={"ARROW:extension:name": "acme.period"})
+    pq.write_table(table.append_column(field, pa.array(range(8))), tmp_path / "train.parquet")
+    assert read_split(tmp_path / "train.parquet").features == ["momentum"]
+    text = message(BadValue, read_split, tmp_path / "train.parquet", features=["momentum", "month"])
+    assert "month: found acme.period, expected numbers" in text
+
+
+@pytest.mark.parametrize("metadata", [
+    b"{", b"[" * 100_000, b"7", b'{"index_columns": 7}', b'{"index_columns": [["momentum"], {}]}'])
+def test_metadata_of_pandas_that_makes_no_sense_is_ignored(metadata, tmp_path):
+    table = pa.Table.from_pandas(tiny(LABELS)).replace_schema_metadata({b"pandas": metadata})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert read_split(tmp_path / "train.parquet").features == ["momentum"]
+
+
+def test_a_stream_of_arrow_batches_is_read_once():
+    data = {split: pa.Table.from_pandas(bars(split)).to_reader() for split in ("train", "val")}
+    read = read_splits(data)
+    assert all(np.array_equal(read[split].labels[5], bars(split).label_h5) for split in read)
 
 
 def test_a_frame_that_arrow_cannot_read_is_refused_by_column():
@@ -131,7 +159,7 @@ def test_a_frame_that_arrow_cannot_read_is_refused_by_column():
     assert text.startswith("train frame: note: found object with values of type int (4), str (4)")
 
 
-# Label codings ----------------------------------------------------------------------------------------------------------------
+# Label codings --------------------------------------------------------------------------------------------------------
 
 def test_labels_as_numeric_text_are_numbers():
     data = frames(lambda f: f.assign(label_h5=f.label_h5.map({-1: "-1", 0: "0.0", 1: " 1"})))
@@ -143,7 +171,8 @@ def test_labels_with_rounding_noise_are_the_class_and_said():
     noise = np.random.default_rng(0).uniform(-9e-7, 9e-7, 240)
     read = read_splits(frames(lambda f: f.assign(label_h5=f.label_h5 + noise)))
     assert all((read[s].labels[5] == bars(s).label_h5).all() for s in read)
-    assert warnings_of(read) == [f"{s} frame: label_h5: 240 labels read as the class within 1e-06 of them" for s in read]
+    sentence = "label_h5: 240 labels read as the class within 1e-06 of them"
+    assert warnings_of(read) == [f"{split} frame: {sentence}" for split in read]
 
 
 def test_labels_that_are_no_class_are_counted_in_a_warning():
@@ -167,7 +196,7 @@ def test_undefined_labels_and_nulls_are_no_warning():
 def test_words_among_numeric_labels_are_dropped_with_a_warning():
     def words(frame): return frame.assign(label_h5=frame.label_h5.astype(str).where(frame.index >= 7, "undefined"))
     warnings = read_splits(frames(words)).report.warnings
-    assert "train frame: label_h5: 7 of 240 labels are none of -1, 0, 1 and are no target: 'undefined' (7)" in warnings[0]
+    assert "label_h5: 7 of 240 labels are none of -1, 0, 1 and are no target: 'undefined' (7)" in warnings[0]
 
 
 @pytest.mark.parametrize("labels, words", [
@@ -188,14 +217,20 @@ def test_a_missing_class_says_which_values_are_there_instead():
     assert (read["train"].labels[5] == bars().label_h5 * 2).all()
 
 
+def test_classes_that_do_not_fit_a_label_are_refused():
+    data = frames(lambda f: f.assign(label_h5=f.label_h5 * 200))
+    assert "expected whole numbers from -127 to 127" in message(SplitsError, read_splits, data, classes=(-200, 0, 200))
+
+
 def test_check_shows_what_is_dropped(tmp_path, capsys):
     from modelfactory.cli import main
-    data = write_folder(tmp_path / "data", lambda f: f.assign(label_h5=f.label_h5.mask(f.index < 9, 2)), ("train", "val", "test"))
-    with pytest.raises(SystemExit): main(["check", str(data)])
-    assert "9 of 240 labels are none of -1, 0, 1" in capsys.readouterr().out.replace("\n", " ")
+    def foreign(frame): return frame.assign(label_h5=frame.label_h5.mask(frame.index < 9, 2))
+    data = write_folder(tmp_path / "data", foreign, ("train", "val", "test"))
+    with pytest.raises(SystemExit) as end: main(["check", str(data)])
+    assert end.value.code == 0 and "9 of 240 labels are none of -1, 0, 1" in capsys.readouterr().out.replace("\n", " ")
 
 
-# Types of features ------------------------------------------------------------------------------------------------------------
+# Types of features ----------------------------------------------------------------------------------------------------
 
 TYPES = {
     "text": lambda f: f.assign(trend=f.trend.astype(str)),
@@ -230,7 +265,7 @@ def test_new_bars_of_another_type_are_refused_by_name(kind, run):
     assert text.startswith(f"test frame: trend: found {kind}")
 
 
-# Symbols ----------------------------------------------------------------------------------------------------------------------
+# Symbols --------------------------------------------------------------------------------------------------------------
 
 SYMBOLS = {
     "numbers": ([1, 600306], ["1", "600306"]), "floats": ([1., 600306.], ["1", "600306"]),
@@ -294,13 +329,14 @@ def test_context_and_prices_meet_symbols_of_another_type(tmp_path):
 
 
 @pytest.mark.parametrize("symbols, error, words", [
-    (["AAA", None], MissingColumn, "120 rows with none, first at row 120"), (["AAA", ""], MissingColumn, "120 rows with none"),
+    (["AAA", None], MissingColumn, "120 rows with none, first at row 120"),
+    (["AAA", ""], MissingColumn, "120 rows with none"),
     ([1., np.nan], MissingColumn, "120 rows with none"), ([b"A", b"\xff"], BadValue, "bytes that are not UTF-8")])
 def test_symbols_that_name_nothing_are_refused(symbols, error, words):
     assert words in message(error, read_split, bars(symbols=symbols))
 
 
-# Layouts ----------------------------------------------------------------------------------------------------------------------
+# Layouts --------------------------------------------------------------------------------------------------------------
 
 def assert_same(read, expected):
     assert read.symbols == expected.symbols and read.features == expected.features
@@ -386,7 +422,8 @@ def test_csv_is_read_in_place_of_parquet(options, tmp_path):
 
 def test_csv_types_are_decided_by_all_rows(tmp_path):
     n = 60_000
-    frame = pd.DataFrame(dict(datetime=pd.date_range("2000", periods=n, freq="h"), symbol="A", x=1, label_h5=0)).astype(dict(x=object))
+    frame = pd.DataFrame(dict(datetime=pd.date_range("2000", periods=n, freq="h"), symbol="A", x=1, label_h5=0))
+    frame["x"] = frame.x.astype(object)
     frame.loc[n - 1, "x"] = .5
     frame.loc[7, "label_h5"] = np.nan
     frame.to_csv(tmp_path / "train.csv", index=False)
@@ -396,7 +433,8 @@ def test_csv_types_are_decided_by_all_rows(tmp_path):
 
 def test_csv_that_is_not_one_says_so(tmp_path):
     bars().to_csv(tmp_path / "train.parquet", index=False)
-    assert "begins with b'date', expected a parquet file; name a CSV file train.csv" in message(UnreadableFile, read_split, tmp_path / "train.parquet")
+    text = message(UnreadableFile, read_split, tmp_path / "train.parquet")
+    assert "begins with b'date', expected a parquet file; name a CSV file train.csv" in text
     bars().to_csv(tmp_path / "train.csv", sep=";", index=False)
     assert "separate the columns of a CSV file by commas" in message(MissingColumn, read_split, tmp_path / "train.csv")
     (tmp_path / "train.csv").write_text("datetime,symbol\n1,2,3\n")
@@ -411,7 +449,10 @@ def test_keys_in_the_index_are_keys(levels, tmp_path):
     frame.to_parquet(tmp_path / "train.parquet")
     for source in (frame, tmp_path / "train.parquet"): assert_same(read_split(source), read_split(bars()))
     data = {split: bars(split).set_index(levels) for split in ("train", "val")}
-    moved = data | dict(train=bars("train").assign(datetime=lambda f: f.datetime + pd.Timedelta("1h")).set_index(levels))
+    prices = bars().assign(open=1., high=200., low=.5, volume=0)
+    assert check_bars(prices.set_index(levels)).equals(check_bars(prices))
+    later = bars("train").assign(datetime=lambda f: f.datetime + pd.Timedelta("1h"))
+    moved = data | dict(train=later.set_index(levels))
     assert fingerprint(data) != fingerprint(moved)
 
 
@@ -439,7 +480,7 @@ def test_new_bars_may_be_parts_or_csv(run, tmp_path):
     assert len(run.predict(tmp_path / "splits")) > len(expected)  # the rows of train come before
 
 
-# Many symbols -----------------------------------------------------------------------------------------------------------------
+# Many symbols ---------------------------------------------------------------------------------------------------------
 
 class CountedArray(np.ndarray):
     "Counts the elements that element-wise operations go through."
@@ -474,14 +515,15 @@ def test_checking_boundaries_goes_through_each_row_a_few_times():
     assert CountedArray.elements <= 10 * len(split)
 
 
-# Adjusted bars ----------------------------------------------------------------------------------------------------------------
+# Adjusted bars --------------------------------------------------------------------------------------------------------
 
 def adjusted(n=1_400, outside=17, by=1e-10):
     "Daily bars; some closes lie above the high and some below the low by a share of the price."
     rng = np.random.default_rng(0)
     close = 100 * np.exp(rng.normal(0, .01, n).cumsum())
-    frame = pd.DataFrame(dict(datetime=pd.date_range("2010", periods=n, freq="D"), symbol="AAA", open=close, high=close * 1.01,
-                              low=close * .99, close=close, volume=1.))
+    times = pd.date_range("2010", periods=n, freq="D")
+    frame = pd.DataFrame(dict(datetime=times, symbol="AAA", open=close, high=close * 1.01, low=close * .99, close=close,
+                              volume=1.))
     rows = rng.choice(n, outside, replace=False)
     frame.loc[rows[:10], "high"] = close[rows[:10]] * (1 - by)
     frame.loc[rows[10:], "low"] = close[rows[10:]] * (1 + by)
@@ -492,7 +534,8 @@ def test_closes_outside_by_a_rounding_widen_the_bar_and_are_counted():
     from modelfactory.data.splits import SplitsWarning
     frame, rows = adjusted()
     with pytest.warns(SplitsWarning) as shown: checked = check_bars(frame)
-    assert f"17 of 1,400 rows outside [low, high] by a rounding (at most 1e-09 of the price), first at row {rows[0]}" in str(shown[0].message)
+    expected = "17 of 1,400 rows outside [low, high] by a rounding (at most 1e-09 of the price), first at row "
+    assert f"{expected}{rows[0]}" in str(shown[0].message)
     assert len(shown) == 1 and shown[0].filename == __file__
     assert (checked.high >= checked.close).all() and (checked.low <= checked.close).all()
     pd.testing.assert_frame_equal(checked.drop(index=rows), frame.drop(index=rows), check_dtype=False)
@@ -522,15 +565,18 @@ def test_written_splits_hold_the_widened_bars(tmp_path):
         assert ((rows.low <= rows.close) & (rows.close <= rows.high)).all()
 
 
-# The same splits in five formats ----------------------------------------------------------------------------------------------
+# The same splits in five formats --------------------------------------------------------------------------------------
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", 25))  # 200 before a release
-WHOLE = ["int8", "int64", "uint16", "bool", "Int32", "boolean", "UInt8", "int64[pyarrow]", "category of numbers", "float16"]
+WHOLE = ["int8", "int64", "uint16", "bool", "Int32", "boolean", "UInt8", "int64[pyarrow]", "category of numbers",
+         "float16"]
 FRACTIONS = ["float64", "float32", "Float32", "double[pyarrow]", "decimal", "category of floats"]
-HOLED = {"float64", "float32", "Int32", "boolean", "Float32", "int64[pyarrow]", "double[pyarrow]", "decimal", "category of numbers",
-         "category of floats"}
-LABEL_KINDS = ["int8", "Int8", "float64", "float32", "text", "category of numbers", "category of text", "decimal", "double[pyarrow]"]
-SYMBOL_KINDS = {"text": ["ES", "NA", "000001"], "category": ["zz", "Ü 1", "A,B"], "numbers": [600306, 1, 7], "bytes": [b"ES", b"NQ", b"7"]}
+HOLED = {"float64", "float32", "Int32", "boolean", "Float32", "int64[pyarrow]", "double[pyarrow]", "decimal",
+         "category of numbers", "category of floats"}
+LABEL_KINDS = ["int8", "Int8", "float64", "float32", "text", "category of numbers", "category of text", "decimal",
+               "double[pyarrow]"]
+SYMBOL_KINDS = {"text": ["ES", "NA", "000001"], "category": ["zz", "Ü 1", "A,B"], "numbers": [600306, 1, 7],
+                "bytes": [b"ES", b"NQ", b"7"]}
 ZONES = [None, "UTC", "America/New_York", "Asia/Kolkata"]  # without a change of the clock in the two months drawn
 
 
@@ -546,15 +592,16 @@ def typed(values, holes, kind):
 
 @st.composite
 def splits_of_any_type(draw):
-    "A frame of four features f0 to f3: types, order of rows, zone, unit, gaps in time, holes, symbols, where the keys are."
+    "Features f0 to f3 of drawn types; drawn order of rows, zone, unit, gaps in time, holes, symbols, levels of the index."
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     symbol_kind = draw(st.sampled_from(list(SYMBOL_KINDS)))
     names = SYMBOL_KINDS[symbol_kind][:draw(st.integers(1, 3))]
     sizes = draw(st.lists(st.integers(2, 40), min_size=len(names), max_size=len(names)))
     zone, unit = draw(st.sampled_from(ZONES)), draw(st.sampled_from(["s", "ms", "us", "ns"]))
-    times = [pd.Timestamp("2024-01-04") + pd.to_timedelta(np.sort(rng.choice(4 * n, n, replace=False)) * 15, "min") for n in sizes]
-    datetimes = pd.Series(np.concatenate(times)).astype(f"datetime64[{unit}]")
-    frame = pd.DataFrame(dict(datetime=datetimes.dt.tz_localize(zone), symbol=[s for s, n in zip(names, sizes) for _ in range(n)]))
+    steps = np.concatenate([np.sort(rng.choice(4 * n, n, replace=False)) for n in sizes])
+    datetimes = pd.Series(pd.Timestamp("2024-01-04") + pd.to_timedelta(15 * steps, "min")).astype(f"datetime64[{unit}]")
+    symbols = [s for s, n in zip(names, sizes) for _ in range(n)]
+    frame = pd.DataFrame(dict(datetime=datetimes.dt.tz_localize(zone), symbol=symbols))
     if symbol_kind == "category": frame["symbol"] = frame.symbol.astype("category")
     n, share = len(frame), draw(st.sampled_from([0, .3]))
     for j in range(4):
@@ -568,9 +615,10 @@ def splits_of_any_type(draw):
     frame["close"], frame["venue"] = rng.lognormal(size=n), rng.choice(["X", "Y"], n)
     order = draw(st.sampled_from(["by symbol", "by time", "shuffled", "reversed"]))
     if order == "by time": frame = frame.sort_values("datetime", kind="stable")
-    if order in ("shuffled", "reversed"): frame = frame.iloc[rng.permutation(n) if order == "shuffled" else slice(None, None, -1)]
-    frame = frame.reset_index(drop=True)
-    return frame.set_index(draw(st.sampled_from([["symbol"], ["datetime", "symbol"]]))) if draw(st.booleans()) else frame
+    if order == "shuffled": frame = frame.iloc[rng.permutation(n)]
+    if order == "reversed": frame = frame.iloc[::-1]
+    levels = draw(st.sampled_from([[], ["symbol"], ["datetime", "symbol"]]))
+    return frame.set_index(levels) if levels else frame.reset_index(drop=True)
 
 
 def as_polars_writes(frame, file):
@@ -585,8 +633,10 @@ def as_polars_writes(frame, file):
         if pa.types.is_string(kind): kind = pa.large_string()
         if pa.types.is_decimal(kind): kind = pa.decimal128(38, kind.scale)
         fields.append(pa.field(field.name, kind))
-    columns = [column.cast(field.type.value_type).dictionary_encode().cast(field.type) if pa.types.is_dictionary(field.type) else column.cast(field.type)
-               for column, field in zip(table.columns, fields)]
+    columns = []
+    for column, field in zip(table.columns, fields):
+        if pa.types.is_dictionary(field.type): column = column.cast(pa.large_string()).dictionary_encode()
+        columns.append(column.cast(field.type))
     pq.write_table(pa.table(columns, schema=pa.schema(fields)), file, row_group_size=16)
 
 
@@ -607,7 +657,8 @@ def four_features(tmp_path_factory):
     def make(split):
         frame = bars(split)
         rng = np.random.default_rng(5)
-        return frame.drop(columns=["momentum", "trend"]).assign(**{f"f{j}": rng.normal(size=len(frame)) for j in range(4)})
+        columns = {f"f{j}": rng.normal(size=len(frame)) for j in range(4)}
+        return frame.drop(columns=["momentum", "trend"]).assign(**columns)
     return trained(tmp_path_factory.mktemp("four"), make, nan="zero")
 
 
@@ -623,15 +674,16 @@ def test_five_formats_give_the_same_matrix_labels_and_predictions(frame, four_fe
             predictions = four_features.predict(source)
             notes = [note.split(": ", 1)[1] for note in split.label_notes.get(5, [])]
             result = dict(
-                features=split.features, symbols=split.symbols, codes=split.codes, matrix=split.matrix, labels=split.labels[5],
-                times=split.datetimes.as_unit("ns").asi8, close=split.close, notes=notes, p_up=predictions.p_up.to_numpy(),
-                after=pd.DatetimeIndex(predictions.after).as_unit("ns").asi8, symbol=predictions.symbol.tolist(),
-                unseen=predictions.attrs["unseen"])
+                features=split.features, symbols=split.symbols, codes=split.codes, matrix=split.matrix,
+                labels=split.labels[5], times=split.datetimes.as_unit("ns").asi8, close=split.close, notes=notes,
+                p_up=predictions.p_up.to_numpy(), after=pd.DatetimeIndex(predictions.after).as_unit("ns").asi8,
+                symbol=predictions.symbol.tolist(), unseen=predictions.attrs["unseen"])
             if expected is None:
                 expected = result
                 assert split.symbols == names and split.features == ["f0", "f1", "f2", "f3"]
                 check_against_the_frame(split, rows)
-            for key, value in result.items(): assert np.array_equal(value, expected[key], equal_nan=key == "matrix"), (name, key)
+            for key, value in result.items():
+                assert np.array_equal(value, expected[key], equal_nan=key == "matrix"), (name, key)
 
 
 def check_against_the_frame(split, rows):

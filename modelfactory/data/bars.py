@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from .prices import price_warnings
 from modelfactory.data.splits import (
     EPOCH_FIX, FIRST_YEAR, UNDEFINED, SplitsError, SplitsWarning, block_warnings, check_splits, column_roles,
-    symbol_text)
+    symbol_text, with_keys)
 
 # %% auto #0
 __all__ = ['OHLCV', 'PRICE_ROUNDING', 'FEATURES', 'WARMUP', 'FEATURE_GROUPS', 'SPREAD', 'SPLITS', 'BarsError', 'read_eurusd',
@@ -80,8 +80,10 @@ def _widen(bars):
     above = (bars.close > bars.high) & (bars.close - bars.high <= rounding)
     below = (bars.close < bars.low) & (bars.low - bars.close <= rounding)
     if n := int((above | below).sum()):
-        warnings.warn(f"bars: close: {n:,} of {len(bars):,} rows outside [low, high] by a rounding (at most {PRICE_ROUNDING:g} of the price), "
-                      f"first at row {np.flatnonzero(above | below)[0]:,}; low and high are widened to the close", SplitsWarning, stacklevel=4)
+        first = np.flatnonzero(above | below)[0]
+        text = (f"bars: close: {n:,} of {len(bars):,} rows outside [low, high] by a rounding (at most "
+                f"{PRICE_ROUNDING:g} of the price), first at row {first:,}; low and high are widened to the close")
+        warnings.warn(text, SplitsWarning, stacklevel=4)
     return bars.assign(high=bars.high.mask(above, bars.close), low=bars.low.mask(below, bars.close))
 
 # %% ../../nbs/data/03_bars.ipynb #d0299c59
@@ -90,10 +92,12 @@ def check_bars(
     at_least: int = 1,  # bars that each symbol must have
 ) -> pd.DataFrame:  # these seven columns, sorted by symbol (first appearance) and datetime, prices float64
     "Bars in order, low and high widened by roundings; raises `BarsError` with column, count, first row and mend."
+    bars = with_keys(bars)
     missing = [c for c in ["datetime", "symbol", *OHLCV] if c not in bars]
     if missing: raise BarsError(f"bars: no column {missing[0]!r}, expected datetime, symbol, {', '.join(OHLCV)}; found {', '.join(map(str, bars.columns))}; rename or add it")
     _demand(bars["symbol"].notna(), "symbol", "with none", "name the symbol of every bar")
-    bars = pd.DataFrame(dict(datetime=_times(bars["datetime"].reset_index(drop=True)), symbol=_symbols(bars["symbol"]), **{c: _number(bars[c]) for c in OHLCV}))
+    times, symbols = _times(bars["datetime"].reset_index(drop=True)), _symbols(bars["symbol"])
+    bars = pd.DataFrame(dict(datetime=times, symbol=symbols, **{c: _number(bars[c]) for c in OHLCV}))
     _demand(~bars.duplicated(["symbol", "datetime"]), "symbol, datetime", "repeating a key", "keep one row a bar")
     bars = _check_prices(bars)
     order = np.lexsort((bars.datetime, pd.factorize(bars.symbol)[0]))

@@ -24,10 +24,10 @@ __all__ = ['ROLES', 'KEYS', 'SPLIT_ORDER', 'LAYOUTS', 'FIRST_YEAR', 'EPOCH_FIX',
            'NO_VALUE', 'LABEL_NOISE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'RARE_CLASS', 'CONSTANT_CALL', 'SplitsError',
            'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
            'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
-           'parquet_parts', 'split_path', 'split_files', 'symbol_text', 'Split', 'read_split', 'read_columns',
-           'bars_between', 'label_bars', 'reaching_over', 'check_order', 'label_reach', 'timestamps_per_bar',
-           'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
-           'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+           'with_keys', 'parquet_parts', 'split_path', 'split_files', 'symbol_text', 'Split', 'read_split',
+           'read_columns', 'bars_between', 'label_bars', 'reaching_over', 'check_order', 'label_reach',
+           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits',
+           'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
@@ -53,6 +53,8 @@ def _rows(
     n = int(bad.sum())
     return f"{n:,} row{'s' if n > 1 else ''} {what}, first at row {int(np.flatnonzero(bad)[0]):,}"
 
+def _first_line(error): return next(iter(str(error).splitlines()), "")[:160]
+
 # %% ../../nbs/data/00_splits.ipynb #00084b32
 ROLES = [(re.compile(pattern), role, why) for pattern, role, why in [
     (r"datetime|symbol", "key", "key of the row"),
@@ -73,7 +75,8 @@ def _role(field):
     return ("feature", "") if _is_numeric(field) else ("other", f"not a number ({_kind(field)})")
 
 def _is_number(kind):
-    return any(is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal))
+    types = pa.types
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
 
 def _is_text(kind): return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -90,9 +93,10 @@ def _kind(field):
 
 def _index_columns(schema):
     "Columns that were the index of the pandas frame that was written."
-    try: written = schema.pandas_metadata or {}
-    except ValueError: return set()
-    return {c for c in written.get("index_columns", ()) if isinstance(c, str)} if isinstance(written, dict) else set()
+    try: written = schema.pandas_metadata
+    except (ValueError, RecursionError): return set()
+    columns = written.get("index_columns") if isinstance(written, dict) else None
+    return {c for c in columns if isinstance(c, str)} if isinstance(columns, list) else set()
 
 # %% ../../nbs/data/00_splits.ipynb #db8cdb8e
 def column_roles(
@@ -144,17 +148,20 @@ class _Reader:
 # %% ../../nbs/data/00_splits.ipynb #0777557b
 KEYS = ("datetime", "symbol")  # columns that are unique together
 
-def _with_keys(frame):
+def with_keys(
+    frame: pd.DataFrame,
+) -> pd.DataFrame:
     "The frame with keys that are levels of its index as columns."
     keys = [key for key in KEYS if key in frame.index.names and key not in frame.columns]
     return frame.reset_index(level=keys) if keys and frame.columns.nlevels == 1 else frame
 
 def _frame_reader(frame, file):
-    frame = _with_keys(frame)
+    frame = with_keys(frame)
     _check_unique(frame.columns, file)
-    index = False if set(KEYS) <= set(frame.columns) else None  # where a key is missing, its levels are named in the error
+    index = False if set(KEYS) <= set(frame.columns) else None  # without a key, the error names the levels of the index
     try: return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
-    except (pa.ArrowException, TypeError, ValueError) as e: raise UnreadableFile(f"{file}: {_culprit(frame, e)}") from None
+    except (pa.ArrowException, TypeError, ValueError) as e:
+        raise UnreadableFile(f"{file}: {_culprit(frame, e)}") from None
 
 def _table_reader(table): return _Reader(table.schema, table.select)
 
@@ -165,14 +172,15 @@ def _culprit(frame, error):
         except (pa.ArrowException, TypeError, ValueError):
             types = column.dropna().map(lambda v: type(v).__name__).value_counts()
             values = ", ".join(f"{t} ({n:,})" for t, n in types[:4].items())
-            return f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; convert or drop the column"
-    return str(error).splitlines()[0][:200]
+            return (f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; "
+                    "convert or drop the column")
+    return _first_line(error)
 
 # %% ../../nbs/data/00_splits.ipynb #962af2a2
 def parquet_parts(
     folder: Path,
 ) -> list[Path]:  # in natural order, part.2 before part.10; empty where `folder` is no folder
-    "Parquet files of a folder and of its folders named key=value; names that begin with a dot or an underscore are left out."
+    "Parquet files of a folder and of its folders named key=value; those named .name or _name are left out."
     if not Path(folder).is_dir(): return []
     entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith((".", "_"))]
     files = [entry for entry in entries if entry.suffix == ".parquet" and entry.is_file()]
@@ -191,11 +199,16 @@ def _parts_reader(folder):
         if lacking := set(reader.schema.names) ^ set(other.schema.names):
             column = min(lacking)
             where = [file for file in (first, name) if column not in parts[file].schema.names][0]
-            raise MissingColumn(f"{folder.name}/{where}: no column {column!r}, which other parts have; write all parts with the same columns")
+            raise MissingColumn(f"{folder.name}/{where}: no column {column!r}, which other parts have; "
+                                "write all parts with the same columns")
     try: schema = pa.unify_schemas([part.schema for part in parts.values()], promote_options="permissive")
     except pa.ArrowException as e:
-        raise UnreadableFile(f"{folder.name}: parts differ in type: {str(e).splitlines()[0][:200]}; write all parts with one type") from None
-    return _Reader(schema, lambda columns: pa.concat_tables([part.read(columns) for part in parts.values()], promote_options="permissive"))
+        raise UnreadableFile(f"{folder.name}: parts differ in type: {_first_line(e)}; "
+                             "write all parts with one type") from None
+
+    def read(columns): return pa.concat_tables([p.read(columns) for p in parts.values()], promote_options="permissive")
+
+    return _Reader(schema, read)
 
 def _part_reader(folder, file):
     "One part; it is opened when it is read, as a folder may hold more parts than a process may open."
@@ -205,8 +218,9 @@ def _part_reader(folder, file):
     try: schema = fragment.physical_schema
     except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(file, e)) from None
     _check_unique(schema.names, file)
-    keys = dict(part.split("=", 1) for part in file.parent.relative_to(folder).parts)
-    keys = {key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for key, value in keys.items() if key not in schema.names}
+    pairs = dict(part.split("=", 1) for part in file.parent.relative_to(folder).parts)
+    keys = {key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+            for key, value in pairs.items() if key not in schema.names}
     for key in keys: schema = schema.append(pa.field(key, pa.large_string()))
 
     def read(columns):
@@ -221,18 +235,19 @@ def _part_reader(folder, file):
 def _csv_reader(path):
     from pyarrow import csv
     options = dict(
-        read_options=csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1)),  # types are decided by all rows
+        read_options=csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1)),  # all rows decide a type
         convert_options=csv.ConvertOptions(column_types=dict.fromkeys(KEYS, pa.large_string())))
     try: return _table_reader(csv.read_csv(path, **options))
     except (pa.ArrowException, OSError) as e:
-        raise UnreadableFile(f"{path}: not a readable CSV file ({str(e).splitlines()[0][:120]}); write it again") from None
+        raise UnreadableFile(f"{path}: not a readable CSV file ({_first_line(e)}); write it again") from None
 
 def _not_parquet(path, error):
     "What a file is that does not open as parquet, and what to do."
     with open(path, "rb") as f: start = f.read(4)
-    if start in (b"", b"PAR1"): return f"{path}: not a whole parquet file ({str(error).splitlines()[0][:120]}); write it again"
-    return (f"{path}: begins with {start!r}, expected a parquet file; name a CSV file {Path(path).with_suffix('.csv').name}, "
-            "write any other as parquet")
+    if start in (b"", b"PAR1"):
+        return f"{path}: not a whole parquet file ({_first_line(error)}); write it again"
+    return (f"{path}: begins with {start!r}, expected a parquet file; "
+            f"name a CSV file {Path(path).with_suffix('.csv').name}, write any other as parquet")
 
 def _open(source, name):
     "A reader of one split, and how messages name where it is from; raises `SplitsError`."
@@ -248,7 +263,7 @@ def _open(source, name):
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
 SPLIT_ORDER = ("train", "val", "test")  # in time
-LAYOUTS = ("{}_scaled.parquet", "{}.parquet", "{}", "split={}", "{}_scaled.csv", "{}.csv")  # the first that is there is read
+LAYOUTS = ("{}_scaled.parquet", "{}.parquet", "{}", "split={}", "{}_scaled.csv", "{}.csv")  # in order of preference
 
 def split_path(
     folder: Path,  # of splits
@@ -269,8 +284,9 @@ def split_files(
     files = {s: split_path(data, s) for s in splits}
     for s, file in files.items():
         if file is None:
-            raise MissingFile(f"{Path(data) / LAYOUTS[0].format(s)}: no such file; expected Phase 1 splits train_scaled.parquet, "
-                              f"val_scaled.parquet, test_scaled.parquet in one folder{_folder_hint(Path(data), s)}")
+            raise MissingFile(f"{Path(data) / LAYOUTS[0].format(s)}: no such file; expected Phase 1 splits "
+                              "train_scaled.parquet, val_scaled.parquet, test_scaled.parquet in one folder"
+                              f"{_folder_hint(Path(data), s)}")
     return files
 
 def _folder_hint(folder, split):
@@ -309,7 +325,8 @@ def _parse_text(text, file):
         raise BadDatetime(f"{file}: datetime: {_rows(mixed, 'in another time zone')}; convert all to one")
     times = pd.to_datetime(text, errors="coerce", format="ISO8601")
     if (bad := times.isna().to_numpy()).any():
-        raise BadDatetime(f"{file}: datetime: {_rows(bad, f'not readable as a time ({text[bad].iloc[0]!r})')}; use ISO 8601")
+        what = f"not readable as a time ({text[bad].iloc[0]!r})"
+        raise BadDatetime(f"{file}: datetime: {_rows(bad, what)}; use ISO 8601")
     return times
 
 # %% ../../nbs/data/00_splits.ipynb #a0d3f87d
@@ -323,7 +340,8 @@ def symbol_text(
     if pa.types.is_floating(kind): column = _whole_numbers(column)
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         try: column = column.cast(pa.large_string())
-        except pa.ArrowException: raise BadValue(f"{file}: symbol: bytes that are not UTF-8, expected names; decode them") from None
+        except pa.ArrowException:
+            raise BadValue(f"{file}: symbol: bytes that are not UTF-8, expected names; decode them") from None
     elif pa.types.is_date(kind) or pa.types.is_timestamp(kind): column = _times_as_text(column)
     elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
         raise BadValue(f"{file}: symbol: found {kind}, expected text or numbers; convert the column")
@@ -451,7 +469,8 @@ def _parse_numbers(column):
 
 def _numbers(column, name, file):
     parsed = _parse_numbers(column)
-    if parsed is None: raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
+    if parsed is None:
+        raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
     values, words = parsed
     if words.any():
         raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected numbers; "
@@ -461,12 +480,15 @@ def _numbers(column, name, file):
 def _counts(values, most=5):
     "The most frequent values and how often each occurs."
     counts = pd.Series(values).value_counts()
-    shown = ", ".join(f"{value!r} ({n:,})" if isinstance(value, str) else f"{value:.9g} ({n:,})" for value, n in counts[:most].items())
+    texts = [repr(value) if isinstance(value, str) else f"{value:.9g}" for value in counts.index[:most]]
+    shown = ", ".join(f"{text} ({n:,})" for text, n in zip(texts, counts))
     return shown + (f", and {len(counts) - most:,} more" if len(counts) > most else "")
 
 @np.errstate(invalid="ignore")  # of infinity, which is no class
 def _labels(column, name, classes, file):
     "Labels (N,) int8, NO_TARGET where undefined, and notes on values that were rounded or dropped."
+    if min(classes) <= NO_TARGET or max(classes) > 127:
+        raise SplitsError(f"classes = {tuple(classes)}: expected whole numbers from -127 to 127; number them anew")
     allowed = ", ".join(map(str, classes))
     parsed = _parse_numbers(column)
     if parsed is None:
@@ -475,16 +497,17 @@ def _labels(column, name, classes, file):
     nearest = np.rint(values)
     defined = np.isin(nearest, classes) & (np.abs(values - nearest) <= LABEL_NOISE)
     if words.any() and not defined.any():
-        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected labels among {allowed}; "
-                       "map the text to these numbers")
+        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), "
+                       f"expected labels among {allowed}; map the text to these numbers")
     notes = []
     if rounded := int((defined & (values != nearest)).sum()):
         notes.append(f"{file}: {name}: {rounded:,} labels read as the class within {LABEL_NOISE:g} of them")
     foreign = words | ~(defined | np.isnan(values) | (nearest == UNDEFINED))
     if foreign.any():
         shown = _counts(column.to_pandas()[words] if words.any() else values[foreign])
-        notes.append(f"{file}: {name}: {int(foreign.sum()):,} of {int((foreign | defined).sum()):,} labels are none of {allowed} "
-                     f"and are no target: {shown}; map them to a class, or name them in classes=")
+        share = f"{int(foreign.sum()):,} of {int((foreign | defined).sum()):,} labels"
+        notes.append(f"{file}: {name}: {share} are none of {allowed} and are no target: {shown}; "
+                     "map them to a class, or name them in classes=")
     return np.where(defined, np.where(defined, nearest, 0), NO_TARGET).astype(np.int8), notes
 
 def _horizons(names, prefix="label_h"): return sorted(int(n[len(prefix):]) for n in names if re.fullmatch(prefix + r"\d+", n))
@@ -494,7 +517,8 @@ def _check_columns(schema, horizons, file):
     _check_unique(schema.names, file)
     for key in KEYS:
         if key not in schema.names:
-            raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {_key_hint(key, schema)}")
+            hint = _key_hint(key, schema)
+            raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {hint}")
     there = _horizons(schema.names)
     if horizons == (): return []
     if not there: raise MissingColumn(f"{file}: no label column, expected label_h<bars> such as label_h5")
@@ -505,8 +529,10 @@ def _check_columns(schema, horizons, file):
 def _key_hint(key, schema):
     "What to do about a key that is not there."
     if any(name.startswith("('") for name in schema.names):
-        return "the columns are a MultiIndex: move the symbols to the rows with frame.stack(level, future_stack=True).reset_index()"
-    if len(schema.names) == 1: return f"there is one column, {schema.names[0][:60]!r}: separate the columns of a CSV file by commas"
+        return ("the columns are a MultiIndex: move the symbols to the rows with "
+                "frame.stack(level, future_stack=True).reset_index()")
+    if len(schema.names) == 1:
+        return f"there is one column, {schema.names[0][:60]!r}: separate the columns of a CSV file by commas"
     if unnamed := [name for name in schema.names if name.startswith("__index_level_")]:
         return f"levels of the index have no name ({', '.join(unnamed)}): name them datetime and symbol before writing"
     return did_you_mean(key, schema.names)
@@ -525,18 +551,21 @@ def read_split(
     nan: str | None = None,  # None refuses NaN
 ) -> Split:
     "Reads one split into one float32 matrix; raises `SplitsError`. Nothing is fitted here."
-    reader, file = _open(source, name)
+    return _read_opened(*_open(source, name), name, horizons, features, classes, nan)
+
+def _read_opened(reader, file, name, horizons, features, classes, nan):
     horizons = _check_columns(reader.schema, horizons, file)
     if features is None: features = _features(column_roles(reader.schema))
     _check_features(reader.schema, features, file)
     try: return _assemble(reader, file, name, horizons, list(features), classes, nan)
     except (pa.ArrowException, OSError) as e:
-        raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+        raise UnreadableFile(f"{file}: cannot be read to the end ({_first_line(e)}); write it again") from None
 
 def _check_features(schema, features, file):
     "Raises `SplitsError` unless all features are there and are numbers."
     if not features:
-        raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns")
+        raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, "
+                         "all keys, labels, market or future columns")
     present = set(schema.names)
     if absent := [f for f in features if f not in present]:
         raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; "
@@ -563,13 +592,16 @@ def _assemble(reader, file, name, horizons, features, classes, nan):
 
     def pick(values): return values if order is None else values[order]
     def numbers(column): return pick(_numbers(small[column], column, file))
-    def by_horizon(prefix): return {h: numbers(f"{prefix}_h{h}") for h in horizons if f"{prefix}_h{h}" in small.column_names}
+    def by_horizon(prefix):
+        columns = {h: f"{prefix}_h{h}" for h in horizons}
+        return {h: numbers(column) for h, column in columns.items() if column in small.column_names}
 
     labels = {h: _labels(small[f"label_h{h}"], f"label_h{h}", classes, file) for h in horizons}
+    matrix = _read_matrix(reader, features, small.num_rows, order)
     split = Split(
-        name, file, _read_matrix(reader, features, small.num_rows, order), features, pd.DatetimeIndex(pick(times.array)),
-        pick(codes), list(symbols), {h: pick(y) for h, (y, _) in labels.items()}, by_horizon("bars_to_hit"),
-        by_horizon("sample_weight"), {c: numbers(c) for c in MARKET if c in small.column_names}, order,
+        name, file, matrix, features, pd.DatetimeIndex(pick(times.array)), pick(codes), list(symbols),
+        {h: pick(y) for h, (y, _) in labels.items()}, by_horizon("bars_to_hit"), by_horizon("sample_weight"),
+        {c: numbers(c) for c in MARKET if c in small.column_names}, order,
         {h: notes for h, (_, notes) in labels.items() if notes})
     _check_finite(split, nan)
     return split
@@ -587,7 +619,7 @@ def read_columns(
         raise MissingColumn(f"{file}: no column {absent[0]!r}; expected {', '.join([*KEYS, *numbers])}")
     try: table = reader.read([*KEYS, *numbers])
     except (pa.ArrowException, OSError) as e:
-        raise UnreadableFile(f"{file}: cannot be read to the end ({str(e).splitlines()[0][:120]}); write it again") from None
+        raise UnreadableFile(f"{file}: cannot be read to the end ({_first_line(e)}); write it again") from None
     return pd.DataFrame(dict(datetime=_datetimes(table["datetime"], file), symbol=symbol_text(table["symbol"], file),
                              **{c: _numbers(table[c], c, file) for c in numbers}))
 
@@ -774,7 +806,7 @@ def read_splits(
     names = _features(roles)
     for reader, other in readers.values():
         _check_same(names, (file, first.schema), column_roles(reader.schema, features, exclude), other, reader.schema)
-    read = {name: read_split(source, name, horizons, names, classes, nan or "keep") for name, source in files.items()}
+    read = {name: _read_opened(*opened, name, horizons, names, classes, nan or "keep") for name, opened in readers.items()}
     if nan is None: _check_nan(list(read.values()))
     fills = _fill(read, nan)
     for i, early in enumerate(splits):
@@ -786,14 +818,16 @@ def _check_same(names, first, roles, other, schema):
     "Raises `FeatureSetsDiffer` unless a split holds the features of the first one, with a number in each."
     present = set(_features(roles))
     if extra := sorted(present - set(names)): raise FeatureSetsDiffer(_difference(extra, other, schema, *first))
-    absent = [n for n in names if n not in present and not (n in schema.names and pa.types.is_null(schema.field(n).type))]
+    without_values = {field.name for field in schema if pa.types.is_null(field.type)}
+    absent = [n for n in names if n not in present | without_values]
     if absent: raise FeatureSetsDiffer(_difference(absent, *first, other, schema))
 
 def _difference(names, file, schema, other, other_schema):
     "What to know of columns that are features of one file and not of another."
     typed = [n for n in names if n in other_schema.names]
     absent = [n for n in names if n not in other_schema.names]
-    texts = [f"{n} is {_kind(schema.field(n))} in {file} and {_kind(other_schema.field(n))} in {other}" for n in typed[:5]]
+    kinds = [(n, _kind(schema.field(n)), _kind(other_schema.field(n))) for n in typed[:5]]
+    texts = [f"{n} is {kind} in {file} and {other_kind} in {other}" for n, kind, other_kind in kinds]
     if absent: texts.append(f"{len(absent)} features in {file}, not in {other}: {', '.join(absent[:5])}")
     return f"{other}: {'; '.join(texts)}; all splits need the same features as numbers, or name them in exclude="
 
@@ -852,14 +886,16 @@ def _warnings(read, classes, fills):
             if missing := [c for c in classes if not (y == c).any()]:
                 text = f"{s.file}: label_h{h}: class {missing[0]} never occurs"
                 if s is train:
-                    raise MissingClass("; ".join([f"{text} among {int((y != NO_TARGET).sum()):,} labels of {s.name}", *notes,
-                                                  "a model cannot learn it"]))
+                    text += f" among {int((y != NO_TARGET).sum()):,} labels of {s.name}"
+                    raise MissingClass("; ".join([text, *notes, "a model cannot learn it"]))
                 sentences.append(f"{text}; its scores will read as 0")
             sentences += notes
     constant = [n for n, lo, hi in zip(train.features, train.matrix.min(0), train.matrix.max(0)) if lo == hi]
     sentences += [text for h in train.labels for text in _rare_classes(train, h, classes)]
     if constant: sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
-    if fills: sentences.append(f"NaN filled in {len(fills)} features: " + ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5]))
+    if fills:
+        shown = ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5])
+        sentences.append(f"NaN filled in {len(fills)} features: {shown}")
     return sentences
 
 # %% ../../nbs/data/00_splits.ipynb #7f315eec
@@ -917,7 +953,7 @@ def _has_test(data):
 
 def _digest(source):
     "Hash of one split's content: rows of a frame or table, bytes of a file or of the parts of a folder."
-    if isinstance(source, pd.DataFrame): return _digest_frame(_with_keys(source))
+    if isinstance(source, pd.DataFrame): return _digest_frame(with_keys(source))
     if hasattr(source, "__arrow_c_stream__"): return _digest_frame(pa.table(source).to_pandas())
     if not Path(source).is_dir(): return _digest_file(source)
     digest = hashlib.blake2b()
