@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math, os, secrets, socket, sys, threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from ..models.base import ModelUnavailable
 from ..models.params import read_params
 from .engine import Limits, Outcome, run_notebook
-from .store import list_runs
+from .store import RunError, load_run
 from ..settings import ConfigError, settings
 
 # %% auto #0
@@ -38,7 +38,9 @@ LOCKS = ".locks"
 
 def finished_run(job: Job, runs: Path) -> Path | None:
     "The finished run of this identity, if there is one."
-    return next((run.path for run in list_runs(runs) if run.identity == job.identity), None)
+    for folder in Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*"):
+        with suppress(RunError, OSError):  # a damaged run is not the one
+            if load_run(folder).identity == job.identity: return folder
 
 def run_job(
     job: Job,
