@@ -53,8 +53,9 @@ Rate = Annotated[float, Gt(0)]  # a positive real number
 # %% ../nbs/00_settings.ipynb #044087d1
 @cache
 def _adapter(cls):
+    "What fills a dataclass, and its fields that are dataclasses themselves."
     from pydantic import TypeAdapter
-    return TypeAdapter(cls)
+    return TypeAdapter(cls), {name: hint for name, hint in get_type_hints(cls).items() if is_dataclass(hint)}
 
 def build_config(
     cls: type,  # a dataclass
@@ -69,9 +70,10 @@ def build_config(
     valid = {f.name for f in fields(cls) if f.init}
     for key in values:
         if key not in valid: raise error(f"{where}: unknown key {key!r}, {did_you_mean(key, valid)}")
-    nested = {k: h for k, h in get_type_hints(cls).items() if is_dataclass(h) and isinstance(values.get(k), dict)}
-    values = values | {k: build_config(h, values[k], f"{where}: {k}", error) for k, h in nested.items()}
-    try: return _adapter(cls).validate_python(values)
+    adapter, nested = _adapter(cls)
+    inner = {k: h for k, h in nested.items() if isinstance(values.get(k), dict)}
+    values = values | {k: build_config(h, values[k], f"{where}: {k}", error) for k, h in inner.items()}
+    try: return adapter.validate_python(values)
     except ValidationError as e: raise error(f"{where}: {_first_problem(e)}") from None
 
 def _first_problem(e):
@@ -208,9 +210,11 @@ def _holds_runs(folder):
 
 def _within_runs(folder):
     "Whether a folder is the runs folder of a settings file further up, or lies in it."
-    above = [p for p in folder.parents if _is_ours(p / "settings.ini")]
-    named = [(p, (p / _read_file(p / "settings.ini").get("runs", Settings.runs)).resolve()) for p in above]
-    return any(folder.is_relative_to(runs) and runs != p for p, runs in named)
+    for above in (p for p in folder.parents if _is_ours(p / "settings.ini")):
+        with suppress(SettingsError):
+            runs = (above / _read_file(above / "settings.ini").get("runs", Settings.runs)).resolve()
+            if folder.is_relative_to(runs) and runs != above: return True
+    return False
 
 # %% ../nbs/00_settings.ipynb #6b3dc4d0
 def _read_file(file):

@@ -581,13 +581,17 @@ def home(tmp_path, monkeypatch):
     assert content(folder) == before, "a file outside the received folder was changed"
 
 
-@pytest.fixture
-def received(tmp_path, home):
-    "A run of a stranger with something in the place of a model."
-    run = make_run(tmp_path / "received/runs", "svm", bars(n=60), n_boot=0)
+@pytest.fixture(scope="session")
+def sent(tmp_path_factory):
+    "What a stranger sends: a run with something in the place of a model."
+    run = make_run(tmp_path_factory.mktemp("sent") / "runs", "svm", bars(n=60), n_boot=0)
     (run.path / "checkpoints").mkdir()
     (run.path / "checkpoints/model.json").write_text("{}")
     return forge(run.path)
+
+
+@pytest.fixture
+def received(sent, tmp_path, home): return shutil.copytree(sent.parent, tmp_path / "received/runs") / sent.name
 
 
 READERS = dict(
@@ -989,7 +993,7 @@ def test_a_terminal_is_not_obeyed(two, tmp_path, capsys):
 
 # One flipped byte in any artefact -------------------------------------------------------------------------------------
 
-N_FLIPS = int(os.environ.get("MODELFACTORY_FLIPS", 60))  # in all; 2,000 take minutes
+N_FLIPS = int(os.environ.get("FLIPS", 40))  # in all; 2,000 take minutes
 
 FLIPPED = """
 import json, os, random, resource, signal, sys
@@ -998,9 +1002,10 @@ sys.path.insert(0, sys.argv[1])
 from test_hostile import forge, outcome_of
 home, n, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 rng, counts = random.Random(seed), {}
-targets = [(run, file) for run in sorted(home.iterdir()) for file in sorted(run.rglob("*")) if file.is_file() and file.stat().st_size]
+targets = [(run, file) for run in sorted(home.iterdir()) for file in sorted((run if run.name == "data" else run / "checkpoints").rglob("*"))
+           if file.is_file() and file.stat().st_size]
 order = [targets[i % len(targets)] for i in range(n)]
-for run in sorted(home.iterdir()): outcome_of(run)
+for run in sorted(home.iterdir()): assert outcome_of(run) == 0, run  # and what it imports is there for all that follows
 for i, (run, file) in enumerate(order):
     content = file.read_bytes()
     changed = bytearray(content)
@@ -1061,7 +1066,7 @@ def test_a_flipped_byte_crashes_no_caller_and_changes_nothing_elsewhere(artefact
     "The readers of libraries run in a process for each place, as they do for a run of a stranger."
     copy = shutil.copytree(artefacts, tmp_path / "received")
     before = content(tmp_path)
-    done = subprocess.run([sys.executable, "-c", FLIPPED, ROOT / "tests", copy, str(N_FLIPS), os.environ.get("MODELFACTORY_SEED_OF_FLIPS", "0")],
+    done = subprocess.run([sys.executable, "-c", FLIPPED, ROOT / "tests", copy, str(N_FLIPS), os.environ.get("FLIP_SEED", "0")],
                           capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])

@@ -41,7 +41,7 @@ def finished_run(job: Job, runs: Path) -> Run | None:
     "The finished run of this identity, a scored one first; a damaged run is none."
     runs_of_job = []
     for manifest in Path(runs).glob(f"{job.parameters['model']}_h{job.parameters['horizon']}_*/{MANIFEST}"):
-        with contextlib.suppress(RunError): runs_of_job.append(load_run(manifest.parent))
+        with contextlib.suppress(RunError, OSError): runs_of_job.append(load_run(manifest.parent))
     same = [run for run in runs_of_job if run.identity == job.identity]
     return min(same, key=lambda run: not run.scored, default=None)
 

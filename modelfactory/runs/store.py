@@ -5,7 +5,7 @@
 # %% ../../nbs/runs/00_store.ipynb #c11a3576
 from __future__ import annotations
 import contextlib, hashlib, hmac, html, json, math, os, platform, re, secrets, shutil, subprocess, sys, time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -439,9 +439,8 @@ def read_manifest(
     folder = Path(folder)
     stored, file = _stored_manifest(folder), folder / MANIFEST
     typed = {f.name: stored[f.name] for f in fields(Manifest) if f.name in stored}
-    checked = asdict(build_config(Manifest, typed, f"{file}: not a manifest of this kit", RunError))
-    kept = {"splits", "seconds", "versions", *typed}
-    manifest = stored | {name: value for name, value in checked.items() if name in kept}
+    checked = build_config(Manifest, typed, f"{file}: not a manifest of this kit", RunError)
+    manifest = stored | {name: getattr(checked, name) for name in {"splits", "seconds", "versions", *typed}}
     try: year = datetime.fromtimestamp(datetime.fromisoformat(manifest["created"]).timestamp()).year
     except (ValueError, OverflowError, OSError): year = 0
     if year < 1970:
