@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.bundled import BUNDLED, resolve_data
-from ..data.splits import fingerprint
 from ..models.base import probability_columns
 from ..models.code import code_version
 from ..models.persistence import file_hash, library_version, load_model
@@ -392,6 +390,7 @@ def load_run(
 # %% ../../nbs/runs/00_store.ipynb #7ad18e8c
 def _data_keys(run):
     "What makes two runs be on the same data: a name or whole path, a fingerprint."
+    from modelfactory.data.bundled import BUNDLED
     data, fingerprint = str(run.manifest["data"]), run.manifest.get("data_fingerprint")
     is_whole = data in BUNDLED or Path(data).is_absolute()
     keys = [("path", data)] * is_whole + [("fingerprint", fingerprint)] * bool(fingerprint)
@@ -421,6 +420,7 @@ def name_data(
 
 
 def _name_of(group):
+    from modelfactory.data.bundled import BUNDLED
     paths = [str(run.manifest["data"]) for run in reversed(group)]
     return max(paths, key=lambda path: 2 * (path in BUNDLED) + Path(path).is_absolute())
 
@@ -430,6 +430,8 @@ def check_data(
     data: str | Path,  # a folder or a bundled name
 ):
     "Raises `RunError` where data are not those that a run was trained on, `MissingFile` where there are none."
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.splits import fingerprint
     folder = resolve_data(data)
     prints = {fingerprint(folder), fingerprint(folder, ("train", "val"))}  # earlier versions left test out
     if run.manifest.get("data_fingerprint") not in prints:
