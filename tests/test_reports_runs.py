@@ -90,7 +90,7 @@ def test_values_that_agree_with_the_task_are_no_mistake():
 def test_data_in_dataset_and_shared_keys_of_members_are_refused():
     with pytest.raises(ConfigError, match="use --data"):
         trainer_of(dict(model="xgboost", horizon=5, data="planted", dataset=dict(data="null")))
-    with pytest.raises(ConfigError, match="lightgbm: patience = 3 would be ignored, 10 holds here; use patience of the"):
+    with pytest.raises(ConfigError, match="lightgbm: patience = 3 would be ignored, 10 holds here; use patience"):
         member_configs(EnsembleConfig(members=dict(lightgbm=dict(patience=3))))
     assert member_configs(EnsembleConfig(members=dict(lightgbm=dict(n_rounds=3))))["lightgbm"]["n_rounds"] == 3
 
@@ -112,8 +112,10 @@ def installed(tmp_path_factory):
 
 def elsewhere(site, folder, code, *args):
     "What a Python program prints that runs in `folder` with the package of `site`."
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MODELFACTORY_")} | dict(PYTHONPATH=str(site))
-    return subprocess.run([sys.executable, "-c", code, *args], cwd=folder, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MODELFACTORY_")}
+    environment |= dict(PYTHONPATH=str(site))
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_a_wheel_holds_parameters_grids_and_notebooks(installed):
@@ -194,8 +196,8 @@ before = versions()
 code = lambda text: text + "\\nADDED = 1\\n"
 prose = lambda text: "# A comment.\\n" + text.replace('    "', '    "Other words. ', 1)
 files = [str(file.relative_to(package)) for file in package.rglob("*.py")]
-found = dict(names=sorted(names), prose=changed(prose, *files), code={f: changed(code, f) for f in sys.argv[1:]})
-print(json.dumps(found))
+by_file = {file: changed(code, file) for file in sys.argv[1:]}
+print(json.dumps(dict(names=sorted(names), prose=changed(prose, *files), code=by_file)))
 """
 
 
@@ -203,8 +205,10 @@ def test_an_identity_holds_the_code_that_fits_and_predicts_and_no_other(tmp_path
     "An edit of neural/lstm.py left GRU's identity as it was; a comment in plots.py changed every model's."
     for name in ("modelfactory", "params"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    nothing = ("training/plots.py", "evaluation/metrics.py", "runs/store.py", "cli.py", "settings.py", "data/market.py")
-    everything = ("data/dataset.py", "data/splits.py", "models/base.py", "models/calibration.py", "training/trainer.py")
+    nothing = ("training/plots.py", "evaluation/metrics.py", "runs/store.py", "cli.py", "settings.py",
+               "data/market.py")
+    everything = ("data/dataset.py", "data/splits.py", "models/base.py", "models/calibration.py",
+                  "training/trainer.py")
     some = {"models/neural/lstm.py": ["gru", "lstm"], "models/neural/gru.py": ["gru"],
             "models/boosting/lightgbm.py": ["average", "lightgbm", "stacking"]}  # with their members
     done = elsewhere(tmp_path, tmp_path, EDITS, *nothing, *everything, *some, "models/sequence.py")
@@ -298,11 +302,12 @@ def test_paths_are_kept_whole(projects, monkeypatch):
     monkeypatch.chdir(projects / "one")
     closes = [pd.read_parquet(file, columns=["datetime", "symbol", "close"]) for file in Path("splits").glob("*.parquet")]
     pd.concat(closes).to_parquet("p.parquet")
-    job, = plan(grid_config(dict(data="splits", models=["logistic_regression"], horizons=[5], dataset=dict(prices="p.parquet"))))
+    grid = dict(data="splits", models=["logistic_regression"], horizons=[5], dataset=dict(prices="p.parquet"))
+    job, = plan(grid_config(grid))
     assert job.parameters["data"] == job.resolved["data"]["data"] == str(projects / "one/splits")
     assert job.parameters["dataset"]["prices"] == job.resolved["data"]["prices"] == str(projects / "one/p.parquet")
-    twice = grid_config(dict(data=["splits", str(projects / "one/splits")], models=["logistic_regression"], horizons=[5]))
-    assert len(plan(twice)) == 1
+    twice = dict(grid, data=["splits", str(projects / "one/splits")])
+    assert len(plan(grid_config(twice))) == 1
     monkeypatch.chdir(projects)
     trainer_of(job.parameters).prepare_data()
     assert trainer_of(dict(model="svm", horizon=5, data="planted")).config.data.data == "planted"
@@ -323,9 +328,9 @@ def test_two_projects_with_data_of_one_name_keep_their_runs(projects, tmp_path, 
 def test_runs_are_of_one_data_set_by_fingerprint_or_whole_path(tmp_path):
     "Earlier versions kept paths as they were typed: these say nothing."
     table, models = bars(n=240), iter("abcdefgh")
-    for data, fingerprint in [("splits", "1" * 16), ("splits", "2" * 16), ("/one/splits", "1" * 16), ("/moved", "1" * 16),
-                              ("/two", "3" * 16), ("/two", "4" * 16), ("planted", "5" * 16), ("/bundled/planted", "5" * 16)]:
-        make_run(tmp_path, next(models), table, data=data, fingerprint=fingerprint)
+    for data, digit in [("splits", "1"), ("splits", "2"), ("/one/splits", "1"), ("/moved", "1"),
+                        ("/two", "3"), ("/two", "4"), ("planted", "5"), ("/bundled/planted", "5")]:
+        make_run(tmp_path, next(models), table, data=data, fingerprint=digit * 16)
     runs = list_runs(tmp_path)
     assert {r.manifest["model"]: r.data for r in runs} == dict(
         a="/moved", b="splits", c="/moved", d="/moved", e="/two", f="/two", g="planted", h="planted")
@@ -338,26 +343,26 @@ def test_runs_are_of_one_data_set_by_fingerprint_or_whole_path(tmp_path):
 
 def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_path, monkeypatch, capsys):
     runs, moved = tmp_path / "runs", tmp_path / "elsewhere/renamed"
-    shutil.copytree(projects / "one/splits", tmp_path / "mine/splits")
-    monkeypatch.chdir(tmp_path / "mine")
+    shutil.copytree(projects / "one/splits", tmp_path / "first/splits")
+    monkeypatch.chdir(tmp_path / "first")
     run = trained(runs, "splits")
     monkeypatch.chdir(projects)
     assert call(capsys, "final", run)[0] in (0, None)  # from another folder
     moved.parent.mkdir()
-    (tmp_path / "mine/splits").rename(moved)
+    (tmp_path / "first/splits").rename(moved)
     code, _, err = call(capsys, "final", run)
     assert code == 2 and err.count("\n") == 1 and "splits: no such folder" in err and "--data" in err
     code, _, err = call(capsys, "final", run, "--data", projects / "two/splits")
     assert code == 2 and "holds other data" in err
     code, out, _ = call(capsys, "final", run, "--data", moved)
     assert code in (0, None) and "used 2 times" in out and len(sentences_on_test(runs)) == 1
-    found = list_runs(runs)
+    stored = list_runs(runs)
     with pytest.raises(RunError, match="no such folder"):
-        scoring_trainer(found[0])
-    use_moved_data(found, dict(splits=moved))
-    assert scoring_trainer(found[0]).datasets["val"].y.size
-    for pair, says in ((f"splits={projects / 'two/splits'}", "holds other data"), (f"split={moved}", "did you mean 'splits'"),
-                       ("splits", "expected key=value")):
+        scoring_trainer(stored[0])
+    use_moved_data(stored, dict(splits=moved))
+    assert scoring_trainer(stored[0]).datasets["val"].y.size
+    for pair, says in ((f"splits={projects / 'two/splits'}", "holds other data"),
+                       (f"split={moved}", "did you mean 'splits'"), ("splits", "expected key=value")):
         code, out, err = call(capsys, "compare", runs, "--json", "--data", pair)
         assert code == 2 and says in err and out == ""
     assert call(capsys, "rescore", run)[0] == 1
@@ -388,25 +393,36 @@ def odd(tmp_path_factory):
     return folder
 
 
-OPTIONS = ("--nan", "median", "--exclude", "late", "--features", "quality_score", "--allow", "leak", "--classes", "-1,0,1")
+OPTIONS = ("--nan", "median", "--exclude", "late", "--features", "quality_score",
+           "--allow", "leak", "--classes", "-1,0,1")
+COMMANDS = [("check",), ("train", *TASK[:4], "--data"), ("tune", *TASK[:4], "--data")]
 
 
-@pytest.mark.parametrize("command", [("check",), ("train", *TASK[:4], "--data"), ("tune", *TASK[:4], "--data")], ids=lambda c: c[0])
+def without_kernel(monkeypatch):
+    "The parameters that `train` would give to a notebook."
+    asked = {}
+    run = lambda parameters, *args: asked.update(parameters) or Outcome("x", "failed")
+    monkeypatch.setattr(engine, "run_notebook", run)
+    return asked
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0])
 def test_options_say_what_of_the_data_is_used(capsys, odd, tmp_path, monkeypatch, command):
     "The error told the user to set nan='median', and no option did."
-    asked = {}
-    monkeypatch.setattr(engine, "run_notebook", lambda parameters, *args: asked.update(parameters) or Outcome("x", "failed"))
+    asked = without_kernel(monkeypatch)
     monkeypatch.setattr(OptunaModelTuner, "run", lambda tuner: asked.update(config=tuner.config) or exit(1))
     code, _, err = call(capsys, *command, odd)
     assert code == 2 and err.count("\n") == 1 and "--nan" in err and "--exclude" in err
     listed = "3 of 5 features with NaN: few (train 0.03%); many (train 25.00%, val 25.00%"
-    if command[0] == "tune": listed = "2 of 5 features with NaN: few (train 0.03%); many (train 25.00%); set"  # reads train alone
+    if command[0] == "tune":  # reads train alone
+        listed = "2 of 5 features with NaN: few (train 0.03%); many (train 25.00%); set"
     assert listed in err and ("late (val 50.00%)" in err) == (command[0] != "tune"), err
     code, _, err = call(capsys, *command, odd, *OPTIONS[:6])
     if command[0] != "check": assert code == 2 and "leak" in err and asked == {}
     code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "prices.parquet")
     if command[0] == "check":
-        assert code in (0, None) and "permitted: leak" in out and "quality_score" not in out.split("Not features")[1].split("warning")[0]
+        assert code in (0, None) and "permitted: leak" in out
+        assert "quality_score" not in out.split("Not features")[1].split("warning")[0]
         code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "nothing.parquet")
         assert code == 2 and "no such price file" in err
     elif command[0] == "train":
@@ -415,15 +431,16 @@ def test_options_say_what_of_the_data_is_used(capsys, odd, tmp_path, monkeypatch
     else:
         assert asked["config"].data == DatasetConfig(str(odd), 1, ("quality_score",), ("late",), "median", (-1, 0, 1),
                                                      str(odd / "prices.parquet"))
-    for bad, says in ((("--nan", "mean"), "'mean'"), (("--classes", "up,down"), "whole numbers"), (("--exclude", "lat"), "did you mean 'late'")):
+    for bad, says in ((("--nan", "mean"), "'mean'"), (("--classes", "up,down"), "whole numbers"),
+                      (("--exclude", "lat"), "did you mean 'late'")):
         code, _, err = call(capsys, *command, odd, *OPTIONS, *bad)
         assert code == 2 and says in err and err.count("\n") == 1
 
 
 def test_set_reaches_keys_of_the_data_set(capsys, odd, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(engine, "run_notebook", lambda parameters, *args: asked.update(parameters) or Outcome("x", "failed"))
-    task = ("train", *TASK[:4], "--data", odd, *OPTIONS, "--classes", "0,1", "--set", "dataset.nan=zero", "--set", "dataset.gap=0", "--set", "max_depth=3")
+    asked = without_kernel(monkeypatch)
+    task = ("train", *TASK[:4], "--data", odd, *OPTIONS, "--classes", "0,1",
+            "--set", "dataset.nan=zero", "--set", "dataset.gap=0", "--set", "max_depth=3")
     code, _, err = call(capsys, *task)
     assert code == 1, err
     assert asked["config"] == dict(max_depth=3) and asked["dataset"] == dict(
@@ -460,8 +477,8 @@ def test_a_run_is_made_whatever_its_names_and_folders_are_called(dollars, tmp_pa
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     monkeypatch.setenv("TMPDIR", str(temporary))
-    parameters = dict(model="xgboost", horizon=5, data=str(dollars), preset=None, config=dict(n_rounds=3, min_child_weight=1))
-    outcome = engine.run_notebook(parameters, runs)
+    config = dict(n_rounds=3, min_child_weight=1)
+    outcome = engine.run_notebook(dict(model="xgboost", horizon=5, data=str(dollars), preset=None, config=config), runs)
     assert outcome.status == "ok", outcome
     run = list_runs(runs)[0]
     run.verify()
@@ -473,7 +490,8 @@ def drawn_texts(figure):
     "The texts that a figure draws, as a reader sees them."
     figure.canvas.draw()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
-    return {text._preprocess_math(text.get_text())[0] for text in texts if not text._preprocess_math(text.get_text())[1]}
+    shown = [text._preprocess_math(text.get_text()) for text in texts]
+    return {text for text, is_formula in shown if not is_formula}
 
 
 def test_pictures_show_names_as_they_are(dollars, tmp_path):
@@ -490,7 +508,8 @@ def test_pictures_show_names_as_they_are(dollars, tmp_path):
     for model in ("one", "two"):
         make_run(tmp_path, model, table, data=str(dollars))
     rows = leaderboard(comparison(tmp_path))
-    for figure in (gallery.plot_forest(rows, "$B_^$", "directional_skill"), gallery.plot_time_against_score(rows, "$B_^$")):
+    drawn = gallery.plot_forest(rows, "$B_^$", "directional_skill"), gallery.plot_time_against_score(rows, "$B_^$")
+    for figure in drawn:
         assert plots.png(figure).startswith(b"\x89PNG")
 
 

@@ -439,8 +439,8 @@ def _check_nan(splits):
     j = int(np.flatnonzero(shares[first.name])[0])
     where = _rows(_file_order(np.isnan(first.matrix[:, j]), first.order), "with NaN")
     listed = "; ".join(f"{name} ({', '.join(of.values())})" for name, of in of_feature.items())
-    raise BadValue(f"{first.file}: {first.features[j]}: {where}; {len(of_feature)} of {len(first.features)} features with NaN: "
-                   f"{listed}; set nan='median' or 'zero', or 'keep' for models that take NaN (--nan), "
+    raise BadValue(f"{first.file}: {first.features[j]}: {where}; "
+                   f"{len(of_feature)} of {len(first.features)} features with NaN: {listed}; set nan='median' or 'zero', or 'keep' for models that take NaN (--nan), "
                    "or leave them out with exclude= (--exclude)")
 
 

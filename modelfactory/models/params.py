@@ -83,7 +83,8 @@ def resolve_config(
 ) -> dict:
     "Every config key of a model with its final value; raises `ConfigError` on an unknown preset, key or value."
     model, params = ModelRegistry.get(name), read_params(name)
-    if preset and preset not in params.presets: raise ConfigError(_unknown_preset(model.name, preset, params.presets))
+    if preset and preset not in params.presets:
+        raise ConfigError(_unknown_preset(model.name, preset, params.presets))
     decided |= dict(model_name=model.name, model_family=model.family, horizon=horizon)
     merged = params.config | params.presets.get(preset, {})
     for o in overrides:
@@ -103,7 +104,8 @@ def _unknown_preset(name, preset, presets):
 def _refuse_decided(overrides, decided, model):
     "Raises `ConfigError` on a key whose value would be ignored."
     for key in overrides.keys() & decided.keys():
-        wanted, value = (getattr(build_config(model.Config, {key: v}, model.name), key) for v in (overrides[key], decided[key]))
+        read = lambda value: getattr(build_config(model.Config, {key: value}, model.name), key)
+        wanted, value = read(overrides[key]), read(decided[key])
         if wanted == value: continue
         option = TASK_KEYS.get(key, f"{key} of the ensemble")
         raise ConfigError(f"{model.name}: {key} = {wanted!r} would be ignored, {value!r} holds here; use {option}")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..builtin import builtin_folder
-from ..data.bundled import whole_paths
 from .store import FAILED, UNSCORED, Run, claim, close_attempt, load_run, publish, start_attempt, write_json
 from ..settings import ConfigError, did_you_mean, settings
 
@@ -247,6 +246,7 @@ def run_notebook(
     grid: str = "",  # the grid it is made for, kept in the manifest
 ) -> Outcome:
     "Trains in a process of its own and publishes the run."
+    from modelfactory.data.bundled import whole_paths
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
     check_parameters(notebook, parameters)
     parameters = whole_paths(parameters)

@@ -23,7 +23,7 @@ def score_on_test(
     run: Run,
     data: str | Path | None = None,  # folder with its data, where they have moved
 ) -> dict:
-    "Test metrics of a run, after an entry in the ledger; raises `RunError` when its data are not those it was trained on."
+    "Test metrics of a run, after an entry in the ledger."
     from modelfactory.training.trainer import Trainer
     config = run.config | dict(data=run.config["data"] | dict(data=str(data or run.data_folder)))
     trainer, model = Trainer(config), run.loaded
@@ -50,5 +50,6 @@ def final(
         for m in COMPARED:
             worse = bool((test[m] - run.metrics[m]) * (metric_sign(m) or 1) < 0)
             low, high = test.get(f"{m}_ci_low"), test.get(f"{m}_ci_high")
-            rows.append(dict(run=run.path.name, metric=m, val=run.metrics[m], test=test[m], low=low, high=high, worse=worse))
+            figures = dict(val=run.metrics[m], test=test[m], low=low, high=high, worse=worse)
+            rows.append(dict(run=run.path.name, metric=m) | figures)
     return pd.DataFrame(rows)

@@ -179,10 +179,11 @@ def trained_by_other_code(
     "Jobs that a stored run would have finished but for its code, or for defaults that have changed since."
     tasks, identities = {}, {run.identity for run in stored}
     for run in stored:
-        tasks.setdefault((run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")), []).append(run)
-    task = lambda job: (*(job.resolved[k] for k in ("model", "horizon", "seed")), job.fingerprint)
+        task = run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")
+        tasks.setdefault(task, []).append(run)
+    task_of = lambda job: (*(job.resolved[k] for k in ("model", "horizon", "seed")), job.fingerprint)
     return [job for job in jobs if job.identity not in identities
-            and any(_asks_the_same(job.resolved, run) for run in tasks.get(task(job), ()))]
+            and any(_asks_the_same(job.resolved, run) for run in tasks.get(task_of(job), ()))]
 
 
 def _asks_the_same(resolved, run):

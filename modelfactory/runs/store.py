@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval, MaxLen
 
-from ..data.bundled import BUNDLED, resolve_data
-from ..data.splits import fingerprint
 from ..files import (
     FileError, PrintableError, check_inner_name, check_tree, printable, read_json, read_regular, replace_text)
 from ..models.base import probability_columns
@@ -675,6 +673,7 @@ def load_run(
 # %% ../../nbs/runs/00_store.ipynb #7ad18e8c
 def _data_keys(run):
     "What makes two runs be on the same data: a name or whole path, a fingerprint."
+    from modelfactory.data.bundled import BUNDLED
     data, fingerprint = str(run.manifest["data"]), run.manifest.get("data_fingerprint")
     is_whole = data in BUNDLED or Path(data).is_absolute()
     keys = [("path", data)] * is_whole + [("fingerprint", fingerprint)] * bool(fingerprint)
@@ -704,6 +703,7 @@ def name_data(
 
 
 def _name_of(group):
+    from modelfactory.data.bundled import BUNDLED
     paths = [str(run.manifest["data"]) for run in reversed(group)]
     return max(paths, key=lambda path: 2 * (path in BUNDLED) + Path(path).is_absolute())
 
@@ -713,6 +713,8 @@ def check_data(
     data: str | Path,  # a folder or a bundled name
 ):
     "Raises `RunError` where data are not those that a run was trained on, `MissingFile` where there are none."
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.splits import fingerprint
     folder = resolve_data(data)
     prints = {fingerprint(folder), fingerprint(folder, ("train", "val"))}  # earlier versions left test out
     if run.manifest.get("data_fingerprint") not in prints:

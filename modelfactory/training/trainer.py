@@ -76,7 +76,9 @@ class Trainer:
         self._learning = None
         self.model, self.datasets, self.report, self.history = None, {}, None, None
         self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = {}, {}, {}, {}, {}
-        self.model_config = resolve_config(self.config.model, self.config.horizon, self.config.preset, self.config.config, random_seed=self.config.seed, classes=self.config.data.classes)
+        c = self.config
+        decided = dict(random_seed=c.seed, classes=c.data.classes)
+        self.model_config = resolve_config(c.model, c.horizon, c.preset, c.config, **decided)
 
     def __repr__(self):
         done = [step for step, there in [("data", self.datasets), ("model", self.model), ("trained", self.history is not None), ("evaluated", self.metrics)] if there]
