@@ -716,7 +716,7 @@ def test_the_comparison_lists_what_it_left_out(two, tmp_path):
     ("[" * 100_000, "too deep"), ("model: " + "{a: " * 100_000, "too deep"), ("model: ../../evil\ndata: {classes: [0, 1]}", "evil"),
     ("model: !!python/object/apply:os.system [id]", "plain YAML"), ("a: &a [*a, *a]\nmodel: svm", "values"),
     ("a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)), "values"),
-    ("model: svm\ndata: 7", "data"), ("day: 2024-99-99", "plain YAML"), ("\0", "plain YAML"), ("", "name"), ("- 1", "pairs")])
+    ("model: svm\ndata: 7", "data"), ("model: svm\ndata: {classes: [{}, 1]}", "integers"), ("day: 2024-99-99", "plain YAML"), ("\0", "plain YAML"), ("", "name"), ("- 1", "pairs")])
 def test_a_forged_config_is_one_typed_error(text, match, received):
     (received / "config.yaml").write_text(text)
     forge(received)
@@ -734,6 +734,15 @@ def test_brackets_in_any_file_of_a_run_are_one_typed_error(name, received):
     read = {"splits.json": lambda: run.report, "features.json": lambda: run.train_features, "metrics/metrics.json": lambda: run.metrics,
             "metrics/baselines.json": lambda: run.baselines, "metrics/history.json": lambda: run.history}
     with pytest.raises((RunError, CheckpointError), match="too deep"): read.get(name, run.model)()
+
+
+def test_a_run_with_odd_values_can_be_shown(received):
+    edits = {"metrics/metrics.json": '{"sharpe_net": [1], "log_loss": "low"}', "predictions/val_predictions.parquet": None}
+    for name, text in edits.items():
+        if text: (received / name).write_text(text)
+        else: pd.DataFrame(dict(p_up=["a"], y_true=[None])).to_parquet(received / name)
+        forge(received)
+        assert received.name in repr(load_run(received)) and received.name in repr(list_runs(received.parent))
 
 
 def test_a_table_that_claims_too_many_values_is_not_read(received, monkeypatch):

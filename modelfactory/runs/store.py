@@ -556,8 +556,9 @@ class Run:
             check_name(str(config.get("model", "")).rpartition(":")[2])
         except (ConfigError, ValueError) as e:
             raise RunConfigError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
-        if not isinstance(config.get("data"), dict) or not isinstance(config["data"].get("classes"), list):
-            raise RunConfigError(f"{file}: no data with classes; train the run again")
+        classes = config["data"].get("classes") if isinstance(config.get("data"), dict) else None
+        if not isinstance(classes, list) or not all(isinstance(c, int) for c in classes):
+            raise RunConfigError(f"{file}: no data with classes, a list of integers; train the run again")
         return config
 
     def predictions(self, split: str = "val") -> pd.DataFrame:
@@ -634,13 +635,15 @@ class Run:
         "The sentence on directional skill, corrected for the trials that the run's folder knows of."
         if "claim" in self.manifest: return self.manifest["claim"]
         try: return self.direction_claim().sentence
-        except RunError as e: return f"direction: not tested ({e})"
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as e:  # of a damaged table
+            reason = " ".join(str(e).split()) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
+            return f"direction: not tested ({reason})"
 
     def __repr__(self):
         task = f"{self.manifest['model']} on {self.data}, horizon {self.horizon}"
         if not self.scored: return f"Run({self.path.name}: {task}; not scored: {self.reason})"
         sharpe = self.metrics.get("sharpe_net", math.nan)
-        shown = "–" if sharpe != sharpe else f"{sharpe:.2f}"
+        shown = f"{sharpe:.2f}" if isinstance(sharpe, (int, float)) and sharpe == sharpe else "–"
         notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
         return printable(f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})")
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>"
