@@ -16,8 +16,8 @@ app = typer.Typer(help="Train any model family on labelled market bars; compare 
 
 # %% auto #0
 __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'models', 'doctor', 'dataset_keys', 'check',
-           'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'compare', 'rescore',
-           'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+           'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'compare',
+           'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -206,6 +206,13 @@ def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in p
     "How far a grid is: done, running, failed, waiting.\n\nExample: modelfactory status demo"
     from modelfactory.runs.grid import grid_status
     print(grid_status(grid, output))
+
+# %% ../nbs/cli.ipynb #ad6452f4
+@app.command()
+def runs(folder: Annotated[Optional[Path], typer.Argument(help="runs folder; default: from settings.ini")] = None):
+    "List all finished runs with their main metrics, whether they are scored, and what cannot be read.\n\nExample: modelfactory runs"
+    from modelfactory.runs.store import list_runs
+    print(list_runs(folder))
 
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()

@@ -442,3 +442,12 @@ def test_an_undefined_number_is_a_dash(tmp_path):
     from modelfactory.runs.gallery import _sharpe
     from modelfactory.runs.significance import read_task
     assert _sharpe(read_task(list_runs(tmp_path), "bars", 5), "a") == "–"
+
+
+def test_the_command_line_lists_runs_and_whether_they_are_scored(tmp_path, capsys):
+    make_run(tmp_path, "a", bars())
+    unscored = make_run(tmp_path, "b", bars()).path / "manifest.json"
+    unscored.write_text(json.dumps(json.loads(unscored.read_text()) | dict(scored=False, reason="the disk was full")))
+    with pytest.raises(SystemExit, match="0"): main(["runs", str(tmp_path)])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in listed[1:]] == ["yes", "full"] and "no: the disk was full" in listed[2]

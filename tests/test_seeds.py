@@ -111,3 +111,10 @@ def test_runs_of_other_configs_or_data_are_no_seeds_of_the_newest_run(tmp_path):
     assert seeds == dict(other=[2], xgboost=[7, 42]) and count_trials(runs, "bars") == 5
     result = comparison(runs)
     assert {m["model"]: m["seeds"] for m in result["tasks"][0]["models"]} == seeds and result["unread"] == []
+
+
+def test_seeds_before_and_after_the_data_moved_are_of_one_model(tmp_path):
+    for seed, data in enumerate(("/here/bars", "/there/bars")):
+        make_run(tmp_path, "lstm", bars(n=300), seed=seed, data=data, fingerprint="a" * 16)
+    task, = comparison(tmp_path)["tasks"]
+    assert task["n_models"] == 1 and task["models"][0]["seeds"] == [0, 1]

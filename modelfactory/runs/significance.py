@@ -53,8 +53,9 @@ def _recipe(run):
     except ConfigError:
         config = {}
     shared = {name: value for name, value in config.items() if name not in SEEDS}
-    if isinstance(shared.get("config"), dict):
-        shared["config"] = {name: value for name, value in shared["config"].items() if name not in SEEDS}
+    for part, ignored in (("config", SEEDS), ("data", ("data", "prices"))):  # the fingerprint says which data, wherever they lie
+        if isinstance(shared.get(part), dict):
+            shared[part] = {name: value for name, value in shared[part].items() if name not in ignored}
     return json.dumps([shared, run.manifest.get("data_fingerprint")], sort_keys=True, default=str)
 
 SEEDS = ("seed", "random_seed")

@@ -5,7 +5,6 @@
 # %% ../../nbs/training/07_null_zoo.ipynb #5adb8f38
 from __future__ import annotations
 import argparse
-import ast
 import hashlib
 import json
 import math
@@ -28,6 +27,7 @@ from ..evaluation.baselines import last_known_labels
 from ..evaluation.backtest import _benchmarks
 from ..evaluation.permutation import _held_positions
 from ..models.base import probability_columns
+from ..models.code import without_docstrings
 from ..progress import Progress
 from ..settings import settings
 
@@ -339,17 +339,7 @@ def code_hash() -> str:
     "A hash of the code that results depend on; comments, docstrings and layout do not count."
     package = Path(significance.__file__).parents[1]
     sources = [(package / f"{name.replace('.', '/')}.py").read_text(encoding="utf8") for name in CODE]
-    return hashlib.sha256("".join(map(_without_docstrings, sources)).encode()).hexdigest()[:12]
-
-
-def _without_docstrings(source):
-    "The syntax tree of a module as text."
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-    return ast.dump(tree)
+    return hashlib.sha256("".join(map(without_docstrings, sources)).encode()).hexdigest()[:12]
 
 
 def _judge(world, seed):
