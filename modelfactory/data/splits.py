@@ -176,6 +176,11 @@ def _culprit(frame, error):
                     "convert or drop the column")
     return _first_line(error)
 
+def _check_unique(names, file):
+    names = pd.Index(names)
+    if (twice := names[names.duplicated()]).size:
+        raise UnreadableFile(f"{file}: column {twice[0]!r} is there more than once; keep one")
+
 # %% ../../nbs/data/00_splits.ipynb #962af2a2
 def parquet_parts(
     folder: Path,
@@ -536,10 +541,6 @@ def _key_hint(key, schema):
     if unnamed := [name for name in schema.names if name.startswith("__index_level_")]:
         return f"levels of the index have no name ({', '.join(unnamed)}): name them datetime and symbol before writing"
     return did_you_mean(key, schema.names)
-
-def _check_unique(names, file):
-    names = pd.Index(names)
-    if (twice := names[names.duplicated()]).size: raise UnreadableFile(f"{file}: column {twice[0]!r} is there more than once; keep one")
 
 # %% ../../nbs/data/00_splits.ipynb #60e4d853
 def read_split(
