@@ -593,7 +593,7 @@ def _(work): (work / "runs/first/metrics/metrics.json").unlink(); return lambda:
 @kind("predictions of a split that was not predicted", RunError, "first", "'test'", "val")
 def _(work): return lambda: load_run(work / "runs/first").predictions("test")
 
-@kind("predictions of a split named as a path", RunError, "'../../x'")
+@kind("predictions of a split named as a path", RunError, "../../x")
 def _(work): return lambda: load_run(work / "runs/first").predictions("../../x")
 
 @kind("an attempt that did not end", RunError, "result.json", "did not reach its end")

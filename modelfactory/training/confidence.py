@@ -23,7 +23,7 @@ def plot_calibration_change(
     before: PredictionOutput,
     after: PredictionOutput,  # of the same rows
     y_true: np.ndarray,  # (n,) class values
-    classes: tuple | None = None,  # class values, None: the barriers or the values seen
+    classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
 ) -> Figure:
     "Reliability of each class's probability without and with a calibration, on the same axes."
     fig, axes = _axes(1, 2, size=(6.4, 2.9), layout="constrained", sharex=True, sharey=True)

@@ -435,7 +435,7 @@ def plot_claims(
     from matplotlib import pyplot as plt
     claims = [c for c in table if c != "markets" and table[c].notna().any()]
     colours = ["#0072B2", "#7f7f7f", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00"]
-    fig, ax = plt.subplots(figsize=(7, .3 * len(table) + 1.2), dpi=100, facecolor="white", layout="constrained")
+    fig, ax = plt.subplots(figsize=(7, .3 * len(table) + 1.2), dpi=80, facecolor="white", layout="constrained")
     shift = np.linspace(-.25, .25, len(claims))
     for c, colour, dy in zip(claims, colours, shift):
         marker = "x" if c == "old_direction" else "o"
