@@ -346,7 +346,7 @@ BAD_PRICES = {
     "negative": (at_row(-3.), None, "close is negative at 1 of 300 bars, first A 2024-01-31 07:00:00"),
     "infinite": (at_row(np.inf), None, "close is infinite at 1 of 300 bars, first A 2024-01-31 07:00:00"),
     "file gone": (None, lambda file: file.unlink(), "no such price file"),
-    "other zone": (None, lambda file: rewrite(file, zoned), "time zone UTC, but the bars have None"),
+    "other zone": (None, lambda file: rewrite(file, zoned), "time zone UTC, the bars have None"),
     "bars missing": (None, lambda file: rewrite(file, lambda t: t.drop(index=t[t.datetime == "2024-01-31 20:00"].index, inplace=True)), "there is no close at 2 of 300 bars, first A 2024-01-31 20:00:00"),
     "file NaN": (None, lambda file: rewrite(file, at_row(np.nan)), "prices.parquet: close is NaN at 1 of 1,200 bars"),
 }

@@ -13,9 +13,9 @@ import pandas as pd
 from annotated_types import Interval
 
 from ..settings import ShownConfig
-from modelfactory.data.splits import (
-    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, Split, SplitOverlap, SplitsError, label_bars, read_columns,
-    read_splits)
+from .splits import (
+    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, MissingFile, Split, SplitOverlap, SplitsError, label_bars,
+    read_columns, read_splits)
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
@@ -292,4 +292,5 @@ def price_file(
     file: Path,  # parquet or CSV with datetime, symbol, close
 ) -> pd.DataFrame:
     "The closes of a file; raises `SplitsError` when it does not serve."
+    if not Path(file).exists(): raise MissingFile(f"{file}: no such price file")
     return read_columns(file, "price", ("close",))
