@@ -142,8 +142,9 @@ def test_ctrl_c_stops_and_says_how_to_go_on(tmp_path):
 
 def test_a_killed_runner_takes_its_runs_with_it_and_the_next_one_goes_on(tmp_path):
     before, runner = ours(), start(tmp_path, "--workers", "1")
-    until(lambda: (tmp_path / "runs").is_dir() and list_runs(tmp_path / "runs") or runner.poll() is not None, "a run")
-    kept = list_runs(tmp_path / "runs")[0].path
+    def scored(): return [run for run in list_runs(tmp_path / "runs") if run.scored]
+    until(lambda: (tmp_path / "runs").is_dir() and scored() or runner.poll() is not None, "a run that is scored")
+    kept = scored()[0].path
     runner.kill(), runner.wait(PATIENCE)
     assert gone(before)
     status = grid_status(tmp_path / "grid.yaml", tmp_path / "runs")
