@@ -173,17 +173,19 @@ def read_only(folder):
     return said
 
 
-def _kernel(folder, *argv):
-    spec = Path(folder) / "jupyter/kernels/python3"
-    spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps(dict(argv=list(argv), display_name="Python 3", language="python")))
-    return dict(JUPYTER_PATH=str(spec.parents[1]))
+def _kernel(folder, code):
+    "The environment in which the process of a kernel executes some code first."
+    place = Path(folder) / "first"
+    place.mkdir(parents=True)
+    is_kernel = 'any("ipykernel_launcher" in word for word in sys.orig_argv)'
+    (place / "sitecustomize.py").write_text(f"import os, sys, time\nif {is_kernel}: {code}\n")
+    return dict(PYTHONPATH=os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")])))
 
 
 def silent_kernel(folder):
     "A kernel that is started and never answers: given up by its heartbeat, or by the limit of the run."
     grid = Grid(folder)
-    said = told(grid, *grid.start(1, "--timeout", "15", **_kernel(folder, "sleep", "3600")).end())
+    said = told(grid, *grid.start(1, "--timeout", "15", **_kernel(folder, "time.sleep(3600)")).end())
     assert "ernel died" in said or "not done after 15 s" in said, said
     return said
 
@@ -191,7 +193,7 @@ def silent_kernel(folder):
 def slow_kernel(folder, seconds=8):
     "A kernel that takes its time to start, as on a busy machine or a slow disk, is waited for."
     grid = Grid(folder)
-    code, said = grid.start(1, **_kernel(folder, "sh", "-c", f"sleep {seconds}; exec {sys.executable} -m ipykernel_launcher -f {{connection_file}}")).end()
+    code, said = grid.start(1, **_kernel(folder, f"time.sleep({seconds})")).end()
     assert code == 0, said
     grid.check({})
     return said
@@ -200,7 +202,7 @@ def slow_kernel(folder, seconds=8):
 def dead_kernel(folder):
     "A kernel that ends as soon as it is started: tried again, then said."
     grid = Grid(folder)
-    said = told(grid, *grid.start(1, **_kernel(folder, "false")).end())
+    said = told(grid, *grid.start(1, **_kernel(folder, "os._exit(1)")).end())
     assert "ernel died" in said and len(list((grid.runs / FAILED).iterdir())) == 3, said
     return said
 

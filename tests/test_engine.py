@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PATIENCE, ROOT, finish, interruptible, until
+from fabricate import bars, make_run
 
 from modelfactory.runs import engine
 from modelfactory.runs.engine import MARK, Limits, run_notebook
@@ -164,9 +165,11 @@ def test_two_grids_on_one_folder_train_each_run_once(tmp_path):
 def test_a_process_that_does_not_end_after_its_run_is_published_is_ended(tmp_path, monkeypatch):
     "Such as one whose interpreter waits for a socket at its exit: the run is whole, and nobody waits for ever."
     runs, real = tmp_path / "runs", subprocess.Popen
+    made = make_run(tmp_path / "made", "svm", bars(n=300)).path
 
     def publishes(command, env, **options):
-        (runs / env[MARK]).mkdir()
+        shutil.copytree(made, runs / env[MARK])
+        shutil.rmtree(runs / PARTIAL / env[MARK])
         return real([sys.executable, "-c", "import time; time.sleep(3600)"], env=env, **options)
 
     monkeypatch.setattr(engine, "ENDING", 0)

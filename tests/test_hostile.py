@@ -970,10 +970,10 @@ def test_a_module_in_the_working_folder_is_not_imported(canary, tmp_path):
     from modelfactory.runs.engine import START
     for name in ("runpy", "json", "gc", "pandas", "numpy"): (tmp_path / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
     code = START.replace("runpy.run_module(", "print(").replace("run_name=", "end=")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "ipykernel_launcher" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, "-P", "-m", "modelfactory.runs.isolation"], cwd=tmp_path, capture_output=True,
-                          stdin=subprocess.DEVNULL, text=True)
+                          stdin=subprocess.DEVNULL, text=True, timeout=PATIENCE)
     assert "EOFError" in done.stderr
 
 
@@ -1076,7 +1076,7 @@ def test_a_flipped_byte_crashes_no_caller_and_changes_nothing_elsewhere(artefact
     copy = shutil.copytree(artefacts, tmp_path / "received")
     before = content(tmp_path)
     done = subprocess.run([sys.executable, "-c", FLIPPED, ROOT / "tests", copy, str(N_FLIPS), os.environ.get("FLIP_SEED", "0")],
-                          capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+                          capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(counts, indent=1), done.stderr[-3000:])

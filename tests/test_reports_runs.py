@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from fabricate import bars, make_run
 from matplotlib.text import Text
 from test_context import cut_and_purge
@@ -103,7 +103,7 @@ def installed(tmp_path_factory):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(source / done.stdout.split()[-1]) as wheel:
         wheel.extractall(site)
@@ -115,7 +115,7 @@ def elsewhere(site, folder, code, *args):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MODELFACTORY_")}
     environment |= dict(PYTHONPATH=str(site))
     command = [sys.executable, "-c", code, *args]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_a_wheel_holds_parameters_grids_and_notebooks(installed):

@@ -63,7 +63,7 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
     visible = [f for runs in folders for f in runs.iterdir() if not f.name.startswith(".")]
     assert len(visible) == sum(len(list_runs(runs)) for runs in folders) == statuses.count("ok") + statuses.count("not scored")
     for folder in visible: load_run(folder).verify(); load_run(folder).model()
-    assert statuses.count("killed") >= 5, statuses
+    assert statuses.count("killed") + statuses.count("not scored") >= 5, statuses
 
 
 def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):

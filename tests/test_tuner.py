@@ -187,7 +187,7 @@ def test_more_is_better_where_it_is(home, tmp_path, metric, best):
 def test_val_is_opened_only_when_asked_for_and_test_never(home, tmp_path):
     assert not (home / "data/test_scaled.parquet").exists()
     tuner(home, tmp_path / "t.db", 1).run()
-    with pytest.raises(SplitsError, match="not a whole parquet"): tuner(home, tmp_path / "v.db", 1, on="val").run()
+    with pytest.raises(SplitsError, match="expected a parquet file"): tuner(home, tmp_path / "v.db", 1, on="val").run()
     frame = pd.read_parquet(home / "data/train_scaled.parquet")
     shutil.copytree(home / "data", tmp_path / "data")
     frame.assign(datetime=frame.datetime + pd.Timedelta("700D")).to_parquet(tmp_path / "data/val_scaled.parquet")
