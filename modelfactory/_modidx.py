@@ -2620,6 +2620,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'modelfactory/runs/significance.py'),
                                                 'modelfactory.runs.significance.Task.runs': ( 'runs/significance.html#task.runs',
                                                                                               'modelfactory/runs/significance.py'),
+                                                'modelfactory.runs.significance._all_benchmarks': ( 'runs/significance.html#_all_benchmarks',
+                                                                                                    'modelfactory/runs/significance.py'),
                                                 'modelfactory.runs.significance._as_runs': ( 'runs/significance.html#_as_runs',
                                                                                              'modelfactory/runs/significance.py'),
                                                 'modelfactory.runs.significance._classes': ( 'runs/significance.html#_classes',

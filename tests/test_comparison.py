@@ -183,6 +183,8 @@ def test_two_others_have_skill_and_one_has():
     (a_task(MODELS["two"], **LOG_LOSS["alone"]), ["and a better one than every other model"]),
     (a_task(MODELS["one"], trials=1), ["the log loss of a is not better than that of the class shares of train (p = 0.400, corrected for 1 trial)"]),
     (a_task(MODELS["two"], p_profit_cash=.01), ["better than that of buy-and-hold of the same symbols or its own mean position"]),
+    (a_task(MODELS["two"], p_profit=.06, p_profit_cash=.01, p_profit_hold=.02, p_profit_constant=.03),
+     ["better than that of not trading, buy-and-hold of the same symbols and its own mean position at once (p = 0.060"]),
     (a_task(MODELS["two"]), ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting 60%"]),
     (a_task(MODELS["one"], **PROFIT["yes"]), ["the net profit of a is better than that of not trading, buy-and-hold of the same symbols and its own mean position"])])
 def test_what_the_sentences_say(task, texts):

@@ -402,6 +402,10 @@ def _sharpe(task):
         shown.append(f"the probability of backtest overfitting {task['overfitting']:.0%}")
     return "; " + ", ".join(shown)
 
+def _all_benchmarks():
+    *first, last = BENCHMARKS.values()
+    return f"{', '.join(first)} and {last}"
+
 def _profit_sentence(task):
     p, n = task["p_profit"], len(task["models"])
     if p is None:
@@ -412,13 +416,11 @@ def _profit_sentence(task):
             if n == 1
             else f"the net profit of at least one of {n} models"
         )
-        against = "not trading, buy-and-hold of the same symbols and its own mean position"
-        return f"{who} is better than that of {against} ({_p(p)}, {_trials(task)}){_sharpe(task)}."
+        return f"{who} is better than that of {_all_benchmarks()} ({_p(p)}, {_trials(task)}){_sharpe(task)}."
     not_beaten = [name for key, name in BENCHMARKS.items() if (task.get(key) is None) or task[key] > 0.05]
+    which = " or ".join(not_beaten) or f"{_all_benchmarks()} at once"
     who = f"the net profit of {task['models'][0]['model']} is not" if n == 1 else "no model's net profit is"
-    return (
-        f"{who} significantly better than that of {' or '.join(not_beaten)} ({_p(p)}, {_trials(task)}){_sharpe(task)}."
-    )
+    return f"{who} significantly better than that of {which} ({_p(p)}, {_trials(task)}){_sharpe(task)}."
 
 # %% ../../nbs/runs/07_significance.ipynb #cf097a5f
 def plot_task_differences(
