@@ -69,15 +69,15 @@ def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, 
           nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
           classes: Classes = None, prices: Prices = None):
     "Check splits: roles of columns, labels, their reach and blocks, distance in time, and columns that predict too well.\n\nExample: modelfactory check data/splits/scaled"
-    from modelfactory.data.audit import audit, audited_splits
+    from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.dataset import DatasetConfig
     from modelfactory.data.prices import check_split_prices
-    from modelfactory.data.splits import read_splits
+    from modelfactory.data.splits import present_splits, read_splits
     from modelfactory.settings import build_config
     c = build_config(DatasetConfig, dict(data=data) | dataset_keys(nan, exclude, features, classes, prices), "check")
     folder = resolve_data(data)
-    splits = read_splits(folder, None, audited_splits(folder), c.features, c.exclude, c.nan, c.classes)
+    splits = read_splits(folder, None, present_splits(folder), c.features, c.exclude, c.nan, c.classes)
     print(splits.report, report := audit(splits, tuple(_listed(allow))), sep="\n\n")
     check_split_prices(splits, c.prices)
     report.raise_if_leaky()

@@ -231,6 +231,20 @@ def test_a_run_whose_process_and_its_parent_are_killed_is_finished_by_rescore(ta
     assert rescore.rescore([run.path]).scored.tolist() == ["all"] and list_runs(runs)[0].scored
 
 
+def test_rescore_reads_the_weights_of_another_user_in_a_process_of_their_own(task, tmp_path, monkeypatch):
+    runs, parameters = task
+    with monkeypatch.context() as patch:
+        FAULTS["predicting"](patch, parameters)
+        assert run_here(runs, parameters).status == UNSCORED
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another user"))
+    monkeypatch.setattr(store, "load_model", lambda *args: pytest.fail("read in the calling process"))
+    run, = list_runs(runs)
+    assert not run.is_own and rescore.rescore([run.path]).scored.tolist() == ["all"]
+    after = load_run(run.path)
+    assert after.scored and not after.is_own and "plots/importance.png" not in after.manifest["files"]
+    assert "plots/confusion.png" in after.manifest["files"] and len(after.predictions())
+
+
 PLUGIN = """
 import os, signal
 from modelfactory.models.registry import ModelRegistry

@@ -14,7 +14,7 @@ from test_tuner import at_home, home, process, states, tuner  # noqa: F401, two 
 
 from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
-from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, read_splits
+from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, present_splits, read_splits
 from modelfactory.models import conformance
 from modelfactory.models.base import NotFittedError
 from modelfactory.models.conformance import CHECKS, ConformanceError, check_model
@@ -122,6 +122,25 @@ def test_purging_by_command(tmp_path, capsys):
     assert call("purge", source, "--output", tmp_path / "purged") == 0 and "see " in capsys.readouterr().out
     assert call("check", tmp_path / "purged") == 0
     assert call("purge", source, "--output", tmp_path / "purged") == 2 and "exists" in capsys.readouterr().err
+
+
+def test_a_test_split_of_any_name_is_one(tmp_path):
+    "Names without `_scaled`: labels of val that reach into test are purged, and `check` looks at test as well."
+    source = write(tmp_path / "splits", bars(reach=15))
+    for name in NAMES: (source / f"{name}_scaled.parquet").rename(source / f"{name}.parquet")
+    assert present_splits(source) == NAMES and present_splits(dict(train=1, val=1)) == NAMES[:2]
+    purged = purge_splits(source, tmp_path / "out").set_index("split")["labels purged"]
+    assert purged["train"].sum() > 0 and purged["val"].sum() > 0 and call("check", source) == 2
+    assert (tmp_path / "out/test.parquet").is_file() and call("check", tmp_path / "out") == 0
+
+
+def test_parts_and_csv_are_not_purged(tmp_path):
+    source = write(tmp_path / "splits", bars(reach=15))
+    pd.read_parquet(source / "val_scaled.parquet").to_csv(source / "val.csv", index=False)
+    (source / "val_scaled.parquet").unlink()
+    with pytest.raises(SplitsError, match="val.csv: expected one parquet file for each split"):
+        purge_splits(source, tmp_path / "purged")
+    assert [p.name for p in tmp_path.iterdir()] == ["splits"]
 
 
 def test_what_cannot_be_purged_leaves_nothing_behind(tmp_path):

@@ -12,6 +12,7 @@ from modelfactory.cli import main
 from modelfactory.data.bars import write_splits
 from modelfactory.data.market import PRESETS, market_table, simulate
 from modelfactory.runs import rescore as rescoring
+from modelfactory.runs import store
 from modelfactory.runs.compare import comparison
 from modelfactory.runs.rescore import NOT_SCORED, rescore, rescore_run, rows_of, scoring_trainer
 from modelfactory.runs.store import MANIFEST, REPLACED, STAGED, RunError, list_runs, load_run, publish, replace_run, score_files, start_attempt, write_run
@@ -187,7 +188,7 @@ def test_killed_at_any_step_it_is_the_old_run_or_the_new_one(run, monkeypatch, t
             return result
         return step
 
-    for module, call in ((os, "rename"), (os, "link"), (shutil, "rmtree"), (rescoring, "write_json"), (rescoring, "write_scores"), (rescoring, "file_hash")):
+    for module, call in ((os, "rename"), (os, "link"), (shutil, "rmtree"), (rescoring, "write_json"), (rescoring, "write_scores"), (store, "file_hash")):
         monkeypatch.setattr(module, call, killing(getattr(module, call)))
     outcomes, last = [], 0
     while True:

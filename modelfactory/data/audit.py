@@ -6,21 +6,20 @@
 from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from html import escape
-from pathlib import Path
 from typing import Mapping
 
 import numpy as np
 import pandas as pd
 
 from .dataset import TimeSeriesDataset
-from .splits import NO_TARGET, SPLIT_ORDER, Split, SplitsError, label_reach
+from .splits import NO_TARGET, Split, SplitsError, label_reach
 
 # %% auto #0
 __all__ = ['BINS', 'SCORES', 'NEXT_BAR', 'MOVES', 'POSITIONS', 'STRENGTHS', 'VOLATILITIES', 'VIEWS', 'DIRECTION', 'NEUTRALITY',
            'SUSPECT', 'SUSPECT_ERRORS', 'MIN_ROWS', 'SCORE_COLUMNS', 'SCALERS', 'SAME', 'LeakFound', 'bin_of',
            'target_tables', 'auc_minus_half', 'aligned', 'targets', 'log_returns', 'yardsticks', 'day_of',
            'auc_std_error', 'score_columns', 'auc_by_shift', 'scaler_residuals', 'scaled_on_everything', 'Finding',
-           'leaks', 'find_label_copies', 'AuditReport', 'audited_splits', 'audit']
+           'leaks', 'find_label_copies', 'AuditReport', 'audit']
 
 # %% ../../nbs/data/02_audit.ipynb #7712e7ad
 class LeakFound(SplitsError): "Columns that predict labels better than past bars can."
@@ -412,12 +411,6 @@ class AuditReport:
         return f"<p><b>{head}</b></p><ul style='font-size:13px;margin:0'>{''.join(items)}</ul>"
 
 # %% ../../nbs/data/02_audit.ipynb #f4a026b0
-def audited_splits(
-    data: str,  # folder with Phase 1 splits
-) -> tuple:  # names
-    "The splits that are checked before anything is trained: train and val, and test where there is one."
-    return SPLIT_ORDER if (Path(data) / "test_scaled.parquet").is_file() else SPLIT_ORDER[:2]
-
 def audit(
     data: Split | Mapping | TimeSeriesDataset,  # train, or splits by name with train first
     allow: tuple = (),  # columns, or kinds of finding, to permit: those you can vouch for

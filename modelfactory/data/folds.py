@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from .bars import publish_folder
 from .dataset import TimeSeriesDataset, Windows, sample_rows
-from .splits import (NO_TARGET, SPLIT_ORDER, SplitsError, check_order, column_roles, label_bars, read_split,
-                                      reaching_over, split_files)
+from modelfactory.data.splits import (
+    NO_TARGET, SplitsError, _file_order, check_order, column_roles, label_bars, present_splits, read_split, reaching_over,
+    split_files)
 
 # %% auto #0
 __all__ = ['FOREVER', 'STATES', 'FoldsError', 'longest', 'Labels', 'Fold', 'Folds', 'walk_forward', 'combinatorial_purged',
@@ -207,15 +208,8 @@ def labels_to_purge(
         early, later = splits[name], [splits[n] for n in names[i + 1:]]
         starts = [check_order(early, late).as_unit("ns").value for late in later]
         over = {h: np.any([reaching_over(early, h, t) for t in starts], axis=0) for h in early.labels} if starts else {}
-        masks[name] = {h: _in_file(mask, early.order) for h, mask in over.items()}
+        masks[name] = {h: _file_order(mask, early.order) for h, mask in over.items()}
     return masks
-
-def _in_file(mask, order):
-    "A mask over the rows of a split, over the rows of its file."
-    if order is None: return mask
-    rows = np.empty_like(mask)
-    rows[order] = mask
-    return rows
 
 # %% ../../nbs/data/06_folds.ipynb #41c2e5c5
 def purge_splits(
@@ -226,8 +220,9 @@ def purge_splits(
     data, output = Path(data).resolve(), Path(output).resolve()
     if output.exists(): raise SplitsError(f"{output}: exists; choose another folder")
     if data == output or data in output.parents: raise SplitsError(f"{output}: lies inside {data}; choose another folder")
-    names = [n for n in SPLIT_ORDER if n != "test" or (data / "test_scaled.parquet").is_file()]
-    files = split_files(data, names)
+    files = split_files(data, present_splits(data))
+    if other := [file for file in files.values() if file.suffix != ".parquet" or file.is_dir()]:
+        raise SplitsError(f"{other[0]}: expected one parquet file for each split; write it as one, then purge it")
     masks = labels_to_purge({name: _labels_of(file, name) for name, file in files.items()})
 
     def write(folder):

@@ -80,16 +80,16 @@ def price_warnings(
     close = bars["close"].astype(float)
     close = close.where((close > 0) & np.isfinite(close))
     moves = np.log(close).groupby(bars["symbol"], sort=False).diff()
-    found = [*_zero_moves(bars, moves), *_stale(bars, close), *_jumps(bars, moves)]
-    return [f"{where}: {sentence}" for sentence in found]
+    sentences = [*_zero_moves(bars, moves), *_stale(bars, close), *_jumps(bars, moves)]
+    return [f"{where}: {sentence}" for sentence in sentences]
 
 def _named(texts):
     return ", ".join(texts[:MOST_NAMED]) + (f" and {len(texts) - MOST_NAMED} more" if len(texts) > MOST_NAMED else "")
 
 def _zero_moves(bars, moves):
     "Symbols most of whose closes equal the one before."
-    known = moves.dropna()
-    by_symbol = (known == 0).groupby(bars["symbol"][known.index], sort=False).agg(["mean", "size"])
+    moves = moves.dropna()
+    by_symbol = (moves == 0).groupby(bars["symbol"][moves.index], sort=False).agg(["mean", "size"])
     still = by_symbol[(by_symbol["mean"] > ZERO_MOVES) & (by_symbol["size"] >= STALE_BARS)]
     first = bars.groupby("symbol", sort=False)["datetime"].min()
     if len(still):
@@ -153,13 +153,11 @@ def check_split_prices(
 ):
     "`check_prices` of the bars of val and test, which are scored."
     from modelfactory.data.dataset import price_file
-    for name in {"val", "test"} & set(splits):
-        split = splits[name]
-        symbols = np.asarray(split.symbols, object)[split.codes]
+    closes = None if file is None else price_file(file)
+    for split in (splits[name] for name in ("val", "test") if name in splits):
         labelled = np.any([y != NO_TARGET for y in split.labels.values()], axis=0)
-        bars = pd.DataFrame(dict(datetime=split.datetimes, symbol=symbols))[labelled]
-        prices = split.prices() if file is None else price_file(file)
-        check_prices(prices, bars, split.file if file is None else str(file))
+        source = (split.prices(), split.file) if file is None else (closes, str(file))
+        check_prices(source[0], split.keys()[labelled], source[1])
 
 def split_warnings(
     splits: Mapping[str, Split],  # train first
@@ -168,7 +166,5 @@ def split_warnings(
     sentences = []
     for split in splits.values():
         if split.close is not None:
-            symbols = np.asarray(split.symbols, object)[split.codes]
-            bars = pd.DataFrame(dict(datetime=split.datetimes, symbol=symbols, **split.market))
-            sentences += price_warnings(bars, split.name)
+            sentences += price_warnings(split.keys().assign(**split.market), split.name)
     return sentences + feature_warnings(splits)

@@ -24,8 +24,8 @@ __all__ = ['ROLES', 'KEYS', 'SPLIT_ORDER', 'LAYOUTS', 'FIRST_YEAR', 'EPOCH_FIX',
            'NO_VALUE', 'LABEL_NOISE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'RARE_CLASS', 'CONSTANT_CALL', 'SplitsError',
            'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
            'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
-           'with_keys', 'parquet_parts', 'split_path', 'split_files', 'symbol_text', 'Split', 'read_split',
-           'read_columns', 'bars_between', 'label_bars', 'reaching_over', 'check_order', 'label_reach',
+           'with_keys', 'parquet_parts', 'split_path', 'present_splits', 'split_files', 'symbol_text', 'Split',
+           'read_split', 'read_columns', 'bars_between', 'label_bars', 'reaching_over', 'check_order', 'label_reach',
            'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits',
            'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
@@ -278,6 +278,13 @@ def split_path(
     paths = (Path(folder) / layout.format(split) for layout in LAYOUTS)
     return next((path for path in paths if (path.suffix and path.is_file()) or parquet_parts(path)), None)
 
+def present_splits(
+    data: Path | Mapping,  # as of `split_files`
+) -> tuple:  # names
+    "Train and val, and test where there is one; train and val are named though they are missing, and refused on reading."
+    has_test = "test" in data if isinstance(data, Mapping) else split_path(data, "test") is not None
+    return SPLIT_ORDER if has_test else SPLIT_ORDER[:2]
+
 def split_files(
     data: Path | Mapping,  # folder of Phase 1 splits, or {"train": frame, table, file or folder of parts, "val": ...}
     splits: tuple = ("train", "val"),  # which to use
@@ -404,9 +411,13 @@ class Split:
     close = property(lambda self: self.market.get("close"))  # (N,) raw, or None
     def file_row(self, i): return int(i if self.order is None else self.order[i])
 
+    def keys(self) -> pd.DataFrame:  # datetime, symbol of every row
+        "Time and name of the symbol of each row."
+        return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes]))
+
     def prices(self) -> pd.DataFrame | None:  # datetime, symbol, close of every row
         "Raw closes, where the file has them."
-        if self.close is not None: return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes], close=self.close))
+        if self.close is not None: return self.keys().assign(close=self.close)
 
 # %% ../../nbs/data/00_splits.ipynb #c4b61539
 AT_ONCE = 8  # columns read at a time: fewer need less memory, more need less time
@@ -941,16 +952,11 @@ def fingerprint(
     splits: tuple | None = None,  # None: train and val, and test where there is one
 ) -> str:  # 16 hex digits
     "Hash of the content of the splits. The bytes of test are hashed, none of its rows is read."
-    if splits is None:
-        splits = SPLIT_ORDER if _has_test(data) else SPLIT_ORDER[:2]
     digest = hashlib.blake2b(digest_size=8)
-    for name, source in split_files(data, splits).items():
+    for name, source in split_files(data, splits or present_splits(data)).items():
         digest.update(name.encode())
         digest.update(_digest(source))
     return digest.hexdigest()
-
-def _has_test(data):
-    return "test" in data if isinstance(data, Mapping) else split_path(data, "test") is not None
 
 def _digest(source):
     "Hash of one split's content: rows of a frame or table, bytes of a file or of the parts of a folder."

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['MIN_DAYS', 'SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_max', 'deflated_sharpe',
-           'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models', 'row_losses',
-           'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar', 'holm', 'paired_tests',
-           'mean_differences', 'paired_differences', 'class_differences', 'plot_differences', 'direction_gains',
-           'most_probable', 'information_gains', 'prior_gains', 'significance_summary', 'profit_claims',
-           'critical_difference', 'Ranks', 'rank_models', 'plot_ranks', 'cliques', 'plot_critical_difference']
+__all__ = ['LABELLED_ROW', 'MIN_DAYS', 'SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_max',
+           'deflated_sharpe', 'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models',
+           'row_losses', 'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar', 'holm',
+           'paired_tests', 'mean_differences', 'paired_differences', 'class_differences', 'plot_differences',
+           'direction_gains', 'most_probable', 'information_gains', 'prior_gains', 'significance_summary',
+           'profit_claims', 'critical_difference', 'Ranks', 'rank_models', 'plot_ranks', 'cliques',
+           'plot_critical_difference']
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e9206335
 class SignificanceError(ValueError):
@@ -202,6 +203,8 @@ def adjust_for_trials(
     return p if (trials or 0) <= n_models else 1 - (1 - p) ** (trials / n_models)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #3d1fa4b6
+LABELLED_ROW = ["datetime", "symbol", "y_true"]  # columns that say which row was predicted, and what came true
+
 def stacked_models(
     frame: pd.DataFrame,  # datetime, symbol, y_true, <model>_p_down, <model>_p_flat, <model>_p_up
     classes: tuple = (-1, 0, 1),
@@ -209,7 +212,7 @@ def stacked_models(
     "The probabilities of each model in a stacked table; raises `SignificanceError` on a column that is missing."
     names = probability_columns(classes)
     models = [c.removesuffix(f"_{names[0]}") for c in frame if c.endswith(f"_{names[0]}")]
-    columns = ["datetime", "symbol", "y_true", *(f"{m}_{p}" for m in models for p in names)]
+    columns = [*LABELLED_ROW, *(f"{m}_{p}" for m in models for p in names)]
     if missing := [c for c in columns if c not in frame]:
         raise SignificanceError(f"stacked predictions: no column {missing[0]!r}, expected datetime, symbol, y_true "
                                 f"and {', '.join(f'<model>_{p}' for p in names)}")
@@ -574,13 +577,11 @@ def significance_summary(
         p = summary[f"p_{claim}"]
         summary[f"{claim}_significant"] = bool(p is not None and p <= alpha)
     summary |= _best_by_log_loss(frame, horizon, classes, alpha, n_blocks)
-    losses, any_skill, keys = summary.pop("losses"), summary["direction_significant"], frame[_CLAIM_KEYS]
+    losses, any_skill, keys = summary.pop("losses"), summary["direction_significant"], frame[LABELLED_ROW]
     claims = {m: direction_claim(keys.assign(prediction=y_pred), horizon, trials, alpha, classes)
               for m, y_pred in predictions.items()}
     rows = {m: _of_model(claim, any_skill) | dict(log_loss=losses[m]) for m, claim in claims.items()}
     return summary | dict(models=rows, claims=claims, why=why)
-
-_CLAIM_KEYS = ["datetime", "symbol", "y_true"]
 
 def _too_few(blocks):
     text = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"

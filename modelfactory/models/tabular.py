@@ -36,7 +36,7 @@ class Rows:
     y: np.ndarray  # (n,) int64 class codes
     weight: np.ndarray | None  # (n,) float32, mean 1
 
-ROWS_PER_LEAF = 20  # a class of train holds at least as many leaves of the default size
+ROWS_PER_LEAF = 20  # leaves of the default size that a class of average size fills at least
 
 def leaf_size(
     model: BaseModel,

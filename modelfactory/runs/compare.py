@@ -250,7 +250,7 @@ def _task_entry(task, trials):
     )
 
 def _data_notes(task):
-    "Warnings that the newest run of a task has on its data."
+    "Warnings on the data, as the newest run of a task has stored them."
     newest = max(task.runs, key=lambda r: (r.created, r.path.name))
     try:
         return [str(text) for text in newest.report["warnings"]]

@@ -172,12 +172,12 @@ def gigabytes(
 # %% ../../nbs/runs/01_engine.ipynb #be59b561
 ENDING = 60  # seconds that the process of a run may take to end once the run is published
 
-def _watch(process, limits, stop, published=lambda: False):
-    "Status and reason when a process had to be ended; empty when it ended by itself, or only its end was missing."
+def _watch(process, limits, stop, is_closed):
+    "Status and reason when a process had to be ended; empty when it ended by itself, or has closed its run and goes on."
     start, done = time.monotonic(), math.inf
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired): process.wait(.2); return "", ""
-        if published(): done = min(done, time.monotonic())
+        if is_closed(): done = min(done, time.monotonic())
         if time.monotonic() - done > ENDING: return "", ""
         if stop is not None and stop.is_set(): return "interrupted", "stopped before it was done"
         if limits.seconds and time.monotonic() - start > limits.seconds: return "timeout", f"not done after {limits.seconds:g} s"

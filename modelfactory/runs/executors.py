@@ -123,7 +123,7 @@ class RayEngine:
         for ref in self.refs: self.ray.cancel(ref)
         self.ray.shutdown()
 
-STARTS = 5  # of a cluster of this machine: Ray gives up after 30 s, which a busy machine needs for longer
+STARTS = 5  # attempts to start a cluster on this machine: Ray gives up after 30 s, too early on a busy one
 
 def _join(ray, address, own):
     "Joins a cluster, or starts one; raises `ConfigError` in one line, and then leaves none of its processes."
@@ -139,7 +139,7 @@ def _join(ray, address, own):
             raise ConfigError(f"engine ray: no cluster at {address or 'this machine'} ({reason})") from None
 
 def _processes_of_ray():
-    "What this process started, and what that started, of the Ray package."
+    "Processes of the Ray package that this process or its children started."
     import psutil
     started = set()
     for process in psutil.Process().children(recursive=True):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..builtin import params_file, params_names
-from ..data.audit import audit, audited_splits
+from ..data.audit import audit
 from ..data.bundled import data_path, resolve_data, whole_paths
 from ..data.dataset import DatasetConfig
 from ..data.prices import check_split_prices
-from ..data.splits import fingerprint, read_splits
+from ..data.splits import fingerprint, present_splits, read_splits
 from ..evaluation.metrics import has_direction
 from ..models.registry import ModelRegistry
 from ..progress import Progress, duration
@@ -106,7 +106,7 @@ def audit_data(grid: GridConfig, data: str):
     "Raises `LeakFound` when a column knows the labels of train better than any past may."
     c = build_config(DatasetConfig, grid.dataset | dict(data=data), "grid: dataset")
     folder = resolve_data(data)
-    splits = read_splits(folder, grid.horizons, audited_splits(folder), c.features, c.exclude, c.nan, c.classes)
+    splits = read_splits(folder, grid.horizons, present_splits(folder), c.features, c.exclude, c.nan, c.classes)
     if has_direction(c.classes): check_split_prices(splits, c.prices)
     audit(splits, grid.allow).raise_if_leaky()
 
@@ -187,7 +187,7 @@ def trained_by_other_code(
 
 
 def _asks_the_same(resolved, run):
-    "Whether no key that both configs have differs, but for where the data are."
+    "Whether all keys that both configs have are equal, apart from those that say where the data are."
     try: old, new = run.config, json.loads(json.dumps(resolved))
     except ConfigError: return False
     pairs = [(old, new), *((old.get(k), new[k]) for k in ("config", "data"))]

@@ -21,10 +21,9 @@ from ..evaluation.metrics import EvaluationError, has_direction, metric_names
 from ..evaluation.permutation import null_metrics
 from ..evaluation.robustness import plot_robustness
 from ..models.base import PredictionOutput, probability_columns, to_output
-from ..models.persistence import file_hash
 from .store import (
-    MANIFEST, PARTIAL, STAGED, Run, RunError, add_predictions, check_data, finish_swaps, is_alive, list_runs, load_run,
-    prediction_file, replace_run, score_files, working_folder, write_json, write_manifest, write_scores)
+    MANIFEST, PARTIAL, STAGED, Run, RunError, add_predictions, change_manifest, check_data, finish_swaps, is_alive,
+    list_runs, load_run, prediction_file, replace_run, score_files, working_folder, write_json, write_scores)
 from ..settings import ConfigError
 from ..training import plots
 from ..training.trainer import trainer_plots
@@ -180,7 +179,7 @@ def _write_figures(run, scored, staged):
     "All pictures of a run whose training drew none; why not, where they cannot be drawn."
     scored.history = run.history
     try:
-        scored.model = run.model()
+        scored.model = run.model() if run.is_own else None  # another's weights are read in a process that only predicts
     except (ConfigError, ImportError, ValueError):
         scored.model = None  # its plugin is not here: no picture of its importance
     try:
@@ -195,7 +194,7 @@ def _write_figures(run, scored, staged):
 def _predicted(run, class_metrics):
     "Predicts val with the weights of a run whose training ended before it had predicted, and scores that."
     trainer = scoring_trainer(run)
-    trainer.model, trainer.seconds = run.model(), dict(run.manifest["seconds"])
+    trainer.model, trainer.seconds = run.loaded, dict(run.manifest["seconds"])
     try:
         trainer.predict()
     except Exception as e:  # whatever the code of a model raises
@@ -259,18 +258,12 @@ def _rescored(run, class_metrics):
             return dict(run=run.path.name, splits=splits, scored=NOT_SCORED, reason=reason)
         for split in splits:
             _write_class_metrics(run, split, staged)
-    _write_manifest(run, staged, changed)
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    done = dict(scoring=SCORING_VERSION, rescored=when, scored=True, reason=None)
+    change_manifest(run, staged, done, changed)
     replace_run(staged, run.path)
     scored = "class metrics only" if reason else "all"
     return dict(run=run.path.name, splits=splits, scored=scored, reason=reason or undrawn)
-
-def _write_manifest(run, staged, changed):
-    "The manifest with the hashes of what was written; last, as in `publish`."
-    files = {name: digest for name, digest in run.manifest["files"].items() if name not in changed}
-    files |= {name: file_hash(staged / name) for name in changed if (staged / name).is_file()}
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    done = dict(scoring=SCORING_VERSION, rescored=when, scored=True, reason=None, files=files)
-    write_manifest(staged, run.manifest | done, own=run.is_own)
 
 # %% ../../nbs/runs/13_rescore.ipynb #f93c1f93
 def rescore_runs(

@@ -15,13 +15,13 @@ import pandas as pd
 from ..evaluation import significance
 from ..evaluation.evaluator import SCORING_VERSION
 from ..evaluation.metrics import EvaluationError, has_direction
-from ..evaluation.significance import SignificanceError, class_differences
+from ..evaluation.significance import LABELLED_ROW, SignificanceError, class_differences
 from ..models.base import probability_columns
 from .store import Run, RunError, RunList, list_runs, load_run
 from ..settings import ConfigError, settings
 
 # %% auto #0
-__all__ = ['SEEDS', 'KEYS', 'RESCORE', 'BENCHMARKS', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task',
+__all__ = ['SEEDS', 'RESCORE', 'BENCHMARKS', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task',
            'stack_predictions', 'count_trials', 'trials_so_far', 'daily_profit', 'stored_daily', 'task_significance',
            'describe', 'constant_call_text', 'no_skill_text', 'claim_figures', 'plot_task_differences']
 
@@ -61,20 +61,18 @@ def _recipe(run):
 SEEDS = ("seed", "random_seed")
 
 # %% ../../nbs/runs/07_significance.ipynb #0550bbb6
-KEYS = ["datetime", "symbol", "y_true"]
-
 def common_rows(
     tables: dict,  # name -> predictions
 ) -> tuple[dict, int]:  # the tables on the rows that all have, by symbol and time; how many rows were left out
     "Predictions on the rows that every table has."
     first = next(iter(tables.values()))
     order = first.sort_values(["symbol", "datetime"], kind="stable").index
-    if all(t[k].equals(first[k]) for t in tables.values() for k in KEYS):
+    if all(t[k].equals(first[k]) for t in tables.values() for k in LABELLED_ROW):
         return {name: t.loc[order].reset_index(drop=True) for name, t in tables.items()}, 0
-    keys = [t[KEYS] for t in tables.values()]
-    shared = reduce(lambda a, b: a.merge(b, on=KEYS), keys).sort_values(["symbol", "datetime"], ignore_index=True)
+    keys = [t[LABELLED_ROW] for t in tables.values()]
+    shared = reduce(lambda a, b: a.merge(b, on=LABELLED_ROW), keys).sort_values(["symbol", "datetime"], ignore_index=True)
     n_rows = len(pd.concat(keys).drop_duplicates())
-    return {name: shared.merge(t, on=KEYS, how="left") for name, t in tables.items()}, n_rows - len(shared)
+    return {name: shared.merge(t, on=LABELLED_ROW, how="left") for name, t in tables.items()}, n_rows - len(shared)
 
 def mean_predictions(
     tables: list,  # predictions of one model by seed, on the same rows
@@ -109,7 +107,7 @@ class Task:
         "Predictions of all models side by side."
         columns = probability_columns(self.classes)
         parts = [table[columns].add_prefix(f"{model}_") for model, table in self.predictions.items()]
-        return pd.concat([next(iter(self.predictions.values()))[KEYS], *parts], axis=1)
+        return pd.concat([next(iter(self.predictions.values()))[LABELLED_ROW], *parts], axis=1)
 
     @property
     def runs(self) -> list:
@@ -167,9 +165,9 @@ def _without_common_rows(stored, newest):
     version = lambda run: run.manifest.get("data_fingerprint")
     order = sorted(stored.values(), key=lambda pair: (pair[0].created, pair[0].path.name), reverse=True)
     order.sort(key=lambda pair: (pair[0] is not newest, version(pair[0]) != version(newest)))
-    shared, left_out = order[0][1][KEYS], []
+    shared, left_out = order[0][1][LABELLED_ROW], []
     for run, table in order[1:]:
-        rows = shared.merge(table[KEYS], on=KEYS) if version(run) == version(newest) else shared[:0]
+        rows = shared.merge(table[LABELLED_ROW], on=LABELLED_ROW) if version(run) == version(newest) else shared[:0]
         if len(rows):
             shared = rows
         else:
@@ -198,7 +196,7 @@ def _scored_predictions(run, split):
         if not isinstance(values.get("log_loss"), (int, float)):
             raise RunError(f"{run.path.name}: {file} has no log loss; run `modelfactory rescore` on it")
     table = run.predictions(split)
-    if missing := {*KEYS, "prediction", *probability_columns(classes)} - set(table):
+    if missing := {*LABELLED_ROW, "prediction", *probability_columns(classes)} - set(table):
         raise RunError(f"{run.path.name}: its predictions have no column {sorted(missing)[0]!r}; train the run again")
     if not len(table):
         raise RunError(f"{run.path.name}: its predictions have no row; train the run again")

@@ -25,13 +25,13 @@ from ..training.test_set import runs_folder, short_names
 if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% auto #0
-__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'UNSCORED', 'STAGED', 'REPLACED', 'SILENT', 'MARK',
+__all__ = ['MANIFEST', 'RESULT', 'FEATURES', 'PARTIAL', 'FAILED', 'UNSCORED', 'STAGED', 'REPLACED', 'SILENT', 'OWNER_MARK',
            'FORMER_NAMES', 'Text', 'LARGEST_MANIFEST', 'MOST_VALUES', 'RunError', 'RunConfigError', 'run_identity',
            'start_attempt', 'claim', 'working_folder', 'clear_partial', 'is_alive', 'write_json', 'prediction_frame',
            'write_run', 'git_commit', 'prediction_file', 'score_files', 'write_scores', 'write_manifest', 'hashes',
-           'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'close_attempt', 'replace_run', 'finish_swaps',
-           'read_metrics', 'Manifest', 'read_manifest', 'Run', 'load_run', 'name_data', 'check_data', 'RunList',
-           'list_runs']
+           'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'change_manifest', 'close_attempt',
+           'replace_run', 'finish_swaps', 'read_metrics', 'Manifest', 'read_manifest', 'Run', 'load_run', 'name_data',
+           'check_data', 'RunList', 'list_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #bdc1e8f8
 class RunError(PrintableError):
@@ -85,7 +85,7 @@ def working_folder(
     runs: Path,  # the runs folder
     name: str,  # PARTIAL, STAGED or REPLACED
 ) -> Path:
-    "A folder of work in progress; raises `RunError` where it is a link: what is moved and removed there must be runs'."
+    "A folder of work in progress; raises `RunError` where it is a link, since runs are moved and removed in it."
     folder = Path(runs) / name
     if folder.is_symlink():
         raise RunError(f"{folder}: a symbolic link, expected a folder; remove the link")
@@ -209,7 +209,7 @@ def _versions(model):
     return dict(python=sys.version.split()[0], **{lib: library_version(lib) for lib in libraries})
 
 # %% ../../nbs/runs/00_store.ipynb #41f1a3a2
-MARK = "mark"  # key of a manifest that was written here
+OWNER_MARK = "mark"  # key of a manifest that was written here
 
 def _key_file():
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
@@ -233,7 +233,7 @@ def _user_key(make=False):
 
 def _mark(values, key):
     "The keyed hash of a manifest without its mark."
-    text = json.dumps({k: v for k, v in values.items() if k != MARK}, sort_keys=True)
+    text = json.dumps({k: v for k, v in values.items() if k != OWNER_MARK}, sort_keys=True)
     return hmac.new(key, text.encode(), "sha256").hexdigest()
 
 def write_manifest(
@@ -242,9 +242,9 @@ def write_manifest(
     own: bool,  # whether this user made the run: then it gets the user's mark
 ):
     "Writes the manifest of a run, whole or not at all, and waits until the disk has it."
-    values = json.loads(json.dumps(_finite({k: v for k, v in values.items() if k != MARK}), default=str))
+    values = json.loads(json.dumps(_finite({k: v for k, v in values.items() if k != OWNER_MARK}), default=str))
     key = _user_key(make=True) if own else None
-    write_json(folder / MANIFEST, values | ({MARK: _mark(values, key)} if key else {}))
+    write_json(folder / MANIFEST, values | ({OWNER_MARK: _mark(values, key)} if key else {}))
     with open(folder / MANIFEST) as f: os.fsync(f.fileno())
 
 # %% ../../nbs/runs/00_store.ipynb #0dc9ca2f
@@ -297,7 +297,7 @@ def add_predictions(
         _write_predictions(trainer, split, run)
     files = [prediction_file(split) for split in trainer.predictions]
     changes = dict(splits=list(trainer.predictions), seconds=trainer.seconds, notes=trainer.learning_notes())
-    _change_manifest(run, changes, files)
+    change_manifest(load_run(run), run, changes, files)
 
 def add_scores(
     trainer,  # evaluated
@@ -311,13 +311,18 @@ def add_scores(
         _write_figure(figure, run / "plots" / f"{name}.png")
     files = [file for split in trainer.metrics for file in score_files(split).values()]
     files += [f"plots/{name}.png" for name in figures]
-    _change_manifest(run, dict(scored=True, reason=None), files)
+    change_manifest(load_run(run), run, dict(scored=True, reason=None), files)
 
-def _change_manifest(run, changes, added):
-    "Changes a manifest in one step, and enters the hashes of files that were added as far as they are there."
-    stored = load_run(run)
-    files = stored.manifest["files"] | {name: file_hash(run / name) for name in added if (run / name).is_file()}
-    write_manifest(run, stored.manifest | changes | dict(files=files), own=stored.is_own)
+def change_manifest(
+    run: Run,
+    folder: Path,  # that gets the manifest: the run's own, or the one that is about to take its place
+    changes: dict,  # of the manifest
+    written: list,  # names of files that were written, or are not there any more
+):
+    "Changes the manifest of a run in one step, with the hashes of files that were written."
+    files = {name: digest for name, digest in run.manifest["files"].items() if name not in written}
+    files |= {name: file_hash(folder / name) for name in written if (folder / name).is_file()}
+    write_manifest(folder, run.manifest | changes | dict(files=files), own=run.is_own)
 
 # %% ../../nbs/runs/00_store.ipynb #7d0d28a1
 def close_attempt(
@@ -327,10 +332,10 @@ def close_attempt(
 ):
     "Moves the executed notebook into the run, stores the reason where it is not scored, and removes the attempt."
     with contextlib.suppress(OSError):
-        notebook = attempt / "train.ipynb"
+        notebook, published = attempt / "train.ipynb", load_run(run)
         if notebook.is_file():
             notebook.rename(run / notebook.name)
-        _change_manifest(run, {} if load_run(run).scored else dict(reason=reason), [notebook.name])
+        change_manifest(published, run, {} if published.scored else dict(reason=reason), [notebook.name])
     shutil.rmtree(attempt, ignore_errors=True)
 
 # %% ../../nbs/runs/00_store.ipynb #b15e1762
@@ -480,7 +485,7 @@ class Run:
     def is_own(self) -> bool:
         "Whether this user made the run: its manifest carries the user's mark."
         stored, key = _stored_manifest(self.path), _user_key()
-        mark = stored.get(MARK)
+        mark = stored.get(OWNER_MARK)
         if not key or not isinstance(mark, str) or not mark.isascii(): return False
         return hmac.compare_digest(_mark(stored, key), mark)
 
