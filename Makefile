@@ -55,7 +55,7 @@ readme: setup  # nbs/index.ipynb run again, README.md from it
 
 picture: setup  # docs/comparison.png: every model on the market with a known answer
 	$(BIN)/modelfactory experiment quick --output docs/_build/runs
-	$(BIN)/python -c "from modelfactory.runs import compare, gallery; gallery.plot_forest(compare.leaderboard(compare.comparison('docs/_build/runs')), 'planted').savefig('docs/comparison.png', bbox_inches='tight')"
+	$(BIN)/python -c "from modelfactory.figures import model_comparison; from modelfactory.runs import comparison, report; model_comparison.plot_forest(report.leaderboard(comparison.comparison('docs/_build/runs')), 'planted').savefig('docs/comparison.png', bbox_inches='tight')"
 
 docs: setup  # the site, in docs/_build/html
 	$(BIN)/python docs/pages.py

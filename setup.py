@@ -1,4 +1,5 @@
 "What stands beside the package in a checkout and inside it where it is installed; all else is in pyproject.toml."
+
 from setuptools import find_packages, setup
 
 setup(

@@ -1,4 +1,5 @@
 "The documentation site: `make docs` writes its pages by pages.py, then docs/_build/html by Sphinx. Nothing is executed, nothing is loaded from outside."
+
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
@@ -22,9 +23,12 @@ html_theme_options = dict(navigation_with_keys=True)
 
 def setup(app):
     "Formulas as MathML, which browsers draw by themselves: MathJax would come from outside."
+
     def draw(display):
         def visit(self, node):
             self.body.append(f"<span class='formula {display}'>{convert(node.astext(), display=display)}</span>")
             raise SkipNode
+
         return visit, None
+
     app.add_html_math_renderer("mathml", draw("inline"), draw("block"))

@@ -1,7 +1,8 @@
 """The site's pages: notebooks as they are stored, with the signature of what a cell exports in front of it and its source folded away.
 
-    python docs/pages.py    # writes docs/_build/pages, with the same folders as the project, so that links between notebooks hold
+python docs/pages.py    # writes docs/_build/pages, with the same folders as the project, so that links between notebooks hold
 """
+
 import ast
 import re
 import shutil
@@ -21,7 +22,8 @@ def write_pages(pages=PAGES):
         page = pages / file.relative_to(ROOT)
         page.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(processed(nbformat.read(file, 4), file.parent.name == "reference"), page)
-    for name in LINKED: shutil.copy(ROOT / name, pages)
+    for name in LINKED:
+        shutil.copy(ROOT / name, pages)
     shutil.copy(ROOT / "docs/index.md", pages)
     (pages / "docs").mkdir()
     shutil.copy(ROOT / "docs/comparison.png", pages / "docs")
@@ -32,12 +34,19 @@ def processed(nb, tables=False):
     level, cells = 1, []
     for cell in nb.cells:
         directives, source = split(cell.source) if cell.cell_type == "code" else ([], cell.source)
-        if not source.strip() or "hide" in directives or "lab" in cell.metadata.get("tags", []): continue
+        if not source.strip() or "hide" in directives or "lab" in cell.metadata.get("tags", []):
+            continue
         cell.source = source
-        if cell.cell_type == "markdown": level = len((re.findall(r"^(#+) ", source, re.M) or ["#" * level])[-1])
-        exports, makes_table = "export" in directives, tables and cell.cell_type == "code" and not any(output.output_type == "stream" for output in cell.outputs)
-        if exports: cells += [nbformat.v4.new_markdown_cell(text) for text in documented(source, "#" * (level + 1))]
-        if exports or makes_table: cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+        if cell.cell_type == "markdown":
+            level = len((re.findall(r"^(#+) ", source, re.M) or ["#" * level])[-1])
+        exports, makes_table = (
+            "export" in directives,
+            tables and cell.cell_type == "code" and not any(output.output_type == "stream" for output in cell.outputs),
+        )
+        if exports:
+            cells += [nbformat.v4.new_markdown_cell(text) for text in documented(source, "#" * (level + 1))]
+        if exports or makes_table:
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         cells.append(cell)
     nb.cells = cells
     nb.metadata["language_info"] = dict(name="python")
@@ -47,26 +56,41 @@ def processed(nb, tables=False):
 def split(source):
     "Directives (`#| …`) and the rest of a cell."
     lines = source.split("\n")
-    return [line[2:].strip() for line in lines if line.startswith("#|")], "\n".join(line for line in lines if not line.startswith("#|"))
+    return [line[2:].strip() for line in lines if line.startswith("#|")], "\n".join(
+        line for line in lines if not line.startswith("#|")
+    )
 
 
 def documented(source, marks):
     "Markdown for each public function and class that a cell defines: a heading, the signature with its comments, the docstring; of a class its fields and methods, too."
     for node in public(ast.parse(source).body):
         text = entry(source, node, f"{marks} {node.name}")
-        if isinstance(node, ast.ClassDef): text += "".join(entry(source, m, f"{marks}# {node.name}.{m.name}") for m in public(node.body) if ast.get_docstring(m))
+        if isinstance(node, ast.ClassDef):
+            text += "".join(
+                entry(source, m, f"{marks}# {node.name}.{m.name}") for m in public(node.body) if ast.get_docstring(m)
+            )
         yield text
 
 
-def public(body): return [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+def public(body):
+    return [
+        node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    ]
 
 
 def entry(source, node, heading):
     lines, body = source.encode().split(b"\n"), node.body[0]
-    head = b"\n".join([*lines[node.lineno - 1:body.lineno - 1], lines[body.lineno - 1][:body.col_offset]]).rstrip()  # ast counts bytes
-    fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_")] if isinstance(node, ast.ClassDef) else []
-    shown = b"\n".join([head, *(line for f in fields for line in lines[f.lineno - 1:f.end_lineno])]).decode()
+    head = b"\n".join(
+        [*lines[node.lineno - 1 : body.lineno - 1], lines[body.lineno - 1][: body.col_offset]]
+    ).rstrip()  # ast counts bytes
+    fields = (
+        [f for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_")]
+        if isinstance(node, ast.ClassDef)
+        else []
+    )
+    shown = b"\n".join([head, *(line for f in fields for line in lines[f.lineno - 1 : f.end_lineno])]).decode()
     return f"{heading}\n\n```python\n{textwrap.dedent(shown)}\n```\n\n{ast.get_docstring(node) or ''}\n\n"
 
 
-if __name__ == "__main__": write_pages()
+if __name__ == "__main__":
+    write_pages()

@@ -4,16 +4,17 @@
 
 # %% ../nbs/04_builtin.ipynb #25aea8b4
 from __future__ import annotations
+
 from pathlib import Path
 
 import modelfactory
-from .settings import params_folder
+from .configuration import params_folder
 
 # %% auto #0
-__all__ = ['CHECKOUT', 'builtin_folder', 'params_file', 'params_names']
+__all__ = ['CHECKOUT_FOLDERS', 'builtin_folder', 'params_file', 'params_names']
 
 # %% ../nbs/04_builtin.ipynb #9f0ccde4
-CHECKOUT = dict(params="params", notebooks="nbs")  # part of the package -> its folder in a checkout
+CHECKOUT_FOLDERS = dict(params="params", notebooks="nbs")  # part of the package -> its folder in a checkout
 
 
 def builtin_folder(
@@ -22,7 +23,7 @@ def builtin_folder(
     "The folder of the package with these files."
     package = Path(modelfactory.__file__).resolve().parent
     inside = package / part
-    return inside if inside.is_dir() else package.parent / CHECKOUT[part]
+    return inside if inside.is_dir() else package.parent / CHECKOUT_FOLDERS[part]
 
 # %% ../nbs/04_builtin.ipynb #c41f0743
 def params_file(

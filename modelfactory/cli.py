@@ -4,15 +4,22 @@
 
 # %% ../nbs/cli.ipynb #4bc50521
 from __future__ import annotations
-import os, sys
+
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from .files import print_escaped as print  # whatever is shown may hold names of a stranger
 
-app = typer.Typer(help="Train any model family on labelled market bars; compare and believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Train any model family on labelled market bars; compare and believe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 # %% auto #0
 __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'models', 'doctor', 'dataset_keys', 'check',
@@ -21,32 +28,44 @@ __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'm
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
-def models(family: Annotated[Optional[str], typer.Option(help="only this family")] = None):
+def models(family: Annotated[str | None, typer.Option(help="only this family")] = None):
     "List the models.\n\nExample: modelfactory models --family boosting"
+    from modelfactory.configuration import ConfigError, did_you_mean
     from modelfactory.models.registry import ModelRegistry
-    from modelfactory.settings import ConfigError, did_you_mean
+
     every = ModelRegistry.list_models()
-    if family and family not in (known := {m["family"] for m in every}): raise ConfigError(f"--family {family!r}: {did_you_mean(family, known)}")
-    for m in [m for m in every if family in (None, m["family"])]: print(f"{m['name']:22} {m['family']:12} {m['summary'] if m['available'] else 'unavailable: ' + m['reason']}")
+    if family and family not in (known := {m["family"] for m in every}):
+        raise ConfigError(f"--family {family!r}: {did_you_mean(family, known)}")
+    for m in [m for m in every if family in (None, m["family"])]:
+        print(f"{m['name']:22} {m['family']:12} {m['summary'] if m['available'] else 'unavailable: ' + m['reason']}")
 
 # %% ../nbs/cli.ipynb #9efd9f66
 @app.command()
 def doctor():
     "What this machine has, what is missing, and what to do about it.\n\nExample: modelfactory doctor"
     from modelfactory.runs.environment import check_environment
+
     print(found := check_environment())
-    if not found.ok: raise typer.Exit(1)
+    if not found.ok:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #e6cd6d46
-Nan = Annotated[Optional[str], typer.Option(help="median, zero or keep; without it NaN is an error")]
-Exclude = Annotated[Optional[str], typer.Option(help="columns not to use, comma separated")]
-Features = Annotated[Optional[str], typer.Option(help="columns to use although their name speaks against them, comma separated")]
-Allow = Annotated[Optional[str], typer.Option(help="columns, or kinds of finding, that the leak audit lets pass, comma separated")]
-Classes = Annotated[Optional[str], typer.Option(help="label values that are targets, such as 0,1; -1,0,1 without it")]
-Prices = Annotated[Optional[str], typer.Option(help="parquet with datetime, symbol, close, where the splits have no close")]
+Nan = Annotated[str | None, typer.Option(help="median, zero or keep; without it NaN is an error")]
+Exclude = Annotated[str | None, typer.Option(help="columns not to use, comma separated")]
+Features = Annotated[
+    str | None, typer.Option(help="columns to use although their name speaks against them, comma separated")
+]
+Allow = Annotated[
+    str | None, typer.Option(help="columns, or kinds of finding, that the leak audit lets pass, comma separated")
+]
+Classes = Annotated[str | None, typer.Option(help="label values that are targets, such as 0,1; -1,0,1 without it")]
+Prices = Annotated[
+    str | None, typer.Option(help="parquet with datetime, symbol, close, where the splits have no close")
+]
 
 
-def _listed(text): return [part.strip() for part in text.split(",") if part.strip()] if text else []
+def _listed(text):
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
 def dataset_keys(
@@ -57,24 +76,34 @@ def dataset_keys(
     prices: str | None = None,  # a file
 ) -> dict:  # keys of `DatasetConfig`, those that were given
     "What options say of a data set; raises `ConfigError`."
-    from modelfactory.settings import ConfigError
-    try: values = [int(c) for c in _listed(classes)]
-    except ValueError: raise ConfigError(f"--classes {classes!r}: expected whole numbers, such as 0,1") from None
+    from modelfactory.configuration import ConfigError
+
+    try:
+        values = [int(c) for c in _listed(classes)]
+    except ValueError:
+        raise ConfigError(f"--classes {classes!r}: expected whole numbers, such as 0,1") from None
     keys = dict(nan=nan, exclude=_listed(exclude), features=_listed(features), classes=values, prices=prices)
     return {key: value for key, value in keys.items() if value}
 
 # %% ../nbs/cli.ipynb #d5905801
 @app.command()
-def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
-          nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
-          classes: Classes = None, prices: Prices = None):
+def check(
+    data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, or eurusd, planted, null, sequence")],
+    nan: Nan = None,
+    exclude: Exclude = None,
+    features: Features = None,
+    allow: Allow = None,
+    classes: Classes = None,
+    prices: Prices = None,
+):
     "Check splits: roles of columns, labels, their reach and blocks, distance in time, and columns that predict too well.\n\nExample: modelfactory check data/splits/scaled"
+    from modelfactory.configuration import build_config
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.dataset import DatasetConfig
     from modelfactory.data.prices import check_split_prices
     from modelfactory.data.splits import present_splits, read_splits
-    from modelfactory.settings import build_config
+
     c = build_config(DatasetConfig, dict(data=data) | dataset_keys(nan, exclude, features, classes, prices), "check")
     folder = resolve_data(data)
     splits = read_splits(folder, None, present_splits(folder), c.features, c.exclude, c.nan, c.classes)
@@ -84,25 +113,34 @@ def check(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits, 
 
 # %% ../nbs/cli.ipynb #6bbbb55a
 @app.command()
-def purge(data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
-          output: Annotated[Path, typer.Option(help="folder to make", file_okay=False)]):
+def purge(
+    data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
+    output: Annotated[Path, typer.Option(help="folder to make", file_okay=False)],
+):
     """Copy splits without the labels that are decided by bars of a later split: these become null, nothing else changes.
 
     Example: modelfactory purge data/splits/scaled --output data/splits/purged"""
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.folds import purge_splits
+
     print(purge_splits(resolve_data(data), output).to_string(index=False), f"see {output}", sep="\n")
 
 # %% ../nbs/cli.ipynb #b6cda597
 @app.command()
-def selftest(models: Annotated[Optional[str], typer.Option(help="names or families, comma separated; the tabular ones without it")] = None,
-             seed: Annotated[int, typer.Option(min=0, help="of the market: another one is another market")] = 0):
+def selftest(
+    models: Annotated[
+        str | None, typer.Option(help="names or families, comma separated; the tabular ones without it")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the market: another one is another market")] = 0,
+):
     "Run the whole pipeline on a market without signal: it must find nothing.\n\nExample: modelfactory selftest --models xgboost,neural"
     from modelfactory.runs.grid import expand_models
     from modelfactory.training import selftest as room
-    result = room.selftest(tuple(expand_models(models.split(","))) if models else room.TABULAR, seed=seed)
+
+    result = room.selftest(tuple(expand_models(models.split(","))) if models else room.TABULAR_MODELS, seed=seed)
     print(result)
-    if not result.ok: raise typer.Exit(1)
+    if not result.ok:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #bc329590
 def parse_pairs(
@@ -110,10 +148,12 @@ def parse_pairs(
     option: str = "--set",  # named in errors
 ) -> dict[str, str]:
     "Keys and values, raises `ConfigError` on what is no pair."
-    from modelfactory.settings import ConfigError
+    from modelfactory.configuration import ConfigError
+
     for pair in pairs:
         key, is_pair, _ = pair.partition("=")
-        if not key.strip() or not is_pair: raise ConfigError(f"{option} {pair!r}: expected key=value")
+        if not key.strip() or not is_pair:
+            raise ConfigError(f"{option} {pair!r}: expected key=value")
     return {key.strip(): value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
@@ -122,10 +162,13 @@ def parse_set(
 ) -> dict:
     "Overrides from `--set`; raises `ConfigError` on what is no pair."
     import yaml
-    from modelfactory.settings import ConfigError
+
+    from modelfactory.configuration import ConfigError
+
     values = {}
     for key, text in parse_pairs(pairs).items():
-        try: values[key] = yaml.safe_load(text)
+        try:
+            values[key] = yaml.safe_load(text)
         except yaml.YAMLError as e:
             reason = " ".join(str(e).split())[:200]
             raise ConfigError(f"--set {f'{key}={text}'!r}: the value is not plain YAML: {reason}") from None
@@ -134,59 +177,83 @@ def parse_set(
 
 def _parameters(model, horizon, data, preset, config, pairs, seed, dataset):
     "Parameters of train.ipynb from the options that `train` and `tune` share."
-    from modelfactory.settings import read_yaml, settings
+    from modelfactory.configuration import read_yaml, settings
+
     keys = (read_yaml(config) if config else {}) | parse_set(pairs)
     of_data = {k.removeprefix("dataset."): keys.pop(k) for k in list(keys) if k.startswith("dataset.")}
-    return dict(model=model, horizon=horizon, data=data or str(settings().data), preset=preset, config=keys,
-                dataset=dataset | of_data, seed=seed)
+    return dict(
+        model=model,
+        horizon=horizon,
+        data=data or str(settings().data),
+        preset=preset,
+        config=keys,
+        dataset=dataset | of_data,
+        seed=seed,
+    )
 
 # %% ../nbs/cli.ipynb #92b03f48
 @app.command()
-def train(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
-          horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
-          data: Annotated[Optional[str], typer.Option(help="folder or bundled name; settings.ini's without it")] = None,
-          config: Annotated[Optional[Path], typer.Option(help="YAML with overrides of the model's config")] = None,
-          preset: Annotated[Optional[str], typer.Option(help="preset of the model's YAML")] = None,
-          set_: Annotated[list[str], typer.Option("--set", help="key=value, stronger than everything else")] = [],
-          seed: Annotated[Optional[int], typer.Option(help="settings.ini's without it")] = None,
-          nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
-          classes: Classes = None, prices: Prices = None,
-          output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
-          test: Annotated[bool, typer.Option(help="also score the test split")] = False):
+def train(
+    model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
+    horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
+    data: Annotated[str | None, typer.Option(help="folder or bundled name; settings.ini's without it")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with overrides of the model's config")] = None,
+    preset: Annotated[str | None, typer.Option(help="preset of the model's YAML")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, stronger than everything else")] = [],
+    seed: Annotated[int | None, typer.Option(help="settings.ini's without it")] = None,
+    nan: Nan = None,
+    exclude: Exclude = None,
+    features: Features = None,
+    allow: Allow = None,
+    classes: Classes = None,
+    prices: Prices = None,
+    output: Annotated[Path | None, typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
+    test: Annotated[bool, typer.Option(help="also score the test split")] = False,
+):
     "Train one model in its own executed notebook.\n\nExample: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4"
+    from modelfactory.configuration import settings
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.splits import split_files
-    from modelfactory.models.base import ModelUnavailable
+    from modelfactory.models.errors import ModelUnavailable
     from modelfactory.models.registry import ModelRegistry
     from modelfactory.runs.engine import run_notebook
-    from modelfactory.runs.grid import trainer_of
-    from modelfactory.settings import settings
-    parameters = _parameters(model, horizon, data, preset, config, set_, seed,
-                             dataset_keys(nan, exclude, features, classes, prices))
-    trainer = trainer_of(parameters)
-    if reason := ModelRegistry.reason(model, trainer.model_config): raise ModelUnavailable(f"{model}: {reason}")
+    from modelfactory.runs.grid import make_trainer
+
+    parameters = _parameters(
+        model, horizon, data, preset, config, set_, seed, dataset_keys(nan, exclude, features, classes, prices)
+    )
+    trainer = make_trainer(parameters)
+    if reason := ModelRegistry.reason(model, trainer.model_config):
+        raise ModelUnavailable(f"{model}: {reason}")
     trainer.prepare_data(), split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
     audit({name: ds.split for name, ds in trainer.datasets.items()}, tuple(_listed(allow))).raise_if_leaky()
     outcome = run_notebook(parameters | dict(evaluate_test=test), output)
-    if outcome.status != "ok": raise typer.Exit(_say(f"{outcome.status}: {outcome.reason} (see {outcome.path})"))
-    from modelfactory.runs.store import load_run
+    if outcome.status != "ok":
+        raise typer.Exit(_say(f"{outcome.status}: {outcome.reason} (see {outcome.path})"))
+    from modelfactory.runs.run import load_run
     from modelfactory.runs.tracking import Tracker
+
     Tracker(settings().tracking, settings().experiment)(outcome.path)
     print(load_run(outcome.path), outcome.path / "train.ipynb", sep="\n")
 
-def _say(text): print(text, file=sys.stderr); return 1
+
+def _say(text):
+    print(text, file=sys.stderr)
+    return 1
 
 # %% ../nbs/cli.ipynb #7a93606a
 @app.command()
-def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
-               output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
-               workers: Annotated[Optional[int], typer.Option(min=1, help="runs at a time")] = None,
-               timeout: Annotated[Optional[float], typer.Option(min=1, help="seconds a run may take")] = None,
-               memory: Annotated[Optional[float], typer.Option(min=.1, help="GB a run may use")] = None,
-               engine: Annotated[Optional[str], typer.Option(help="local or ray; settings.ini's without it")] = None,
-               address: Annotated[Optional[str], typer.Option(help="of a Ray cluster; settings.ini's without it")] = None,
-               force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
+def experiment(
+    grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
+    output: Annotated[Path | None, typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="runs at a time")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="seconds a run may take")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GB a run may use")] = None,
+    engine: Annotated[str | None, typer.Option(help="local or ray; settings.ini's without it")] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster; settings.ini's without it")] = None,
+    force: Annotated[bool, typer.Option(help="train again what is finished")] = False,
+):
     """Run a grid of models x horizons; what is finished is skipped.
 
     Ends with 0 when every run is finished or cannot be made on this machine (a library or checkpoint is missing: listed as
@@ -195,137 +262,208 @@ def experiment(grid: Annotated[str, typer.Argument(help="a YAML file, or a name 
 
     Example: modelfactory experiment demo"""
     from modelfactory.runs.grid import run_grid
+
     result = run_grid(grid, output, workers, timeout, force, memory, engine, address)
     print(result)
-    if not result.ok: raise typer.Exit(1)
+    if not result.ok:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #4ee4ac21
 @app.command()
-def status(grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
-           output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
+def status(
+    grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
+    output: Annotated[Path | None, typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
+):
     "How far a grid is: done, running, failed, waiting.\n\nExample: modelfactory status demo"
     from modelfactory.runs.grid import grid_status
+
     print(grid_status(grid, output))
 
 # %% ../nbs/cli.ipynb #ad6452f4
 @app.command()
-def runs(folder: Annotated[Optional[Path], typer.Argument(help="runs folder; default: from settings.ini")] = None):
+def runs(folder: Annotated[Path | None, typer.Argument(help="runs folder; default: from settings.ini")] = None):
     "List all finished runs with their main metrics, whether they are scored, and what cannot be read.\n\nExample: modelfactory runs"
-    from modelfactory.runs.store import list_runs
+    from modelfactory.runs.run import list_runs
+
     print(list_runs(folder))
 
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()
-def compare(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; default: from settings.ini")] = None,
-            json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False,
-            data: Annotated[list[str], typer.Option(help="NAME=DIR for data that have moved")] = []):
+def compare(
+    runs: Annotated[Path | None, typer.Argument(help="runs folder; default: from settings.ini")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print the comparison as JSON, and make no page")] = False,
+    data: Annotated[list[str], typer.Option(help="NAME=DIR for data that have moved")] = [],
+):
     "Compare all finished runs: JSON, notebook, markdown, page.\n\nExample: modelfactory compare runs"
-    from modelfactory.runs.compare import COMPARISON, compare as compare_runs, read_comparison, summary, write_comparison
-    from modelfactory.settings import settings
+    from modelfactory.configuration import settings
+    from modelfactory.runs.compare import COMPARISON_FILE, write_comparison
+    from modelfactory.runs.compare import compare as compare_runs
+    from modelfactory.runs.comparison import read_comparison
+    from modelfactory.runs.sentences import summary_sentences
+
     runs = runs or settings().runs
     moved = parse_pairs(data, "--data")
     if json_:
         write_comparison(runs, moved)
-        print((runs / COMPARISON).read_text())
+        print((runs / COMPARISON_FILE).read_text())
         return
     page = compare_runs(runs, moved)
-    print(*summary(read_comparison(page.with_name(COMPARISON))), sep="\n")
+    print(*summary_sentences(read_comparison(page.with_name(COMPARISON_FILE))), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
+
 @app.command()
-def rescore(runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a folder that holds runs")],
-            class_metrics: Annotated[bool, typer.Option("--class-metrics", help="class metrics alone where the data cannot be read; without it such a run stays as it is")] = False,
-            data: Annotated[Optional[str], typer.Option(help="folder with their data, where they have moved")] = None):
+def rescore(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a folder that holds runs")],
+    class_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--class-metrics",
+            help="class metrics alone where the data cannot be read; without it such a run stays as it is",
+        ),
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="folder with their data, where they have moved")] = None,
+):
     "Score stored predictions anew, without training: for runs scored by an earlier version.\n\nExample: modelfactory rescore runs"
     from modelfactory.runs.rescore import NOT_SCORED, rescore_runs
+
     n_left = 0
     for row in rescore_runs(runs, class_metrics, data):
         print(f"{row['run']}: {row['scored']}" + (f" ({row['reason']})" if row["reason"] else ""))
         n_left += row["scored"] == NOT_SCORED
-    if n_left: raise typer.Exit(1)
+    if n_left:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #b6f0fbde
 @app.command()
-def tune(model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
-         horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
-         data: Annotated[Optional[str], typer.Option(help="folder or bundled name; settings.ini's without it")] = None,
-         config: Annotated[Optional[Path], typer.Option(help="YAML with overrides of the model's config: these keys are not searched")] = None,
-         preset: Annotated[Optional[str], typer.Option(help="preset of the model's YAML")] = None,
-         set_: Annotated[list[str], typer.Option("--set", help="key=value, not searched")] = [],
-         seed: Annotated[Optional[int], typer.Option(help="settings.ini's without it")] = None,
-         nan: Nan = None, exclude: Exclude = None, features: Features = None, allow: Allow = None,
-         classes: Classes = None, prices: Prices = None,
-         trials: Annotated[int, typer.Option(min=1, help="of the study in all, those of earlier calls included")] = 50,
-         objective: Annotated[str, typer.Option(help="log_loss, f1_macro or sharpe_net")] = "log_loss",
-         folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
-         on: Annotated[str, typer.Option(help="train, or val: then val is no longer unseen, and the result says so")] = "train",
-         storage: Annotated[Optional[str], typer.Option(help="URL of a database that machines share; sqlite in the runs folder without it")] = None,
-         output: Annotated[Optional[Path], typer.Option(help="YAML to write; tuned/ in the runs folder without it", dir_okay=False)] = None):
+def tune(
+    model: Annotated[str, typer.Option(help="name in `modelfactory models`")],
+    horizon: Annotated[int, typer.Option(help="bars ahead of the label")],
+    data: Annotated[str | None, typer.Option(help="folder or bundled name; settings.ini's without it")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with overrides of the model's config: these keys are not searched")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="preset of the model's YAML")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, not searched")] = [],
+    seed: Annotated[int | None, typer.Option(help="settings.ini's without it")] = None,
+    nan: Nan = None,
+    exclude: Exclude = None,
+    features: Features = None,
+    allow: Allow = None,
+    classes: Classes = None,
+    prices: Prices = None,
+    trials: Annotated[int, typer.Option(min=1, help="of the study in all, those of earlier calls included")] = 50,
+    objective: Annotated[str, typer.Option(help="log_loss, f1_macro or sharpe_net")] = "log_loss",
+    folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
+    on: Annotated[
+        str, typer.Option(help="train, or val: then val is no longer unseen, and the result says so")
+    ] = "train",
+    storage: Annotated[
+        str | None, typer.Option(help="URL of a database that machines share; sqlite in the runs folder without it")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="YAML to write; tuned/ in the runs folder without it", dir_okay=False)
+    ] = None,
+):
     "Search a model's settings; the same command goes on with the same study.\n\nExample: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"
     from modelfactory.data.audit import audit
-    from modelfactory.runs.grid import trainer_of
-    from modelfactory.training.tuner import OptunaModelTuner
-    parameters = _parameters(model, horizon, data, preset, config, set_, seed,
-                             dataset_keys(nan, exclude, features, classes, prices))
-    tuner = OptunaModelTuner(trainer_of(parameters).config, trials, objective, folds, on=on, storage=storage)
+    from modelfactory.runs.grid import make_trainer
+    from modelfactory.tuning.study import OptunaModelTuner
+
+    parameters = _parameters(
+        model, horizon, data, preset, config, set_, seed, dataset_keys(nan, exclude, features, classes, prices)
+    )
+    tuner = OptunaModelTuner(make_trainer(parameters).config, trials, objective, folds, on=on, storage=storage)
     tuner.objective.prepare_data()
     audit(tuner.objective.splits, tuple(_listed(allow))).raise_if_leaky()
     result = tuner.run()
     print(result, result.save(output), sep="\n")
-    print(_study_page(parameters, dict(trials=trials, objective=objective, folds=folds, on=on, storage=storage, output=output and str(output.resolve()))))
+    print(
+        _study_page(
+            parameters,
+            dict(
+                trials=trials,
+                objective=objective,
+                folds=folds,
+                on=on,
+                storage=storage,
+                output=output and str(output.resolve()),
+            ),
+        )
+    )
+
 
 def _study_page(parameters, study):
     "The study's notebook, executed: by now there is nothing left to try."
-    from modelfactory.runs.engine import execute, find_notebook
-    from modelfactory.settings import settings
+    from modelfactory.configuration import settings
+    from modelfactory.runs.engine import execute_notebook, find_notebook
+
     page = settings().runs / f"study_{parameters['model']}_h{parameters['horizon']}.ipynb"
     aside = page.with_name(f".{page.stem}_{os.getpid()}.ipynb")
-    if storage := study.pop("storage"): os.environ["MODELFACTORY_STORAGE"] = storage  # not a parameter: it may hold a password
-    execute(find_notebook("study.ipynb"), aside, parameters | study)
+    if storage := study.pop("storage"):
+        os.environ["MODELFACTORY_STORAGE"] = storage  # not a parameter: it may hold a password
+    execute_notebook(find_notebook("study.ipynb"), aside, parameters | study)
     return aside.replace(page)
 
 # %% ../nbs/cli.ipynb #abb3824f
 @app.command()
-def track(runs: Annotated[Optional[Path], typer.Argument(help="runs folder; settings.ini's without it")] = None,
-          rebuild: Annotated[bool, typer.Option("--rebuild", help="write everything anew, take away what has no folder")] = False,
-          uri: Annotated[Optional[str], typer.Option(help="settings.ini's without it, else sqlite")] = None):
+def track(
+    runs: Annotated[Path | None, typer.Argument(help="runs folder; settings.ini's without it")] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="write everything anew, take away what has no folder")
+    ] = False,
+    uri: Annotated[str | None, typer.Option(help="settings.ini's without it, else sqlite")] = None,
+):
     "Show finished runs in MLflow.\n\nExample: modelfactory track --rebuild"
+    from modelfactory.configuration import settings
     from modelfactory.runs import tracking
-    from modelfactory.settings import settings
+
     where = uri or settings().tracking or "sqlite"
     done = (tracking.rebuild if rebuild else tracking.track_runs)(runs, where, settings().experiment)
     print(done, f"see: mlflow ui --backend-store-uri {tracking.tracking_store(where, runs)}", sep="\n")
-    if done.failed: raise typer.Exit(1)
+    if done.failed:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #50ed4f98
 @app.command("final")
-def final_score(runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")],
-                data: Annotated[Optional[str], typer.Option(help="folder with their data, where they have moved")] = None):
+def final_score(
+    runs: Annotated[list[Path], typer.Argument(help="folders of the runs that were chosen")],
+    data: Annotated[str | None, typer.Option(help="folder with their data, where they have moved")] = None,
+):
     "Score chosen runs on the test split, and write down that it was used.\n\nExample: modelfactory final runs/xgboost_h5_…"
-    from modelfactory.runs.final import final
+    from modelfactory.runs.final import final_scores
     from modelfactory.training.test_set import test_set_uses
-    print(final(runs, data).round(4).to_string(index=False))
-    for folder in dict.fromkeys(r.resolve().parent for r in runs): print(*test_set_uses(folder), sep="\n")
+
+    print(final_scores(runs, data).round(4).to_string(index=False))
+    for folder in dict.fromkeys(r.resolve().parent for r in runs):
+        print(*test_set_uses(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #89d7dad1
 @app.command()
-def demo(output: Annotated[Optional[Path], typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None):
+def demo(
+    output: Annotated[Path | None, typer.Option(help="runs folder; settings.ini's without it", file_okay=False)] = None,
+):
     "Six models, two horizons, three data sets, and what it means.\n\nExample: modelfactory demo"
     from modelfactory.runs.grid import run_grid
+
     result = run_grid("demo", output)
     print(result)
     compare(output, False, [])
-    if not result.ok: raise typer.Exit(1)
+    if not result.ok:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #3e5c4547
 @app.command()
-def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
-            data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
-            split: Annotated[str, typer.Option(help="which split of a folder")] = "test",
-            ahead: Annotated[bool, typer.Option("--ahead", help="also the bar to come of each symbol")] = False,
-            output: Annotated[Path, typer.Option(help="parquet file to write", dir_okay=False)] = Path("predictions.parquet")):
+def predict(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
+    split: Annotated[str, typer.Option(help="which split of a folder")] = "test",
+    ahead: Annotated[bool, typer.Option("--ahead", help="also the bar to come of each symbol")] = False,
+    output: Annotated[Path, typer.Option(help="parquet file to write", dir_okay=False)] = Path("predictions.parquet"),
+):
     "Predict new bars, which need no labels, with a finished run or a bundle.\n\nExample: modelfactory predict runs/xgboost_h5_… new_bars.parquet --ahead --output p.parquet"
-    from modelfactory.runs.predict import prediction_warnings, predict_run
+    from modelfactory.runs.predict import predict_run, prediction_warnings
+
     frame = predict_run(run, data, split, ahead)
     aside = output.with_name(f".{output.name}.partial")
     frame.to_parquet(aside, index=False)
@@ -334,23 +472,33 @@ def predict(run: Annotated[Path, typer.Argument(help="folder of a finished run")
 
 # %% ../nbs/cli.ipynb #95b180f2
 @app.command("export")
-def export_bundle(run: Annotated[Path, typer.Argument(help="folder of a finished run")],
-                  output: Annotated[Optional[Path], typer.Option(help="folder to make; beside the run without it", file_okay=False)] = None):
+def export_bundle(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    output: Annotated[
+        Path | None, typer.Option(help="folder to make; beside the run without it", file_okay=False)
+    ] = None,
+):
     "Write a bundle for hand-over: weights, contract, model card, an example.\n\nExample: modelfactory export runs/xgboost_h5_… --output handover"
     from modelfactory.runs.export import export_run
+
     bundle = export_run(run, output)
     print(bundle, bundle / "MODEL_CARD.md", sep="\n")
 
 # %% ../nbs/cli.ipynb #581df543
 @app.command()
-def new(name: Annotated[str, typer.Argument(help="of the model: a lower-case word")],
-        family: Annotated[str, typer.Option(help="existing or your own")],
-        output: Annotated[Path, typer.Option(help="folder of your work", file_okay=False)] = Path(".")):
+def new(
+    name: Annotated[str, typer.Argument(help="of the model: a lower-case word")],
+    family: Annotated[str, typer.Option(help="existing or your own")],
+    output: Annotated[Path, typer.Option(help="folder of your work", file_okay=False)] = Path("."),
+):
     "Write the notebook and YAML of a working tiny model.\n\nExample: modelfactory new mymodel --family myfamily"
     from modelfactory.models.template import new_model
+
     files = new_model(name, family, output)
-    for file in files: print(f"wrote {file}")
-    if files[-1].name != "settings.ini": print(f"settings.ini there must name it: plugins = {name}.ipynb")
+    for file in files:
+        print(f"wrote {file}")
+    if files[-1].name != "settings.ini":
+        print(f"settings.ini there must name it: plugins = {name}.ipynb")
 
 # %% ../nbs/cli.ipynb #e99a541a
 def main(
@@ -359,23 +507,36 @@ def main(
     "Runs the command line; a user's mistake prints one line and exits with 2."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = sys.argv[1:] if args is None else args
-    try: code = app(args or ["--help"], standalone_mode=False) or 0
+    try:
+        code = app(args or ["--help"], standalone_mode=False) or 0
     except Exception as e:
-        if not (mistake := _mistake(e)): raise
+        if not (mistake := _mistake(e)):
+            raise
         code = _say(f"error: {mistake}") + 1
-    if code == 130: _say("interrupted; the same command goes on where it stopped")
+    if code == 130:
+        _say("interrupted; the same command goes on where it stopped")
     sys.exit(code)
+
 
 def _mistake(e):
     "What the user did wrong, in one line; empty when the defect is ours."
-    if hasattr(e, "format_message"): return " ".join(e.format_message().split())
-    known = isinstance(e, OSError) or type(e).__module__.startswith("modelfactory.") or (isinstance(e, (ValueError, ImportError, KeyError)) and _ours(e))
+    if hasattr(e, "format_message"):
+        return " ".join(e.format_message().split())
+    known = (
+        isinstance(e, OSError)
+        or type(e).__module__.startswith("modelfactory.")
+        or (isinstance(e, (ValueError, ImportError, KeyError)) and _ours(e))
+    )
     return " ".join(str(e).split()) if known else ""
+
 
 def _ours(e):
     "Whether the innermost frame that raised stands in this package."
     tb = e.__traceback__
-    while tb.tb_next: tb = tb.tb_next
+    while tb.tb_next:
+        tb = tb.tb_next
     return tb.tb_frame.f_globals.get("__name__", "").startswith("modelfactory.")
 
-if __name__ == "__main__" and sys.argv[0].endswith("cli.py"): main()
+
+if __name__ == "__main__" and sys.argv[0].endswith("cli.py"):
+    main()

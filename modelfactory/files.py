@@ -4,21 +4,30 @@
 
 # %% ../nbs/02_files.ipynb #4b5139ce
 from __future__ import annotations
-import json, os, re, secrets, stat
+
+import json
+import os
+import re
+import secrets
+import stat
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['CONTROLS', 'LARGEST_TEXT', 'MOST_DEPTH', 'MOST_FILES', 'printable', 'print_escaped', 'PrintableError', 'FileError',
-           'read_regular', 'read_json', 'check_inner_name', 'check_tree', 'replace_text']
+__all__ = ['CONTROL_CHARACTERS', 'MAX_TEXT_BYTES', 'MAX_JSON_DEPTH', 'MAX_FILES', 'printable', 'print_escaped', 'PrintableError',
+           'FileError', 'read_regular', 'read_json', 'check_inner_name', 'check_tree', 'replace_text']
 
 # %% ../nbs/02_files.ipynb #3daefb7b
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
 
 def printable(
     text,  # anything with a name or a sentence of a stranger
 ) -> str:
     "The text with control characters, marks of text direction and lone surrogates as escapes; line ends and tabs stay."
-    return CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), str(text))
+    return CONTROL_CHARACTERS.sub(lambda c: c[0].encode("unicode_escape").decode(), str(text))
+
 
 def print_escaped(
     *values,  # as for `print`
@@ -28,8 +37,10 @@ def print_escaped(
     "Prints values with `printable`."
     print(*map(printable, values), sep=sep, **options)
 
+
 class PrintableError(ValueError):
     "An error whose text may hold names of a stranger; it is shown with `printable`."
+
     def __str__(self):
         return printable(super().__str__())
 
@@ -37,11 +48,13 @@ class PrintableError(ValueError):
 class FileError(PrintableError):
     "A file that is no regular one, is too large, or does not hold what it should."
 
-LARGEST_TEXT = 64 << 20  # bytes of a JSON file; a header with the tables of 10,000 features has 4 MB
+
+MAX_TEXT_BYTES = 64 << 20  # bytes of a JSON file; a header with the tables of 10,000 features has 4 MB
+
 
 def read_regular(
     file: Path,
-    limit: int = LARGEST_TEXT,  # bytes
+    limit: int = MAX_TEXT_BYTES,  # bytes
     links: bool = True,  # whether the file may be a symbolic link
 ) -> bytes:
     "The content of a regular file; raises `FileError` on any other kind or size, `OSError` where it cannot be read."
@@ -56,6 +69,7 @@ def read_regular(
         raise FileError(f"{file}: more than {limit:,} bytes")
     return content
 
+
 def _check_regular(file, found, limit):
     if stat.S_ISLNK(found.st_mode):
         raise FileError(f"{file}: a symbolic link, expected a regular file; replace it by the file itself")
@@ -64,9 +78,10 @@ def _check_regular(file, found, limit):
     if found.st_size > limit:
         raise FileError(f"{file}: {found.st_size:,} bytes, expected at most {limit:,}")
 
+
 def read_json(
     file: Path,
-    limit: int = LARGEST_TEXT,  # bytes
+    limit: int = MAX_TEXT_BYTES,  # bytes
     links: bool = True,  # whether the file may be a symbolic link
 ):  # what the file holds
     "Reads JSON; raises `FileError` where it is none or is nested too deep, `OSError` where it cannot be read."
@@ -80,15 +95,22 @@ def read_json(
         raise FileError(f"{file}: not JSON ({' '.join(str(e).split())[:200]})") from None
     return value
 
-MOST_DEPTH = 100  # brackets within brackets; a manifest has 2
+
+MAX_JSON_DEPTH = 100  # brackets within brackets; a manifest has 2
+
 
 def _check_depth(value):
     "Raises `RecursionError` before anything that calls itself for each bracket does."
     level = [value]
-    for _ in range(MOST_DEPTH):
-        level = [child for node in level if isinstance(node, (dict, list))
-                 for child in (node.values() if isinstance(node, dict) else node)]
-        if not level: return
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
     raise RecursionError
 
 # %% ../nbs/02_files.ipynb #faa39381
@@ -101,7 +123,9 @@ def check_inner_name(
         raise FileError(f"{name!r}: expected the relative name of a file inside the folder")
     return name
 
-MOST_FILES = 100_000  # files and folders inside one run
+
+MAX_FILES = 100_000  # files and folders inside one run
+
 
 def check_tree(
     folder: Path,
@@ -112,14 +136,17 @@ def check_tree(
         with os.scandir(waiting.pop()) as entries:
             for entry in entries:
                 n_entries += 1
-                if n_entries > MOST_FILES:
-                    raise FileError(f"{folder}: more than {MOST_FILES:,} files")
+                if n_entries > MAX_FILES:
+                    raise FileError(f"{folder}: more than {MAX_FILES:,} files")
                 if entry.is_symlink():
-                    raise FileError(f"{entry.path}: a symbolic link; expected files and folders, replace it by its file")
+                    raise FileError(
+                        f"{entry.path}: a symbolic link; expected files and folders, replace it by its file"
+                    )
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
                 elif not entry.is_file(follow_symlinks=False):
                     raise FileError(f"{entry.path}: not a regular file; remove it")
+
 
 def replace_text(
     file: Path,  # its folder is there

@@ -4,7 +4,9 @@
 
 # %% ../nbs/01_progress.ipynb #e7e4c17b
 from __future__ import annotations
-import sys, time
+
+import sys
+import time
 from html import escape
 
 # %% auto #0
@@ -22,50 +24,70 @@ def duration(
 ) -> str:
     "Seconds as a person says them: `42s`, `3m 05s`, `2h 10m`."
     s = max(0, round(seconds))
-    if s < 60: return f"{s}s"
+    if s < 60:
+        return f"{s}s"
     return f"{s // 60}m {s % 60:02}s" if s < 3600 else f"{s // 3600}h {s % 3600 // 60:02}m"
 
 # %% ../nbs/01_progress.ipynb #ee5ec849
 class Progress:
     "Progress of `total` pieces with the time left; draws at most five times a second."
-    def __init__(self,
+
+    def __init__(
+        self,
         total: int,  # pieces
         label: str = "",  # stands in front
     ):
         self.total, self.label, self.done, self.note = max(1, total), label, 0, ""
-        self.start, self._drawn, self._handle, self._last = time.monotonic(), -1., None, None
+        self.start, self._drawn, self._handle, self._last = time.monotonic(), -1.0, None, None
         self.closed = False
 
     def text(self) -> str:
         "The line: label, pieces, share, seconds and what is left."
         spent = time.monotonic() - self.start
-        left = f", {duration(spent / self.done * (self.total - self.done))} left" if 0 < self.done < self.total and not self.closed else ""
+        left = (
+            f", {duration(spent / self.done * (self.total - self.done))} left"
+            if 0 < self.done < self.total and not self.closed
+            else ""
+        )
         return f"{self.label} {self.done}/{self.total} {100 * self.done // self.total:3}% {duration(spent)}{left} {self.note}".strip()
 
-    def update(self,
+    def update(
+        self,
         done: int,  # pieces that are done
         note: str = "",  # what to say beside it
     ):
         "Says that `done` pieces are done, and draws if it is time to."
         self.done, self.note, now = done, note, time.monotonic()
-        if now - self._drawn >= .2 or done >= self.total: self._drawn = now; self._draw()
+        if now - self._drawn >= 0.2 or done >= self.total:
+            self._drawn = now
+            self._draw()
 
     def close(self):
         "Ends the line, also where fewer pieces were needed than there could have been."
         self.closed = True
         self._draw()
-        if not in_kernel(): print(flush=True)
+        if not in_kernel():
+            print(flush=True)
 
     def _draw(self):
         state = self.done, self.note, self.closed and self.done < self.total
-        if state == self._last: return
+        if state == self._last:
+            return
         self._last = state
-        if in_kernel(): return self._draw_html()
-        if sys.stdout.isatty(): print(f"\r\x1b[K{self.text()}"[:180], end="", flush=True)
-        elif self.done >= self.total or self.closed: print(self.text(), end="", flush=True)
+        if in_kernel():
+            return self._draw_html()
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{self.text()}"[:180], end="", flush=True)
+        elif self.done >= self.total or self.closed:
+            print(self.text(), end="", flush=True)
 
     def _draw_html(self):
         from IPython.display import HTML, display
-        bar = HTML(f"<progress value='{self.done}' max='{self.done if self.closed else self.total}' style='width:240px;vertical-align:middle'></progress> <span style='font-size:12px'>{escape(self.text())}</span>")
-        if self._handle: self._handle.update(bar)
-        else: self._handle = display(bar, display_id=True)
+
+        bar = HTML(
+            f"<progress value='{self.done}' max='{self.done if self.closed else self.total}' style='width:240px;vertical-align:middle'></progress> <span style='font-size:12px'>{escape(self.text())}</span>"
+        )
+        if self._handle:
+            self._handle.update(bar)
+        else:
+            self._handle = display(bar, display_id=True)

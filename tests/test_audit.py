@@ -1,4 +1,5 @@
 "Leaks planted on three data sets, honest columns on markets that no threshold was set on, and whole self-tests of honest and of cheating pipelines."
+
 import json
 from dataclasses import replace
 
@@ -7,47 +8,79 @@ import pandas as pd
 import pytest
 from scipy.signal import lfilter
 
-from modelfactory.data.audit import MIN_ROWS, LeakFound, aligned, audit, leaks, scaled_on_everything, score_columns
-from modelfactory.data.bars import WARMUP, bar_features, check_bars, triple_barrier
+from modelfactory.data.audit import (
+    MIN_ROWS,
+    LeakFound,
+    audit,
+    find_leaks,
+    find_scaler_leaks,
+    score_columns,
+    shift_within_symbol,
+)
 from modelfactory.data.bundled import resolve_data
-from modelfactory.data.market import PRESETS, market_table, simulate
+from modelfactory.data.features import FEATURE_WARMUP, bar_features
+from modelfactory.data.labels import triple_barrier
+from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
+from modelfactory.data.readers import check_bars
 from modelfactory.data.splits import NO_TARGET, read_split, read_splits
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.training.selftest import future_perturbation, null_splits, peeking_features, prefix_test, selftest
 from modelfactory.training.trainer import Trainer
 
-pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+pytestmark = (
+    pytest.mark.no_cover
+)  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
 
 def made(preset, seed, rows=8_000, symbols=2, width=None):
-    table = market_table(simulate(replace(PRESETS[preset], seed=seed, symbols=symbols, rows=(rows, 200, 200), columns=width)))
+    table = market_table(
+        simulate_market(
+            replace(MARKET_PRESETS[preset], seed=seed, symbols=symbols, rows=(rows, 200, 200), columns=width)
+        )
+    )
     return read_split(table[table.split == "train"].reset_index(drop=True))
 
 
 @pytest.fixture(scope="module", params=["eurusd", "planted", "null"])
-def splits(request): return read_splits(resolve_data(request.param), splits=("train", "val", "test"))
+def splits(request):
+    return read_splits(resolve_data(request.param), splits=("train", "val", "test"))
 
 
 def leak(split, name, horizon):
     "A column that knows the future."
-    at = lambda x, shift: aligned(np.asarray(x, float), split.codes, shift)
+
+    def at(x, shift):
+        return shift_within_symbol(np.asarray(x, float), split.codes, shift)
+
     close = split.close
     ahead = np.stack([at(close, k) for k in range(1, horizon + 1)])
     column = {
         "centred mean": lambda: sum(at(close, k) for k in range(-2, 3)) / 5,
         "centred mean in returns": lambda: sum(at(close, k) for k in range(-2, 3)) / 5 / close - 1,
-        "label of the row before": lambda: at(np.where(split.labels[horizon] == NO_TARGET, 0, split.labels[horizon]), -1),
+        "label of the row before": lambda: at(
+            np.where(split.labels[horizon] == NO_TARGET, 0, split.labels[horizon]), -1
+        ),
         "next return": lambda: at(close, 1) / close - 1,
         "mfe": lambda: np.fmax.reduce(ahead) / close - 1,
         "mae": lambda: 1 - np.fmin.reduce(ahead) / close,
-        "bars_to_hit": lambda: np.where(split.bars_to_hit[horizon] < 0, horizon, split.bars_to_hit[horizon])}[name]()
+        "bars_to_hit": lambda: np.where(split.bars_to_hit[horizon] < 0, horizon, split.bars_to_hit[horizon]),
+    }[name]()
     return np.nan_to_num(column).astype(np.float32)
 
 
-def with_column(split, column): return replace(split, matrix=np.c_[split.matrix, column], features=[*split.features, "innocent"])
+def with_column(split, column):
+    return replace(split, matrix=np.c_[split.matrix, column], features=[*split.features, "innocent"])
 
 
-LEAKS = {"centred mean": 2, "centred mean in returns": 2, "label of the row before": -1, "next return": 1, "mfe": 0, "mae": 0, "bars_to_hit": 0}
+LEAKS = {
+    "centred mean": 2,
+    "centred mean in returns": 2,
+    "label of the row before": -1,
+    "next return": 1,
+    "mfe": 0,
+    "mae": 0,
+    "bars_to_hit": 0,
+}
 
 
 @pytest.mark.parametrize("horizon", [5, 20])
@@ -56,34 +89,55 @@ def test_a_planted_leak_is_named(splits, name, horizon):
     report = audit(with_column(splits["train"], leak(splits["train"], name, horizon)))
     assert {f.column for f in report.findings} == {"innocent"}
     worst = report.findings[0]
-    if name == "bars_to_hit": assert report.ok and worst.kind == "neutrality" and worst.verdict == "warn" and worst.looks_ahead is None
+    if name == "bars_to_hit":
+        assert report.ok and worst.kind == "neutrality" and worst.verdict == "warn" and worst.looks_ahead is None
     else:
-        assert not report.ok and worst.kind == "direction" and worst.size > .1
-        with pytest.raises(LeakFound, match="innocent"): report.raise_if_leaky()
-    if name == "label of the row before": assert worst.shift == -1 and worst.looks_ahead == int(worst.target.removeprefix("label_h")) - 1
-    else: assert worst.looks_ahead is None and "ahead" not in worst.sentence
+        assert not report.ok and worst.kind == "direction" and worst.size > 0.1
+        with pytest.raises(LeakFound, match="innocent"):
+            report.raise_if_leaky()
+    if name == "label of the row before":
+        assert worst.shift == -1 and worst.looks_ahead == int(worst.target.removeprefix("label_h")) - 1
+    else:
+        assert worst.looks_ahead is None and "ahead" not in worst.sentence
 
 
 @pytest.mark.parametrize("ago", [1, 2, 4])
 def test_a_label_that_is_not_closed_is_known_by_its_row(splits, ago):
     train = splits["train"]
-    column = aligned(np.where(train.labels[5] == NO_TARGET, 0, train.labels[5]).astype(np.float32), train.codes, -ago, 0)
+    column = shift_within_symbol(
+        np.where(train.labels[5] == NO_TARGET, 0, train.labels[5]).astype(np.float32), train.codes, -ago, 0
+    )
     worst = audit(with_column(train, column)).findings[0]
     assert (worst.verdict, worst.target, worst.shift, worst.looks_ahead) == ("fail", "label_h5", -ago, 5 - ago)
 
 
-@pytest.mark.parametrize("fit, seen", [("mean and deviation", ("train", "val")), ("mean and deviation", ("train", "val", "test")), ("median and quartiles", ("train", "val", "test")), ("minimum and maximum", ("train", "val"))])
+@pytest.mark.parametrize(
+    "fit, seen",
+    [
+        ("mean and deviation", ("train", "val")),
+        ("mean and deviation", ("train", "val", "test")),
+        ("median and quartiles", ("train", "val", "test")),
+        ("minimum and maximum", ("train", "val")),
+    ],
+)
 def test_a_scaler_that_saw_later_splits_is_found(splits, fit, seen):
     every = np.concatenate([splits[s].matrix for s in seen]).astype(float)
-    centre, width = {"mean and deviation": (every.mean(0), every.std(0, ddof=1)),
-                     "median and quartiles": (np.median(every, 0), np.subtract(*np.percentile(every, [75, 25], 0))),
-                     "minimum and maximum": (every.min(0), np.ptp(every, 0))}[fit]
-    again = {name: replace(s, matrix=((s.matrix - centre) / np.where(width > 0, width, 1)).astype(np.float32)) for name, s in splits.items()}
-    found = scaled_on_everything(again)
-    assert len(found) > (10 if fit == "minimum and maximum" else 60) and set(found.scaler) == {fit}  # most extremes lie in train
+    centre, width = {
+        "mean and deviation": (every.mean(0), every.std(0, ddof=1)),
+        "median and quartiles": (np.median(every, 0), np.subtract(*np.percentile(every, [75, 25], 0))),
+        "minimum and maximum": (every.min(0), np.ptp(every, 0)),
+    }[fit]
+    again = {
+        name: replace(s, matrix=((s.matrix - centre) / np.where(width > 0, width, 1)).astype(np.float32))
+        for name, s in splits.items()
+    }
+    found = find_scaler_leaks(again)
+    assert len(found) > (10 if fit == "minimum and maximum" else 60) and set(found.scaler) == {
+        fit
+    }  # most extremes lie in train
     assert not audit(again).ok
     thinned = {name: replace(s, matrix=s.matrix[5:]) for name, s in again.items()}
-    assert len(scaled_on_everything(thinned)) > 40 or fit == "minimum and maximum"
+    assert len(find_scaler_leaks(thinned)) > 40 or fit == "minimum and maximum"
 
 
 def test_splits_of_the_kit_are_clean(splits):
@@ -92,7 +146,7 @@ def test_splits_of_the_kit_are_clean(splits):
 
 
 @pytest.mark.parametrize("seed", range(70, 74))
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", MARKET_PRESETS)
 def test_honest_columns_raise_no_alarm_on_other_seeds(preset, seed):
     split = made(preset, seed, rows=[4_000, 9_000][seed % 2], symbols=1 + seed % 3)
     assert len(split.features) >= 100 and not audit(split).findings
@@ -107,23 +161,39 @@ STEPS = 6  # prices in a bar
 
 def simulated(seed, kind, rows=6_000, symbols=2, width=None):
     "Five-minute bars without skill to find: `reverting` to a mean with bid-ask bounce, `bounce` alone, `asymmetric` barriers with seasonal volatility, `drifts` of each symbol, `slow` labels."
-    rng, n = np.random.default_rng(seed), (rows // symbols + WARMUP) * STEPS
-    season = np.exp(.5 * np.sin(2 * np.pi * np.arange(n) / (288 * STEPS)) + lfilter([1], [1, -.999], rng.normal(0, .02, n)))
+    rng, n = np.random.default_rng(seed), (rows // symbols + FEATURE_WARMUP) * STEPS
+    season = np.exp(
+        0.5 * np.sin(2 * np.pi * np.arange(n) / (288 * STEPS)) + lfilter([1], [1, -0.999], rng.normal(0, 0.02, n))
+    )
     bars = []
     for number in range(symbols):
         steps = rng.normal(0, 4e-4, n) * (season if kind in ("asymmetric", "slow") else 1)
-        if kind == "drifts": steps = steps + (number - symbols / 2 + .5) * 1.2e-5
-        memory = .5 ** (1 / STEPS / 15) if kind == "reverting" else 1.
+        if kind == "drifts":
+            steps = steps + (number - symbols / 2 + 0.5) * 1.2e-5
+        memory = 0.5 ** (1 / STEPS / 15) if kind == "reverting" else 1.0
         bounce = dict(reverting=2e-4, bounce=4e-4).get(kind, 0) * rng.choice([-1, 1], n)
         price = np.exp(lfilter([1], [1, -memory], steps) + bounce).reshape(-1, STEPS)
         times = pd.date_range("2024", periods=len(price), freq="5min")
-        bars.append(pd.DataFrame(dict(
-            datetime=times, symbol=f"S{number}", open=price[:, 0], high=price.max(1), low=price.min(1), close=price[:, -1], volume=rng.exponential(100, len(price)))))
+        bars.append(
+            pd.DataFrame(
+                dict(
+                    datetime=times,
+                    symbol=f"S{number}",
+                    open=price[:, 0],
+                    high=price.max(1),
+                    low=price.min(1),
+                    close=price[:, -1],
+                    volume=rng.exponential(100, len(price)),
+                )
+            )
+        )
     bars = check_bars(pd.concat(bars))
-    barriers = dict(asymmetric={5: (2.4, 1.2), 20: (5., 2.5)}, slow={5: (2.5, 2.5, 15), 20: (3., 1.5, 40)}).get(kind, {5: (), 20: ()})
+    barriers = dict(asymmetric={5: (2.4, 1.2), 20: (5.0, 2.5)}, slow={5: (2.5, 2.5, 15), 20: (3.0, 1.5, 40)}).get(
+        kind, {5: (), 20: ()}
+    )
     labels = [triple_barrier(bars, h, *b) for h, b in barriers.items()]
     table = pd.concat([bars, bar_features(bars).drop(columns=["datetime", "symbol"]), *labels], axis=1)
-    return read_split(table[bars.groupby("symbol").cumcount() >= WARMUP].reset_index(drop=True))
+    return read_split(table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP].reset_index(drop=True))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -137,26 +207,47 @@ def test_honest_columns_raise_no_alarm_where_past_bars_predict(kind, seed):
 def test_positions_of_the_close_raise_no_alarm_on_a_price_that_reverts_to_its_mean(seed):
     "Half-life of half a bar, volatility that changes slowly: no move of the past predicts direction as well as a causal position of the close, which failed."
     rng, rows = np.random.default_rng(seed), 40_000
-    steps = (rows + WARMUP) * STEPS
-    middle = lfilter([1], [1, -.5 ** (2 / STEPS)], rng.normal(size=steps))
-    volatility = 2e-4 * np.exp(1.5 * lfilter([1], [1, -.9999], rng.normal(0, (1 - .9999 ** 2) ** .5, steps)))
+    steps = (rows + FEATURE_WARMUP) * STEPS
+    middle = lfilter([1], [1, -(0.5 ** (2 / STEPS))], rng.normal(size=steps))
+    volatility = 2e-4 * np.exp(1.5 * lfilter([1], [1, -0.9999], rng.normal(0, (1 - 0.9999**2) ** 0.5, steps)))
     price = np.exp((volatility * np.diff(middle, prepend=0)).cumsum()).reshape(-1, STEPS)
     times = pd.date_range("2024", periods=len(price), freq="5min")
-    bars = check_bars(pd.DataFrame(dict(datetime=times, symbol="A", open=price[:, 0], high=price.max(1), low=price.min(1), close=price[:, -1], volume=1.)))
+    bars = check_bars(
+        pd.DataFrame(
+            dict(
+                datetime=times,
+                symbol="A",
+                open=price[:, 0],
+                high=price.max(1),
+                low=price.min(1),
+                close=price[:, -1],
+                volume=1.0,
+            )
+        )
+    )
     positions = ["bollinger_20", "bollinger_60", "rsi_28", "ema_gap_50", "sma_gap_100", "stochastic_14"]
-    table = pd.concat([bars, bar_features(bars)[positions], triple_barrier(bars, 5)], axis=1)[WARMUP:].reset_index(drop=True)
+    table = pd.concat([bars, bar_features(bars)[positions], triple_barrier(bars, 5)], axis=1)[
+        FEATURE_WARMUP:
+    ].reset_index(drop=True)
     split = read_split(table)
     scores = score_columns(split).query("kind == 'direction'")
-    assert scores["size"].max() > .4 and not audit(split).findings
+    assert scores["size"].max() > 0.4 and not audit(split).findings
 
 
 def test_an_honest_volatility_is_never_said_to_look_ahead():
     "Wilder's ATR, also where a user brings one that is over the threshold: the sentence says the score and nothing about later bars."
     split = simulated(2, "asymmetric")
-    scores = score_columns(split).assign(warn=-1.)
-    sentences = [f.sentence for f in leaks(split, scores[scores.column.isin(["log_atr", "true_range"])])]
+    scores = score_columns(split).assign(warn=-1.0)
+    sentences = [f.sentence for f in find_leaks(split, scores[scores.column.isin(["log_atr", "true_range"])])]
     assert len(sentences) >= 2
-    for sentence in sentences: assert "AUC 0." in sentence and "strongest at shift" in sentence and "check how it is computed" in sentence and "ahead" not in sentence and "knows" not in sentence
+    for sentence in sentences:
+        assert (
+            "AUC 0." in sentence
+            and "strongest at shift" in sentence
+            and "check how it is computed" in sentence
+            and "ahead" not in sentence
+            and "knows" not in sentence
+        )
 
 
 def day_high(split):
@@ -170,7 +261,7 @@ def test_the_close_against_the_high_of_its_whole_day_is_a_warning(name):
     train = read_splits(resolve_data(name))["train"]
     report = audit(with_column(train, day_high(train)))
     assert report.named("warn") + report.named("fail") == ["innocent"]
-    assert report.findings[0].kind == "direction" and report.findings[0].size > .1
+    assert report.findings[0].kind == "direction" and report.findings[0].size > 0.1
 
 
 @pytest.mark.parametrize("seed", [80, 81, 82])
@@ -194,65 +285,88 @@ def test_a_leak_in_the_rows_of_one_symbol_is_a_warning():
 def test_a_label_is_closed_when_the_slowest_label_is_decided(ago, verdicts):
     "Labels of horizon 5 that are decided up to 15 bars later: most of those of 8 rows ago are undecided."
     split = simulated(0, "slow", rows=4_000)
-    assert split.bars_to_hit[5].max() == 15 and (split.bars_to_hit[5] > 8).mean() > .3
+    assert split.bars_to_hit[5].max() == 15 and (split.bars_to_hit[5] > 8).mean() > 0.3
     label = np.where(split.labels[5] == NO_TARGET, 0, split.labels[5])
-    findings = audit(with_column(split, aligned(label.astype(np.float32), split.codes, -ago, 0))).findings
+    findings = audit(with_column(split, shift_within_symbol(label.astype(np.float32), split.codes, -ago, 0))).findings
     assert [f.verdict for f in findings] == verdicts
-    if findings: assert findings[0].looks_ahead == 15 - ago and f"up to {15 - ago} bar" in findings[0].sentence
+    if findings:
+        assert findings[0].looks_ahead == 15 - ago and f"up to {15 - ago} bar" in findings[0].sentence
 
 
 def by_construction(n, seed):
     "Columns that fit a scaler by their nature: bounded ones, and the code of the week of four years, whose mean, median and range are those of any whole years."
     rng = np.random.default_rng(seed)
     close = pd.Series(rng.normal(size=n).cumsum())
-    place = lambda k: ((close - close.rolling(k, min_periods=1).min()) / (close.rolling(k, min_periods=1).max() - close.rolling(k, min_periods=1).min())).fillna(.5)
+
+    def place(k):
+        return (
+            (close - close.rolling(k, min_periods=1).min())
+            / (close.rolling(k, min_periods=1).max() - close.rolling(k, min_periods=1).min())
+        ).fillna(0.5)
+
     week, year = np.arange(n) // 100 % 52, np.arange(n) // 5_200
     return dict(
-        stochastic_14=place(14), stochastic_60=place(60), robust_week=(week - 25.5) / 25.5, standard_week=(week - 25.5) / np.std(np.arange(52)), week=week / 51, year=year / 3,
-        fixed=np.clip(rng.normal(size=n), -1, 1), quantised=(rng.random(n) * 52 // 1) / 51, rank=rng.integers(0, 101, n) / 100, hour=np.arange(n) % 24 / 23)
+        stochastic_14=place(14),
+        stochastic_60=place(60),
+        robust_week=(week - 25.5) / 25.5,
+        standard_week=(week - 25.5) / np.std(np.arange(52)),
+        week=week / 51,
+        year=year / 3,
+        fixed=np.clip(rng.normal(size=n), -1, 1),
+        quantised=(rng.random(n) * 52 // 1) / 51,
+        rank=rng.integers(0, 101, n) / 100,
+        hour=np.arange(n) % 24 / 23,
+    )
 
 
 def cut(columns, share):
     "Train of a share, the rest in halves."
     matrix = np.column_stack(list(columns.values())).astype(np.float32)
     a, b = int(share * len(matrix)), int((share + 1) / 2 * len(matrix))
-    split = lambda m: replace(made_once(), matrix=m, features=list(columns))
+
+    def split(m):
+        return replace(made_once(), matrix=m, features=list(columns))
+
     return dict(train=split(matrix[:a]), val=split(matrix[a:b]), test=split(matrix[b:]))
 
 
 def made_once(cache=[]):
-    if not cache: cache.append(made("null", 79, rows=2_000))
+    if not cache:
+        cache.append(made("null", 79, rows=2_000))
     return cache[0]
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["alone", "beside scaled features"])
 def test_columns_that_fit_a_scaler_by_construction_are_not_accused(noise):
     "15 cuts; in each the code of the week was said to be scaled on all splits together."
-    for share in np.linspace(.3, .85, 15):
+    for share in np.linspace(0.3, 0.85, 15):
         columns = by_construction(20_800, 3)
         if noise:
             raw = np.random.default_rng(4).gamma(2, 3, (12, 20_800))
-            train = raw[:, :int(share * 20_800)]
+            train = raw[:, : int(share * 20_800)]
             columns |= {f"x{j}": (x - t.mean()) / t.std() for j, (x, t) in enumerate(zip(raw, train))}
-        assert scaled_on_everything(cut(columns, share)).empty, share
+        assert find_scaler_leaks(cut(columns, share)).empty, share
 
 
 def test_a_scaler_of_all_splits_is_found_beside_columns_that_fit_by_construction():
     raw = np.random.default_rng(5).gamma(2, 3, (12, 20_800))
     scaled = {f"x{j}": (x - x.min()) / np.ptp(x) for j, x in enumerate(raw)}
-    assert set(scaled_on_everything(cut(by_construction(20_800, 3) | scaled, .5)).column) <= set(scaled)
-    assert len(scaled_on_everything(cut(by_construction(20_800, 3) | scaled, .5))) > 4
+    assert set(find_scaler_leaks(cut(by_construction(20_800, 3) | scaled, 0.5)).column) <= set(scaled)
+    assert len(find_scaler_leaks(cut(by_construction(20_800, 3) | scaled, 0.5))) > 4
     one = by_construction(20_800, 3) | {"x": (raw[0] - raw[0].mean()) / raw[0].std()}
-    assert scaled_on_everything(cut(one, .5)).column.tolist() == ["x"]
+    assert find_scaler_leaks(cut(one, 0.5)).column.tolist() == ["x"]
 
 
 def test_scores_with_few_rows_are_skipped_and_listed():
     split = made("null", 76)
     few = with_column(split, leak(split, "mfe", 5))
-    for h in few.labels: few.labels[h] = np.where(np.arange(len(few)) % 9, NO_TARGET, few.labels[h])
+    for h in few.labels:
+        few.labels[h] = np.where(np.arange(len(few)) % 9, NO_TARGET, few.labels[h])
     few = replace(few, market={})
     report = audit(few)
-    assert report.ok and not report.findings and len(report.skipped) == 4 and f"fewer than {MIN_ROWS}" in report.skipped[0]
+    assert (
+        report.ok and not report.findings and len(report.skipped) == 4 and f"fewer than {MIN_ROWS}" in report.skipped[0]
+    )
     assert len(score_columns(few)) == 0 and "skipped: label_h5, direction" in repr(report)
 
 
@@ -272,7 +386,10 @@ def test_two_classes_constant_columns_and_holes():
 
 
 def test_nothing_is_changed(splits):
-    before = {name: (s.matrix.copy(), {h: y.copy() for h, y in s.labels.items()}, list(s.features)) for name, s in splits.items()}
+    before = {
+        name: (s.matrix.copy(), {h: y.copy() for h, y in s.labels.items()}, list(s.features))
+        for name, s in splits.items()
+    }
     audit(splits)
     for name, (matrix, labels, features) in before.items():
         assert np.array_equal(splits[name].matrix, matrix) and splits[name].features == features
@@ -285,25 +402,51 @@ HONEST = dict(rows=(2_500, 2_000, 200), horizons=(5,), models=("logistic_regress
 def test_an_honest_pipeline_passes_and_can_be_stored():
     result = selftest(**HONEST, seed=11)
     assert result.ok and result.table.n[0] > 1_900 and result.table.future[0].n == result.table.prefix[0].n
-    assert json.loads(json.dumps(result.to_dict()))["ok"] and "nothing found" in repr(result) and "<b>" in result._repr_html_()
+    assert (
+        json.loads(json.dumps(result.to_dict()))["ok"]
+        and "nothing found" in repr(result)
+        and "<b>" in result._repr_html_()
+    )
 
 
-def centred(bars): return pd.DataFrame(dict(smooth=bars.groupby("symbol").close.transform(lambda c: c.rolling(5, center=True).mean().bfill().ffill() / c - 1)))
-def standardised(bars): return pd.DataFrame(dict(z=bars.groupby("symbol").close.transform(lambda c: (c - c.mean()) / c.std())))
-def harmless(bars): return pd.DataFrame(dict(mine=bars.groupby("symbol").close.transform(lambda c: c / c.rolling(7, min_periods=1).mean() - 1)))
+def centred(bars):
+    return pd.DataFrame(
+        dict(
+            smooth=bars.groupby("symbol").close.transform(
+                lambda c: c.rolling(5, center=True).mean().bfill().ffill() / c - 1
+            )
+        )
+    )
+
+
+def standardised(bars):
+    return pd.DataFrame(dict(z=bars.groupby("symbol").close.transform(lambda c: (c - c.mean()) / c.std())))
+
+
+def harmless(bars):
+    return pd.DataFrame(
+        dict(mine=bars.groupby("symbol").close.transform(lambda c: c / c.rolling(7, min_periods=1).mean() - 1))
+    )
 
 
 @pytest.mark.parametrize("features, caught", [(centred, ["smooth"]), (standardised, ["z"]), (harmless, [])])
-def test_features_of_ones_own_are_proven(features, caught): assert peeking_features(features) == caught
+def test_features_of_ones_own_are_proven(features, caught):
+    assert peeking_features(features) == caught
 
 
 def test_a_leaking_feature_is_an_alarm_of_audit_and_models():
     result = selftest(**HONEST | dict(rows=(6_000, 6_000, 200)), features=centred)
-    assert result.peeking == ["smooth"] and result.audit.named() == ["smooth"] and result.table.alarm.all() and len(result.problems) == 3
+    assert (
+        result.peeking == ["smooth"]
+        and result.audit.named() == ["smooth"]
+        and result.table.alarm.all()
+        and len(result.problems) == 3
+    )
 
 
 @pytest.fixture(scope="module")
-def nothing(tmp_path_factory): return null_splits(tmp_path_factory.mktemp("market") / "null", (5,), seed=12, rows=(1_500, 900, 200))
+def nothing(tmp_path_factory):
+    return null_splits(tmp_path_factory.mktemp("market") / "null", (5,), seed=12, rows=(1_500, 900, 200))
 
 
 @pytest.fixture
@@ -312,17 +455,26 @@ def cheaters():
 
     class ByTheBatch(LogisticRegressionModel):
         "Standardises by the batch."
-        def predict(self, X, metadata): return super().predict(np.asarray(X) - np.asarray(X).mean(0), metadata)
+
+        def predict(self, X, metadata):
+            return super().predict(np.asarray(X) - np.asarray(X).mean(0), metadata)
 
     class ReachesPast(LogisticRegressionModel):
         "Reads behind its window."
-        def predict(self, X, metadata): return super().predict(X.base[np.minimum(X.ends + 6, len(X.base) - 1)], metadata)
+
+        def predict(self, X, metadata):
+            return super().predict(X.base[np.minimum(X.ends + 6, len(X.base) - 1)], metadata)
 
     class LastClose(LogisticRegressionModel):
         "Follows the last close it is shown."
-        def predict(self, X, metadata): return super().predict(np.asarray(X) * np.float32(metadata["close"].iloc[-1]), metadata)
 
-    return {c.__name__: ModelRegistry.register(c.__name__.lower(), family="example")(c) for c in (ByTheBatch, ReachesPast, LastClose)}
+        def predict(self, X, metadata):
+            return super().predict(np.asarray(X) * np.float32(metadata["close"].iloc[-1]), metadata)
+
+    return {
+        c.__name__: ModelRegistry.register(c.__name__.lower(), family="example")(c)
+        for c in (ByTheBatch, ReachesPast, LastClose)
+    }
 
 
 def trained(model, folder, **config):
@@ -338,7 +490,10 @@ def test_a_cheater_is_caught_by_another_future_and_by_a_prefix(cheaters, nothing
         assert not test.ok and test.moved and test.largest > 1e-5 and test.first.startswith("SYN")
 
 
-@pytest.mark.parametrize("model, config", [("lightgbm", dict(n_rounds=20)), ("gru", dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=1))])
+@pytest.mark.parametrize(
+    "model, config",
+    [("lightgbm", dict(n_rounds=20)), ("gru", dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=1))],
+)
 def test_honest_models_stay_with_what_they_said(nothing, model, config):
     trainer = trained(model, nothing, **config)
     assert future_perturbation(trainer).ok and prefix_test(trainer).ok
@@ -346,5 +501,5 @@ def test_honest_models_stay_with_what_they_said(nothing, model, config):
 
 
 def test_the_level_of_the_intervals_counts_the_models():
-    result = selftest(models=("logistic_regression",), horizons=(5, 20), rows=(2_000, 1_500, 200), alpha=.02)
-    assert result.level == pytest.approx(.99) and len(result.table) == 2
+    result = selftest(models=("logistic_regression",), horizons=(5, 20), rows=(2_000, 1_500, 200), alpha=0.02)
+    assert result.level == pytest.approx(0.99) and len(result.table) == 2

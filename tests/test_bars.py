@@ -1,35 +1,51 @@
 "Bars to splits on markets that are harder than any real one: halts, heavy tails, tiny and huge prices, no volume, missing bars."
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from modelfactory.data.bars import UNDEFINED, WARMUP, bar_features, bars_to_splits, check_bars, find_lookahead
-from modelfactory.data.splits import MIN_BLOCKS, SplitsWarning, split_blocks, read_split, read_splits
+from modelfactory.data.features import FEATURE_WARMUP, bar_features, find_lookahead
+from modelfactory.data.readers import check_bars
+from modelfactory.data.splits import MIN_BLOCKS, NO_LABEL, SplitsWarning, read_split, read_splits, split_blocks
+from modelfactory.data.writer import bars_to_splits
 
-pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+pytestmark = (
+    pytest.mark.no_cover
+)  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
 
 
 def one_symbol(name, rng):
     n, volatility = rng.integers(700, 1200), 10.0 ** rng.uniform(-5, -1)
     returns = np.clip(rng.standard_t(2.5, n) * volatility, -0.7, 0.7)
-    for start in rng.integers(0, n - 150, 4): returns[start:start + rng.integers(1, 150)] = 0
+    for start in rng.integers(0, n - 150, 4):
+        returns[start : start + rng.integers(1, 150)] = 0
     close = 10.0 ** rng.uniform(-6, 5) * np.exp(returns.cumsum())
     open_, wick = np.r_[close[0], close[:-1]], rng.exponential(volatility, (2, n)) * (returns != 0)
     high, low = np.maximum(open_, close) * (1 + wick[0]), np.minimum(open_, close) / (1 + wick[1])
     volume = np.floor(rng.exponential(10.0 ** rng.uniform(-1, 12), n)) * (rng.random(n) > rng.choice([0, 0.5, 0.99]))
-    bars = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=n, freq="15min"), symbol=name, open=open_, high=high, low=low, close=close, volume=volume))
+    bars = pd.DataFrame(
+        dict(
+            datetime=pd.date_range("2024", periods=n, freq="15min"),
+            symbol=name,
+            open=open_,
+            high=high,
+            low=low,
+            close=close,
+            volume=volume,
+        )
+    )
     return bars[rng.random(n) < rng.choice([1, 0.9, 0.6])]
 
 
 @pytest.fixture(params=range(6))
 def bars(request):
     rng = np.random.default_rng(request.param)
-    return check_bars(pd.concat([one_symbol(name, rng) for name in "BAC"[:rng.integers(1, 4)]]))
+    return check_bars(pd.concat([one_symbol(name, rng) for name in "BAC"[: rng.integers(1, 4)]]))
 
 
 def test_features_are_finite_and_causal(bars):
     features = bar_features(bars).iloc[:, 2:]
-    warm = (bars.groupby("symbol").cumcount() >= WARMUP).to_numpy()
+    warm = (bars.groupby("symbol").cumcount() >= FEATURE_WARMUP).to_numpy()
     assert np.isfinite(features[warm]).all().all()
     assert find_lookahead(bar_features, bars, bars.datetime.sample(2, random_state=0)) == []
 
@@ -45,27 +61,40 @@ def test_no_label_reaches_the_next_split(bars, tmp_path):
         for symbol, rows in split[early].groupby("symbol"):
             times = bars[bars.symbol == symbol].datetime.to_numpy()
             for h in (5, 20):
-                defined = rows[rows[f"label_h{h}"] != UNDEFINED]
-                decided = times[np.searchsorted(times, defined.datetime.to_numpy()) + defined[f"bars_to_hit_h{h}"].to_numpy()]
+                defined = rows[rows[f"label_h{h}"] != NO_LABEL]
+                decided = times[
+                    np.searchsorted(times, defined.datetime.to_numpy()) + defined[f"bars_to_hit_h{h}"].to_numpy()
+                ]
                 assert (decided + np.timedelta64(5, "h") <= first.to_datetime64()).all()
 
 
-def walk(n, symbol="A", seed=0, step="1h", drift=0.):
+def walk(n, symbol="A", seed=0, step="1h", drift=0.0):
     "Bars of a random walk."
     rng = np.random.default_rng(seed)
     close = np.exp(rng.normal(drift * 1e-3, 1e-3, n).cumsum())
-    open_ = np.r_[1., close[:-1]]
+    open_ = np.r_[1.0, close[:-1]]
     wick = rng.exponential(3e-4, (2, n))
-    return pd.DataFrame(dict(
-        datetime=pd.date_range("2024", periods=n, freq=step), symbol=symbol, open=open_, high=np.maximum(open_, close) * (1 + wick[0]),
-        low=np.minimum(open_, close) * (1 - wick[1]), close=close, volume=1.))
+    return pd.DataFrame(
+        dict(
+            datetime=pd.date_range("2024", periods=n, freq=step),
+            symbol=symbol,
+            open=open_,
+            high=np.maximum(open_, close) * (1 + wick[0]),
+            low=np.minimum(open_, close) * (1 - wick[1]),
+            close=close,
+            volume=1.0,
+        )
+    )
 
 
 def test_a_horizon_with_too_few_blocks_of_val_is_a_warning(tmp_path):
     "400 rows of val are 20 blocks at h5 and 5 at h20."
-    with pytest.warns(SplitsWarning) as shown: out = bars_to_splits(walk(200 + 2_667), tmp_path / "few")
+    with pytest.warns(SplitsWarning) as shown:
+        out = bars_to_splits(walk(200 + 2_667), tmp_path / "few")
     assert [str(w.message) for w in shown] == [
-        f"label_h20: {split} holds 5 blocks of 80 bars; fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon" for split in ("val", "test")]
+        f"label_h20: {split} holds 5 blocks of 80 bars; fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon"
+        for split in ("val", "test")
+    ]
     assert all(w.filename == __file__ for w in shown)
     report = read_splits(out, splits=("train", "val", "test")).report
     assert [w for w in report.warnings if "too few rows" in w] == [str(w.message) for w in shown]
@@ -79,19 +108,22 @@ def test_enough_blocks_are_no_warning(tmp_path, recwarn):
 
 def test_a_sparse_symbol_does_not_decide_the_number_of_blocks():
     "A symbol with a bar a day beside one with a bar an hour: weighted by rows it doubles a block, by its own bars it would be 24 times as long."
-    dense, sparse = walk(4_000).assign(label_h5=1, x=0.), walk(4_000, "B").iloc[::24].assign(label_h5=1, x=0.)
+    dense, sparse = walk(4_000).assign(label_h5=1, x=0.0), walk(4_000, "B").iloc[::24].assign(label_h5=1, x=0.0)
     alone, both = read_split(dense), read_split(pd.concat([dense, sparse]))
     assert split_blocks(alone, 5) == 200 and split_blocks(both, 5) > 90
 
 
 def test_the_report_says_how_often_a_constant_call_is_right(tmp_path):
     "Barriers of 1.5 ATR down and 3 up, or a drift: always down, always up."
-    out = bars_to_splits(walk(8_000), tmp_path / "barriers", horizons=(20,), barriers={20: (3., 1.5)})
+    out = bars_to_splits(walk(8_000), tmp_path / "barriers", horizons=(20,), barriers={20: (3.0, 1.5)})
     splits = read_splits(out)
     share = {s.name: (s.labels[20] == -1).sum() / np.isin(s.labels[20], (-1, 1)).sum() for s in splits.values()}
-    assert splits.report.labels.constant_call.tolist() == [f"down {share[s]:.2f}" for s in ("train", "val")] and share["val"] > .6
+    assert (
+        splits.report.labels.constant_call.tolist() == [f"down {share[s]:.2f}" for s in ("train", "val")]
+        and share["val"] > 0.6
+    )
     calls = [f"always down would be right {round(share[s], 2):.0%} of the time in {s}" for s in ("train", "val")]
     sentence = f"label_h20: {calls[0]}, {calls[1]}; judge directional accuracy against that"
     assert sentence in splits.report.warnings and sentence in repr(splits.report)
-    drift = read_splits(bars_to_splits(walk(8_000, drift=.15), tmp_path / "drift", horizons=(20,))).report
+    drift = read_splits(bars_to_splits(walk(8_000, drift=0.15), tmp_path / "drift", horizons=(20,))).report
     assert all(call.startswith("up") for call in drift.labels.constant_call)

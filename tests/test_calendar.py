@@ -1,46 +1,68 @@
 "Trading days: how many a year, at which hour they begin, and where both are set."
+
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from modelfactory.evaluation.backtest import BacktestError, days_per_year, label_backtest, tranche_backtest, trading_day
+from modelfactory.configuration import ConfigError, SettingsError, settings
+from modelfactory.evaluation.backtest import BacktestError, days_per_year, label_backtest, trading_day, tranche_backtest
 from modelfactory.evaluation.evaluator import ModelEvaluator
 from modelfactory.evaluation.permutation import shift_test
-from modelfactory.settings import ConfigError, SettingsError, settings
 from modelfactory.training.trainer import Trainer, trainer_config
 
 ZONE = "America/New_York"
 
 
-def walk(times, seed=0, sd=.01, drift=.0):
+def walk(times, seed=0, sd=0.01, drift=0.0):
     rng = np.random.default_rng(seed)
     close = 100 * np.exp((drift + rng.normal(0, sd, len(times))).cumsum())
     return pd.DataFrame(dict(datetime=times, symbol="A", close=close, prediction=rng.choice([-1, 1], len(times))))
 
 
-def sharpe(pnl): return pnl.mean() / pnl.std(ddof=1)
+def sharpe(pnl):
+    return pnl.mean() / pnl.std(ddof=1)
 
 
 # days a year
 
-@pytest.mark.parametrize("freq, n, expected", [
-    ("W-FRI", 300, 365.25 / 7), ("D", 300, 365.25), ("B", 300, 365.25 * 5 / 7), ("MS", 40, 12), ("W-FRI", 5, 365.25 / 7),
-    ("D", 20, 365.25), ("B", 20, 365.25 * 5 / 7)])
+
+@pytest.mark.parametrize(
+    "freq, n, expected",
+    [
+        ("W-FRI", 300, 365.25 / 7),
+        ("D", 300, 365.25),
+        ("B", 300, 365.25 * 5 / 7),
+        ("MS", 40, 12),
+        ("W-FRI", 5, 365.25 / 7),
+        ("D", 20, 365.25),
+        ("B", 20, 365.25 * 5 / 7),
+    ],
+)
 def test_days_a_year_follow_the_calendar(freq, n, expected):
     days = pd.date_range("2023-01-02", periods=n, freq=freq)
-    assert abs(days_per_year(days) / expected - 1) < .005
+    assert abs(days_per_year(days) / expected - 1) < 0.005
     zoned = days.tz_localize(ZONE)
     assert days_per_year(zoned.repeat(2)[np.random.default_rng(0).permutation(2 * n)]) == days_per_year(days)
 
 
-@pytest.mark.parametrize("days, expected", [
-    *[(pd.bdate_range(start, periods=n), 5) for start in ("2024-01-02", "2024-01-04", "2024-01-05") for n in (2, 3, 4)],
-    (pd.date_range("2024-01-01", periods=7), 7), (pd.date_range("2024-01-05", periods=2, freq="7D"), 1),
-    (pd.DatetimeIndex(["2024-03-15", "2024-03-22", "2024-03-28"]), 7 * 2 / 13),
-    (pd.date_range("2024-01-07", periods=6), 6), (pd.date_range("2024-01-05", periods=4), 7),
-    (pd.DatetimeIndex(["2024-01-02"]), 5)])
+@pytest.mark.parametrize(
+    "days, expected",
+    [
+        *[
+            (pd.bdate_range(start, periods=n), 5)
+            for start in ("2024-01-02", "2024-01-04", "2024-01-05")
+            for n in (2, 3, 4)
+        ],
+        (pd.date_range("2024-01-01", periods=7), 7),
+        (pd.date_range("2024-01-05", periods=2, freq="7D"), 1),
+        (pd.DatetimeIndex(["2024-03-15", "2024-03-22", "2024-03-28"]), 7 * 2 / 13),
+        (pd.date_range("2024-01-07", periods=6), 6),
+        (pd.date_range("2024-01-05", periods=4), 7),
+        (pd.DatetimeIndex(["2024-01-02"]), 5),
+    ],
+)
 def test_a_few_days_tell_the_calendar(days, expected):
     "Three business days gave 156.5 days a year, two gave 104."
     assert np.isclose(days_per_year(days), expected * 365.25 / 7)
@@ -48,6 +70,7 @@ def test_a_few_days_tell_the_calendar(days, expected):
 
 def test_holidays_count_where_the_sample_is_long():
     from pandas.tseries.holiday import USFederalHolidayCalendar
+
     off = USFederalHolidayCalendar().holidays("2020", "2024-12-31")
     days = pd.bdate_range("2020-01-01", "2024-12-31").difference(off)
     assert abs(days_per_year(days) - 250) < 1
@@ -58,10 +81,10 @@ def test_holidays_count_where_the_sample_is_long():
 @pytest.mark.parametrize("freq, n, expected", [("W-FRI", 200, 52.18), ("h", 24 * 100, 365.25), ("2h", 12 * 21, 365.25)])
 def test_a_sharpe_ratio_is_annualised_by_the_days_of_its_bars(freq, n, expected):
     "Weekly bars had 1.47 for .72, bars around the clock 1.60 for 1.87."
-    table = walk(pd.date_range("2023-01-06", periods=n, freq=freq), drift=.001)
+    table = walk(pd.date_range("2023-01-06", periods=n, freq=freq), drift=0.001)
     result = tranche_backtest(table.assign(prediction=1), table, 1)
-    assert np.isclose(result.trading_days, expected, rtol=.001)
-    assert np.isclose(result.metrics()["sharpe_net"], sharpe(result.daily.net) * result.trading_days ** .5)
+    assert np.isclose(result.trading_days, expected, rtol=0.001)
+    assert np.isclose(result.metrics()["sharpe_net"], sharpe(result.daily.net) * result.trading_days**0.5)
     assert result.metrics()["days_per_year"] == result.trading_days
     assert f"{result.trading_days:.0f} days a year from 0:00" in repr(result)
 
@@ -70,17 +93,20 @@ def test_a_number_overrides_the_bars():
     table = walk(pd.date_range("2023-01-06", periods=200, freq="W-FRI"))
     result = tranche_backtest(table, table, 1, trading_days=100)
     assert result.trading_days == result.metrics()["days_per_year"] == 100
-    assert label_backtest(table, np.sign(table.prediction), 1).metrics()["days_per_year"] == pytest.approx(52.18, abs=.01)
+    assert label_backtest(table, np.sign(table.prediction), 1).metrics()["days_per_year"] == pytest.approx(
+        52.18, abs=0.01
+    )
     assert label_backtest(table, np.sign(table.prediction), 1, trading_days=7).metrics()["days_per_year"] == 7
 
 
 # the hour at which a day begins
 
+
 def eurusd(weeks=30):
     "Half-hourly bars from Sunday 17:00 to Friday 17:00 New York, which is what an FX week is."
     times = pd.date_range("2024-01-07 17:00", periods=weeks * 7 * 48, freq="30min", tz=ZONE)
     week_hour = (times.dayofweek * 24 + times.hour + 24) % (7 * 24)  # from Sunday 0:00
-    return walk(times[(week_hour >= 17) & (week_hour < 5 * 24 + 17)], sd=.0005)
+    return walk(times[(week_hour >= 17) & (week_hour < 5 * 24 + 17)], sd=0.0005)
 
 
 def test_fx_days_that_roll_at_17_are_monday_to_friday():
@@ -99,9 +125,9 @@ def test_fx_days_that_roll_at_17_are_monday_to_friday():
 def test_a_sunday_stub_does_not_lower_the_sharpe_ratio_of_fx():
     "252 days a year for six days a week gave a Sharpe ratio 11% too low."
     table = eurusd().assign(prediction=1)
-    stub, rolled = (tranche_backtest(table, table, 5, 0., day_start=hour).metrics()["sharpe"] for hour in (0, 17))
-    at_252 = tranche_backtest(table, table, 5, 0., trading_days=252).metrics()["sharpe"]
-    assert abs(stub / rolled - 1) < .05 < 1 - at_252 / rolled
+    stub, rolled = (tranche_backtest(table, table, 5, 0.0, day_start=hour).metrics()["sharpe"] for hour in (0, 17))
+    at_252 = tranche_backtest(table, table, 5, 0.0, trading_days=252).metrics()["sharpe"]
+    assert abs(stub / rolled - 1) < 0.05 < 1 - at_252 / rolled
 
 
 @pytest.mark.parametrize("zone", [None, "UTC", ZONE, "America/Sao_Paulo"])
@@ -123,6 +149,7 @@ def test_an_hour_that_does_not_exist_is_refused():
 
 def test_the_shift_test_has_the_same_days():
     from test_permutation import market
+
     predictions, y, prices = market()
     for rules in (dict(day_start=17), dict(trading_days=100), {}):
         scores = ModelEvaluator(5, n_boot=0, **rules).compute_all_metrics(predictions, y, prices)
@@ -133,15 +160,23 @@ def test_the_shift_test_has_the_same_days():
 
 # where both are set
 
+
 def in_folder(monkeypatch, folder, text):
     (folder / "settings.ini").write_text(f"[modelfactory]\n{text}\n")
-    for name in ("SETTINGS", "TRADING_DAYS", "DAY_START"): monkeypatch.delenv(f"MODELFACTORY_{name}", raising=False)
+    for name in ("SETTINGS", "TRADING_DAYS", "DAY_START"):
+        monkeypatch.delenv(f"MODELFACTORY_{name}", raising=False)
     monkeypatch.chdir(folder)
 
 
-@pytest.mark.parametrize("text, days, hour", [
-    ("trading_days = auto\nday_start = 17", None, 17), ("trading_days = 252", 252, 0), ("", None, 0),
-    ("trading_days = 52.2", 52.2, 0)])
+@pytest.mark.parametrize(
+    "text, days, hour",
+    [
+        ("trading_days = auto\nday_start = 17", None, 17),
+        ("trading_days = 252", 252, 0),
+        ("", None, 0),
+        ("trading_days = 52.2", 52.2, 0),
+    ],
+)
 def test_settings_of_the_calendar(monkeypatch, tmp_path, text, days, hour):
     in_folder(monkeypatch, tmp_path, text)
     assert (settings().trading_days, settings().day_start) == (days, hour)
@@ -154,7 +189,8 @@ def test_settings_of_the_calendar(monkeypatch, tmp_path, text, days, hour):
 @pytest.mark.parametrize("text", ["trading_days = 0", "trading_days = often", "day_start = 24", "day_start = -1"])
 def test_settings_that_are_refused(monkeypatch, tmp_path, text):
     in_folder(monkeypatch, tmp_path, text)
-    with pytest.raises(SettingsError, match=text.split()[0]): settings()
+    with pytest.raises(SettingsError, match=text.split()[0]):
+        settings()
 
 
 def test_configs_of_old_runs_still_load(tmp_path):
@@ -164,13 +200,15 @@ def test_configs_of_old_runs_still_load(tmp_path):
     assert trainer_config(tmp_path / "config.yaml").trading_days == 252
     assert trainer_config(old | dict(trading_days="auto")).trading_days is None
     assert trainer_config(old | dict(trading_days=None, day_start=17)).day_start == 17
-    with pytest.raises(ConfigError, match="trading_days"): trainer_config(old | dict(trading_days=-1))
+    with pytest.raises(ConfigError, match="trading_days"):
+        trainer_config(old | dict(trading_days=-1))
 
 
 def test_a_config_comes_back_from_its_own_yaml(tmp_path):
     import yaml
+
     for days in (None, 252):
         trainer = Trainer(dict(model="logistic_regression", horizon=5, data="null", trading_days=days, day_start=17))
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(trainer.resolved()))))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(trainer.resolved_config()))))
         again = trainer_config(tmp_path / "config.yaml")
         assert (again.trading_days, again.day_start) == (days, 17)

@@ -1,34 +1,47 @@
 "Claims on markets with drift, uneven barriers, sparse symbols and slow opinions: the set-ups in which they were wrong."
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.signal import lfilter
 
 from modelfactory.data.splits import MIN_BLOCKS, effective_blocks, timestamps_per_bar
-from modelfactory.evaluation.bootstrap import (
-    block_length, classification_draws, count_frequencies)
+from modelfactory.evaluation.bootstrap import block_length, classification_draws, count_frequencies
 from modelfactory.evaluation.examples import example_predictions
 from modelfactory.evaluation.metrics import METRICS, directional_gains, directional_skill, metric_names
 from modelfactory.evaluation.significance import (
-    adjust_for_trials, backtest_overfitting, deflated_sharpe, diebold_mariano, direction_claim, direction_gains,
-    information_gains, mean_differences, profit_claims, row_losses, significance_summary, spa_test, timestamp_sums)
+    adjust_for_trials,
+    backtest_overfitting,
+    diebold_mariano,
+    direction_claim,
+    direction_gains,
+    information_gains,
+    mean_differences,
+    profit_claims,
+    significance_summary,
+    spa_test,
+    timestamp_sums,
+)
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls: the notebooks go through the same lines
-UNEVEN = (.55, .5, 0, .05), (.625, .5, 0, .3), (1., .5, 0, .9), (.5, .5, .05, .5)
+UNEVEN = (0.55, 0.5, 0, 0.05), (0.625, 0.5, 0, 0.3), (1.0, 0.5, 0, 0.9), (0.5, 0.5, 0.05, 0.5)
 
 
-def barrier_labels(rng, bars, down, up, drift=0., max_bars=20, steps=4):
+def barrier_labels(rng, bars, down, up, drift=0.0, max_bars=20, steps=4):
     "First touch of barriers `down` and `up` (in sd of `max_bars` bars) by a random walk within `max_bars` bars."
-    walk = np.cumsum(rng.normal(drift / steps, steps ** -.5, (bars + max_bars) * steps))
+    walk = np.cumsum(rng.normal(drift / steps, steps**-0.5, (bars + max_bars) * steps))
     path = np.lib.stride_tricks.sliding_window_view(walk, max_bars * steps)[::steps][:bars]
-    start = np.r_[0, walk[steps - 1::steps]][:bars, None]
-    scale = max_bars ** .5
+    start = np.r_[0, walk[steps - 1 :: steps]][:bars, None]
+    scale = max_bars**0.5
     above, below = path - start >= up * scale, path - start <= -down * scale
-    first = lambda hit: np.where(hit.any(1), hit.argmax(1), path.shape[1])
+
+    def first(hit):
+        return np.where(hit.any(1), hit.argmax(1), path.shape[1])
+
     return np.sign(first(below) - first(above))
 
 
-def market(seed, down=.5, up=.5, drift=0., bars=2000, symbols=2, max_bars=20):
+def market(seed, down=0.5, up=0.5, drift=0.0, bars=2000, symbols=2, max_bars=20):
     "Keys and labels of symbols that walk at random."
     rng = np.random.default_rng(seed)
     times = pd.date_range("2024-01-02", periods=bars, freq="h")
@@ -38,7 +51,7 @@ def market(seed, down=.5, up=.5, drift=0., bars=2000, symbols=2, max_bars=20):
     return frame
 
 
-def add(frame, name, prediction, confidence=.6):
+def add(frame, name, prediction, confidence=0.6):
     "Columns of a model that gives each predicted class the same confidence."
     p = np.full((len(frame), 3), (1 - confidence) / 2)
     p[np.arange(len(frame)), np.asarray(prediction) + 1] = confidence
@@ -48,7 +61,7 @@ def add(frame, name, prediction, confidence=.6):
 def opinions(rng, n, tau):
     "An AR(1) series of unit variance that forgets in `tau` steps."
     rho = np.exp(-1 / tau)
-    return lfilter([(1 - rho ** 2) ** .5], [1, -rho], rng.normal(size=n + 20 * tau))[-n:]
+    return lfilter([(1 - rho**2) ** 0.5], [1, -rho], rng.normal(size=n + 20 * tau))[-n:]
 
 
 def unskilled_models(frame, seed):
@@ -57,7 +70,7 @@ def unskilled_models(frame, seed):
     add(frame, "up", np.ones(n, int))
     add(frame, "symbol", np.where(frame.symbol == "S0", 1, -1))
     add(frame, "random", rng.choice([-1, 0, 1], n))
-    add(frame, "slow", np.where(opinions(rng, n, 50) > -.5, 1, -1))
+    add(frame, "slow", np.where(opinions(rng, n, 50) > -0.5, 1, -1))
     return frame
 
 
@@ -76,43 +89,44 @@ def test_constant_calls_have_no_skill_where_barriers_are_uneven_or_prices_drift(
     for s in range(60):
         frame = unskilled_models(market(s, down, up, drift), s)
         sums, overlap = timestamp_sums(frame, direction_gains(frame), 20)
-        new.append(spa_test(sums, overlap, n_boot=300)["consistent"] <= .05)
-        old.append(p_signed_hits(frame, 20) <= .05)
-    assert np.mean(new) <= .05 + 2 * (.05 * .95 / 60) ** .5
+        new.append(spa_test(sums, overlap, n_boot=300)["consistent"] <= 0.05)
+        old.append(p_signed_hits(frame, 20) <= 0.05)
+    assert np.mean(new) <= 0.05 + 2 * (0.05 * 0.95 / 60) ** 0.5
     assert np.mean(old) >= before
 
 
 def test_a_constant_call_is_never_claimed_whatever_its_accuracy():
     "Barriers 1.5 down and 3.0 up: always down is right in two of three signed rows, with skill 0."
-    frame = market(1, 1.5 / 20 ** .5, 3. / 20 ** .5)
+    frame = market(1, 1.5 / 20**0.5, 3.0 / 20**0.5)
     claim = direction_claim(frame.assign(prediction=-1), 20)
-    assert claim.accuracy == claim.constant > .6 and claim.skill == 0 and claim.verdict == "not significant"
+    assert claim.accuracy == claim.constant > 0.6 and claim.skill == 0 and claim.verdict == "not significant"
     assert f"always down {claim.constant:.3f}" in claim.sentence
 
 
 def test_cards_of_unskilled_models_claim_at_their_level():
     claims = []
     for s in range(100):
-        frame = market(s, .5, .75, .03, bars=1500)
-        slow = np.where(opinions(np.random.default_rng(s), len(frame), 100) > -.3, 1, -1)
+        frame = market(s, 0.5, 0.75, 0.03, bars=1500)
+        slow = np.where(opinions(np.random.default_rng(s), len(frame), 100) > -0.3, 1, -1)
         claims.append(direction_claim(frame.assign(prediction=slow), 20).significant)
-    assert np.mean(claims) <= .05 + 2 * (.05 * .95 / 100) ** .5
+    assert np.mean(claims) <= 0.05 + 2 * (0.05 * 0.95 / 100) ** 0.5
 
 
-@pytest.mark.parametrize("strength", [.08, .12, .2])
+@pytest.mark.parametrize("strength", [0.08, 0.12, 0.2])
 def test_planted_skill_is_found_as_often_as_by_signed_hits(strength):
     "On symmetric labels a model that is right in .5 + strength of the rows: no loss of power over .02."
     new, old = [], []
     for s in range(60):
         frame, rng = market(s, bars=1000), np.random.default_rng([s, 1])
-        blocks = np.repeat(rng.random(len(frame) // 20 + 1) < 2 * strength, 20)[:len(frame)]
-        guess = np.repeat(rng.choice([-1, 1], len(frame) // 20 + 1), 20)[:len(frame)]
+        blocks = np.repeat(rng.random(len(frame) // 20 + 1) < 2 * strength, 20)[: len(frame)]
+        guess = np.repeat(rng.choice([-1, 1], len(frame) // 20 + 1), 20)[: len(frame)]
         add(frame, "model", np.where(blocks & (frame.y_true != 0), frame.y_true, guess))
         sums, overlap = timestamp_sums(frame, direction_gains(frame), 20)
-        new.append(spa_test(sums, overlap, n_boot=300)["consistent"] <= .05)
-        old.append(p_signed_hits(frame, 20) <= .05)
-    assert np.mean(new) >= np.mean(old) - .02 - 1 / 60
-    if strength == .2: assert np.mean(new) > .8
+        new.append(spa_test(sums, overlap, n_boot=300)["consistent"] <= 0.05)
+        old.append(p_signed_hits(frame, 20) <= 0.05)
+    assert np.mean(new) >= np.mean(old) - 0.02 - 1 / 60
+    if strength == 0.2:
+        assert np.mean(new) > 0.8
 
 
 def test_gains_are_those_of_a_loop():
@@ -149,7 +163,7 @@ def test_every_verdict_has_its_sentence():
     assert right.significant and "significant, corrected for 36 trials" in right.sentence
     assert wrong.verdict == "worse" and "significantly negative, as the only model tried" in wrong.sentence
     assert flat.verdict == "too few rows" and unsigned.verdict == never.verdict == "no direction"
-    assert np.isclose(right.level, 1 - .05 / 36)
+    assert np.isclose(right.level, 1 - 0.05 / 36)
 
 
 @pytest.mark.parametrize("tau", [20, 200])
@@ -158,15 +172,15 @@ def test_equal_models_with_slow_opinions_are_not_told_apart(tau, horizon):
     "Loss differences that forget slowly, beside the noise of overlapping labels: the test keeps near its level."
     rng, T, rejected, thrown_out = np.random.default_rng(tau + horizon), 6000, [], []
     for s in range(200):
-        noise = np.convolve(rng.normal(size=T + horizon - 1), np.ones(horizon) / horizon ** .5, "valid")
-        d = .3 ** .5 * opinions(rng, T, tau) + .7 ** .5 * noise
-        rejected.append(diebold_mariano(d, horizon)[1] < .05)
-    assert np.mean(rejected) <= .05 + 2 * (.05 * .95 / 200) ** .5
+        noise = np.convolve(rng.normal(size=T + horizon - 1), np.ones(horizon) / horizon**0.5, "valid")
+        d = 0.3**0.5 * opinions(rng, T, tau) + 0.7**0.5 * noise
+        rejected.append(diebold_mariano(d, horizon)[1] < 0.05)
+    assert np.mean(rejected) <= 0.05 + 2 * (0.05 * 0.95 / 200) ** 0.5
     keys = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=T, freq="h"), symbol="A"))
     for s in range(100):
-        losses = pd.DataFrame({m: .3 * opinions(rng, T, tau) + rng.normal(size=T) for m in "abc"})
+        losses = pd.DataFrame({m: 0.3 * opinions(rng, T, tau) + rng.normal(size=T) for m in "abc"})
         thrown_out.append(not mean_differences(losses, keys, horizon).not_worse.all())
-    assert np.mean(thrown_out) <= .05 + 2 * (.05 * .95 / 100) ** .5
+    assert np.mean(thrown_out) <= 0.05 + 2 * (0.05 * 0.95 / 100) ** 0.5
 
 
 def test_a_real_difference_between_models_is_found():
@@ -174,10 +188,10 @@ def test_a_real_difference_between_models_is_found():
     keys = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=T, freq="h"), symbol="A"))
     found = []
     for s in range(40):
-        losses = pd.DataFrame({m: rng.normal(size=T) for m in "abc"}) + [0, .25, .25]
+        losses = pd.DataFrame({m: rng.normal(size=T) for m in "abc"}) + [0, 0.25, 0.25]
         table = mean_differences(losses, keys, 5)
         found.append(table.index[0] == "a" and not table.not_worse[["b", "c"]].any())
-    assert np.mean(found) > .8
+    assert np.mean(found) > 0.8
 
 
 def test_one_sparse_symbol_does_not_decide_for_all():
@@ -196,16 +210,16 @@ def test_the_best_of_fifty_of_which_one_is_seen_is_corrected_for_fifty():
         gains = np.random.default_rng(s).normal(size=(400, 50))
         best = gains[:, [gains.mean(0).argmax()]]
         p = spa_test(best, n_boot=300)["consistent"]
-        naive.append(p <= .05), corrected.append(adjust_for_trials(p, 1, 50) <= .05)
-    assert np.mean(naive) > .6 and np.mean(corrected) <= .05 + 2 * (.05 * .95 / 150) ** .5
+        naive.append(p <= 0.05), corrected.append(adjust_for_trials(p, 1, 50) <= 0.05)
+    assert np.mean(naive) > 0.6 and np.mean(corrected) <= 0.05 + 2 * (0.05 * 0.95 / 150) ** 0.5
 
 
-def strategies(seed, skilled, models=8, days=250, drift=0., exposure=1.):
+def strategies(seed, skilled, models=8, days=250, drift=0.0, exposure=1.0):
     rng = np.random.default_rng(seed)
-    index, prices = pd.date_range("2024-01-02", periods=days, freq="B"), rng.normal(drift, .01, days)
+    index, prices = pd.date_range("2024-01-02", periods=days, freq="B"), rng.normal(drift, 0.01, days)
     tables = {}
     for m in range(models):
-        own, held = rng.normal(.003 * (m < skilled), .01, days), exposure * prices * (drift != 0)
+        own, held = rng.normal(0.003 * (m < skilled), 0.01, days), exposure * prices * (drift != 0)
         columns = dict(net=own + held, hold=prices, constant=held)
         tables[f"m{m}"] = pd.DataFrame(columns, index)
     return tables
@@ -214,14 +228,14 @@ def strategies(seed, skilled, models=8, days=250, drift=0., exposure=1.):
 def test_profit_is_claimed_where_half_of_the_strategies_have_a_sharpe_ratio_near_five():
     "The variance over trials holds their skill, so the deflated ratio misses what the test of superior ability finds."
     claims = [profit_claims(strategies(s, 9, 18), 18) for s in range(20)]
-    assert np.mean([c["p_profit"] <= .05 for c in claims]) > .95
-    assert np.mean([c["deflated_sharpe"] >= .95 for c in claims]) < .5
+    assert np.mean([c["p_profit"] <= 0.05 for c in claims]) > 0.95
+    assert np.mean([c["deflated_sharpe"] >= 0.95 for c in claims]) < 0.5
 
 
-@pytest.mark.parametrize("drift, exposure", [(0., 1.), (.002, 1.), (-.002, -1.), (.002, .5)])
+@pytest.mark.parametrize("drift, exposure", [(0.0, 1.0), (0.002, 1.0), (-0.002, -1.0), (0.002, 0.5)])
 def test_profit_of_strategies_that_ride_a_drift_is_not_claimed(drift, exposure):
     claims = [profit_claims(strategies(s, 0, drift=drift, exposure=exposure), 8) for s in range(25)]
-    assert np.mean([c["p_profit"] <= .05 for c in claims]) <= .05 + 2 * (.05 * .95 / 25) ** .5
+    assert np.mean([c["p_profit"] <= 0.05 for c in claims]) <= 0.05 + 2 * (0.05 * 0.95 / 25) ** 0.5
 
 
 def test_profit_is_not_claimed_where_each_benchmark_is_beaten_by_another_model():
@@ -229,16 +243,16 @@ def test_profit_is_not_claimed_where_each_benchmark_is_beaten_by_another_model()
     claimed, separately = [], []
     for s in range(25):
         rng = np.random.default_rng(s)
-        index, market = pd.date_range("2024-01-02", periods=250, freq="B"), rng.normal(-.002, .01, 250)
+        index, market = pd.date_range("2024-01-02", periods=250, freq="B"), rng.normal(-0.002, 0.01, 250)
         short = pd.DataFrame(dict(net=-market, hold=market, constant=-market), index)
-        timing = rng.normal(.002, .002, 250)
+        timing = rng.normal(0.002, 0.002, 250)
         timed = pd.DataFrame(dict(net=1.5 * market + timing, hold=market, constant=1.5 * market), index)
         claim = profit_claims(dict(short=short, timed=timed), 2)
         parts = claim["p_profit_cash"], claim["p_profit_hold"], claim["p_profit_constant"]
-        separately.append(max(parts) <= .05)
-        claimed.append(claim["p_profit"] <= .05)
-    assert np.mean(separately) > .6
-    assert np.mean(claimed) <= .05 + 2 * (.05 * .95 / 25) ** .5
+        separately.append(max(parts) <= 0.05)
+        claimed.append(claim["p_profit"] <= 0.05)
+    assert np.mean(separately) > 0.6
+    assert np.mean(claimed) <= 0.05 + 2 * (0.05 * 0.95 / 25) ** 0.5
 
 
 def test_why_no_profit_is_claimed():
@@ -261,45 +275,48 @@ def test_class_shares_that_move_are_no_skill():
     found = []
     for s in range(25):
         rng = np.random.default_rng(s)
-        y = rng.choice([-1, 0, 1], 2000, p=[.25, .5, .25])
+        y = rng.choice([-1, 0, 1], 2000, p=[0.25, 0.5, 0.25])
         frame = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=2000, freq="h"), symbol="A", y_true=y))
-        frame[["model_p_down", "model_p_flat", "model_p_up"]] = [.3, .4, .3]
-        noisy = np.clip(.4 + .02 * opinions(rng, 2000, 50), .2, .6)
+        frame[["model_p_down", "model_p_flat", "model_p_up"]] = [0.3, 0.4, 0.3]
+        noisy = np.clip(0.4 + 0.02 * opinions(rng, 2000, 50), 0.2, 0.6)
         frame["noisy_p_down"] = frame["noisy_p_up"] = (1 - noisy) / 2
         frame["noisy_p_flat"] = noisy
         summary = significance_summary(frame, 5, [1 / 3] * 3)
         found.append(summary["log_loss_significant"])
         assert np.allclose(information_gains(frame)["model"], 0)
-    assert np.mean(found) <= .05 + 2 * (.05 * .95 / 25) ** .5
+    assert np.mean(found) <= 0.05 + 2 * (0.05 * 0.95 / 25) ** 0.5
 
 
 def test_a_summary_has_all_its_keys_for_one_model_and_for_many():
     for models in (1, 3):
         frame = market(3)
-        for m in range(models): add(frame, f"m{m}", frame.y_true if m else np.ones(len(frame), int), .5)
-        summary = significance_summary(frame, 20, [.4, .2, .4], strategies(0, 0, models), trials=7)
+        for m in range(models):
+            add(frame, f"m{m}", frame.y_true if m else np.ones(len(frame), int), 0.5)
+        summary = significance_summary(frame, 20, [0.4, 0.2, 0.4], strategies(0, 0, models), trials=7)
         assert summary["trials"] == 7 and summary["n_models"] == models
         assert set(summary["models"]) == {f"m{m}" for m in range(models)}
         assert summary["direction_significant"] is (models == 3) and ("overfitting" in summary["why"]) is (models == 1)
         assert (summary["not_worse"] is None) is (models == 1)
         flags = [m for m, row in summary["models"].items() if row["direction_significant"]]
-        assert flags == ["m1", "m2"][:models - 1]
+        assert flags == ["m1", "m2"][: models - 1]
 
 
 def test_direction_is_judged_by_the_prediction_that_a_model_made():
     "A model may predict another class than its most probable one: the test of all and its own claim use the former."
     frame = market(3)
-    add(frame, "model", np.ones(len(frame), int), .5)
-    by_probability = significance_summary(frame, 20, [.4, .2, .4])
-    by_prediction = significance_summary(frame, 20, [.4, .2, .4], predictions=dict(model=frame["y_true"].to_numpy()))
+    add(frame, "model", np.ones(len(frame), int), 0.5)
+    by_probability = significance_summary(frame, 20, [0.4, 0.2, 0.4])
+    by_prediction = significance_summary(frame, 20, [0.4, 0.2, 0.4], predictions=dict(model=frame["y_true"].to_numpy()))
     assert not by_probability["direction_significant"] and by_probability["claims"]["model"].skill == 0
     assert by_prediction["direction_significant"] and by_prediction["claims"]["model"].accuracy == 1
 
 
 def test_the_noise_floor_of_the_calibration_error_falls_with_the_root_of_the_rows():
-    draws = lambda bars: classification_draws(*example_predictions(bars, horizon=1, skill=0.), 1, n_boot=200)[0]
+    def draws(bars):
+        return classification_draws(*example_predictions(bars, horizon=1, skill=0.0), 1, n_boot=200)[0]
+
     short, long = (draws(bars)["ece_null"].mean() for bars in (600, 2400))
-    assert abs(long / short - .5) < .1
+    assert abs(long / short - 0.5) < 0.1
 
 
 def test_the_table_of_metrics_is_complete():

@@ -1,4 +1,5 @@
 "The comparison as one dictionary: its schema, and every branch of every sentence that is made from it."
+
 import itertools
 import json
 import math
@@ -11,17 +12,53 @@ import pytest
 from fabricate import bars, make_run, probabilities
 
 from modelfactory.cli import main
-from modelfactory.runs import compare
-from modelfactory.runs.compare import (
-    best_per_horizon, best_verdict, comparison, conclusion, direction_tests, fraction_of_ceiling, leaderboard, leaderboard_table, notes,
-    read_comparison, summary, task_notes, verdict_table)
-from modelfactory.runs.significance import describe
-from modelfactory.runs.store import RunError, list_runs, load_run
+from modelfactory.runs import compare, report, rescore
+from modelfactory.runs.comparison import comparison, read_comparison
+from modelfactory.runs.report import (
+    best_per_horizon,
+    best_verdict,
+    direction_tests,
+    fraction_of_ceiling,
+    leaderboard,
+    leaderboard_table,
+    verdict_table,
+)
+from modelfactory.runs.run import list_runs, load_run
+from modelfactory.runs.run_folder import RunError
+from modelfactory.runs.sentences import comparison_notes, conclusion, describe, summary_sentences, task_notes
 
-TASK_KEYS = {"data", "horizon", "n_models", "n_samples", "trials", "p_direction", "direction_significant", "p_log_loss", "log_loss_significant",
-             "p_profit", "profit_significant", "best", "not_worse", "models", "baselines", "why"}
-MODEL_KEYS = {"model", "family", "seeds", "runs", "folds", "n_samples", "direction_significant", "directional_skill", "directional_accuracy",
-              "log_loss", "f1_macro", "sharpe_net"}
+TASK_KEYS = {
+    "data",
+    "horizon",
+    "n_models",
+    "n_samples",
+    "trials",
+    "p_direction",
+    "direction_significant",
+    "p_log_loss",
+    "log_loss_significant",
+    "p_profit",
+    "profit_significant",
+    "best",
+    "not_worse",
+    "models",
+    "baselines",
+    "why",
+}
+MODEL_KEYS = {
+    "model",
+    "family",
+    "seeds",
+    "runs",
+    "folds",
+    "n_samples",
+    "direction_significant",
+    "directional_skill",
+    "directional_accuracy",
+    "log_loss",
+    "f1_macro",
+    "sharpe_net",
+}
 PLAIN = re.compile(r"nan|None|\binf\b|\[\]|\{|\}|  |\( |,\s*\)|\(\)")
 
 
@@ -38,22 +75,26 @@ def folder(tmp_path_factory):
     "Six models without skill on labels with class shares 60/40/0, one run that cannot be read."
     runs = tmp_path_factory.mktemp("runs")
     table = bars(shares=(40, 0, 60), n=600)
-    for i in range(6): make_run(runs, f"model_{i}", table, noise=i)
+    for i in range(6):
+        make_run(runs, f"model_{i}", table, noise=i)
     (runs / "broken").mkdir()
     (runs / "broken/manifest.json").write_text("{")
     return runs
 
 
 @pytest.fixture(scope="module")
-def result(folder): return comparison(folder)
+def result(folder):
+    return comparison(folder)
 
 
 def test_the_dictionary_is_that_of_the_contract(result):
     assert result["schema"] == 1 and {"tasks", "excluded", "failed", "unread"} <= set(result)
-    task, = result["tasks"]
+    (task,) = result["tasks"]
     assert TASK_KEYS <= set(task) and all(MODEL_KEYS <= set(m) for m in task["models"])
     assert task["n_models"] == 6 == len(task["models"]) and task["trials"] == 6
-    ends = [f"{m}_ci_{end}" for m in ("directional_skill", "log_loss", "f1_macro", "sharpe_net") for end in ("low", "high")]
+    ends = [
+        f"{m}_ci_{end}" for m in ("directional_skill", "log_loss", "f1_macro", "sharpe_net") for end in ("low", "high")
+    ]
     assert all(end in m for m in task["models"] for end in ends)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert {"data", "role", "reason", "count"} <= set(result["excluded"][0])
@@ -61,9 +102,14 @@ def test_the_dictionary_is_that_of_the_contract(result):
 
 def test_class_shares_60_40_0_give_no_claim_of_direction(result):
     "The words of the issue: no model can be told from the better constant call."
-    sentences = checked(summary(result))
-    assert any("no model can be told from the better constant call" in s and "always up would be right 60%" in s for s in sentences)
-    assert not result["tasks"][0]["direction_significant"] and not any(m["direction_significant"] for m in result["tasks"][0]["models"])
+    sentences = checked(summary_sentences(result))
+    assert any(
+        "no model can be told from the better constant call" in s and "always up would be right 60%" in s
+        for s in sentences
+    )
+    assert not result["tasks"][0]["direction_significant"] and not any(
+        m["direction_significant"] for m in result["tasks"][0]["models"]
+    )
 
 
 def test_a_folder_that_cannot_be_read_does_not_end_the_comparison(folder, result, tmp_path):
@@ -75,9 +121,11 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_comparison(folder, result
     (victims[2] / "manifest.json").write_text('{"files": {}}')
     (victims[3] / "manifest.json").unlink()
     again = comparison(runs)
-    assert {row["folder"] for row in again["unread"]} == {"broken", *(v.name for v in victims[:4])} and len(again["tasks"][0]["models"]) == 2
+    assert {row["folder"] for row in again["unread"]} == {"broken", *(v.name for v in victims[:4])} and len(
+        again["tasks"][0]["models"]
+    ) == 2
     assert all(row["reason"] for row in again["unread"])
-    assert any("5 folders are not readable" in s for s in checked(notes(again)))
+    assert any("5 folders are not readable" in s for s in checked(comparison_notes(again)))
 
 
 def test_every_run_unreadable_is_a_comparison_without_tasks(tmp_path):
@@ -85,7 +133,8 @@ def test_every_run_unreadable_is_a_comparison_without_tasks(tmp_path):
     (run.path / "metrics/baselines.json").unlink()
     result = comparison(tmp_path)
     assert result["tasks"] == [] and len(result["unread"]) == 1
-    for f in (summary, direction_tests, best_per_horizon, verdict_table, fraction_of_ceiling): f(result)
+    for f in (summary_sentences, direction_tests, best_per_horizon, verdict_table, fraction_of_ceiling):
+        f(result)
     leaderboard_table(leaderboard(result))
 
 
@@ -94,55 +143,150 @@ def test_tables_and_sentences_need_nothing_but_the_dictionary(folder, result, tm
     file = tmp_path / "c.json"
     file.write_text(json.dumps(result))
     stored = read_comparison(file)
-    for f in (summary, direction_tests, best_per_horizon, lambda r: leaderboard_table(leaderboard(r)).page, lambda r: str(verdict_table(r))):
+    for f in (
+        summary_sentences,
+        direction_tests,
+        best_per_horizon,
+        lambda r: leaderboard_table(leaderboard(r)).page,
+        lambda r: str(verdict_table(r)),
+    ):
         a, b = f(result), f(stored)
         assert a.equals(b) if isinstance(a, pd.DataFrame) else a == b
     file.write_text(json.dumps(dict(schema=2)))
-    with pytest.raises(RunError, match="schema 2, expected 1"): read_comparison(file)
+    with pytest.raises(RunError, match="schema 2, expected 1"):
+        read_comparison(file)
 
 
 def test_json_is_all_that_the_command_prints(folder, tmp_path, capsys):
     runs = shutil.copytree(folder, tmp_path / "runs")
-    with pytest.raises(SystemExit) as end: main(["compare", str(runs), "--json"])
+    with pytest.raises(SystemExit) as end:
+        main(["compare", str(runs), "--json"])
     printed = json.loads(capsys.readouterr().out)
-    assert end.value.code == 0 and printed == read_comparison(runs / compare.COMPARISON) and printed["tasks"][0]["n_models"] == 6
+    assert (
+        end.value.code == 0
+        and printed == read_comparison(runs / compare.COMPARISON_FILE)
+        and printed["tasks"][0]["n_models"] == 6
+    )
     assert not (runs / "model_comparison.html").exists()
 
 
 def test_an_empty_folder_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end: main(["compare", str(tmp_path), "--json"])
+    with pytest.raises(SystemExit) as end:
+        main(["compare", str(tmp_path), "--json"])
     assert end.value.code == 2 and "no finished run" in capsys.readouterr().err
 
 
 # every branch of every sentence
 
-def a_model(name="a", significant=False, skill=.01, verdict="not significant", **more):
-    return dict(model=name, family="examples", seeds=[42], runs=[name], direction=f"Directional skill of {name}.", verdict=verdict,
-                direction_significant=significant, directional_skill=skill, directional_skill_ci_low=None if skill is None else skill - .02,
-                directional_skill_ci_high=None if skill is None else skill + .02, directional_accuracy=.6, directional_accuracy_constant=.69,
-                constant_class=1, log_loss=1., averaged=None, sharpe_net=-.5, fraction_of_ceiling=dict(directional_accuracy=.7), rank=1) | more
+
+def a_model(name="a", significant=False, skill=0.01, verdict="not significant", **more):
+    return (
+        dict(
+            model=name,
+            family="examples",
+            seeds=[42],
+            runs=[name],
+            direction=f"Directional skill of {name}.",
+            verdict=verdict,
+            direction_significant=significant,
+            directional_skill=skill,
+            directional_skill_ci_low=None if skill is None else skill - 0.02,
+            directional_skill_ci_high=None if skill is None else skill + 0.02,
+            directional_accuracy=0.6,
+            directional_accuracy_constant=0.69,
+            constant_class=1,
+            log_loss=1.0,
+            averaged=None,
+            sharpe_net=-0.5,
+            fraction_of_ceiling=dict(directional_accuracy=0.7),
+            rank=1,
+        )
+        | more
+    )
 
 
 def a_task(models, **more):
-    return dict(data="bars", horizon=20, n_models=len(models), n_samples=500, n_left_out=0, trials=12, p_direction=.4, direction_significant=False,
-                p_log_loss=.4, log_loss_significant=False, p_profit=.4, p_profit_cash=.3, p_profit_hold=.4, p_profit_constant=.2,
-                profit_significant=False, best=models[0]["model"], not_worse=None if len(models) < 2 else [m["model"] for m in models[1:]],
-                best_sharpe_model="a", sharpe_net=-.5, deflated_sharpe=.2, overfitting=.6, why={}, models=models, versions=1, earlier_scoring=[],
-                ceiling=None, variance=[], baselines=[dict(model="prior", family="baseline", log_loss=1.1)]) | more
+    return (
+        dict(
+            data="bars",
+            horizon=20,
+            n_models=len(models),
+            n_samples=500,
+            n_left_out=0,
+            trials=12,
+            p_direction=0.4,
+            direction_significant=False,
+            p_log_loss=0.4,
+            log_loss_significant=False,
+            p_profit=0.4,
+            p_profit_cash=0.3,
+            p_profit_hold=0.4,
+            p_profit_constant=0.2,
+            profit_significant=False,
+            best=models[0]["model"],
+            not_worse=None if len(models) < 2 else [m["model"] for m in models[1:]],
+            best_sharpe_model="a",
+            sharpe_net=-0.5,
+            deflated_sharpe=0.2,
+            overfitting=0.6,
+            why={},
+            models=models,
+            versions=1,
+            earlier_scoring=[],
+            ceiling=None,
+            variance=[],
+            baselines=[dict(model="prior", family="baseline", log_loss=1.1)],
+        )
+        | more
+    )
 
 
-MODELS = dict(one=[a_model()], two=[a_model(), a_model("b")], six=[a_model(n) for n in "abcdef"], first=[a_model(significant=True, verdict="significant"), a_model("b")],
-              other=[a_model(), a_model("b", True, .05, "significant")], all=[a_model(n, True, .05, "significant") for n in "abc"],
-              alone=[a_model(significant=True, verdict="significant")], negative=[a_model(skill=-.1, verdict="worse"), a_model("b", skill=-.2, verdict="worse")],
-              nothing=[a_model(n, False, None, "too few rows", directional_accuracy=None) for n in "ab"],
-              undirected=[a_model(n, False, None, "no direction", directional_accuracy=None, directional_accuracy_constant=None, constant_class=0) for n in "ab"])
-DIRECTION = dict(none=dict(p_direction=None, why=dict(direction="too few rows to say: 3 blocks of four label lengths, at least 8 are needed")),
-                 no=dict(), yes=dict(p_direction=.0004, direction_significant=True))
-LOG_LOSS = dict(none=dict(p_log_loss=None), no=dict(), yes=dict(p_log_loss=.01, log_loss_significant=True), alone=dict(p_log_loss=.01, log_loss_significant=True, not_worse=[]))
-PROFIT = dict(none=dict(p_profit=None, sharpe_net=None, best_sharpe_model=None), prices=dict(p_profit=None, why=dict(profit="no prices: labels alone give no Sharpe ratio")),
-              old=dict(p_profit=None, why=dict(profit="scored by an earlier version: run `modelfactory rescore`")), no=dict(),
-              yes=dict(p_profit=.01, p_profit_cash=.01, p_profit_hold=.01, p_profit_constant=.01, profit_significant=True),
-              bare=dict(deflated_sharpe=None, overfitting=None), gone=dict(sharpe_net=None))
+MODELS = dict(
+    one=[a_model()],
+    two=[a_model(), a_model("b")],
+    six=[a_model(n) for n in "abcdef"],
+    first=[a_model(significant=True, verdict="significant"), a_model("b")],
+    other=[a_model(), a_model("b", True, 0.05, "significant")],
+    all=[a_model(n, True, 0.05, "significant") for n in "abc"],
+    alone=[a_model(significant=True, verdict="significant")],
+    negative=[a_model(skill=-0.1, verdict="worse"), a_model("b", skill=-0.2, verdict="worse")],
+    nothing=[a_model(n, False, None, "too few rows", directional_accuracy=None) for n in "ab"],
+    undirected=[
+        a_model(
+            n,
+            False,
+            None,
+            "no direction",
+            directional_accuracy=None,
+            directional_accuracy_constant=None,
+            constant_class=0,
+        )
+        for n in "ab"
+    ],
+)
+DIRECTION = dict(
+    none=dict(
+        p_direction=None,
+        why=dict(direction="too few rows to say: 3 blocks of four label lengths, at least 8 are needed"),
+    ),
+    no=dict(),
+    yes=dict(p_direction=0.0004, direction_significant=True),
+)
+LOG_LOSS = dict(
+    none=dict(p_log_loss=None),
+    no=dict(),
+    yes=dict(p_log_loss=0.01, log_loss_significant=True),
+    alone=dict(p_log_loss=0.01, log_loss_significant=True, not_worse=[]),
+)
+PROFIT = dict(
+    none=dict(p_profit=None, sharpe_net=None, best_sharpe_model=None),
+    prices=dict(p_profit=None, why=dict(profit="no prices: labels alone give no Sharpe ratio")),
+    old=dict(p_profit=None, why=dict(profit="scored by an earlier version: run `modelfactory rescore`")),
+    no=dict(),
+    yes=dict(p_profit=0.01, p_profit_cash=0.01, p_profit_hold=0.01, p_profit_constant=0.01, profit_significant=True),
+    bare=dict(deflated_sharpe=None, overfitting=None),
+    gone=dict(sharpe_net=None),
+)
 
 
 @pytest.mark.parametrize("models", MODELS)
@@ -155,10 +299,19 @@ def test_every_sentence_of_a_task_can_be_read(models):
         assert best_verdict(task)
 
 
-@pytest.mark.parametrize("models, text", [
-    ("one", "no model can be told"), ("first", "a has directional skill"), ("other", "not this one: b has directional skill"),
-    ("all", "a has directional skill"), ("alone", "a has directional skill"), ("negative", "no model is better than the better constant call"),
-    ("nothing", "too few rows to say"), ("undirected", "no direction in these classes")])
+@pytest.mark.parametrize(
+    "models, text",
+    [
+        ("one", "no model can be told"),
+        ("first", "a has directional skill"),
+        ("other", "not this one: b has directional skill"),
+        ("all", "a has directional skill"),
+        ("alone", "a has directional skill"),
+        ("negative", "no model is better than the better constant call"),
+        ("nothing", "too few rows to say"),
+        ("undirected", "no direction in these classes"),
+    ],
+)
 def test_the_verdict_beside_the_best_by_log_loss(models, text):
     "`other` is what ended in a TypeError: the best by log loss makes no claim and another model does."
     task = a_task(MODELS[models])
@@ -171,64 +324,125 @@ def test_two_others_have_skill_and_one_has():
     assert best_verdict(both) == "not this one: b, c have directional skill"
 
 
-@pytest.mark.parametrize("task, texts", [
-    (a_task(MODELS["six"]), ["no model can be told from the better constant call (always up would be right 69%, p = 0.400, corrected for 12 trials)"]),
-    (a_task(MODELS["other"], p_direction=.0001, direction_significant=True), ["1 of 2 models has directional skill (b, p < .001, corrected for 12 trials)"]),
-    (a_task(MODELS["all"], direction_significant=True, p_direction=.01), ["3 of 3 models have directional skill"]),
-    (a_task(MODELS["two"], direction_significant=True, p_direction=.01), ["the 2 models together have directional skill", "none of them by itself"]),
-    (a_task([a_model(constant_class=-1, directional_accuracy_constant=.6), a_model("b", skill=-1.)]), ["always down would be right 60%"]),
-    (a_task(MODELS["two"], p_profit=None, why=dict(profit="no prices")), ["net profit is not tested: no prices"]),
-    (a_task(MODELS["two"], **LOG_LOSS["yes"]), ["1 other is not significantly worse (b)"]),
-    (a_task(MODELS["six"], **LOG_LOSS["yes"]), ["5 others are not significantly worse"]),
-    (a_task(MODELS["two"], **LOG_LOSS["alone"]), ["and a better one than every other model"]),
-    (a_task(MODELS["one"], trials=1), ["the log loss of a is not better than that of the class shares of train (p = 0.400, corrected for 1 trial)"]),
-    (a_task(MODELS["two"], p_profit_cash=.01), ["better than that of buy-and-hold of the same symbols or its own mean position"]),
-    (a_task(MODELS["two"], p_profit=.06, p_profit_cash=.01, p_profit_hold=.02, p_profit_constant=.03),
-     ["better than that of not trading, buy-and-hold of the same symbols and its own mean position at once (p = 0.060"]),
-    (a_task(MODELS["two"]), ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting 60%"]),
-    (a_task(MODELS["one"], **PROFIT["yes"]), ["the net profit of a is better than that of not trading, buy-and-hold of the same symbols and its own mean position"])])
+@pytest.mark.parametrize(
+    "task, texts",
+    [
+        (
+            a_task(MODELS["six"]),
+            [
+                "no model can be told from the better constant call (always up would be right 69%, p = 0.400, corrected for 12 trials)"
+            ],
+        ),
+        (
+            a_task(MODELS["other"], p_direction=0.0001, direction_significant=True),
+            ["1 of 2 models has directional skill (b, p < .001, corrected for 12 trials)"],
+        ),
+        (a_task(MODELS["all"], direction_significant=True, p_direction=0.01), ["3 of 3 models have directional skill"]),
+        (
+            a_task(MODELS["two"], direction_significant=True, p_direction=0.01),
+            ["the 2 models together have directional skill", "none of them by itself"],
+        ),
+        (
+            a_task([a_model(constant_class=-1, directional_accuracy_constant=0.6), a_model("b", skill=-1.0)]),
+            ["always down would be right 60%"],
+        ),
+        (a_task(MODELS["two"], p_profit=None, why=dict(profit="no prices")), ["net profit is not tested: no prices"]),
+        (a_task(MODELS["two"], **LOG_LOSS["yes"]), ["1 other is not significantly worse (b)"]),
+        (a_task(MODELS["six"], **LOG_LOSS["yes"]), ["5 others are not significantly worse"]),
+        (a_task(MODELS["two"], **LOG_LOSS["alone"]), ["and a better one than every other model"]),
+        (
+            a_task(MODELS["one"], trials=1),
+            [
+                "the log loss of a is not better than that of the class shares of train (p = 0.400, corrected for 1 trial)"
+            ],
+        ),
+        (
+            a_task(MODELS["two"], p_profit_cash=0.01),
+            ["better than that of buy-and-hold of the same symbols or its own mean position"],
+        ),
+        (
+            a_task(MODELS["two"], p_profit=0.06, p_profit_cash=0.01, p_profit_hold=0.02, p_profit_constant=0.03),
+            [
+                "better than that of not trading, buy-and-hold of the same symbols and its own mean position at once (p = 0.060"
+            ],
+        ),
+        (a_task(MODELS["two"]), ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting 60%"]),
+        (
+            a_task(MODELS["one"], **PROFIT["yes"]),
+            [
+                "the net profit of a is better than that of not trading, buy-and-hold of the same symbols and its own mean position"
+            ],
+        ),
+    ],
+)
 def test_what_the_sentences_say(task, texts):
     said = " ".join(describe(task))
-    for text in texts: assert text in said, said
+    for text in texts:
+        assert text in said, said
 
 
 @pytest.mark.parametrize("models", MODELS)
 def test_the_conclusion_of_each_kind_of_data(models):
-    ceiling = dict(directional_accuracy=dict(null_score=.5, one_row_policy=.6, ceiling=.7))
+    ceiling = dict(directional_accuracy=dict(null_score=0.5, one_row_policy=0.6, ceiling=0.7))
     nothing = [m | dict(fraction_of_ceiling=dict(directional_accuracy=None)) for m in MODELS[models]]
-    tasks = [a_task(MODELS[models]), a_task(MODELS[models], horizon=5), a_task(MODELS[models], data="planted", ceiling=ceiling),
-             a_task(nothing, data="null", ceiling=dict(directional_accuracy=dict(null_score=.7, one_row_policy=.7, ceiling=.7)))]
+    tasks = [
+        a_task(MODELS[models]),
+        a_task(MODELS[models], horizon=5),
+        a_task(MODELS[models], data="planted", ceiling=ceiling),
+        a_task(
+            nothing,
+            data="null",
+            ceiling=dict(directional_accuracy=dict(null_score=0.7, one_row_policy=0.7, ceiling=0.7)),
+        ),
+    ]
     sentences = checked(conclusion(dict(tasks=tasks)))
     assert [s.split(":")[0] for s in sentences] == ["planted", "null", "bars"]
     skilled = any(m["direction_significant"] for m in MODELS[models])
-    assert ("claims one" in sentences[1]) != skilled and any(text in sentences[2] for text in ("can be told", "is better than", "not tested")) != skilled
+    assert ("claims one" in sentences[1]) != skilled and any(
+        text in sentences[2] for text in ("can be told", "is better than", "not tested")
+    ) != skilled
     assert ("at 2 horizons" in sentences[2]) == (models not in ("nothing", "undirected"))
 
 
 def test_notes_on_a_task():
-    lstm = a_model("lstm", seeds=[1, 2, 3], log_loss=1., log_loss_min=.99, log_loss_max=1.02)
+    lstm = a_model("lstm", seeds=[1, 2, 3], log_loss=1.0, log_loss_min=0.99, log_loss_max=1.02)
     task = a_task([lstm, a_model("gru", log_loss=1.003)], versions=2, earlier_scoring=["x", "y"], n_left_out=53)
     said = checked(task_notes(task))
-    assert len(said) == 4 and "53 rows that not every model could score are left out" in said[2] and "run `modelfactory rescore`" in said[1]
+    assert (
+        len(said) == 4
+        and "53 rows that not every model could score are left out" in said[2]
+        and "run `modelfactory rescore`" in said[1]
+    )
     assert "lstm: 0.0300 between 3 seeds, 0.0030 to gru" in said[3]
-    assert task_notes(a_task([lstm | dict(log_loss_max=.991), a_model("gru", log_loss=1.1)])) == []
-    assert "1 row that not every model could score is left out" in checked(task_notes(a_task([a_model()], n_left_out=1, earlier_scoring=["x"])))[1]
+    assert task_notes(a_task([lstm | dict(log_loss_max=0.991), a_model("gru", log_loss=1.1)])) == []
+    assert (
+        "1 row that not every model could score is left out"
+        in checked(task_notes(a_task([a_model()], n_left_out=1, earlier_scoring=["x"])))[1]
+    )
 
 
 def test_early_stopping_is_one_sentence(monkeypatch, folder):
     from modelfactory.training import trainer
+
     monkeypatch.setattr(trainer, "early_stopping_note", lambda config: "Early stopping saw val.", raising=False)
-    said = [s for s in summary(comparison(folder)) if "Early stopping" in s]
+    said = [s for s in summary_sentences(comparison(folder)) if "Early stopping" in s]
     assert said == ["Early stopping saw val. (here: model_0, model_1, model_2, model_3, model_4, model_5)"]
 
 
 # runs that differ
 
+
 def test_classes_without_direction_are_compared_by_log_loss(tmp_path):
     table = bars(n=300).assign(y_true=lambda t: t.y_true + 1)
-    for name in ("a", "b"): make_run(tmp_path, name, table, classes=(0, 1, 2), skill=.8 * (name == "a"))
-    task, = comparison(tmp_path)["tasks"]
-    assert task["p_direction"] is None and "direction" in task["why"] and task["best"] == "a" and task["log_loss_significant"]
+    for name in ("a", "b"):
+        make_run(tmp_path, name, table, classes=(0, 1, 2), skill=0.8 * (name == "a"))
+    (task,) = comparison(tmp_path)["tasks"]
+    assert (
+        task["p_direction"] is None
+        and "direction" in task["why"]
+        and task["best"] == "a"
+        and task["log_loss_significant"]
+    )
     assert "no direction" in describe(task)[0] and "net profit is not tested" in describe(task)[2]
     checked(describe(task))
 
@@ -236,22 +450,26 @@ def test_classes_without_direction_are_compared_by_log_loss(tmp_path):
 def test_few_bars_say_so(tmp_path):
     make_run(tmp_path, "a", bars(n=40, symbols=("A",)))
     result = comparison(tmp_path)
-    said = checked(summary(result))
+    said = checked(summary_sentences(result))
     assert "too few rows to say" in said[0] and not result["tasks"][0]["direction_significant"]
 
 
 def test_models_scored_on_different_rows_are_compared_on_those_that_all_have(tmp_path):
     "Without the data folder class metrics are computed on the common rows, and what needs prices is unknown."
     table = bars(n=300)
-    make_run(tmp_path, "whole", table, skill=.5)
-    make_run(tmp_path, "short", table.groupby("symbol").tail(270), skill=.5)
-    task, = comparison(tmp_path)["tasks"]
+    make_run(tmp_path, "whole", table, skill=0.5)
+    make_run(tmp_path, "short", table.groupby("symbol").tail(270), skill=0.5)
+    (task,) = comparison(tmp_path)["tasks"]
     assert task["n_left_out"] == 60 and task["n_samples"] == 540 == task["models"][0]["n_samples"]
     whole = next(m for m in task["models"] if m["model"] == "whole")
     frame = load_run(tmp_path / whole["runs"][0]).predictions().groupby("symbol").tail(270)
     column = dict(zip((-1, 0, 1), ("p_down", "p_flat", "p_up")))
     loss = -np.log([row[column[row["y_true"]]] for _, row in frame.iterrows()]).mean()
-    assert math.isclose(whole["log_loss"], loss, rel_tol=1e-5) and whole["sharpe_net"] is None and whole["log_loss_ci_low"] < loss
+    assert (
+        math.isclose(whole["log_loss"], loss, rel_tol=1e-5)
+        and whole["sharpe_net"] is None
+        and whole["log_loss_ci_low"] < loss
+    )
     assert "60 rows that not every model could score are left out" in " ".join(checked(task_notes(task)))
     assert "no prices" in task["why"]["profit"]
 
@@ -259,20 +477,25 @@ def test_models_scored_on_different_rows_are_compared_on_those_that_all_have(tmp
 def test_old_runs_load_and_say_that_they_are_old(tmp_path):
     run = make_run(tmp_path, "old", bars(), scoring=1)
     values = json.loads((run.path / "metrics/metrics.json").read_text())
-    former = values | dict(f1_floor=.31, f1_floor_ci_low=.3, f1_above_floor=.02, directional_accuracy_p_shift=.4)
+    former = values | dict(f1_floor=0.31, f1_floor_ci_low=0.3, f1_above_floor=0.02, directional_accuracy_p_shift=0.4)
     (run.path / "metrics/metrics.json").write_text(json.dumps(former))
     old = load_run(run.path)
-    assert old.scoring == 1 and old.metrics["f1_null"] == .31 and old.metrics["f1_null_ci_low"] == .3 and old.metrics["f1_skill"] == .02
+    assert (
+        old.scoring == 1
+        and old.metrics["f1_null"] == 0.31
+        and old.metrics["f1_null_ci_low"] == 0.3
+        and old.metrics["f1_skill"] == 0.02
+    )
     assert not {"f1_floor", "f1_above_floor", "directional_accuracy_p_shift"} & set(old.metrics)
     result = comparison(tmp_path)
     assert result["tasks"][0]["earlier_scoring"] == [run.path.name]
-    said = checked(summary(result))
+    said = checked(summary_sentences(result))
     assert any("1 run was scored by an earlier version" in s for s in said)
     assert any("net profit is not tested: scored by an earlier version: run `modelfactory rescore`" in s for s in said)
 
 
 def test_a_run_shows_its_claim(tmp_path):
-    run = make_run(tmp_path, "a", bars(), skill=1.)
+    run = make_run(tmp_path, "a", bars(), skill=1.0)
     assert "as the only model tried" in repr(run) and "Directional skill" in repr(run)
     make_run(tmp_path, "b", bars())
     assert "corrected for 2 trials" in repr(load_run(run.path))
@@ -280,17 +503,22 @@ def test_a_run_shows_its_claim(tmp_path):
 
 def test_a_claim_that_the_test_of_all_denies_is_no_claim(tmp_path, monkeypatch):
     from modelfactory.evaluation import significance
-    make_run(tmp_path, "a", bars(), skill=1.)
+
+    make_run(tmp_path, "a", bars(), skill=1.0)
     summary_of = significance.significance_summary
 
     def denied(*args, **kw):
         found = summary_of(*args, **kw)
         rows = {m: row | dict(direction_significant=False) for m, row in found["models"].items()}
-        return found | dict(direction_significant=False, p_direction=.2, models=rows)
+        return found | dict(direction_significant=False, p_direction=0.2, models=rows)
 
     monkeypatch.setattr(significance, "significance_summary", denied)
     model = comparison(tmp_path)["tasks"][0]["models"][0]
-    assert not model["direction_significant"] and model["verdict"] == "not significant" and "does not confirm it" in model["direction"]
+    assert (
+        not model["direction_significant"]
+        and model["verdict"] == "not significant"
+        and "does not confirm it" in model["direction"]
+    )
 
 
 def test_a_bundle_is_no_run_of_a_comparison(tmp_path):
@@ -303,8 +531,11 @@ def test_a_bundle_is_no_run_of_a_comparison(tmp_path):
 
 def test_the_probabilities_of_the_helper_have_skill_only_when_asked():
     table = bars(n=2000)
-    accuracy = lambda skill: (probabilities(table, skill).argmax(1) - 1 == table.y_true).mean()
-    assert abs(accuracy(0.) - 1 / 3) < .03 and accuracy(1.) > .6
+
+    def accuracy(skill):
+        return (probabilities(table, skill).argmax(1) - 1 == table.y_true).mean()
+
+    assert abs(accuracy(0.0) - 1 / 3) < 0.03 and accuracy(1.0) > 0.6
 
 
 def test_the_number_of_models_that_are_not_worse_is_counted_without_the_best():
@@ -320,9 +551,13 @@ def test_runs_on_another_version_of_the_data_without_common_rows_are_left_out(tm
     make_run(tmp_path, "a", bars(n=300)), make_run(tmp_path, "b", bars(n=300), noise=1)
     created(old, "2024-01-01T00:00:00+00:00")
     result = comparison(tmp_path)
-    task, = result["tasks"]
-    assert [m["model"] for m in sorted(task["models"], key=lambda m: m["model"])] == ["a", "b"] and task["n_left_out"] == 0
-    assert [row["folder"] for row in result["unread"]] == [old.path.name] and "another version" in result["unread"][0]["reason"]
+    (task,) = result["tasks"]
+    assert [m["model"] for m in sorted(task["models"], key=lambda m: m["model"])] == ["a", "b"] and task[
+        "n_left_out"
+    ] == 0
+    assert [row["folder"] for row in result["unread"]] == [old.path.name] and "another version" in result["unread"][0][
+        "reason"
+    ]
 
 
 def created(run, when):
@@ -335,7 +570,9 @@ def test_runs_with_other_classes_are_left_out(tmp_path):
     make_run(tmp_path, "new", bars(n=300))
     created(old, "2024-01-01T00:00:00+00:00")
     result = comparison(tmp_path)
-    assert [m["model"] for m in result["tasks"][0]["models"]] == ["new"] and "classes [0, 1]" in result["unread"][0]["reason"]
+    assert [m["model"] for m in result["tasks"][0]["models"]] == ["new"] and "classes [0, 1]" in result["unread"][0][
+        "reason"
+    ]
 
 
 def edited(file, change):
@@ -355,7 +592,8 @@ DAMAGE = dict(
     prior=lambda path: edited(path / "metrics/baselines.json", without("prior")),
     family=lambda path: edited(path / "manifest.json", without("family")),
     shares=lambda path: edited(path / "manifest.json", without("train_shares")),
-    column=lambda path: pd.read_parquet(path / PREDICTIONS).drop(columns="p_up").to_parquet(path / PREDICTIONS))
+    column=lambda path: pd.read_parquet(path / PREDICTIONS).drop(columns="p_up").to_parquet(path / PREDICTIONS),
+)
 PREDICTIONS = "predictions/val_predictions.parquet"
 
 
@@ -365,41 +603,46 @@ def test_a_damaged_run_is_left_out_with_a_reason(tmp_path, damage, older):
     "Where the newest run of a model is damaged, the one before it is compared."
     table = bars(n=200)
     make_run(tmp_path, "a", table)
-    if older: created(make_run(tmp_path, "b", table), "2024-01-01T00:00:00+00:00")
+    if older:
+        created(make_run(tmp_path, "b", table), "2024-01-01T00:00:00+00:00")
     spoilt = make_run(tmp_path, "b", table)
     created(spoilt, "2099-01-01T00:00:00+00:00")
     DAMAGE[damage](spoilt.path)
     result = comparison(tmp_path)
     assert {m["model"] for m in result["tasks"][0]["models"]} == ({"a", "b"} if older else {"a"})
     assert [row["folder"] for row in result["unread"]] == [spoilt.path.name] and result["unread"][0]["reason"]
-    checked(summary(result))
+    checked(summary_sentences(result))
 
 
 def test_a_folder_without_permission_is_listed_as_unread(tmp_path, monkeypatch):
-    from modelfactory.runs import store
-    run, listed = make_run(tmp_path, "a", bars(n=60)), store._listed
+    from modelfactory.runs import run, stored
+
+    run, listed = make_run(tmp_path, "a", bars(n=60)), stored._listed
     (tmp_path / "closed").mkdir()
 
     def denied(path):
-        if path.name == "closed": raise PermissionError(13, "Permission denied", str(path))
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
         return listed(path)
 
-    monkeypatch.setattr(store, "_listed", denied)
+    monkeypatch.setattr(stored, "_listed", denied)
     runs = list_runs(tmp_path)
     assert [r.path for r in runs] == [run.path] and "Permission denied" in runs.unread[0]["reason"]
 
 
 def test_prices_that_are_gone_leave_class_metrics(tmp_path, monkeypatch):
     from modelfactory.data.splits import MissingFile
+
     table = bars(n=300)
     make_run(tmp_path, "whole", table)
     make_run(tmp_path, "short", table.groupby("symbol").tail(270))
 
-    def gone(*args, **kw): raise MissingFile("prices.parquet: no such file")
+    def gone(*args, **kw):
+        raise MissingFile("prices.parquet: no such file")
 
-    monkeypatch.setattr(compare, "scoring_trainer", lambda run: object())
-    monkeypatch.setattr(compare, "score_with_data", gone)
-    task, = comparison(tmp_path)["tasks"]
+    monkeypatch.setattr(rescore, "scoring_trainer", lambda run: object())
+    monkeypatch.setattr(rescore, "score_with_data", gone)
+    (task,) = comparison(tmp_path)["tasks"]
     assert task["n_left_out"] == 60 and "prices.parquet: no such file" in task["why"]["profit"]
     assert all(m["log_loss"] and m["sharpe_net"] is None for m in task["models"])
 
@@ -407,12 +650,14 @@ def test_prices_that_are_gone_leave_class_metrics(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_two_models_at_one_time_have_no_plot_of_differences(tmp_path, n):
-    from modelfactory.runs.significance import plot_task_differences, read_task
+    from modelfactory.runs.task import plot_task_differences, read_task
+
     table = bars(n=n, symbols=tuple("ABCDEFGH"))
-    for name in "ab": make_run(tmp_path, name, table, prices=False)
+    for name in "ab":
+        make_run(tmp_path, name, table, prices=False)
     figure = plot_task_differences(read_task(list_runs(tmp_path), "bars", 5))
     assert n > 1 or figure is None
-    checked(summary(comparison(tmp_path)))
+    checked(summary_sentences(comparison(tmp_path)))
 
 
 def test_models_that_are_worse_are_not_called_equal():
@@ -430,7 +675,7 @@ def test_models_at_two_horizons_are_counted_once():
 
 
 def test_a_task_without_a_ceiling_adds_no_claim_to_a_simulated_market():
-    ceiling = dict(directional_accuracy=dict(null_score=.7, one_row_policy=.7, ceiling=.7))
+    ceiling = dict(directional_accuracy=dict(null_score=0.7, one_row_policy=0.7, ceiling=0.7))
     tasks = [a_task(MODELS["two"], data="null", ceiling=ceiling), a_task(MODELS["alone"], data="null", horizon=5)]
     assert "none of 2 models claims one" in conclusion(dict(tasks=tasks))[0]
 
@@ -438,11 +683,22 @@ def test_a_task_without_a_ceiling_adds_no_claim_to_a_simulated_market():
 def test_an_undefined_number_is_a_dash(tmp_path):
     run = make_run(tmp_path, "a", bars(n=100), prices=False)
     assert "net Sharpe ratio –)" in repr(run)
-    row = dict(data="d", horizon=5, model="a", metric="f1_macro", score=math.nan, null_score=math.nan, one_row_policy=.4,
-               ceiling=.5, of_one_row_policy=math.nan, of_ceiling=math.nan)
-    assert "nan" not in str(compare.ceiling_table(pd.DataFrame([row])).frame[["f1_macro"]].dropna())
-    from modelfactory.runs.gallery import _sharpe
-    from modelfactory.runs.significance import read_task
+    row = dict(
+        data="d",
+        horizon=5,
+        model="a",
+        metric="f1_macro",
+        score=math.nan,
+        null_score=math.nan,
+        one_row_policy=0.4,
+        ceiling=0.5,
+        of_one_row_policy=math.nan,
+        of_ceiling=math.nan,
+    )
+    assert "nan" not in str(report.ceiling_table(pd.DataFrame([row])).frame[["f1_macro"]].dropna())
+    from modelfactory.figures.model_comparison import _sharpe
+    from modelfactory.runs.task import read_task
+
     assert _sharpe(read_task(list_runs(tmp_path), "bars", 5), "a") == "–"
 
 
@@ -450,6 +706,7 @@ def test_the_command_line_lists_runs_and_whether_they_are_scored(tmp_path, capsy
     make_run(tmp_path, "a", bars())
     unscored = make_run(tmp_path, "b", bars()).path / "manifest.json"
     unscored.write_text(json.dumps(json.loads(unscored.read_text()) | dict(scored=False, reason="the disk was full")))
-    with pytest.raises(SystemExit, match="0"): main(["runs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        main(["runs", str(tmp_path)])
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in listed[1:]] == ["yes", "full"] and "no: the disk was full" in listed[2]

@@ -1,4 +1,5 @@
 "Every model is scored on the same rows: the first windows of a later split take context from the earlier splits."
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,10 +14,10 @@ from modelfactory.data.dataset import DatasetConfig, TimeSeriesDataset, history_
 from modelfactory.data.splits import BadDatetime, FeatureSetsDiffer, SplitOverlap, SplitsError, read_split
 from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import predict_run
-from modelfactory.runs.store import load_run
+from modelfactory.runs.run import load_run
 from modelfactory.training.selftest import future_perturbation, prefix_test
 from modelfactory.training.trainer import Trainer
-from modelfactory.training.tuner import Objective
+from modelfactory.tuning.study import Objective
 
 
 def examples(n):
@@ -55,7 +56,7 @@ def last_part_of(samples, frame, late):
 
 @pytest.mark.no_cover
 @examples(120)
-@given(tables(), st.integers(1, 12), st.integers(0, 1), st.lists(st.floats(.1, .9), min_size=1, max_size=2))
+@given(tables(), st.integers(1, 12), st.integers(0, 1), st.lists(st.floats(0.1, 0.9), min_size=1, max_size=2))
 def test_samples_are_those_of_one_concatenated_frame(frame, seq_len, gap, shares):
     "Symbols that come, go and are missing in some part; rows in any order; labels that may be undefined."
     *early, late = cut(frame, sorted(shares))
@@ -77,13 +78,16 @@ def test_samples_are_those_of_one_concatenated_frame(frame, seq_len, gap, shares
 
 @pytest.mark.no_cover
 @examples(60)
-@given(tables(), st.integers(1, 6), st.integers(1, 20), st.floats(.2, .8))
+@given(tables(), st.integers(1, 6), st.integers(1, 20), st.floats(0.2, 0.8))
 def test_raw_columns_reach_back_as_far_as_asked(frame, seq_len, length, share):
     early, late = cut(frame, [share])
-    if not len(early): return
+    if not len(early):
+        return
     both, gap = read_split(pd.concat([early, late])), 1
-    try: ds = TimeSeriesDataset(read_split(late), 3, seq_len, gap, read_split(early), context_rows=length + gap - 1)
-    except SplitsError: return
+    try:
+        ds = TimeSeriesDataset(read_split(late), 3, seq_len, gap, read_split(early), context_rows=length + gap - 1)
+    except SplitsError:
+        return
     found, whole = history_windows(ds.X, "close", length), TimeSeriesDataset(both, 3, seq_len, gap)
     keys = pd.MultiIndex.from_frame(whole.metadata[["datetime", "symbol"]])
     rows = keys.get_indexer(pd.MultiIndex.from_frame(ds.metadata[["datetime", "symbol"]]))
@@ -104,9 +108,11 @@ def test_the_number_of_samples_does_not_depend_on_the_window():
 
 def test_a_symbol_that_no_earlier_split_has_loses_its_first_rows_and_no_other_does():
     rng = np.random.default_rng(0)
+
     def bars(start, n, symbol):
         times = pd.date_range(start, periods=n, freq="h")
         return pd.DataFrame(dict(datetime=times, symbol=symbol, f0=rng.normal(size=n), label_h3=rng.integers(-1, 2, n)))
+
     train = bars("2024-01-01", 50, "OLD")
     val = pd.concat([bars("2024-02-01", 30, "NEW"), bars("2024-02-01", 30, "OLD")])
     ds = TimeSeriesDataset(read_split(val), 3, 10, 1, read_split(train))
@@ -114,7 +120,7 @@ def test_a_symbol_that_no_earlier_split_has_loses_its_first_rows_and_no_other_do
 
 
 def test_nothing_is_copied_where_nothing_is_prepended_and_few_rows_are_kept():
-    train, val = (read_split(part) for part in cut(market(400), [.7]))
+    train, val = (read_split(part) for part in cut(market(400), [0.7]))
     alone, ds = TimeSeriesDataset(val, 5, 16), TimeSeriesDataset(val, 5, 16, 1, train)
     assert alone.X.base is val.matrix and ds.split is val
     assert len(ds.X.base) == len(val) + 16 * 2 and len(ds.context) == 16 * 2
@@ -122,23 +128,29 @@ def test_nothing_is_copied_where_nothing_is_prepended_and_few_rows_are_kept():
 
 
 def test_a_context_that_cannot_stand_before_the_split_is_refused():
-    train, val = cut(market(200), [.5])
+    train, val = cut(market(200), [0.5])
     in_utc = train.assign(datetime=train.datetime.dt.tz_localize("UTC"))
-    for context, words, error in ((val, "does not come after", SplitOverlap), (in_utc, "time zone", BadDatetime),
-                                  (train.assign(extra=1.), "extra", FeatureSetsDiffer)):
-        with pytest.raises(error, match=words): TimeSeriesDataset(read_split(val), 5, 4, 1, read_split(context))
-    first, second = (read_split(part) for part in cut(train, [.5]))
-    with pytest.raises(SplitOverlap): TimeSeriesDataset(read_split(val), 5, 99, 1, [second, first])
+    for context, words, error in (
+        (val, "does not come after", SplitOverlap),
+        (in_utc, "time zone", BadDatetime),
+        (train.assign(extra=1.0), "extra", FeatureSetsDiffer),
+    ):
+        with pytest.raises(error, match=words):
+            TimeSeriesDataset(read_split(val), 5, 4, 1, read_split(context))
+    first, second = (read_split(part) for part in cut(train, [0.5]))
+    with pytest.raises(SplitOverlap):
+        TimeSeriesDataset(read_split(val), 5, 99, 1, [second, first])
 
 
 def test_a_context_in_another_time_zone_is_the_same_context():
     "An AttributeError, where train was in UTC and val in New York."
     zones = ("UTC", "America/New_York", "Asia/Tokyo")
-    parts = [part.assign(datetime=part.datetime.dt.tz_localize("UTC")) for part in cut(market(300), [.3, .6])]
+    parts = [part.assign(datetime=part.datetime.dt.tz_localize("UTC")) for part in cut(market(300), [0.3, 0.6])]
     moved = [part.assign(datetime=part.datetime.dt.tz_convert(zone)) for part, zone in zip(parts, zones)]
     for k in (1, 2):
-        same, other = [TimeSeriesDataset(read_split(p[k]), 5, 99, 1, [read_split(f) for f in p[:k]])
-                       for p in (parts, moved)]
+        same, other = [
+            TimeSeriesDataset(read_split(p[k]), 5, 99, 1, [read_split(f) for f in p[:k]]) for p in (parts, moved)
+        ]
         assert np.array_equal(np.asarray(same.X), np.asarray(other.X)) and np.array_equal(same.y, other.y)
         assert str(other.metadata.datetime.dt.tz) == zones[k]
         assert (same.metadata.datetime == other.metadata.datetime).all()
@@ -152,12 +164,14 @@ def test_a_context_in_another_time_zone_is_the_same_context():
 
 # models
 
-def as_dict(*frames): return dict(zip(("train", "val", "test"), frames))
+
+def as_dict(*frames):
+    return dict(zip(("train", "val", "test"), frames))
 
 
 @pytest.mark.parametrize("name, config", [("logistic_regression", {}), ("gru", dict(max_epochs=1))])
 def test_a_fitted_model_predicts_what_it_predicts_on_one_concatenated_frame(name, config):
-    train, val = cut_and_purge(market(600), .6)
+    train, val = cut_and_purge(market(600), 0.6)
     asked = dict(model=name, horizon=5, data="in memory", config=config | dict(sequence_length=12))
     trainer = Trainer(asked, as_dict(train, val))
     trainer.run_full_pipeline()
@@ -172,12 +186,12 @@ def test_a_fitted_model_predicts_what_it_predicts_on_one_concatenated_frame(name
     assert future_perturbation(trainer).ok and prefix_test(trainer).ok
 
 
-MODES = dict(probe=dict(mode="probe"), zero_shot=dict(mode="zero_shot", barrier_up=1., barrier_down=1.))
+MODES = dict(probe=dict(mode="probe"), zero_shot=dict(mode="zero_shot", barrier_up=1.0, barrier_down=1.0))
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_timesfm_reads_the_closes_of_earlier_splits(mode, checkpoints):  # noqa: F811
-    train, val = cut_and_purge(market(600), .8)
+    train, val = cut_and_purge(market(600), 0.8)
     config = dict(checkpoint=str(checkpoints["timesfm"]), sequence_length=1, context_length=64, cache=False) | mode
     trainer = Trainer(dict(model="timesfm", horizon=5, data="in memory", config=config), as_dict(train, val))
     trainer.prepare_data(), trainer.train()
@@ -236,6 +250,6 @@ def test_an_ensemble_reads_as_far_back_as_its_members(checkpoints):  # noqa: F81
 
 
 def test_the_context_of_a_later_split_spans_several_earlier_ones():
-    a, b, _ = cut(market(90, symbols=("A",)), [.4, .45])
+    a, b, _ = cut(market(90, symbols=("A",)), [0.4, 0.45])
     rows = last_rows([read_split(a), read_split(b)], ["A"], 20)
     assert len(rows) == 20 and rows.datetimes.equals(pd.DatetimeIndex(np.sort(np.r_[a.datetime, b.datetime])[-20:]))

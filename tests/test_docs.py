@@ -1,4 +1,5 @@
 "The documentation: it builds without a warning, every link leads somewhere, nothing comes from outside, and what the reference pages show is what the code says today."
+
 import importlib.util
 import os
 import re
@@ -24,7 +25,8 @@ def site(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     there = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs"
     with FileLock(f"{there}.lock", timeout=PATIENCE):
-        if not there.exists(): build(there)
+        if not there.exists():
+            build(there)
     return there / "site"
 
 
@@ -39,6 +41,7 @@ def build(there):
 
 class Page(HTMLParser):
     "Links, assets and anchors of a page."
+
     def __init__(self, file):
         super().__init__()
         self.links, self.assets, self.anchors = [], [], {""}
@@ -47,8 +50,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         a = {k: v or "" for k, v in attributes}
         self.anchors |= {a[k] for k in ("id", "name") if k in a}
-        if tag == "a" and "href" in a: self.links.append(a["href"])
-        self.assets += [a[k] for k in ("src", "data") if k in a] + ([a["href"]] if tag == "link" and "href" in a else [])
+        if tag == "a" and "href" in a:
+            self.links.append(a["href"])
+        self.assets += [a[k] for k in ("src", "data") if k in a] + (
+            [a["href"]] if tag == "link" and "href" in a else []
+        )
 
 
 def test_every_link_leads_somewhere_and_nothing_comes_from_outside(site):
@@ -58,18 +64,29 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_outside(site):
     for file, page in pages.items():
         for link in [*page.links, *page.assets]:
             where = urlsplit(link)
-            if where.scheme in ("https", "http", "mailto") and link in page.links: continue
-            if where.scheme == "data": continue
+            if where.scheme in ("https", "http", "mailto") and link in page.links:
+                continue
+            if where.scheme == "data":
+                continue
             target = (file.parent / unquote(where.path)).resolve() if where.path else file
             anchor = unquote(where.fragment)
-            if where.scheme or where.netloc or not target.is_file() or target in pages and anchor not in pages[target].anchors: broken.append(f"{file.relative_to(site)}: {link}")
+            if (
+                where.scheme
+                or where.netloc
+                or not target.is_file()
+                or target in pages
+                and anchor not in pages[target].anchors
+            ):
+                broken.append(f"{file.relative_to(site)}: {link}")
     assert broken == []
     styles = "".join(f.read_text() for f in site.rglob("*.css"))
     assert not re.search(r"url\(['\"]?(https?:)?//|@import", styles)
 
 
 def test_the_link_checker_sees(tmp_path):
-    (tmp_path / "a.html").write_text('<p id="here"></p><a href="b.html">b</a><script src="https://cdn.example.org/x.js"></script>')
+    (tmp_path / "a.html").write_text(
+        '<p id="here"></p><a href="b.html">b</a><script src="https://cdn.example.org/x.js"></script>'
+    )
     page = Page(tmp_path / "a.html")
     assert (page.links, page.assets, page.anchors) == (["b.html"], ["https://cdn.example.org/x.js"], {"", "here"})
 
@@ -77,13 +94,14 @@ def test_the_link_checker_sees(tmp_path):
 def test_the_package_is_documented(site):
     "Every public name of the package is a heading of some page."
     anchors = set().union(*(Page(f).anchors for f in site.rglob("nbs/**/*.html")))
-    for module in ("settings.py", "data/splits.py", "models/registry.py", "training/trainer.py", "runs/grid.py"):
+    for module in ("configuration.py", "data/splits.py", "models/registry.py", "training/trainer.py", "runs/grid.py"):
         names = re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", (ROOT / "modelfactory" / module).read_text(), re.M)
         missing = [n for n in names if not {n.lower().replace("_", "-"), n.lower()} & anchors]
         assert names and missing == [], module
 
 
-def test_search_finds_a_function(site): assert "run_notebook" in (site / "searchindex.js").read_text()
+def test_search_finds_a_function(site):
+    assert "run_notebook" in (site / "searchindex.js").read_text()
 
 
 @pytest.mark.parametrize("width", (1440, 390))
@@ -91,24 +109,44 @@ def test_a_page_fits_a_desk_and_a_phone(site, browser, width):
     "Nothing wider than the screen, no missing picture, nothing asked from outside, as a browser sees it."
     page, asked, wrong = browser.new_page(viewport=dict(width=width, height=900)), [], []
     page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
-    for file in [site / "index.html", *sorted(site.glob("nbs/*.html")), *(f for where in ("tutorials", "reference", "models/timeseries") for f in sorted(site.glob(f"nbs/{where}/*.html")))]:
+    for file in [
+        site / "index.html",
+        *sorted(site.glob("nbs/*.html")),
+        *(
+            f
+            for where in ("tutorials", "reference", "models/timeseries")
+            for f in sorted(site.glob(f"nbs/{where}/*.html"))
+        ),
+    ]:
         page.goto(file.as_uri())
-        wide, missing = page.evaluate("[Math.max(document.documentElement.scrollWidth, document.body.scrollWidth), [...document.images].filter(i => !i.naturalWidth).length]")
-        if wide > width or missing: wrong.append((file.name, wide, missing))
+        wide, missing = page.evaluate(
+            "[Math.max(document.documentElement.scrollWidth, document.body.scrollWidth), [...document.images].filter(i => !i.naturalWidth).length]"
+        )
+        if wide > width or missing:
+            wrong.append((file.name, wide, missing))
     page.close()
     assert (wrong, asked) == ([], [])
 
 
 def told(nb):
     "What each cell prints and shows, as text: a stream comes in as many pieces as its timing wills."
-    def text(o): return o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain") or ""
-    return {cell.id: "".join(text(o) for o in cell.outputs if o.get("name") != "stderr") for cell in nb.cells if cell.cell_type == "code"}
+
+    def text(o):
+        return o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain") or ""
+
+    return {
+        cell.id: "".join(text(o) for o in cell.outputs if o.get("name") != "stderr")
+        for cell in nb.cells
+        if cell.cell_type == "code"
+    }
 
 
 @pytest.mark.parametrize("file", REFERENCE, ids=lambda f: f.stem)
 def test_a_reference_page_says_what_the_code_says(file):
     stored = nbformat.read(file, 4)
     fresh = deepcopy(stored)
-    NotebookClient(fresh, timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(file.parent)))).execute()
+    NotebookClient(
+        fresh, timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(file.parent)))
+    ).execute()
     assert told(fresh) == told(stored), f"run {file.relative_to(ROOT)} again and commit it"
     assert any(told(stored).values()) or file.stem == "coming_from"

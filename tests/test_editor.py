@@ -1,14 +1,16 @@
 "Editors and git: a notebook edited as a script comes back without a difference, a commit of notebooks that are not clean or not exported is refused."
+
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import PATIENCE, ROOT
 
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | dict(GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org", GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | dict(
+    GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org", GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org"
+)
 
 
 def make(there, *words, **environment):
@@ -20,9 +22,11 @@ def make(there, *words, **environment):
 @pytest.fixture
 def project(tmp_path):
     "The project with one notebook, in a repository of its own."
-    for name in ("Makefile", "pyproject.toml", "settings.ini", ".gitattributes", ".gitignore"): shutil.copy(ROOT / name, tmp_path)
+    for name in ("Makefile", "pyproject.toml", "settings.ini", ".gitattributes", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / ".githooks", tmp_path / ".githooks")
-    for name in ("nbs", "modelfactory"): (tmp_path / name).mkdir()
+    for name in ("nbs", "modelfactory"):
+        (tmp_path / name).mkdir()
     shutil.copy(ROOT / "nbs/01_progress.ipynb", tmp_path / "nbs")
     shutil.copy(ROOT / "modelfactory/__init__.py", tmp_path / "modelfactory")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
@@ -53,7 +57,10 @@ def test_make_edit_changes_what_was_edited_and_nothing_else(project):
     assert git(project, "status", "--porcelain") == ""
     done = make(project, "edit", f"NB={notebook.relative_to(project)}", VISUAL="sed -i 's/^# # Progress/# # Onward/'")
     assert done.returncode == 0, done.stderr
-    assert git(project, "diff", "--no-ext-diff", "--shortstat", "nbs").split(",")[1:] == [" 1 insertion(+)", " 1 deletion(-)\n"]
+    assert git(project, "diff", "--no-ext-diff", "--shortstat", "nbs").split(",")[1:] == [
+        " 1 insertion(+)",
+        " 1 deletion(-)\n",
+    ]
     assert nbformat.read(notebook, 4).cells[0].source.startswith("# Onward")
     assert make(project, "edit", "NB=nbs/nothing.ipynb").returncode == 2
 
@@ -68,10 +75,16 @@ def test_the_hook_refuses_what_is_not_clean_or_not_exported(project):
     cell.source, cell.execution_count = cell.source + "\n\nADDED = 1", 7
     nbformat.write(nb, notebook)
     git(project, "add", "nbs")
-    with pytest.raises(subprocess.CalledProcessError) as refused: git(project, "commit", "-qm", "not clean")
-    assert "modelfactory/progress.py" in refused.value.stdout + refused.value.stderr and "nbs/01_progress.ipynb" in refused.value.stdout + refused.value.stderr
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        git(project, "commit", "-qm", "not clean")
+    assert (
+        "modelfactory/progress.py" in refused.value.stdout + refused.value.stderr
+        and "nbs/01_progress.ipynb" in refused.value.stdout + refused.value.stderr
+    )
     git(project, "add", "-A"), git(project, "commit", "-qm", "clean and exported")
-    assert "ADDED = 1" in git(project, "show", "HEAD:modelfactory/progress.py") and '"execution_count": 7' not in git(project, "show", "HEAD:nbs/01_progress.ipynb")
+    assert "ADDED = 1" in git(project, "show", "HEAD:modelfactory/progress.py") and '"execution_count": 7' not in git(
+        project, "show", "HEAD:nbs/01_progress.ipynb"
+    )
 
 
 def test_git_shows_notebooks_cell_by_cell(project):

@@ -1,10 +1,10 @@
 "Pretrained models: a longer past that never crosses a symbol, checkpoints that are whole or named as missing, and work that is done once."
+
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -15,26 +15,43 @@ from hypothesis import strategies as st
 
 from modelfactory.data.dataset import RawColumns, TimeSeriesDataset, Windows, history_windows
 from modelfactory.data.splits import read_split
-from modelfactory.models.base import ModelUnavailable
-from modelfactory.models.persistence import CheckpointError, load_model
-from modelfactory.models.pretrained import RowCache, load_pretrained, locate, tiny_checkpoint
+from modelfactory.models.errors import ModelUnavailable
+from modelfactory.models.loading import load_model
+from modelfactory.models.persistence import CheckpointError
+from modelfactory.models.pretrained import RowCache, find_checkpoint, load_pretrained, tiny_checkpoint
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.runs.store import list_runs
+from modelfactory.runs.run import list_runs
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return {kind: tiny_checkpoint(kind, folder / kind) for kind in ("timesfm", "gpt2", "bert")}
 
+
 def market(n=120, seed=0, symbols=("A", "B")):
     "Bars of symbols with their raw columns, rows shuffled as upstream files have them."
     rng, parts = np.random.default_rng(seed), []
     for s in symbols:
         close = 100 * np.exp(np.cumsum(rng.normal(0, 1e-3, n)))
-        parts.append(pd.DataFrame(dict(datetime=pd.date_range("2024", periods=n, freq="5min"), symbol=s, close=close, high=close * 1.001, low=close * 0.999, rsi=rng.normal(size=n), label_h5=rng.integers(-1, 2, n))))
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    datetime=pd.date_range("2024", periods=n, freq="5min"),
+                    symbol=s,
+                    close=close,
+                    high=close * 1.001,
+                    low=close * 0.999,
+                    rsi=rng.normal(size=n),
+                    label_h5=rng.integers(-1, 2, n),
+                )
+            )
+        )
     return pd.concat(parts).sample(frac=1, random_state=seed)
 
+
 # the longer past
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 1000))
@@ -51,6 +68,7 @@ def test_a_context_is_what_the_naive_loop_gives(bars, length, seed):
         assert np.array_equal(window[:, 1] == 1, np.isnan(expected))
         assert np.allclose(window[:, 0], np.nan_to_num(expected))
 
+
 def test_a_subset_keeps_its_past_and_an_array_says_that_it_has_none():
     ds = TimeSeriesDataset(read_split(market()), 5)
     some = history_windows(ds.X.subset([7, 3]), "close", 9)
@@ -60,12 +78,21 @@ def test_a_subset_keeps_its_past_and_an_array_says_that_it_has_none():
     with pytest.raises(KeyError, match="volume.*high, low, close"):
         history_windows(ds.X, "volume", 9)
 
+
 # TimesFM on the real route: windows that carry the raw close
 
+
 def timesfm(checkpoint, ds, **config):
-    model = ModelRegistry.create("timesfm", dict(checkpoint=str(checkpoint), sequence_length=1, context_length=64, cache=False, device="cpu", max_epochs=2) | config, 5, ds.feature_columns)
+    model = ModelRegistry.create(
+        "timesfm",
+        dict(checkpoint=str(checkpoint), sequence_length=1, context_length=64, cache=False, device="cpu", max_epochs=2)
+        | config,
+        5,
+        ds.feature_columns,
+    )
     model.fit(ds.X, ds.y, ds.X, ds.y, ds.metadata, ds.metadata)
     return model
+
 
 @pytest.mark.parametrize("mode", ["zero_shot", "probe", "finetune"])
 def test_a_row_is_its_own_and_its_symbol_s(checkpoints, mode, tmp_path):
@@ -83,6 +110,7 @@ def test_a_row_is_its_own_and_its_symbol_s(checkpoints, mode, tmp_path):
     model.save(tmp_path)
     assert np.abs(load_model(tmp_path).predict(ds.X, ds.metadata).probabilities - p).max() < 1e-6
 
+
 def test_the_future_moves_nothing(checkpoints):
     ds = TimeSeriesDataset(read_split(market()), 5)
     model = timesfm(checkpoints["timesfm"], ds, mode="zero_shot")
@@ -93,6 +121,7 @@ def test_the_future_moves_nothing(checkpoints):
     early = (ds.metadata.datetime <= pd.Timestamp("2024-01-01 06:00")).to_numpy()
     p, q = (model.predict(d.X, d.metadata).probabilities for d in (ds, changed))
     assert np.array_equal(p[early], q[early]) and not np.array_equal(p, q)
+
 
 def test_barriers_by_config_by_file_or_estimated(checkpoints, tmp_path):
     ds = TimeSeriesDataset(read_split(market()), 5)
@@ -111,6 +140,7 @@ def test_barriers_by_config_by_file_or_estimated(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="high"):
         timesfm(checkpoints["timesfm"], bare, mode="zero_shot", barrier_up=1.0, barrier_down=1.0)
 
+
 def test_finetune_saves_the_layers_it_trained_and_no_others(checkpoints, tmp_path):
     from safetensors.torch import load_file
 
@@ -119,10 +149,25 @@ def test_finetune_saves_the_layers_it_trained_and_no_others(checkpoints, tmp_pat
     names = set(load_file(tmp_path / "network.safetensors"))
     assert any("layers.1" in n for n in names) and not any("layers.0" in n or "input_ff" in n for n in names)
 
+
 @pytest.mark.parametrize("control", ["none", "random_llm", "no_llm"])
 def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path, control):
     ds = TimeSeriesDataset(read_split(market()), 5, seq_len=16)
-    model = ModelRegistry.create("timellm", dict(checkpoint=str(checkpoints["bert"]), control=control, sequence_length=16, max_epochs=2, d_ff=16, words=32, prototypes=16, device="cpu"), 5, ds.feature_columns)
+    model = ModelRegistry.create(
+        "timellm",
+        dict(
+            checkpoint=str(checkpoints["bert"]),
+            control=control,
+            sequence_length=16,
+            max_epochs=2,
+            d_ff=16,
+            words=32,
+            prototypes=16,
+            device="cpu",
+        ),
+        5,
+        ds.feature_columns,
+    )
     model.fit(ds.X, ds.y, ds.X, ds.y)
     p, pick = model.predict(ds.X, ds.metadata).probabilities, np.random.default_rng(0).permutation(len(ds))[:40]
     assert np.abs(model.predict(ds.X.subset(pick), ds.metadata.iloc[pick]).probabilities - p[pick]).max() < 1e-5
@@ -138,6 +183,7 @@ def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path, control):
 
 # checkpoints: whole, or named
 
+
 def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModel
@@ -151,25 +197,34 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
         load_pretrained(AutoModel, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelUnavailable, match="safetensors"):
-        locate(str(tmp_path))
+        find_checkpoint(str(tmp_path))
+
 
 def test_the_home_of_the_hub_is_honoured(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     listed = {m["name"]: m for m in ModelRegistry.list_models("foundation")}
-    assert not listed["timesfm"]["available"] and "hf download google/timesfm-2.0-500m-pytorch" in listed["timesfm"]["reason"]
+    assert (
+        not listed["timesfm"]["available"]
+        and "hf download google/timesfm-2.0-500m-pytorch" in listed["timesfm"]["reason"]
+    )
     snapshot = tmp_path / "hub/models--google--timesfm-2.0-500m-pytorch/snapshots/abc"
     snapshot.mkdir(parents=True)
     for f in checkpoints["timesfm"].iterdir():
         (snapshot / f.name).write_bytes(f.read_bytes())
     (refs := snapshot.parents[1] / "refs").mkdir()
     (refs / "main").write_text("abc")
-    assert {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")} == dict(timesfm=True, timellm=False)
+    assert {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")} == dict(
+        timesfm=True, timellm=False
+    )
     ds = TimeSeriesDataset(read_split(market()), 5)
-    model = ModelRegistry.create("timesfm", dict(sequence_length=1, context_length=64, cache=False), 5, ds.feature_columns)
+    model = ModelRegistry.create(
+        "timesfm", dict(sequence_length=1, context_length=64, cache=False), 5, ds.feature_columns
+    )
     model.fit(ds.X, ds.y, ds.X, ds.y)
     assert model.pretrained["revision"] == "abc" and len(model.pretrained["sha256"]["model.safetensors"]) == 64
+
 
 def test_a_yaml_that_points_to_a_folder_counts_when_models_are_listed(checkpoints, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
@@ -177,25 +232,63 @@ def test_a_yaml_that_points_to_a_folder_counts_when_models_are_listed(checkpoint
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     assert {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")}["timellm"]
 
+
 def cli(*args, **env):
     command, options = [sys.executable, "-m", "modelfactory.cli", *args], dict(capture_output=True, text=True)
     return subprocess.run(command, env=os.environ | env, cwd=ROOT, timeout=PATIENCE, **options)
+
 
 def test_without_weights_a_grid_says_so_and_goes_on(tmp_path, checkpoints):
     grid = tmp_path / "grid.yaml"
     grid.write_text("data: planted\nmodels: [timesfm, logistic_regression]\nhorizons: [5]\npreset: quick\n")
     done = cli("experiment", str(grid), "--output", str(tmp_path / "runs"), HF_HOME=str(tmp_path))
-    assert done.returncode == 0 and "1 ok" in done.stdout.replace("unavailable", "") and "timesfm h5 planted: unavailable: checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download" in done.stdout
-    alone = cli("train", "--model", "timesfm", "--horizon", "5", "--data", "planted", "--output", str(tmp_path / "runs"), HF_HOME=str(tmp_path))
+    assert (
+        done.returncode == 0
+        and "1 ok" in done.stdout.replace("unavailable", "")
+        and "timesfm h5 planted: unavailable: checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download"
+        in done.stdout
+    )
+    alone = cli(
+        "train",
+        "--model",
+        "timesfm",
+        "--horizon",
+        "5",
+        "--data",
+        "planted",
+        "--output",
+        str(tmp_path / "runs"),
+        HF_HOME=str(tmp_path),
+    )
     assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "hf download" in alone.stderr
     assert [r.manifest["model"] for r in list_runs(tmp_path / "runs")] == ["logistic_regression"]
 
+
 def test_a_run_names_its_checkpoint_by_hash(tmp_path, checkpoints):
-    done = cli("train", "--model", "timesfm", "--horizon", "5", "--data", "planted", "--preset", "quick", "--set", f"checkpoint={checkpoints['timesfm']}", "--set", "mode=zero_shot", "--output", str(tmp_path / "runs"),
-               MODELFACTORY_CACHE=str(tmp_path / "cache"))
+    done = cli(
+        "train",
+        "--model",
+        "timesfm",
+        "--horizon",
+        "5",
+        "--data",
+        "planted",
+        "--preset",
+        "quick",
+        "--set",
+        f"checkpoint={checkpoints['timesfm']}",
+        "--set",
+        "mode=zero_shot",
+        "--output",
+        str(tmp_path / "runs"),
+        MODELFACTORY_CACHE=str(tmp_path / "cache"),
+    )
     assert done.returncode == 0, done.stderr
     manifest = json.loads(next((tmp_path / "runs").glob("timesfm*/manifest.json")).read_text())
-    assert set(manifest["pretrained"]["sha256"]) == {"config.json", "model.safetensors"} and list((tmp_path / "cache").rglob("*.npy"))
+    assert set(manifest["pretrained"]["sha256"]) == {"config.json", "model.safetensors"} and list(
+        (tmp_path / "cache").rglob("*.npy")
+    )
+
 
 # work that is done once
 
@@ -212,12 +305,15 @@ out = RowCache(folder, 2, block=10).get(np.arange(100), compute)
 assert (out[:, 1] == np.arange(100) ** 2).all()
 """
 
+
 def worker(tmp_path):
     return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "cache"), str(tmp_path / "log")], cwd=ROOT)
+
 
 def test_two_processes_compute_a_row_once(tmp_path):
     assert [p.wait(PATIENCE) for p in [worker(tmp_path), worker(tmp_path)]] == [0, 0]
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(100))
+
 
 def test_a_killed_one_loses_a_block_at_most(tmp_path):
     first, log = worker(tmp_path), tmp_path / "log"

@@ -1,4 +1,5 @@
 "The rules of the house: notebooks are the source, clean, and each module has one."
+
 import json
 import os
 import re
@@ -23,7 +24,9 @@ def copy(tmp_path_factory):
     there = tmp_path_factory.mktemp("house")
     for name in ("nbs", "modelfactory", "pyproject.toml", "settings.ini"):
         source = ROOT / name
-        shutil.copytree(source, there / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")) if source.is_dir() else shutil.copy(source, there / name)
+        shutil.copytree(
+            source, there / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        ) if source.is_dir() else shutil.copy(source, there / name)
     shutil.rmtree(there / "modelfactory")
     (there / "modelfactory").mkdir()
     shutil.copy(ROOT / "modelfactory/__init__.py", there / "modelfactory")
@@ -40,7 +43,11 @@ def test_the_exported_package_is_what_the_notebooks_say(copy):
 
 
 def test_notebooks_are_clean(copy):
-    dirty = [str(f.relative_to(ROOT)) for f in NOTEBOOKS if json.loads(f.read_text()) != json.loads((copy / f.relative_to(ROOT)).read_text())]
+    dirty = [
+        str(f.relative_to(ROOT))
+        for f in NOTEBOOKS
+        if json.loads(f.read_text()) != json.loads((copy / f.relative_to(ROOT)).read_text())
+    ]
     assert dirty == [], "run nbdev-clean"
 
 
@@ -61,14 +68,21 @@ def test_a_notebook_is_fit_to_read(file):
     assert large == [], "an output above 100 KB"
     outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
     assert not any(o.output_type == "error" for o in outputs)
-    assert not re.search(MACHINE, json.dumps([{k: v for k, v in o.get("data", o).items() if k != "image/png"} for o in outputs])), "an output shows a path of a machine"
+    assert not re.search(
+        MACHINE, json.dumps([{k: v for k, v in o.get("data", o).items() if k != "image/png"} for o in outputs])
+    ), "an output shows a path of a machine"
 
 
 def test_links_of_notebooks_and_readme_lead_somewhere():
     pages = [ROOT / "README.md", *NOTEBOOKS]
     for page in pages:
-        text = page.read_text() if page.suffix == ".md" else "\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown")
-        for link in re.findall(r"\]\((?!https?:|#)([^)\s]+\.(?:ipynb|md|ini|yaml|html))\)", text): assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
+        text = (
+            page.read_text()
+            if page.suffix == ".md"
+            else "\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown")
+        )
+        for link in re.findall(r"\]\((?!https?:|#)([^)\s]+\.(?:ipynb|md|ini|yaml|html))\)", text):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
 
 
 def test_readme_is_the_index_notebook():
@@ -77,11 +91,14 @@ def test_readme_is_the_index_notebook():
 
 def readme():
     from nbconvert import MarkdownExporter
+
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     nb.cells = [c for c in nb.cells if "lab" not in c.metadata.get("tags", [])]  # what only a kernel can answer
     nb.metadata["language_info"] = dict(name="python")
     text = MarkdownExporter().from_notebook_node(nb)[0].strip() + "\n"
-    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda link: f"]({os.path.normpath('nbs/' + link[1])})", text)  # links of a page in nbs/ hold in the root
+    return re.sub(
+        r"\]\((?!https?:|#)([^)]+)\)", lambda link: f"]({os.path.normpath('nbs/' + link[1])})", text
+    )  # links of a page in nbs/ hold in the root
 
 
 def test_the_first_page_shows_the_tables_of_the_benchmark():
@@ -94,7 +111,11 @@ def test_the_first_page_shows_the_tables_of_the_benchmark():
 
 def test_the_first_page_is_short_and_says_nothing_of_the_machine_it_was_made_on():
     assert len(readme().splitlines()) <= 190  # forty of them are tables of false claims
-    looks = [c for c in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells if c.cell_type == "code" and "lab" in c.metadata.get("tags", [])]
+    looks = [
+        c
+        for c in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells
+        if c.cell_type == "code" and "lab" in c.metadata.get("tags", [])
+    ]
     assert len(looks) == 1 and looks[0].outputs == []
 
 

@@ -1,6 +1,7 @@
 """Notebooks as a person sees them: opened in a real JupyterLab in Chromium, and run there.
 
 `make browser` runs every tutorial; the suite runs the first page and only opens the others."""
+
 import json
 import os
 import secrets
@@ -30,32 +31,62 @@ CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map
 def lab(browser, tmp_path_factory):
     "Address of a JupyterLab over a copy of the project, which it may save into; its runs are one run and a comparison."
     home = tmp_path_factory.mktemp("lab")
-    for name in ("nbs", "params"): shutil.copytree(ROOT / name, home / "project" / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("nbs", "params"):
+        shutil.copytree(ROOT / name, home / "project" / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", home / "project")
-    environment = dict(os.environ, MODELFACTORY_SETTINGS=str(home / "project/settings.ini"), MODELFACTORY_TRACKING="", MODELFACTORY_BUNDLED=str(_bundled()), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE",
-                       **{f"JUPYTER_{what}_DIR": str(home / what) for what in ("CONFIG", "DATA", "RUNTIME")}, IPYTHONDIR=str(home / "ipython"), JUPYTERLAB_SETTINGS_DIR=str(home / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"))
+    environment = dict(
+        os.environ,
+        MODELFACTORY_SETTINGS=str(home / "project/settings.ini"),
+        MODELFACTORY_TRACKING="",
+        MODELFACTORY_BUNDLED=str(_bundled()),
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="PASSIVE",
+        **{f"JUPYTER_{what}_DIR": str(home / what) for what in ("CONFIG", "DATA", "RUNTIME")},
+        IPYTHONDIR=str(home / "ipython"),
+        JUPYTERLAB_SETTINGS_DIR=str(home / "settings"),
+        JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"),
+    )
     tools = Path(sys.executable).parent
     train = ["train", "--model", "lightgbm", "--horizon", "5", "--data", "planted", "--preset", "quick"]
     options = dict(cwd=home / "project", env=environment, check=True, capture_output=True)
-    for command in (train, ["compare"]): subprocess.run([tools / "modelfactory", *command], timeout=PATIENCE, **options)
+    for command in (train, ["compare"]):
+        subprocess.run([tools / "modelfactory", *command], timeout=PATIENCE, **options)
     port, token = _free_port(), secrets.token_hex(16)
     setting = home / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     setting.parent.mkdir(parents=True)
     setting.write_text(json.dumps(dict(windowingMode="none")))
     with open(home / "lab.log", "w") as log:
-        server = subprocess.Popen([tools / "jupyter-lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={home / 'project'}", f"--IdentityProvider.token={token}", "--allow-root", "--LabApp.news_url=None"], env=environment, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            [
+                tools / "jupyter-lab",
+                "--no-browser",
+                "--ip=127.0.0.1",
+                f"--port={port}",
+                f"--ServerApp.root_dir={home / 'project'}",
+                f"--IdentityProvider.token={token}",
+                "--allow-root",
+                "--LabApp.news_url=None",
+            ],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     base = f"http://127.0.0.1:{port}"
     try:
         _wait_for(f"{base}/api/status?token={token}", server, home / "lab.log")
         yield lambda path: f"{base}/lab/workspaces/w{secrets.token_hex(3)}/tree/{path}?token={token}&reset"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        try: server.wait(60)
-        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def _bundled():
     from modelfactory.data.bundled import resolve_data
+
     return resolve_data("planted").parent
 
 
@@ -67,9 +98,13 @@ def _free_port():
 
 def _wait_for(url, server, log):
     def answers():
-        try: urllib.request.urlopen(url, timeout=20).close()
-        except OSError: assert server.poll() is None, log.read_text()[-2000:]
-        else: return True
+        try:
+            urllib.request.urlopen(url, timeout=20).close()
+        except OSError:
+            assert server.poll() is None, log.read_text()[-2000:]
+        else:
+            return True
+
     until(answers, "JupyterLab to answer")
 
 
@@ -94,14 +129,19 @@ def run_all(page, seconds=PATIENCE):
     while True:
         page.wait_for_timeout(700)
         cells = page.evaluate(CELLS)
-        if not any("*" in c["prompt"] for c in cells) and (any(c["error"] for c in cells) or all(c["prompt"].strip(" []:") or not c["source"] for c in cells)): return
+        if not any("*" in c["prompt"] for c in cells) and (
+            any(c["error"] for c in cells) or all(c["prompt"].strip(" []:") or not c["source"] for c in cells)
+        ):
+            return
         assert time.monotonic() < end, [c for c in cells if "*" in c["prompt"]]
 
 
 def look(page):
     "Raises `AssertionError` on an error output, something on stderr, a broken widget or a missing picture; the pictures there are."
     cells = page.evaluate(CELLS)
-    assert cells and not [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]], [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]]
+    assert cells and not [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]], [
+        c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]
+    ]
     return sum(len(c["images"]) for c in cells)
 
 
@@ -109,12 +149,20 @@ def test_what_is_broken_is_seen(page, lab, tmp_path_factory):
     "This check can fail: on an error output, and on a picture that is not there."
     import nbformat
     from nbformat import v4
+
     project = next(tmp_path_factory.getbasetemp().glob("lab*/project"))
-    outputs = dict(error=v4.new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"]), picture=v4.new_output("display_data", {"text/html": "<img src='nowhere.png'>"}))
+    outputs = dict(
+        error=v4.new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"]),
+        picture=v4.new_output("display_data", {"text/html": "<img src='nowhere.png'>"}),
+    )
     for name, output in outputs.items():
-        nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[output], execution_count=1)]), project / f"{name}.ipynb")
+        nbformat.write(
+            v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[output], execution_count=1)]),
+            project / f"{name}.ipynb",
+        )
         show(page, lab(f"{name}.ipynb"))
-        with pytest.raises(AssertionError): look(page)
+        with pytest.raises(AssertionError):
+            look(page)
 
 
 def test_the_first_page_runs(page, lab):
@@ -126,7 +174,8 @@ def test_the_first_page_runs(page, lab):
 @pytest.mark.parametrize("path", PAGES)
 def test_tutorials_show(page, lab, path):
     show(page, lab(path))
-    if EVERYTHING: run_all(page)
+    if EVERYTHING:
+        run_all(page)
     look(page)
 
 

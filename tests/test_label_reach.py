@@ -1,25 +1,38 @@
 "Labels that are decided later than their horizon: nothing may use one before its bar, and `check` says how long they take."
+
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from modelfactory.data.bars import check_bars, triple_barrier
+from modelfactory.data.labels import triple_barrier
+from modelfactory.data.readers import check_bars
 from modelfactory.data.splits import NO_TARGET, label_reach, read_split
 from modelfactory.evaluation.baselines import last_known_labels, persistence_predictions
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half
 
 
-def random_walk(n, seed=0, drift=0.):
+def random_walk(n, seed=0, drift=0.0):
     "Bars of a random walk, six steps a bar."
     rng = np.random.default_rng(seed)
-    steps = rng.normal(drift / 6, 1e-3 / 6 ** .5, (n, 6)).cumsum(1)
+    steps = rng.normal(drift / 6, 1e-3 / 6**0.5, (n, 6)).cumsum(1)
     start = np.r_[0, steps[:-1, -1].cumsum()]
     path = np.exp(start[:, None] + np.c_[np.zeros(n), steps])
-    return check_bars(pd.DataFrame(dict(
-        datetime=pd.date_range("2024", periods=n, freq="h"), symbol="A",
-        open=path[:, 0], high=path.max(1), low=path.min(1), close=path[:, -1], volume=1.)))
+    return check_bars(
+        pd.DataFrame(
+            dict(
+                datetime=pd.date_range("2024", periods=n, freq="h"),
+                symbol="A",
+                open=path[:, 0],
+                high=path.max(1),
+                low=path.min(1),
+                close=path[:, -1],
+                volume=1.0,
+            )
+        )
+    )
 
 
 def slow_labels(n=6_000, k=3.5, max_bars=15, seed=0):
@@ -27,7 +40,9 @@ def slow_labels(n=6_000, k=3.5, max_bars=15, seed=0):
     bars = random_walk(n, seed)
     labels = triple_barrier(bars, 5, k, k, max_bars)
     defined = labels.label_h5 > -99
-    metadata = pd.DataFrame(dict(datetime=bars.datetime, symbol="A", horizon=5, label_bars=labels.bars_to_hit_h5))[defined]
+    metadata = pd.DataFrame(dict(datetime=bars.datetime, symbol="A", horizon=5, label_bars=labels.bars_to_hit_h5))[
+        defined
+    ]
     return labels.label_h5[defined].to_numpy(), metadata.reset_index(drop=True)
 
 
@@ -43,10 +58,15 @@ def test_persistence_uses_no_label_before_it_is_decided():
         y, metadata = slow_labels(seed=seed)
         args = y[:4_000], metadata[:4_000], y[4_000:], metadata[4_000:]
         closed.append(directional_accuracy(persistence_predictions(*args).predictions, args[2]))
-        args = y[:4_000], metadata[:4_000].drop(columns="label_bars"), y[4_000:], metadata[4_000:].drop(columns="label_bars")
+        args = (
+            y[:4_000],
+            metadata[:4_000].drop(columns="label_bars"),
+            y[4_000:],
+            metadata[4_000:].drop(columns="label_bars"),
+        )
         peeking.append(directional_accuracy(persistence_predictions(*args).predictions, args[2]))
-    assert np.mean(peeking) > .75
-    assert np.mean(closed) < .58
+    assert np.mean(peeking) > 0.75
+    assert np.mean(closed) < 0.58
 
 
 def naive_last_known(y, metadata, gap):
@@ -57,16 +77,23 @@ def naive_last_known(y, metadata, gap):
         rows = rows[np.argsort(metadata.datetime[rows], kind="stable")]
         for t in range(len(rows)):
             decided = [j for j in range(t) if j + metadata.label_bars[rows[j]] <= t - gap]
-            if decided: known[rows[t]] = y[rows[max(decided)]]
+            if decided:
+                known[rows[t]] = y[rows[max(decided)]]
     return known
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("AB"), st.integers(1, 9)), min_size=1, max_size=40), st.sampled_from([0, 1]), st.randoms())
+@given(
+    st.lists(st.tuples(st.sampled_from("AB"), st.integers(1, 9)), min_size=1, max_size=40),
+    st.sampled_from([0, 1]),
+    st.randoms(),
+)
 def test_the_newest_decided_label_is_that_of_a_slow_loop(rows, gap, random):
     times = pd.date_range("2024", periods=len(rows), freq="h").tolist()
     random.shuffle(times)
-    metadata = pd.DataFrame(dict(datetime=times, symbol=[s for s, _ in rows], horizon=5, label_bars=[b for _, b in rows]))
+    metadata = pd.DataFrame(
+        dict(datetime=times, symbol=[s for s, _ in rows], horizon=5, label_bars=[b for _, b in rows])
+    )
     y = np.arange(len(rows))
     assert np.array_equal(last_known_labels(y, metadata, gap), naive_last_known(y, metadata, gap), equal_nan=True)
 
@@ -79,7 +106,7 @@ def test_labels_that_are_not_decided_have_no_effect():
         undecided = np.arange(len(y)) + metadata.label_bars > cut + t - 1
         other = np.where(undecided, 0, y)
         after = persistence_predictions(other[:cut], metadata[:cut], other[cut:], metadata[cut:])
-        assert (after.predictions[:t + 1] == before.predictions[:t + 1]).all()
+        assert (after.predictions[: t + 1] == before.predictions[: t + 1]).all()
 
 
 def test_rows_without_a_target_never_make_a_label_known_too_early():
@@ -94,7 +121,9 @@ def test_rows_without_a_target_never_make_a_label_known_too_early():
 
 
 def test_the_reach_is_the_slowest_label_that_is_defined():
-    frame = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=6, freq="h"), symbol="A", x=0., label_h5=[1, -1, 0, 1, 1, -99]))
+    frame = pd.DataFrame(
+        dict(datetime=pd.date_range("2024", periods=6, freq="h"), symbol="A", x=0.0, label_h5=[1, -1, 0, 1, 1, -99])
+    )
     assert label_reach(read_split(frame), 5) == 5
     split = read_split(frame.assign(bars_to_hit_h5=[2, 15, 8, 3, 1, 40]))
     assert split.labels[5][-1] == NO_TARGET and label_reach(split, 5) == 15

@@ -1,4 +1,5 @@
 "Null worlds are what they are named, nothing tells their direction, and the evaluation makes few claims on them."
+
 import ast
 import json
 from pathlib import Path
@@ -8,24 +9,36 @@ import pandas as pd
 import pytest
 
 import modelfactory
-from modelfactory.data.bars import UNDEFINED, triple_barrier
+from modelfactory.data.labels import triple_barrier
 from modelfactory.data.null_worlds import NULL_WORLDS, NullWorldError, simulate_null
+from modelfactory.data.splits import NO_LABEL
 from modelfactory.training.null_zoo import (
-    CLAIMS, CODE, SEES_BARS, _last_decided, above_limit, claim_limit, claim_table, judge_null_market, null_features,
-    null_models, read_results, run_zoo)
+    BAR_MODELS,
+    CLAIM_LABELS,
+    CODE_MODULES,
+    _last_decided,
+    above_limit,
+    claim_limit,
+    claim_table,
+    judge_null_market,
+    null_features,
+    null_models,
+    read_results,
+    run_zoo,
+)
 
 BLIND_WORLDS = [name for name, w in NULL_WORLDS.items() if not w.predictable]
 
 
 def labelled(table, horizon=5):
-    return table[table[f"label_h{horizon}"] != UNDEFINED]
+    return table[table[f"label_h{horizon}"] != NO_LABEL]
 
 
 def class_shares(name, horizon=20, split=None, n=4):
     "Shares of down, flat, up over several markets."
     tables = [labelled(simulate_null(name, horizon, seed), horizon) for seed in range(n)]
     labels = pd.concat([t if split is None else t[t["split"] == split] for t in tables])[f"label_h{horizon}"]
-    return labels.value_counts(normalize=True).reindex([-1, 0, 1], fill_value=0.).to_numpy()
+    return labels.value_counts(normalize=True).reindex([-1, 0, 1], fill_value=0.0).to_numpy()
 
 
 def up_share(name, **kw):
@@ -37,7 +50,7 @@ def up_share(name, **kw):
 def mean_move(table, s):
     "Mean log return of a symbol's bars in standard deviations of a bar, with its standard error."
     moves = np.diff(np.log(table["close"][table["symbol"] == f"NULL{s + 1}"]))
-    return moves.mean() / moves.std(), len(moves) ** -.5
+    return moves.mean() / moves.std(), len(moves) ** -0.5
 
 
 @pytest.mark.parametrize("name", NULL_WORLDS)
@@ -64,15 +77,15 @@ def test_a_seed_gives_one_market_and_another_seed_another(name):
 
 def test_worlds_of_one_seed_are_different_markets():
     a, b = (np.diff(np.log(simulate_null(name, 5, 0)["close"][:8000])) for name in ("symmetric", "late_labels"))
-    assert abs(np.corrcoef(a, b)[0, 1]) < .05
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
 def test_labels_are_those_of_the_kit():
     table = simulate_null("symmetric", 5, 0)
     labels = triple_barrier(table, 5, *NULL_WORLDS["symmetric"].barriers(5))
-    settled = (table.groupby("symbol").cumcount() >= 150) & (labels["label_h5"] != UNDEFINED)
-    settled &= table["label_h5"] != UNDEFINED
-    assert (labels["label_h5"] == table["label_h5"])[settled].mean() > .999
+    settled = (table.groupby("symbol").cumcount() >= 150) & (labels["label_h5"] != NO_LABEL)
+    settled &= table["label_h5"] != NO_LABEL
+    assert (labels["label_h5"] == table["label_h5"])[settled].mean() > 0.999
 
 
 @pytest.mark.parametrize("name", ["symmetric", "late_labels", "around_the_clock"])
@@ -81,39 +94,46 @@ def test_no_label_of_train_is_decided_in_val(name):
     for _, rows in table.groupby("symbol"):
         train = rows[rows["split"] == "train"]
         last = np.arange(len(train)) + train["bars_to_hit_h20"]
-        assert (last[train["label_h20"] != UNDEFINED] < len(train)).all()
-        assert (train["label_h20"] == UNDEFINED).any()
+        assert (last[train["label_h20"] != NO_LABEL] < len(train)).all()
+        assert (train["label_h20"] == NO_LABEL).any()
 
 
 def test_asymmetric_barriers_make_one_direction_more_frequent():
     up = [up_share(name, horizon=5, n=6) for name in ("symmetric", "barriers_1.1", "barriers_1.5", "barriers_2")]
-    assert abs(up[0] - .5) < .05 and up[3] < .32 and (np.diff(up) < 0).all()
+    assert abs(up[0] - 0.5) < 0.05 and up[3] < 0.32 and (np.diff(up) < 0).all()
 
 
 def test_prices_drift_as_the_world_is_named():
-    for name, drifts in [("symmetric", (0, 0)), ("drift_.02", (.02, .02)), ("drift_.05", (.05, .05)),
-                         ("own_drifts", (-.05, -.02, .02, .05)), ("daily_bars", (.03, .03))]:
+    for name, drifts in [
+        ("symmetric", (0, 0)),
+        ("drift_.02", (0.02, 0.02)),
+        ("drift_.05", (0.05, 0.05)),
+        ("own_drifts", (-0.05, -0.02, 0.02, 0.05)),
+        ("daily_bars", (0.03, 0.03)),
+    ]:
         tables = [simulate_null(name, 5, seed) for seed in range(4)]
         for s, drift in enumerate(drifts):
             moves = np.array([mean_move(t, s) for t in tables])
             assert abs(moves[:, 0].mean() - drift) < 4 * moves[0, 1] / 2
-    assert up_share("drift_.05", n=2) > .56
+    assert up_share("drift_.05", n=2) > 0.56
 
 
 def test_tails_are_heavy_and_volatility_clusters_where_named():
-    moves = {name: np.diff(np.log(simulate_null(name, 5, 0)["close"][:8000]))
-             for name in ("symmetric", "heavy_tails", "volatility_clusters")}
+    moves = {
+        name: np.diff(np.log(simulate_null(name, 5, 0)["close"][:8000]))
+        for name in ("symmetric", "heavy_tails", "volatility_clusters")
+    }
     kurtosis = {name: ((x - x.mean()) ** 4).mean() / x.var() ** 2 for name, x in moves.items()}
-    assert kurtosis["heavy_tails"] > 5 and abs(kurtosis["symmetric"] - 3) < .3
+    assert kurtosis["heavy_tails"] > 5 and abs(kurtosis["symmetric"] - 3) < 0.3
     clusters = {name: np.corrcoef(x[1:] ** 2, x[:-1] ** 2)[0, 1] for name, x in moves.items()}
-    assert clusters["volatility_clusters"] > .1 and abs(clusters["symmetric"]) < .04
+    assert clusters["volatility_clusters"] > 0.1 and abs(clusters["symmetric"]) < 0.04
 
 
 def test_closes_bounce_and_the_mid_does_not():
     table = simulate_null("bid_ask_bounce", 5, 0)[:8000]
     moves = {c: np.diff(np.log(table[c])) for c in ("close", "mid")}
     lag = {c: np.corrcoef(x[1:], x[:-1])[0, 1] for c, x in moves.items()}
-    assert lag["close"] < -.1 and abs(lag["mid"]) < .04
+    assert lag["close"] < -0.1 and abs(lag["mid"]) < 0.04
 
 
 def test_ten_symbols_are_a_minute_apart():
@@ -134,17 +154,17 @@ def test_the_sparse_symbol_has_80_rows_over_all_of_val():
     val = simulate_null("sparse_symbol", 5, 0).query("split == 'val'")
     assert val["symbol"].value_counts().tolist() == [1960, 1960, 80]
     sparse, full = val[val["symbol"] == "NULL3"]["datetime"], val[val["symbol"] == "NULL1"]["datetime"]
-    assert (sparse.max() - sparse.min()) / (full.max() - full.min()) > .95
+    assert (sparse.max() - sparse.min()) / (full.max() - full.min()) > 0.95
 
 
 def test_daily_bars_late_labels_and_moving_shares():
     days = simulate_null("daily_bars", 5, 0)["datetime"]
     assert (days == days.dt.normalize()).all() and days.dt.dayofweek.max() == 4
     late = labelled(simulate_null("late_labels", 5, 0))["bars_to_hit_h5"]
-    assert late.max() == 15 and (late > 5).mean() > .1
+    assert late.max() == 15 and (late > 5).mean() > 0.1
     moved = np.abs(class_shares("moving_shares", split="train") - class_shares("moving_shares", split="val"))
     kept = np.abs(class_shares("symmetric", split="train") - class_shares("symmetric", split="val"))
-    assert moved[1] > .15 and kept[1] < .05
+    assert moved[1] > 0.15 and kept[1] < 0.05
 
 
 def test_a_mistake_is_explained():
@@ -160,7 +180,7 @@ def direction_correlations(name, seeds):
     for seed in seeds:
         table = simulate_null(name, 5, seed)
         X, sign = null_features(table), np.sign(table["label_h5"].to_numpy(float))
-        keep = (table["label_h5"] != UNDEFINED) & (sign != 0) & np.isfinite(X).all(1)
+        keep = (table["label_h5"] != NO_LABEL) & (sign != 0) & np.isfinite(X).all(1)
         X, sign, symbol = pd.DataFrame(X[keep]), pd.Series(sign[keep]), table["symbol"][keep].to_numpy()
         X, sign = X - X.groupby(symbol).transform("mean"), sign - sign.groupby(symbol).transform("mean")
         values.append((X.mul(sign, axis=0).mean() / X.std() / sign.std()).to_numpy())
@@ -170,13 +190,13 @@ def direction_correlations(name, seeds):
 @pytest.mark.parametrize("name", BLIND_WORLDS)
 def test_nothing_in_past_bars_tells_the_direction(name):
     r = direction_correlations(name, range(8))
-    t = r.mean(0) / (r.std(0, ddof=1) / len(r) ** .5)
-    assert (np.abs(t) < 4.5).all() or np.abs(r.mean(0)).max() < .02
+    t = r.mean(0) / (r.std(0, ddof=1) / len(r) ** 0.5)
+    assert (np.abs(t) < 4.5).all() or np.abs(r.mean(0)).max() < 0.02
 
 
 def test_a_mean_reverting_market_has_a_direction_to_find_and_says_so():
     assert NULL_WORLDS["mean_reverting"].predictable
-    assert np.abs(direction_correlations("mean_reverting", range(3)).mean(0)).max() > .1
+    assert np.abs(direction_correlations("mean_reverting", range(3)).mean(0)).max() > 0.1
 
 
 def test_predictions_do_not_change_with_later_bars_or_labels():
@@ -194,7 +214,7 @@ def test_predictions_do_not_change_with_later_bars_or_labels():
     a, b = (null_models(t, null_features(t), {}, 5, seed)[0] for t in (table, other))
     early = ~later[table["split"] == "val"]
     assert all(np.array_equal(a[name][early], b[name][early]) for name in a)
-    assert all(np.array_equal(a[name], b[name]) == (name not in SEES_BARS) for name in a)
+    assert all(np.array_equal(a[name], b[name]) == (name not in BAR_MODELS) for name in a)
 
 
 def test_models_cover_all_behaviours():
@@ -204,7 +224,7 @@ def test_models_cover_all_behaviours():
     calls = {name: p.argmax(1) - 1 for name, p in models.items()}
     assert (calls["up"] == 1).all() and set(calls["random"]) == {-1, 1} and np.isclose(shares.sum(), 1)
     changes = {name: (np.diff(calls[name]) != 0).mean() for name in ("random", "slow", "momentum")}
-    assert changes["random"] > .4 and changes["slow"] < .1 and changes["momentum"] < .2
+    assert changes["random"] > 0.4 and changes["slow"] < 0.1 and changes["momentum"] < 0.2
     for name in ("symbol", "prior"):
         assert (val.assign(call=calls[name]).groupby("symbol")["call"].nunique() == 1).all()
 
@@ -219,18 +239,18 @@ def test_results_are_stored_and_read_again(tmp_path):
 
 
 def test_a_share_of_claims_is_held_against_its_limit():
-    none = dict.fromkeys(CLAIMS, False) | dict(old_direction=True, profit=None)
+    none = dict.fromkeys(CLAIM_LABELS, False) | dict(old_direction=True, profit=None)
     claims = [none | dict(direction=i < 20) for i in range(200)]
     table = claim_table(pd.DataFrame(dict(world="a", claims=claims)))
-    assert table.loc["a", "direction"] == .1 and np.isnan(table.loc["a", "profit"])
-    assert round(claim_limit(200), 3) == .081 and above_limit(table) == [("a", "direction", .1)]
+    assert table.loc["a", "direction"] == 0.1 and np.isnan(table.loc["a", "profit"])
+    assert round(claim_limit(200), 3) == 0.081 and above_limit(table) == [("a", "direction", 0.1)]
 
 
 def test_the_limit_of_cards_is_that_of_one_tail():
     "A card claims skill where the whole 95% interval lies above 0: 2.5%, not 5%."
-    assert round(claim_limit(200, "card"), 3) == .047
-    table = claim_table(pd.DataFrame(dict(world="a", claims=[dict(card=.06, direction=False)] * 200)))
-    assert above_limit(table) == [("a", "card", .06)]
+    assert round(claim_limit(200, "card"), 3) == 0.047
+    table = claim_table(pd.DataFrame(dict(world="a", claims=[dict(card=0.06, direction=False)] * 200)))
+    assert above_limit(table) == [("a", "card", 0.06)]
 
 
 def test_the_hash_covers_every_module_of_data_and_evaluation_that_the_zoo_uses():
@@ -240,12 +260,17 @@ def test_the_hash_covers_every_module_of_data_and_evaluation_that_the_zoo_uses()
         "Modules of the package that a module imports by name."
         source = (package / f"{name.replace('.', '/')}.py").read_text(encoding="utf8")
         for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, ast.ImportFrom) or not node.level: continue
-            base = [*name.split(".")[:-node.level], *(node.module or "").split(".")]
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = [*name.split(".")[: -node.level], *(node.module or "").split(".")]
             for parts in [base, *([*base, alias.name] for alias in node.names)]:
-                if (package / f"{'/'.join(parts)}.py").is_file(): yield ".".join(parts)
+                if (package / f"{'/'.join(parts)}.py").is_file():
+                    yield ".".join(parts)
+
     direct = {m for m in used("training.null_zoo") if m.split(".")[0] in ("data", "evaluation", "models")}
-    assert direct - {"models.code"} <= set(CODE) and "data.splits" in set(used("evaluation.significance")) & set(CODE)
+    assert direct - {"models.code"} <= set(CODE_MODULES) and "data.splits" in set(
+        used("evaluation.significance")
+    ) & set(CODE_MODULES)
 
 
 def test_persistence_knows_the_newest_label_that_is_decided():
@@ -254,7 +279,7 @@ def test_persistence_knows_the_newest_label_that_is_decided():
     known = _last_decided(table, label, hit)
     for _, rows in table.groupby("symbol").indices.items():
         for t in range(0, len(rows), 97):
-            decided = [j for j in rows[max(0, t - 300):t + 1] if label[j] != UNDEFINED and j - rows[0] + hit[j] <= t]
+            decided = [j for j in rows[max(0, t - 300) : t + 1] if label[j] != NO_LABEL and j - rows[0] + hit[j] <= t]
             assert known[rows[t]] == (label[decided[-1]] if decided else 0)
 
 
@@ -265,6 +290,6 @@ def test_few_claims_are_made_where_base_rates_alone_look_like_skill():
     "Under the old rule a constant call passed in many of these 16 markets; three are allowed."
     results = pd.DataFrame([judge_null_market(name, seed) for name in WORST for seed in range(4)])
     shares = claim_table(results.assign(world="all")).loc["all"]
-    assert shares.old_direction >= .4
+    assert shares.old_direction >= 0.4
     assert shares[["direction", "profit", "log_loss", "worse_slow", "worse_elsewhere"]].max() <= 3 / 16
-    assert shares.card <= .05
+    assert shares.card <= 0.05

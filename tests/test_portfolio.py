@@ -1,4 +1,5 @@
 "The portfolio against a slow walk through time, its benchmarks, labels without prices, and tables of slices."
+
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,19 @@ from hypothesis import strategies as st
 from test_permutation import market, rows_of
 
 from modelfactory.evaluation.backtest import (
-    GAP_0, NO_PRICES, barrier_backtest, cost, label_backtest, tranche_backtest)
+    GAP_0_NOTE,
+    NO_PRICES_NOTE,
+    barrier_backtest,
+    label_backtest,
+    trading_cost,
+    tranche_backtest,
+)
 from modelfactory.evaluation.evaluator import ModelEvaluator
 from modelfactory.evaluation.permutation import profit_by_day, shift_test
-from modelfactory.evaluation.robustness import (
-    by_slice, plot_robustness, robustness, side_masks, symbol_masks, threshold_sweep)
+from modelfactory.evaluation.robustness import analyse_robustness, by_slice, side_masks, symbol_masks, threshold_sweep
 from modelfactory.evaluation.significance import direction_claim
-from modelfactory.training.plots import plot_equity
+from modelfactory.figures.robustness import plot_robustness
+from modelfactory.figures.tear_sheet import plot_equity
 from modelfactory.training.trainer import Trainer, trainer_plots
 
 RATIOS = ("sharpe", "sharpe_net", "sortino", "calmar", "max_drawdown")
@@ -23,23 +30,25 @@ RATIOS = ("sharpe", "sharpe_net", "sortino", "calmar", "max_drawdown")
 
 # the slow portfolio
 
+
 @st.composite
 def calendars(draw):
     "Prices and predictions of up to four symbols: out of step, with holes, one that starts late."
-    rng, n_symbols = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1))), draw(st.integers(1, 4))
-    bars, kept = draw(st.integers(8, 40)), draw(st.sampled_from([.4, .7, 1.]))
+    rng, n_symbols = np.random.default_rng(draw(st.integers(0, 2**32 - 1))), draw(st.integers(1, 4))
+    bars, kept = draw(st.integers(8, 40)), draw(st.sampled_from([0.4, 0.7, 1.0]))
     hours = pd.date_range("2024-01-05 20:00", periods=bars, freq=draw(st.sampled_from(["1h", "5h", "1D"])))
     late, prices = draw(st.integers(0, bars // 2)), []
     for k in range(n_symbols):
         times = hours[late:] if k == n_symbols - 1 else hours
         times = times + pd.Timedelta(minutes=draw(st.sampled_from([0, 0, 1, 17])))
         times = times[rng.random(len(times)) < kept] if kept < 1 else times
-        close = 100 * np.exp(rng.normal(0, .02, len(times)).cumsum())
+        close = 100 * np.exp(rng.normal(0, 0.02, len(times)).cumsum())
         prices.append(pd.DataFrame(dict(datetime=times, symbol=f"S{k}", close=close)))
     prices = pd.concat(prices, ignore_index=True)
-    asked = prices[["datetime", "symbol"]][rng.random(len(prices)) < draw(st.sampled_from([.3, .8, 1.]))]
-    if not len(asked): asked = prices[["datetime", "symbol"]]
-    asked = asked.assign(position=rng.choice([-1, -.5, 0, .5, 1], len(asked)))
+    asked = prices[["datetime", "symbol"]][rng.random(len(prices)) < draw(st.sampled_from([0.3, 0.8, 1.0]))]
+    if not len(asked):
+        asked = prices[["datetime", "symbol"]]
+    asked = asked.assign(position=rng.choice([-1, -0.5, 0, 0.5, 1], len(asked)))
     return asked.sample(frac=1, random_state=1), prices.sample(frac=1, random_state=2)
 
 
@@ -54,36 +63,39 @@ def slow_portfolio(asked, prices, horizon, cost_bps, day_start=0):
         end = max([end, *(rows[min(k + horizon, len(rows) - 1)].datetime for k in asked_at)])
     for symbol, rows in bars_of.items():
         rows = [r for r in rows if start <= r.datetime <= end]
-        held = [sum(wanted.get((symbol, b.datetime), 0) for b in rows[max(0, k - horizon):k]) / horizon
-                for k in range(len(rows))]
-        mean = np.mean(held[1:]) if len(rows) > 1 else 0.
+        held = [
+            sum(wanted.get((symbol, b.datetime), 0) for b in rows[max(0, k - horizon) : k]) / horizon
+            for k in range(len(rows))
+        ]
+        mean = np.mean(held[1:]) if len(rows) > 1 else 0.0
         for k, row in enumerate(rows):
-            move = row.close / rows[k - 1].close - 1 if k else 0.
+            move = row.close / rows[k - 1].close - 1 if k else 0.0
             step = dict(datetime=row.datetime, symbol=symbol, position=held[k], gross=held[k] * move)
-            step["turnover"] = abs(held[k] - held[k - 1]) if k else 0.
+            step["turnover"] = abs(held[k] - held[k - 1]) if k else 0.0
             step["net"] = step["gross"] - step["turnover"] * cost_bps / 1e4
-            for name, share in dict(hold=1., constant=mean).items():
-                step[name] = (share * move if k else 0.) - (abs(share) * cost_bps / 1e4 if k == 1 else 0.)
+            for name, share in dict(hold=1.0, constant=mean).items():
+                step[name] = (share * move if k else 0.0) - (abs(share) * cost_bps / 1e4 if k == 1 else 0.0)
             steps.append(step)
-    state, bars = dict.fromkeys(traded, 0.), []
+    state, bars = dict.fromkeys(traded, 0.0), []
     for t, now in pd.DataFrame(steps).groupby("datetime"):
         state |= dict(zip(now.symbol, now.position))
         columns = ["gross", "net", "turnover", "hold", "constant"]
         exposure = sum(map(abs, state.values())) / len(traded)
-        bars.append(dict(datetime=t) | (now[columns].sum() / len(traded)).to_dict() | dict(exposure=exposure, bars=1.))
+        bars.append(dict(datetime=t) | (now[columns].sum() / len(traded)).to_dict() | dict(exposure=exposure, bars=1.0))
     bars = pd.DataFrame(bars).set_index("datetime")
     next_day = pd.to_timedelta([int(day_start > 0 and t.hour >= day_start) for t in bars.index], "D")
     return bars, bars.groupby(bars.index.normalize() + next_day).sum()
 
 
-@given(calendars(), st.sampled_from([1, 2, 5]), st.sampled_from([0., 3.]), st.sampled_from([0, 17]))
+@given(calendars(), st.sampled_from([1, 2, 5]), st.sampled_from([0.0, 3.0]), st.sampled_from([0, 17]))
 @settings(max_examples=60, deadline=None)
 def test_the_portfolio_is_the_slow_walk_through_time(calendar, horizon, cost_bps, day_start):
     asked, prices = calendar
     fast = tranche_backtest(asked, prices, horizon, cost_bps, day_start=day_start)
     bars, daily = slow_portfolio(asked, prices, horizon, cost_bps, day_start)
     assert fast.bars.index.equals(bars.index) and fast.daily.index.equals(daily.index)
-    for name in ("gross", "net", "turnover", "exposure"): assert np.allclose(fast.bars[name], bars[name]), name
+    for name in ("gross", "net", "turnover", "exposure"):
+        assert np.allclose(fast.bars[name], bars[name]), name
     for name in ("gross", "net", "turnover", "exposure", "bars", "hold", "constant"):
         assert np.allclose(fast.daily[name], daily[name]), name
     assert fast.daily.trades.sum() == fast.n_trades and np.isclose(fast.metrics()["exposure"], bars.exposure.mean())
@@ -93,7 +105,8 @@ def test_the_portfolio_is_the_slow_walk_through_time(calendar, horizon, cost_bps
 
 # the set-ups of the issue
 
-def walks(symbols, times, sd=.002, seed=0):
+
+def walks(symbols, times, sd=0.002, seed=0):
     "Prices of random walks at the same times, and slow predictions."
     rng, n, parts = np.random.default_rng(seed), len(times), []
     for s in symbols:
@@ -103,7 +116,8 @@ def walks(symbols, times, sd=.002, seed=0):
     return pd.concat(parts, ignore_index=True)
 
 
-def backtest_of(table, **kw): return tranche_backtest(table[["datetime", "symbol", "prediction"]], table, 5, **kw)
+def backtest_of(table, **kw):
+    return tranche_backtest(table[["datetime", "symbol", "prediction"]], table, 5, **kw)
 
 
 def test_ten_symbols_a_minute_apart_are_the_portfolio_of_the_same_ten_in_step():
@@ -114,24 +128,26 @@ def test_ten_symbols_a_minute_apart_are_the_portfolio_of_the_same_ten_in_step():
     assert np.isclose(apart.daily.net.std(), in_step.daily.net.std(), rtol=1e-9)
     same = ["gross", "net", "turnover", "trades", "hold", "constant"]
     assert np.allclose(apart.daily[same], in_step.daily[same])
-    assert np.isclose(apart.metrics()["exposure"], in_step.metrics()["exposure"], rtol=.01)
+    assert np.isclose(apart.metrics()["exposure"], in_step.metrics()["exposure"], rtol=0.01)
 
 
 def test_crypto_around_the_clock_beside_a_stock_is_half_of_each():
     crypto = walks(["C"], pd.date_range("2024-01-01", periods=24 * 140, freq="h"))
     sessions = [d + pd.Timedelta(hours=h) for d in pd.bdate_range("2024-01-01", periods=100) for h in range(10, 17)]
-    stock = walks(["S"], pd.DatetimeIndex(sessions), sd=.004, seed=1)
+    stock = walks(["S"], pd.DatetimeIndex(sessions), sd=0.004, seed=1)
     both = backtest_of(pd.concat([crypto, stock])).daily.net
-    alone = [backtest_of(t).daily.net.reindex(both.index, fill_value=0.) for t in (crypto, stock)]
+    alone = [backtest_of(t).daily.net.reindex(both.index, fill_value=0.0) for t in (crypto, stock)]
     assert np.allclose(both, (alone[0] + alone[1]) / 2)
 
 
 def test_missing_bars_change_neither_volatility_nor_turnover():
     table = walks([f"S{k}" for k in range(10)], pd.date_range("2024-01-01", periods=24 * 120, freq="h"))
     table["prediction"] = np.where(table.symbol < "S5", 1, -1)
-    whole, half = (backtest_of(t) for t in (table, table.sample(frac=.5, random_state=0)))
-    assert abs(half.daily.net.std() / whole.daily.net.std() - 1) < .1
-    assert np.isclose(half.daily.turnover.sum(), whole.daily.turnover.sum()) and np.isclose(whole.daily.turnover.sum(), 1)
+    whole, half = (backtest_of(t) for t in (table, table.sample(frac=0.5, random_state=0)))
+    assert abs(half.daily.net.std() / whole.daily.net.std() - 1) < 0.1
+    assert np.isclose(half.daily.turnover.sum(), whole.daily.turnover.sum()) and np.isclose(
+        whole.daily.turnover.sum(), 1
+    )
 
 
 def test_a_symbol_that_is_never_predicted_has_no_share():
@@ -143,13 +159,14 @@ def test_a_symbol_that_is_never_predicted_has_no_share():
 
 # the benchmarks
 
+
 def test_always_long_earns_what_holding_earns_and_always_short_what_its_mean_position_earns():
-    table = walks(["A", "B", "C"], pd.date_range("2024-01-01", periods=500, freq="h")).sample(frac=.7, random_state=0)
-    for horizon, tolerance in ((1, 1e-12), (5, .02)):
-        long, short = (tranche_backtest(table.assign(prediction=c), table, horizon, 5.) for c in (1, -1))
+    table = walks(["A", "B", "C"], pd.date_range("2024-01-01", periods=500, freq="h")).sample(frac=0.7, random_state=0)
+    for horizon, tolerance in ((1, 1e-12), (5, 0.02)):
+        long, short = (tranche_backtest(table.assign(prediction=c), table, horizon, 5.0) for c in (1, -1))
         assert np.abs(long.daily.net - long.daily.hold).sum() < tolerance
         assert np.abs(short.daily.net - short.daily.constant).sum() < tolerance
-        assert np.isclose(long.daily.hold.sum() + 5e-4, tranche_backtest(table, table, horizon, 0.).daily.hold.sum())
+        assert np.isclose(long.daily.hold.sum() + 5e-4, tranche_backtest(table, table, horizon, 0.0).daily.hold.sum())
 
 
 def test_benchmarks_of_the_barrier_strategy_are_those_of_its_own_positions():
@@ -162,12 +179,15 @@ def test_benchmarks_of_the_barrier_strategy_are_those_of_its_own_positions():
 
 # labels without prices
 
-def without_close(frames): return {k: f.drop(columns=["open", "high", "low", "close"]) for k, f in frames.items()}
+
+def without_close(frames):
+    return {k: f.drop(columns=["open", "high", "low", "close"]) for k, f in frames.items()}
 
 
 @pytest.fixture(scope="module")
 def splits():
     from modelfactory.data.bundled import resolve_data
+
     folder = resolve_data("null")
     return {k: pd.read_parquet(folder / f"{k}_scaled.parquet").groupby("symbol").head(2000) for k in ("train", "val")}
 
@@ -181,19 +201,25 @@ def test_unskilled_labels_never_have_a_sharpe_ratio(seed):
     metrics = ModelEvaluator(20, n_boot=20).compute_all_metrics(predictions, y)
     ends = [f"{k}_ci_{end}" for k in RATIOS for end in ("low", "high")]
     assert np.isnan([metrics[k] for k in (*RATIOS, *ends)]).all() and metrics["returns_source"] == "label"
-    for name in ("coverage", "win_rate", "profit_factor", "turnover", "exposure"): assert metrics[name] > 0
+    for name in ("coverage", "win_rate", "profit_factor", "turnover", "exposure"):
+        assert metrics[name] > 0
     result = label_backtest(dict(datetime=days, symbol="A", prediction=predictions.predictions), y, 20)
-    assert NO_PRICES in repr(result) and NO_PRICES in result._repr_html_() and result.equity.isna().all()
+    assert NO_PRICES_NOTE in repr(result) and NO_PRICES_NOTE in result._repr_html_() and result.equity.isna().all()
     assert result.drawdown.isna().all() and result.daily[["gross", "net"]].isna().all(axis=None)
     assert not {"hold", "constant"} & set(result.daily)
-    with pytest.raises(ValueError, match="labels without prices"): plot_equity(result)
+    with pytest.raises(ValueError, match="labels without prices"):
+        plot_equity(result)
 
 
 def test_a_run_without_closes_is_whole(splits, tmp_path):
-    from modelfactory.runs.store import publish, start_attempt, write_run
+    from modelfactory.runs.attempt import publish, write_run
+    from modelfactory.runs.run_folder import start_attempt
+
     trainer = Trainer(dict(model="logistic_regression", horizon=5, data="null"), without_close(splits))
     metrics = trainer.run_full_pipeline()
-    assert metrics["returns_source"] == "label" and np.isnan([metrics[k] for k in (*RATIOS, "sharpe_net_p_shift")]).all()
+    assert (
+        metrics["returns_source"] == "label" and np.isnan([metrics[k] for k in (*RATIOS, "sharpe_net_p_shift")]).all()
+    )
     assert 0 < metrics["directional_skill_p_shift"] <= 1 and 0 < metrics["win_rate"] < 1
     assert all(np.isnan(b["sharpe_net"]) for b in trainer.baselines().values())
     figures = trainer_plots(trainer)
@@ -204,40 +230,44 @@ def test_a_run_without_closes_is_whole(splits, tmp_path):
 
 
 def test_robustness_without_prices_has_no_profit():
-    predictions, y, prices = market(skill=.5)
-    tables = robustness(ModelEvaluator(5, n_boot=20), predictions, y, None)
+    predictions, y, prices = market(skill=0.5)
+    tables = analyse_robustness(ModelEvaluator(5, n_boot=20), predictions, y, None)
     for table in tables.tables.values():
         columns = [c for c in table if c.startswith(("sharpe", "profit", "max_drawdown", "gross"))]
         assert table[columns].isna().all(axis=None)
-    assert tables.to_dict()["notes"]["no_prices"] == NO_PRICES and NO_PRICES in repr(tables)
+    assert tables.to_dict()["notes"]["no_prices"] == NO_PRICES_NOTE and NO_PRICES_NOTE in repr(tables)
     assert tables.slices.directional_accuracy.notna().all() and plot_robustness(tables).axes
-    with_prices = robustness(ModelEvaluator(5, n_boot=20), predictions, y, prices)
-    assert with_prices.costs.profit.notna().all() and NO_PRICES not in repr(with_prices)
+    with_prices = analyse_robustness(ModelEvaluator(5, n_boot=20), predictions, y, prices)
+    assert with_prices.costs.profit.notna().all() and NO_PRICES_NOTE not in repr(with_prices)
 
 
 # cost, slices, gap
 
+
 def test_there_is_one_cost():
     table = walks(["A", "B"], pd.date_range("2024-01-01", periods=300, freq="h"))
-    dear, free = (backtest_of(table, cost_bps=c) for c in (7., 0.))
-    assert np.allclose(free.daily.net - dear.daily.net, cost(dear.daily.turnover, 7.))
-    profit = [profit_by_day(table, table, 5, c)[0](table.prediction.to_numpy()) for c in (7., 0.)]
-    assert np.allclose(profit[1] - profit[0], cost(dear.daily.turnover, 7.))
+    dear, free = (backtest_of(table, cost_bps=c) for c in (7.0, 0.0))
+    assert np.allclose(free.daily.net - dear.daily.net, trading_cost(dear.daily.turnover, 7.0))
+    profit = [profit_by_day(table, table, 5, c)[0](table.prediction.to_numpy()) for c in (7.0, 0.0)]
+    assert np.allclose(profit[1] - profit[0], trading_cost(dear.daily.turnover, 7.0))
 
 
 def test_intervals_of_slices_are_at_a_level_corrected_for_their_number():
-    predictions, y, prices = market(symbols=4, skill=.1)
+    predictions, y, prices = market(symbols=4, skill=0.1)
     evaluator = ModelEvaluator(5, n_boot=200)
     masks = side_masks(predictions) | symbol_masks(predictions)
     table = by_slice(evaluator, predictions, y, prices, masks)
-    assert np.isclose(table.attrs["slice_level"], 1 - .05 / 6)
+    assert np.isclose(table.attrs["slice_level"], 1 - 0.05 / 6)
     for r, (name, mask) in zip(table.itertuples(), masks.items()):
         alone = by_slice(evaluator, predictions, y, prices, {name: mask}).iloc[0]
-        same = by_slice(replace(evaluator, level=1 - .05 / 6), predictions, y, prices, {name: mask}).iloc[0]
+        same = by_slice(replace(evaluator, level=1 - 0.05 / 6), predictions, y, prices, {name: mask}).iloc[0]
         assert r.directional_accuracy_low < alone.directional_accuracy_low
         assert r.directional_accuracy_high > alone.directional_accuracy_high
-        assert np.isclose([r.sharpe_net_low, r.directional_accuracy_low], same[["sharpe_net_low", "directional_accuracy_low"]].astype(float)).all()
-    tables = robustness(evaluator, predictions, y, prices)
+        assert np.isclose(
+            [r.sharpe_net_low, r.directional_accuracy_low],
+            same[["sharpe_net_low", "directional_accuracy_low"]].astype(float),
+        ).all()
+    tables = analyse_robustness(evaluator, predictions, y, prices)
     assert tables.to_dict()["notes"]["slice_level"] == tables.slices.attrs["slice_level"]
     assert f"corrected for {len(tables.slices)} slices" in repr(tables)
 
@@ -247,14 +277,14 @@ def test_a_slice_stands_beside_the_better_constant_call():
     up = replace(predictions, predictions=np.ones_like(predictions.predictions))
     y = np.where(np.arange(len(y)) % 4 == 0, -1, 1)
     table = by_slice(ModelEvaluator(5, n_boot=0), up, y, prices, side_masks(up) | symbol_masks(up)).set_index("slice")
-    assert np.isclose(table.directional_accuracy_constant[["long", "S0", "S1"]], .75).all()
-    assert np.isclose(table.directional_accuracy[["long", "S0", "S1"]], .75).all()
+    assert np.isclose(table.directional_accuracy_constant[["long", "S0", "S1"]], 0.75).all()
+    assert np.isclose(table.directional_accuracy[["long", "S0", "S1"]], 0.75).all()
     assert np.isnan(table.directional_accuracy_constant["short"])
 
 
 def test_five_right_calls_have_no_interval():
     "They had a directional accuracy of 1.000 [1.000, 1.000]."
-    predictions, y, prices = market(symbols=1, bars=800, skill=.5)
+    predictions, y, prices = market(symbols=1, bars=800, skill=0.5)
     right = np.flatnonzero((predictions.predictions == y) & (y != 0))[:5]
     few = np.isin(np.arange(len(y)), right)
     evaluator = ModelEvaluator(5, n_boot=50)
@@ -264,17 +294,23 @@ def test_five_right_calls_have_no_interval():
     assert table.directional_accuracy["few"] == 1 and table.loc["few", ends].isna().all()
     assert table.loc["whole", ends].notna().all()
     alone = by_slice(evaluator, predictions, y, prices, dict(few=few))
-    tables = replace(robustness(evaluator, predictions, y, prices), slices=alone)
+    tables = replace(analyse_robustness(evaluator, predictions, y, prices), slices=alone)
     assert "1 [–]" in repr(tables)
 
 
 def test_directional_skill_of_a_slice_is_that_of_its_rows_alone():
-    predictions, y, prices = market(symbols=3, bars=600, skill=.3)
+    predictions, y, prices = market(symbols=3, bars=600, skill=0.3)
     masks = symbol_masks(predictions) | side_masks(predictions)
     table = by_slice(ModelEvaluator(5, n_boot=0), predictions, y, prices, masks).set_index("slice")
     for name, mask in symbol_masks(predictions).items():
-        rows = pd.DataFrame(dict(datetime=predictions.timestamps, symbol=predictions.symbols, y_true=y,
-                                 prediction=predictions.predictions))[mask]
+        rows = pd.DataFrame(
+            dict(
+                datetime=predictions.timestamps,
+                symbol=predictions.symbols,
+                y_true=y,
+                prediction=predictions.predictions,
+            )
+        )[mask]
         claim = direction_claim(rows, 5, trials=len(masks))
         columns = ["directional_skill", "directional_skill_low", "directional_skill_high"]
         assert np.allclose(table.loc[name, columns].astype(float), [claim.skill, claim.low, claim.high])
@@ -288,27 +324,31 @@ def test_a_side_without_skill_has_none_where_labels_lean():
     y, calls = rng.choice([-1, 1, 1, 1], len(y)), rng.choice([-1, 1], len(y)).astype(np.int8)
     random = replace(predictions, predictions=calls)
     table = by_slice(ModelEvaluator(5, n_boot=0), random, y, prices, side_masks(random)).set_index("slice")
-    assert table.directional_accuracy["long"] > .7
+    assert table.directional_accuracy["long"] > 0.7
     assert (table.directional_skill_low < 0).all() and (table.directional_skill_high > 0).all()
 
 
 def test_thresholds_have_intervals_of_skill_at_a_level_corrected_for_their_number():
-    predictions, y, prices = market(symbols=3, bars=800, skill=.4)
+    predictions, y, prices = market(symbols=3, bars=800, skill=0.4)
     evaluator = ModelEvaluator(5, n_boot=0)
-    swept = threshold_sweep(evaluator, predictions, y, prices, (0., .4, .5, 2.))
-    assert np.isclose(swept.attrs["threshold_level"], 1 - .05 / 4)
-    rows = pd.DataFrame(dict(datetime=predictions.timestamps, symbol=predictions.symbols, y_true=y,
-                             prediction=predictions.predictions))
+    swept = threshold_sweep(evaluator, predictions, y, prices, (0.0, 0.4, 0.5, 2.0))
+    assert np.isclose(swept.attrs["threshold_level"], 1 - 0.05 / 4)
+    rows = pd.DataFrame(
+        dict(datetime=predictions.timestamps, symbol=predictions.symbols, y_true=y, prediction=predictions.predictions)
+    )
     for r in swept[:3].itertuples():
         called = (predictions.predictions != 0) & (predictions.probabilities.max(1) >= r.threshold)
         claim = direction_claim(rows[called], 5, trials=4)
-        assert np.allclose([r.directional_skill, r.directional_skill_low, r.directional_skill_high],
-                           [claim.skill, claim.low, claim.high], equal_nan=True)
+        assert np.allclose(
+            [r.directional_skill, r.directional_skill_low, r.directional_skill_high],
+            [claim.skill, claim.low, claim.high],
+            equal_nan=True,
+        )
     assert swept.directional_skill_low[0] > 0 and np.isnan(swept.directional_skill_low[3])
     top = np.sort(predictions.probabilities.max(1)[predictions.predictions != 0])[-5]
-    few = threshold_sweep(evaluator, predictions, y, prices, (0., top))
+    few = threshold_sweep(evaluator, predictions, y, prices, (0.0, top))
     assert few.calls[1] >= 5 and np.isnan(few.directional_skill_low[1])
-    tables = robustness(evaluator, predictions, y, prices)
+    tables = analyse_robustness(evaluator, predictions, y, prices)
     assert tables.to_dict()["notes"]["threshold_level"] == tables.thresholds.attrs["threshold_level"]
     assert "corrected for 10 thresholds" in repr(tables)
 
@@ -317,9 +357,9 @@ def test_gap_zero_is_said():
     predictions, y, prices = market(bars=400)
     for gap in (0, 1):
         evaluator = ModelEvaluator(5, n_boot=0, gap=gap)
-        tables = robustness(evaluator, predictions, y, prices)
-        assert (GAP_0 in repr(evaluator.backtest(predictions, prices))) == (gap == 0)
-        assert (GAP_0 in repr(tables)) == (tables.to_dict()["notes"].get("gap_0") == GAP_0) == (gap == 0)
+        tables = analyse_robustness(evaluator, predictions, y, prices)
+        assert (GAP_0_NOTE in repr(evaluator.backtest(predictions, prices))) == (gap == 0)
+        assert (GAP_0_NOTE in repr(tables)) == (tables.to_dict()["notes"].get("gap_0") == GAP_0_NOTE) == (gap == 0)
     assert Trainer(dict(model="logistic_regression", horizon=5, data=dict(data="null", gap=0))).evaluator.gap == 0
 
 
@@ -335,7 +375,10 @@ def test_a_flat_row_subset_keeps_the_number_of_symbols():
 
 def test_the_shift_test_of_symbols_out_of_step_is_the_backtest():
     predictions, y, prices = market(bars=300)
-    minutes = lambda symbols: pd.to_timedelta((np.asarray(symbols) == "S1").astype(int), "min")
+
+    def minutes(symbols):
+        return pd.to_timedelta((np.asarray(symbols) == "S1").astype(int), "min")
+
     apart = replace(predictions, timestamps=predictions.timestamps + minutes(predictions.symbols))
     prices = prices.assign(datetime=prices.datetime + minutes(prices.symbol))
     observed = shift_test(apart, y, prices, 5, n_draws=19).observed["sharpe_net"]

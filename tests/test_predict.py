@@ -1,4 +1,5 @@
 "New bars, and a bundle that is handed over: by the command line, in folders of their own."
+
 import json
 import shutil
 
@@ -6,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import PATIENCE
+
+from modelfactory import load_run
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.splits import SplitsError
-from modelfactory.runs import load_run
 from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import prediction_warnings
-from modelfactory.runs.store import FEATURES, MANIFEST
+from modelfactory.runs.run_folder import FEATURES_FILE, MANIFEST_FILE
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,16 @@ def bars():
 
 
 def call(*args):
-    with pytest.raises(SystemExit) as done: main([str(a) for a in args])
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in args])
     return done.value.code
 
 
 def test_export_and_predict_by_command_line(run, bars, tmp_path, capsys):
     bars[:300].to_parquet(tmp_path / "new.parquet")
     assert call("export", run, "--output", tmp_path / "bundle") == 0
-    for source, out in ((run, "a.parquet"), (tmp_path / "bundle", "b.parquet")): assert call("predict", source, tmp_path / "new.parquet", "--ahead", "--output", tmp_path / out) == 0
+    for source, out in ((run, "a.parquet"), (tmp_path / "bundle", "b.parquet")):
+        assert call("predict", source, tmp_path / "new.parquet", "--ahead", "--output", tmp_path / out) == 0
     a, b = (pd.read_parquet(tmp_path / f) for f in ("a.parquet", "b.parquet"))
     assert a.equals(b) and len(a) == 300 - 12 + 1 and a.datetime.isna().sum() == 1
     assert "12 bars without a whole window" in capsys.readouterr().out
@@ -51,28 +55,38 @@ def test_pieces_are_the_whole(run, bars):
     run, some = load_run(run), pd.concat([b[:40] for _, b in bars.groupby("symbol")])
     whole = run.predict(some)
     for symbol, mine in some.groupby("symbol"):
-        pieces = pd.concat([run.predict(mine[i - 12:i + 1]) for i in range(12, 40)])
+        pieces = pd.concat([run.predict(mine[i - 12 : i + 1]) for i in range(12, 40)])
         assert np.allclose(pieces.p_up, whole[whole.symbol == symbol].p_up, rtol=0, atol=1e-6)
 
 
 def test_the_future_of_other_bars_changes_nothing(run, bars):
     run, one = load_run(run), bars[bars.symbol == "SYN1"][:60]
-    later = one.assign(**{f: np.where(np.arange(60) >= 40, one[f] * -3 + 1, one[f]) for f in run.loaded.feature_columns})
-    assert np.array_equal(run.predict(one).p_up[:40 - 12 + 1], run.predict(later).p_up[:40 - 12 + 1])
+    later = one.assign(
+        **{f: np.where(np.arange(60) >= 40, one[f] * -3 + 1, one[f]) for f in run.cached_model.feature_columns}
+    )
+    assert np.array_equal(run.predict(one).p_up[: 40 - 12 + 1], run.predict(later).p_up[: 40 - 12 + 1])
 
 
 def test_runs_without_bins_say_so(run, bars, tmp_path):
     old = shutil.copytree(run, tmp_path / "old")
-    (old / FEATURES).unlink()
-    said = json.loads((old / MANIFEST).read_text())
-    del said["files"][FEATURES]
-    (old / MANIFEST).write_text(json.dumps(said))
+    (old / FEATURES_FILE).unlink()
+    said = json.loads((old / MANIFEST_FILE).read_text())
+    del said["files"][FEATURES_FILE]
+    (old / MANIFEST_FILE).write_text(json.dumps(said))
     assert "drift is not known" in prediction_warnings(load_run(old).predict(bars[:50]))[-1]
 
 
-@pytest.mark.parametrize("breaks, words", [
-    (lambda b: b.assign(symbol=None), "name the symbol"), (lambda b: pd.concat([b, b[-1:]]), "repeating a key"), (lambda b: b.iloc[:0], "no row"),
-    (lambda b: b.assign(datetime="soon"), "datetime"), (lambda b: b.assign(rsi_14=np.nan) if "rsi_14" in b else b.assign(**{b.columns[8]: np.nan}), "NaN")])
+@pytest.mark.parametrize(
+    "breaks, words",
+    [
+        (lambda b: b.assign(symbol=None), "name the symbol"),
+        (lambda b: pd.concat([b, b[-1:]]), "repeating a key"),
+        (lambda b: b.iloc[:0], "no row"),
+        (lambda b: b.assign(datetime="soon"), "datetime"),
+        (lambda b: b.assign(rsi_14=np.nan) if "rsi_14" in b else b.assign(**{b.columns[8]: np.nan}), "NaN"),
+    ],
+)
 def test_bad_bars_are_refused_in_one_line(run, bars, breaks, words):
-    with pytest.raises(SplitsError, match=words) as e: load_run(run).predict(breaks(bars[:50]))
+    with pytest.raises(SplitsError, match=words) as e:
+        load_run(run).predict(breaks(bars[:50]))
     assert "\n" not in str(e.value)

@@ -1,4 +1,5 @@
 "Inputs of public reports: labels, symbols and features of any type and layout are read right, or refused by name."
+
 import datetime
 import decimal
 import os
@@ -13,11 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelfactory.data.bars import check_bars
 from modelfactory.data.dataset import DatasetConfig, load_datasets, read_prices
+from modelfactory.data.readers import check_bars
 from modelfactory.data.splits import (
-    NO_TARGET, BadValue, FeatureSetsDiffer, MissingClass, MissingColumn, SplitsError, UnreadableFile, fingerprint,
-    read_split, read_splits)
+    NO_TARGET,
+    BadValue,
+    FeatureSetsDiffer,
+    MissingClass,
+    MissingColumn,
+    SplitsError,
+    UnreadableFile,
+    fingerprint,
+    read_split,
+    read_splits,
+)
 
 pytestmark = pytest.mark.no_cover  # thousands of small calls, which counting lines slows by half
 
@@ -27,26 +37,40 @@ def bars(split="train", symbols=("AAA", "BBB"), n=120):
     number = ["train", "val", "test"].index(split)
     rng = np.random.default_rng(number)
     times = pd.date_range("2024-01-01", periods=n, freq="h") + pd.Timedelta(days=30 * number)
-    frames = [pd.DataFrame(dict(datetime=times, symbol=symbol, close=100 + rng.normal(size=n).cumsum(),
-                                momentum=rng.normal(size=n), trend=rng.normal(size=n), label_h5=rng.integers(-1, 2, n)))
-              for symbol in symbols]
+    frames = [
+        pd.DataFrame(
+            dict(
+                datetime=times,
+                symbol=symbol,
+                close=100 + rng.normal(size=n).cumsum(),
+                momentum=rng.normal(size=n),
+                trend=rng.normal(size=n),
+                label_h5=rng.integers(-1, 2, n),
+            )
+        )
+        for symbol in symbols
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
-def frames(change=lambda frame: frame): return {split: change(bars(split)) for split in ("train", "val")}
+def frames(change=lambda frame: frame):
+    return {split: change(bars(split)) for split in ("train", "val")}
 
 
 def write_folder(folder, change=lambda frame: frame, splits=("train", "val")):
     folder.mkdir(parents=True, exist_ok=True)
-    for split in splits: change(bars(split)).to_parquet(folder / f"{split}_scaled.parquet", index=False)
+    for split in splits:
+        change(bars(split)).to_parquet(folder / f"{split}_scaled.parquet", index=False)
     return folder
 
 
-def warnings_of(read): return [text for text in read.report.warnings if "blocks of" not in text]  # short splits
+def warnings_of(read):
+    return [text for text in read.report.warnings if "blocks of" not in text]  # short splits
 
 
 def message(error, call, *args, **kwargs):
-    with pytest.raises(error) as caught: call(*args, **kwargs)
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
 
@@ -67,15 +91,20 @@ def tiny(labels, n=len(LABELS), **columns):
 def coded(kind):
     "Labels with holes in a type of pandas."
     values = [None if hole else int(value) for value, hole in zip(LABELS, HOLES)]
-    if kind == "category": return pd.Series(pd.Categorical(values))
-    if kind == "category of text": return pd.Series(pd.Categorical([None if v is None else str(v) for v in values]))
-    if kind == "decimal": return pd.Series([None if v is None else decimal.Decimal(v) for v in values])
-    if kind == "text": return pd.Series([None if v is None else str(v) for v in values])
+    if kind == "category":
+        return pd.Series(pd.Categorical(values))
+    if kind == "category of text":
+        return pd.Series(pd.Categorical([None if v is None else str(v) for v in values]))
+    if kind == "decimal":
+        return pd.Series([None if v is None else decimal.Decimal(v) for v in values])
+    if kind == "text":
+        return pd.Series([None if v is None else str(v) for v in values])
     return pd.Series(values, dtype=kind)
 
 
-@pytest.mark.parametrize("kind", [
-    "category", "category of text", "decimal", "text", "Int8", "Float64", "int64[pyarrow]"])
+@pytest.mark.parametrize(
+    "kind", ["category", "category of text", "decimal", "text", "Int8", "Float64", "int64[pyarrow]"]
+)
 def test_rows_without_a_label_stay_without_one_in_frame_and_file(kind, tmp_path):
     frame = tiny(coded(kind))
     frame.to_parquet(tmp_path / "train.parquet")
@@ -86,7 +115,7 @@ def test_rows_without_a_label_stay_without_one_in_frame_and_file(kind, tmp_path)
 
 def test_nulls_of_a_category_label_are_not_the_last_category():
     "237 of 1,186 rows without a label, in a frame."
-    labels = np.tile([-1., 0., 1.], 396)[:1_186]
+    labels = np.tile([-1.0, 0.0, 1.0], 396)[:1_186]
     labels[::5][:237] = np.nan
     assert np.isnan(labels).sum() == 237
     split = read_split(tiny(pd.Categorical(labels), n=1_186))
@@ -94,9 +123,15 @@ def test_nulls_of_a_category_label_are_not_the_last_category():
     assert (split.labels[5] == 1).sum() == (labels == 1).sum()
 
 
-@pytest.mark.parametrize("values", [
-    pd.Series(pd.Categorical([3, 1, 2, 1, 3, 2, 1, 1])), pd.Series([3, 1, 2, 1, 3, 2, 1, 1], dtype="Int16"),
-    pd.Series([decimal.Decimal(v) for v in "31213211"]), pd.Series([3, 1, 2, 1, 3, 2, 1, 1], dtype="float[pyarrow]")])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pd.Series(pd.Categorical([3, 1, 2, 1, 3, 2, 1, 1])),
+        pd.Series([3, 1, 2, 1, 3, 2, 1, 1], dtype="Int16"),
+        pd.Series([decimal.Decimal(v) for v in "31213211"]),
+        pd.Series([3, 1, 2, 1, 3, 2, 1, 1], dtype="float[pyarrow]"),
+    ],
+)
 def test_a_number_of_any_type_is_a_feature_in_frame_and_file(values, tmp_path):
     frame = tiny(0, level=values)
     frame.to_parquet(tmp_path / "train.parquet")
@@ -116,6 +151,7 @@ def test_holes_of_booleans_and_integers_are_nan():
 
 def test_an_arrow_table_of_runs_and_views_is_read():
     import pyarrow.compute as pc
+
     table = pa.Table.from_pandas(tiny(LABELS))
     table = table.set_column(1, "symbol", pa.array(["AAA"] * len(LABELS), pa.string_view()))
     table = table.set_column(3, "label_h5", pc.run_end_encode(pa.array(LABELS)))
@@ -140,8 +176,9 @@ def test_extension_types_that_are_not_known_here_are_no_features(tmp_path):
     assert "month: found acme.period, expected numbers" in text
 
 
-@pytest.mark.parametrize("metadata", [
-    b"{", b"[" * 100_000, b"7", b'{"index_columns": 7}', b'{"index_columns": [["momentum"], {}]}'])
+@pytest.mark.parametrize(
+    "metadata", [b"{", b"[" * 100_000, b"7", b'{"index_columns": 7}', b'{"index_columns": [["momentum"], {}]}']
+)
 def test_metadata_of_pandas_that_makes_no_sense_is_ignored(metadata, tmp_path):
     table = pa.Table.from_pandas(tiny(LABELS)).replace_schema_metadata({b"pandas": metadata})
     pq.write_table(table, tmp_path / "train.parquet")
@@ -161,6 +198,7 @@ def test_a_frame_that_arrow_cannot_read_is_refused_by_column():
 
 # Label codings --------------------------------------------------------------------------------------------------------
 
+
 def test_labels_as_numeric_text_are_numbers():
     data = frames(lambda f: f.assign(label_h5=f.label_h5.map({-1: "-1", 0: "0.0", 1: " 1"})))
     read = read_splits(data)
@@ -179,8 +217,9 @@ def test_labels_that_are_no_class_are_counted_in_a_warning():
     def foreign(frame):
         labels = frame.label_h5.astype(float).to_numpy(copy=True)
         labels[:30], labels[30:70], labels[70:75], labels[75:80] = 2, -2, -99, np.nan
-        labels[80] = .5
+        labels[80] = 0.5
         return frame.assign(label_h5=labels)
+
     read = read_splits(frames(foreign))
     shown = "train frame: label_h5: 71 of 230 labels are none of -1, 0, 1 and are no target: -2 (40), 2 (30), 0.5 (1)"
     assert any(w.startswith(shown) for w in read.report.warnings) and (read["train"].labels[5] == NO_TARGET).sum() == 81
@@ -194,16 +233,22 @@ def test_undefined_labels_and_nulls_are_no_warning():
 
 
 def test_words_among_numeric_labels_are_dropped_with_a_warning():
-    def words(frame): return frame.assign(label_h5=frame.label_h5.astype(str).where(frame.index >= 7, "undefined"))
+    def words(frame):
+        return frame.assign(label_h5=frame.label_h5.astype(str).where(frame.index >= 7, "undefined"))
+
     warnings = read_splits(frames(words)).report.warnings
     assert "label_h5: 7 of 240 labels are none of -1, 0, 1 and are no target: 'undefined' (7)" in warnings[0]
 
 
-@pytest.mark.parametrize("labels, words", [
-    (lambda y: y.map({-1: "down", 0: "flat", 1: "up"}), "label_h5: found text ('"),
-    (lambda y: pd.to_datetime(y, unit="D"), "label_h5: found timestamp["),
-    (lambda y: pd.to_timedelta(y, unit="D"), "label_h5: found duration["),
-    (lambda y: y.map(lambda v: [v]), "label_h5: found list<")])
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (lambda y: y.map({-1: "down", 0: "flat", 1: "up"}), "label_h5: found text ('"),
+        (lambda y: pd.to_datetime(y, unit="D"), "label_h5: found timestamp["),
+        (lambda y: pd.to_timedelta(y, unit="D"), "label_h5: found duration["),
+        (lambda y: y.map(lambda v: [v]), "label_h5: found list<"),
+    ],
+)
 def test_labels_of_another_type_are_refused_by_name(labels, words):
     text = message(BadValue, read_splits, frames(lambda f: f.assign(label_h5=labels(f.label_h5))))
     assert text.startswith("train frame: ") and words in text and "expected labels among -1, 0, 1" in text
@@ -224,9 +269,13 @@ def test_classes_that_do_not_fit_a_label_are_refused():
 
 def test_check_shows_what_is_dropped(tmp_path, capsys):
     from modelfactory.cli import main
-    def foreign(frame): return frame.assign(label_h5=frame.label_h5.mask(frame.index < 9, 2))
+
+    def foreign(frame):
+        return frame.assign(label_h5=frame.label_h5.mask(frame.index < 9, 2))
+
     data = write_folder(tmp_path / "data", foreign, ("train", "val", "test"))
-    with pytest.raises(SystemExit) as end: main(["check", str(data)])
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(data)])
     assert end.value.code == 0 and "9 of 240 labels are none of -1, 0, 1" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -268,8 +317,10 @@ def test_new_bars_of_another_type_are_refused_by_name(kind, run):
 # Symbols --------------------------------------------------------------------------------------------------------------
 
 SYMBOLS = {
-    "numbers": ([1, 600306], ["1", "600306"]), "floats": ([1., 600306.], ["1", "600306"]),
-    "text": (["1", "600306"], ["1", "600306"]), "bytes": ([b"1", b"600306"], ["1", "600306"]),
+    "numbers": ([1, 600306], ["1", "600306"]),
+    "floats": ([1.0, 600306.0], ["1", "600306"]),
+    "text": (["1", "600306"], ["1", "600306"]),
+    "bytes": ([b"1", b"600306"], ["1", "600306"]),
     "decimals": ([decimal.Decimal("1"), decimal.Decimal("600306")], ["1", "600306"]),
     "dates": ([datetime.date(2024, 3, 15), datetime.date(2024, 6, 21)], ["2024-03-15", "2024-06-21"]),
     "timestamps": ([pd.Timestamp("2024-03-15"), pd.Timestamp("2024-06-21")], ["2024-03-15", "2024-06-21"]),
@@ -284,10 +335,14 @@ def run(tmp_path_factory):
 
 def trained(folder, make, **data):
     "A finished run on the frames that `make` gives for each split."
-    from modelfactory.runs.store import load_run, publish, start_attempt, write_run
+    from modelfactory.runs.attempt import publish, write_run
+    from modelfactory.runs.run import load_run
+    from modelfactory.runs.run_folder import start_attempt
     from modelfactory.training.trainer import Trainer
+
     (folder / "data").mkdir(parents=True)
-    for split in ("train", "val", "test"): make(split).to_parquet(folder / f"data/{split}_scaled.parquet")
+    for split in ("train", "val", "test"):
+        make(split).to_parquet(folder / f"data/{split}_scaled.parquet")
     trainer = Trainer(dict(model="logistic_regression", horizon=5, data=dict(data=str(folder / "data"), **data)))
     trainer.run_full_pipeline()
     attempt = start_attempt(folder / "runs", "logistic_regression", 5)
@@ -301,7 +356,8 @@ def test_symbols_of_any_type_are_text(kind, tmp_path):
     frame = bars(symbols=symbols)
     frame.to_parquet(tmp_path / "train.parquet")
     category = frame.assign(symbol=frame.symbol.astype("category"))
-    for source in (frame, tmp_path / "train.parquet", category): assert read_split(source).symbols == names
+    for source in (frame, tmp_path / "train.parquet", category):
+        assert read_split(source).symbols == names
     with_prices = frame.assign(open=frame.close, high=frame.close, low=frame.close, volume=0)
     assert check_bars(with_prices).symbol.unique().tolist() == names
 
@@ -315,28 +371,35 @@ def test_symbols_of_train_are_seen_in_new_bars(kind, run):
 
 def test_dates_as_symbols_are_seen_in_new_bars(tmp_path):
     run = trained(tmp_path, lambda split: bars(split, SYMBOLS["dates"][0]))
-    for kind in ("dates", "timestamps"): assert run.predict(bars("test", SYMBOLS[kind][0])).attrs["unseen"] == []
+    for kind in ("dates", "timestamps"):
+        assert run.predict(bars("test", SYMBOLS[kind][0])).attrs["unseen"] == []
 
 
 def test_context_and_prices_meet_symbols_of_another_type(tmp_path):
     data = dict(train=bars("train", [1, 600306]), val=bars("val", ["1", "600306"]))
     val = load_datasets(DatasetConfig("frames"), 5, 12, data=data)[0]["val"]
     assert len(val) == 240  # the first windows reach back into train
-    bars("val", [1., 600306.]).to_parquet(tmp_path / "closes.parquet")
+    bars("val", [1.0, 600306.0]).to_parquet(tmp_path / "closes.parquet")
     prices, source = read_prices(val, tmp_path / "closes.parquet")
     assert source == "file" and prices.symbol.unique().tolist() == ["1", "600306"]
     assert np.allclose(prices.close, val.metadata.close)
 
 
-@pytest.mark.parametrize("symbols, error, words", [
-    (["AAA", None], MissingColumn, "120 rows with none, first at row 120"),
-    (["AAA", ""], MissingColumn, "120 rows with none"),
-    ([1., np.nan], MissingColumn, "120 rows with none"), ([b"A", b"\xff"], BadValue, "bytes that are not UTF-8")])
+@pytest.mark.parametrize(
+    "symbols, error, words",
+    [
+        (["AAA", None], MissingColumn, "120 rows with none, first at row 120"),
+        (["AAA", ""], MissingColumn, "120 rows with none"),
+        ([1.0, np.nan], MissingColumn, "120 rows with none"),
+        ([b"A", b"\xff"], BadValue, "bytes that are not UTF-8"),
+    ],
+)
 def test_symbols_that_name_nothing_are_refused(symbols, error, words):
     assert words in message(error, read_split, bars(symbols=symbols))
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
+
 
 def assert_same(read, expected):
     assert read.symbols == expected.symbols and read.features == expected.features
@@ -348,7 +411,8 @@ def assert_same(read, expected):
 def spark(frame, folder):
     "Parts with long names, a mark of success, checksums."
     folder.mkdir(parents=True)
-    for i in range(3): frame[i::3].to_parquet(folder / f"part-0000{i}-8f2c.c000.snappy.parquet", index=False)
+    for i in range(3):
+        frame[i::3].to_parquet(folder / f"part-0000{i}-8f2c.c000.snappy.parquet", index=False)
     (folder / "_SUCCESS").touch()
     (folder / ".part-00000-8f2c.c000.snappy.parquet.crc").write_bytes(b"crc")
 
@@ -357,8 +421,9 @@ def dask(frame, folder):
     "Twelve numbered parts; the tenth comes after the second, and one has whole numbers in place of floats."
     folder.mkdir(parents=True)
     for i in range(12):
-        part = frame.iloc[i * len(frame) // 12:(i + 1) * len(frame) // 12].set_index("datetime")
-        if i == 2: part = part.astype(dict(label_h5="float32", symbol="category"))
+        part = frame.iloc[i * len(frame) // 12 : (i + 1) * len(frame) // 12].set_index("datetime")
+        if i == 2:
+            part = part.astype(dict(label_h5="float32", symbol="category"))
         part.to_parquet(folder / f"part.{i}.parquet")
 
 
@@ -366,13 +431,15 @@ def by_date(frame, folder):
     frame.assign(date=frame.datetime.dt.date.astype(str)).to_parquet(folder, partition_cols=["date"], index=False)
 
 
-def by_symbol(frame, folder): frame.to_parquet(folder, partition_cols=["symbol"], index=False)
+def by_symbol(frame, folder):
+    frame.to_parquet(folder, partition_cols=["symbol"], index=False)
 
 
 @pytest.mark.parametrize("write", [spark, dask, by_date, by_symbol])
 @pytest.mark.parametrize("layout", ["{}_scaled.parquet", "{}.parquet", "{}", "split={}"])
 def test_folders_of_parts_are_read(write, layout, tmp_path):
-    for split in ("train", "val", "test"): write(bars(split), tmp_path / layout.format(split))
+    for split in ("train", "val", "test"):
+        write(bars(split), tmp_path / layout.format(split))
     read = read_splits(tmp_path, splits=("train", "val", "test"))
     for split in read:
         assert_same(read[split], read_split(bars(split).sort_values(["symbol", "datetime"], kind="stable")))
@@ -414,9 +481,11 @@ def test_a_folder_of_data_sets_says_which_to_name(name, tmp_path):
 @pytest.mark.parametrize("options", [dict(index=False), dict(), dict(index=False, date_format="%Y-%m-%dT%H:%M:%S%z")])
 def test_csv_is_read_in_place_of_parquet(options, tmp_path):
     frames = {split: bars(split, ["NA", "000001"]) for split in ("train", "val", "test")}
-    for split, frame in frames.items(): frame.to_csv(tmp_path / f"{split}_scaled.csv", **options)
+    for split, frame in frames.items():
+        frame.to_csv(tmp_path / f"{split}_scaled.csv", **options)
     read = read_splits(tmp_path, splits=("train", "val", "test"))
-    for split, frame in frames.items(): assert_same(read[split], read_split(frame))
+    for split, frame in frames.items():
+        assert_same(read[split], read_split(frame))
     assert len(fingerprint(tmp_path)) == 16
 
 
@@ -424,11 +493,11 @@ def test_csv_types_are_decided_by_all_rows(tmp_path):
     n = 60_000
     frame = pd.DataFrame(dict(datetime=pd.date_range("2000", periods=n, freq="h"), symbol="A", x=1, label_h5=0))
     frame["x"] = frame.x.astype(object)
-    frame.loc[n - 1, "x"] = .5
+    frame.loc[n - 1, "x"] = 0.5
     frame.loc[7, "label_h5"] = np.nan
     frame.to_csv(tmp_path / "train.csv", index=False)
     split = read_split(tmp_path / "train.csv")
-    assert split.features == ["x"] and split.matrix[-1, 0] == .5 and (split.labels[5] == NO_TARGET).sum() == 1
+    assert split.features == ["x"] and split.matrix[-1, 0] == 0.5 and (split.labels[5] == NO_TARGET).sum() == 1
 
 
 def test_csv_that_is_not_one_says_so(tmp_path):
@@ -447,9 +516,10 @@ def test_csv_that_is_not_one_says_so(tmp_path):
 def test_keys_in_the_index_are_keys(levels, tmp_path):
     frame = bars().set_index(levels)
     frame.to_parquet(tmp_path / "train.parquet")
-    for source in (frame, tmp_path / "train.parquet"): assert_same(read_split(source), read_split(bars()))
+    for source in (frame, tmp_path / "train.parquet"):
+        assert_same(read_split(source), read_split(bars()))
     data = {split: bars(split).set_index(levels) for split in ("train", "val")}
-    prices = bars().assign(open=1., high=200., low=.5, volume=0)
+    prices = bars().assign(open=1.0, high=200.0, low=0.5, volume=0)
     assert check_bars(prices.set_index(levels)).equals(check_bars(prices))
     later = bars("train").assign(datetime=lambda f: f.datetime + pd.Timedelta("1h"))
     moved = data | dict(train=later.set_index(levels))
@@ -476,14 +546,17 @@ def test_new_bars_may_be_parts_or_csv(run, tmp_path):
     for source in (tmp_path / "new", tmp_path / "new.csv", pa.Table.from_pandas(frame)):
         found = run.predict(source)
         assert np.array_equal(found.p_up, expected.p_up) and found.symbol.equals(expected.symbol)
-    for split in ("train", "test"): spark(bars(split, [1, 600306]), tmp_path / "splits" / split)
+    for split in ("train", "test"):
+        spark(bars(split, [1, 600306]), tmp_path / "splits" / split)
     assert len(run.predict(tmp_path / "splits")) > len(expected)  # the rows of train come before
 
 
 # Many symbols ---------------------------------------------------------------------------------------------------------
 
+
 class CountedArray(np.ndarray):
     "Counts the elements that element-wise operations go through."
+
     elements = 0
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -494,6 +567,7 @@ class CountedArray(np.ndarray):
 
 def naive_reaching_over(split, horizon, start):
     from modelfactory.data.splits import bars_between, label_bars
+
     times, needs = split.datetimes.as_unit("ns").asi8, label_bars(split, horizon)
     over = np.zeros(len(split), bool)
     for i, code in enumerate(split.codes):
@@ -504,26 +578,29 @@ def naive_reaching_over(split, horizon, start):
 
 
 def test_checking_boundaries_goes_through_each_row_a_few_times():
-    from modelfactory.data.splits import reaching_over
+    from modelfactory.data.splits import labels_crossing
+
     symbols = [f"S{i}" for i in range(300)]
     split = read_split(bars(symbols=symbols, n=12))
     start = split.datetimes.max().value + 1
     expected = naive_reaching_over(read_split(bars(symbols=symbols[:20], n=12)), 5, start)
     split.codes, CountedArray.elements = split.codes.view(CountedArray), 0
-    over = reaching_over(split, 5, start)
-    assert over[:len(expected)].tolist() == expected.tolist() and over.sum() == 300 * 5
+    over = labels_crossing(split, 5, start)
+    assert over[: len(expected)].tolist() == expected.tolist() and over.sum() == 300 * 5
     assert CountedArray.elements <= 10 * len(split)
 
 
 # Adjusted bars --------------------------------------------------------------------------------------------------------
 
+
 def adjusted(n=1_400, outside=17, by=1e-10):
     "Daily bars; some closes lie above the high and some below the low by a share of the price."
     rng = np.random.default_rng(0)
-    close = 100 * np.exp(rng.normal(0, .01, n).cumsum())
+    close = 100 * np.exp(rng.normal(0, 0.01, n).cumsum())
     times = pd.date_range("2010", periods=n, freq="D")
-    frame = pd.DataFrame(dict(datetime=times, symbol="AAA", open=close, high=close * 1.01, low=close * .99, close=close,
-                              volume=1.))
+    frame = pd.DataFrame(
+        dict(datetime=times, symbol="AAA", open=close, high=close * 1.01, low=close * 0.99, close=close, volume=1.0)
+    )
     rows = rng.choice(n, outside, replace=False)
     frame.loc[rows[:10], "high"] = close[rows[:10]] * (1 - by)
     frame.loc[rows[10:], "low"] = close[rows[10:]] * (1 + by)
@@ -532,8 +609,10 @@ def adjusted(n=1_400, outside=17, by=1e-10):
 
 def test_closes_outside_by_a_rounding_widen_the_bar_and_are_counted():
     from modelfactory.data.splits import SplitsWarning
+
     frame, rows = adjusted()
-    with pytest.warns(SplitsWarning) as shown: checked = check_bars(frame)
+    with pytest.warns(SplitsWarning) as shown:
+        checked = check_bars(frame)
     expected = "17 of 1,400 rows outside [low, high] by a rounding (at most 1e-09 of the price), first at row "
     assert f"{expected}{rows[0]}" in str(shown[0].message)
     assert len(shown) == 1 and shown[0].filename == __file__
@@ -545,7 +624,8 @@ def test_closes_outside_by_a_rounding_widen_the_bar_and_are_counted():
 def test_flat_bars_with_a_high_below_the_low_by_a_rounding_are_widened():
     frame, _ = adjusted(50, 0)
     frame = frame.assign(high=frame.close * (1 - 2e-10), low=frame.close * (1 + 2e-10))
-    with pytest.warns(UserWarning, match="50 of 50 rows"): checked = check_bars(frame)
+    with pytest.warns(UserWarning, match="50 of 50 rows"):
+        checked = check_bars(frame)
     assert (checked.high == frame.close).all() and (checked.low == frame.close).all()
 
 
@@ -556,9 +636,11 @@ def test_closes_outside_by_more_than_a_rounding_are_refused(by):
 
 
 def test_written_splits_hold_the_widened_bars(tmp_path):
-    from modelfactory.data.bars import bars_to_splits
+    from modelfactory.data.writer import bars_to_splits
+
     frame, _ = adjusted()
-    with pytest.warns(UserWarning) as shown: out = bars_to_splits(frame, tmp_path / "splits", horizons=(5,))
+    with pytest.warns(UserWarning) as shown:
+        out = bars_to_splits(frame, tmp_path / "splits", horizons=(5,))
     assert sum("by a rounding" in str(w.message) for w in shown) == 1
     for split in ("train", "val", "test"):
         rows = pd.read_parquet(out / f"{split}_scaled.parquet")
@@ -568,25 +650,62 @@ def test_written_splits_hold_the_widened_bars(tmp_path):
 # The same splits in five formats --------------------------------------------------------------------------------------
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", 25))  # 200 before a release
-WHOLE = ["int8", "int64", "uint16", "bool", "Int32", "boolean", "UInt8", "int64[pyarrow]", "category of numbers",
-         "float16"]
+WHOLE = [
+    "int8",
+    "int64",
+    "uint16",
+    "bool",
+    "Int32",
+    "boolean",
+    "UInt8",
+    "int64[pyarrow]",
+    "category of numbers",
+    "float16",
+]
 FRACTIONS = ["float64", "float32", "Float32", "double[pyarrow]", "decimal", "category of floats"]
-HOLED = {"float64", "float32", "Int32", "boolean", "Float32", "int64[pyarrow]", "double[pyarrow]", "decimal",
-         "category of numbers", "category of floats"}
-LABEL_KINDS = ["int8", "Int8", "float64", "float32", "text", "category of numbers", "category of text", "decimal",
-               "double[pyarrow]"]
-SYMBOL_KINDS = {"text": ["ES", "NA", "000001"], "category": ["zz", "Ü 1", "A,B"], "numbers": [600306, 1, 7],
-                "bytes": [b"ES", b"NQ", b"7"]}
+HOLED = {
+    "float64",
+    "float32",
+    "Int32",
+    "boolean",
+    "Float32",
+    "int64[pyarrow]",
+    "double[pyarrow]",
+    "decimal",
+    "category of numbers",
+    "category of floats",
+}
+LABEL_KINDS = [
+    "int8",
+    "Int8",
+    "float64",
+    "float32",
+    "text",
+    "category of numbers",
+    "category of text",
+    "decimal",
+    "double[pyarrow]",
+]
+SYMBOL_KINDS = {
+    "text": ["ES", "NA", "000001"],
+    "category": ["zz", "Ü 1", "A,B"],
+    "numbers": [600306, 1, 7],
+    "bytes": [b"ES", b"NQ", b"7"],
+}
 ZONES = [None, "UTC", "America/New_York", "Asia/Kolkata"]  # without a change of the clock in the two months drawn
 
 
 def typed(values, holes, kind):
     "A column of numbers in a type, None where there is a hole."
     listed = [None if hole else value for value, hole in zip(values.tolist(), holes)]
-    if kind == "decimal": return pd.Series([None if v is None else decimal.Decimal(str(round(v, 4))) for v in listed])
-    if kind == "text": return pd.Series([None if v is None else f"{v:g}" for v in listed])
-    if kind == "category of text": return pd.Series(pd.Categorical([None if v is None else f"{v:g}" for v in listed]))
-    if kind.startswith("category"): return pd.Series(pd.Categorical(listed))
+    if kind == "decimal":
+        return pd.Series([None if v is None else decimal.Decimal(str(round(v, 4))) for v in listed])
+    if kind == "text":
+        return pd.Series([None if v is None else f"{v:g}" for v in listed])
+    if kind == "category of text":
+        return pd.Series(pd.Categorical([None if v is None else f"{v:g}" for v in listed]))
+    if kind.startswith("category"):
+        return pd.Series(pd.Categorical(listed))
     return pd.Series(listed).astype(kind) if kind in HOLED or kind == "Int8" else pd.Series(values).astype(kind)
 
 
@@ -595,15 +714,16 @@ def splits_of_any_type(draw):
     "Features f0 to f3 of drawn types; drawn order of rows, zone, unit, gaps in time, holes, symbols, levels of the index."
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     symbol_kind = draw(st.sampled_from(list(SYMBOL_KINDS)))
-    names = SYMBOL_KINDS[symbol_kind][:draw(st.integers(1, 3))]
+    names = SYMBOL_KINDS[symbol_kind][: draw(st.integers(1, 3))]
     sizes = draw(st.lists(st.integers(2, 40), min_size=len(names), max_size=len(names)))
     zone, unit = draw(st.sampled_from(ZONES)), draw(st.sampled_from(["s", "ms", "us", "ns"]))
     steps = np.concatenate([np.sort(rng.choice(4 * n, n, replace=False)) for n in sizes])
     datetimes = pd.Series(pd.Timestamp("2024-01-04") + pd.to_timedelta(15 * steps, "min")).astype(f"datetime64[{unit}]")
     symbols = [s for s, n in zip(names, sizes) for _ in range(n)]
     frame = pd.DataFrame(dict(datetime=datetimes.dt.tz_localize(zone), symbol=symbols))
-    if symbol_kind == "category": frame["symbol"] = frame.symbol.astype("category")
-    n, share = len(frame), draw(st.sampled_from([0, .3]))
+    if symbol_kind == "category":
+        frame["symbol"] = frame.symbol.astype("category")
+    n, share = len(frame), draw(st.sampled_from([0, 0.3]))
     for j in range(4):
         kind = draw(st.sampled_from(WHOLE if j % 2 else FRACTIONS))
         values = rng.integers(0, 2 if kind in ("bool", "boolean") else 100, n) if j % 2 else rng.normal(size=n)
@@ -611,12 +731,15 @@ def splits_of_any_type(draw):
         frame[f"f{j}"] = typed(values, holes, kind)
     label_kind = draw(st.sampled_from(LABEL_KINDS))
     holes = (rng.random(n) < share) & (np.arange(n) > 0) & (label_kind != "int8")
-    frame["label_h5"] = typed(rng.choice([-1, 0, 1, -99, 2], n, p=[.3, .3, .2, .1, .1]), holes, label_kind)
+    frame["label_h5"] = typed(rng.choice([-1, 0, 1, -99, 2], n, p=[0.3, 0.3, 0.2, 0.1, 0.1]), holes, label_kind)
     frame["close"], frame["venue"] = rng.lognormal(size=n), rng.choice(["X", "Y"], n)
     order = draw(st.sampled_from(["by symbol", "by time", "shuffled", "reversed"]))
-    if order == "by time": frame = frame.sort_values("datetime", kind="stable")
-    if order == "shuffled": frame = frame.iloc[rng.permutation(n)]
-    if order == "reversed": frame = frame.iloc[::-1]
+    if order == "by time":
+        frame = frame.sort_values("datetime", kind="stable")
+    if order == "shuffled":
+        frame = frame.iloc[rng.permutation(n)]
+    if order == "reversed":
+        frame = frame.iloc[::-1]
     levels = draw(st.sampled_from([[], ["symbol"], ["datetime", "symbol"]]))
     return frame.set_index(levels) if levels else frame.reset_index(drop=True)
 
@@ -630,12 +753,15 @@ def as_polars_writes(frame, file):
         if pa.types.is_dictionary(kind):
             text = pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
             kind = pa.dictionary(pa.uint32(), pa.large_string()) if text else kind.value_type
-        if pa.types.is_string(kind): kind = pa.large_string()
-        if pa.types.is_decimal(kind): kind = pa.decimal128(38, kind.scale)
+        if pa.types.is_string(kind):
+            kind = pa.large_string()
+        if pa.types.is_decimal(kind):
+            kind = pa.decimal128(38, kind.scale)
         fields.append(pa.field(field.name, kind))
     columns = []
     for column, field in zip(table.columns, fields):
-        if pa.types.is_dictionary(field.type): column = column.cast(pa.large_string()).dictionary_encode()
+        if pa.types.is_dictionary(field.type):
+            column = column.cast(pa.large_string()).dictionary_encode()
         columns.append(column.cast(field.type))
     pq.write_table(pa.table(columns, schema=pa.schema(fields)), file, row_group_size=16)
 
@@ -647,18 +773,25 @@ def formats(frame, folder):
     as_polars_writes(columns, folder / "polars.parquet")
     written = columns.assign(symbol=columns.symbol.map(lambda s: s.decode() if isinstance(s, bytes) else s))
     written.to_csv(folder / "rows.csv", index=False)
-    return dict(frame=frame, pandas=folder / "pandas.parquet", polars=folder / "polars.parquet",
-                table=pa.Table.from_pandas(columns, preserve_index=False), csv=folder / "rows.csv")
+    return dict(
+        frame=frame,
+        pandas=folder / "pandas.parquet",
+        polars=folder / "polars.parquet",
+        table=pa.Table.from_pandas(columns, preserve_index=False),
+        csv=folder / "rows.csv",
+    )
 
 
 @pytest.fixture(scope="module")
 def four_features(tmp_path_factory):
     "A finished run on the features f0 to f3."
+
     def make(split):
         frame = bars(split)
         rng = np.random.default_rng(5)
         columns = {f"f{j}": rng.normal(size=len(frame)) for j in range(4)}
         return frame.drop(columns=["momentum", "trend"]).assign(**columns)
+
     return trained(tmp_path_factory.mktemp("four"), make, nan="zero")
 
 
@@ -674,10 +807,19 @@ def test_five_formats_give_the_same_matrix_labels_and_predictions(frame, four_fe
             predictions = four_features.predict(source)
             notes = [note.split(": ", 1)[1] for note in split.label_notes.get(5, [])]
             result = dict(
-                features=split.features, symbols=split.symbols, codes=split.codes, matrix=split.matrix,
-                labels=split.labels[5], times=split.datetimes.as_unit("ns").asi8, close=split.close, notes=notes,
-                p_up=predictions.p_up.to_numpy(), after=pd.DatetimeIndex(predictions.after).as_unit("ns").asi8,
-                symbol=predictions.symbol.tolist(), unseen=predictions.attrs["unseen"])
+                features=split.features,
+                symbols=split.symbols,
+                codes=split.codes,
+                matrix=split.matrix,
+                labels=split.labels[5],
+                times=split.datetimes.as_unit("ns").asi8,
+                close=split.close,
+                notes=notes,
+                p_up=predictions.p_up.to_numpy(),
+                after=pd.DatetimeIndex(predictions.after).as_unit("ns").asi8,
+                symbol=predictions.symbol.tolist(),
+                unseen=predictions.attrs["unseen"],
+            )
             if expected is None:
                 expected = result
                 assert split.symbols == names and split.features == ["f0", "f1", "f2", "f3"]

@@ -1,4 +1,5 @@
 "Reports on configs, identities, paths, presets and kernels: what was fed, and what comes out."
+
 import json
 import os
 import shutil
@@ -18,25 +19,29 @@ from test_context import cut_and_purge
 from test_foundation import market
 
 from modelfactory.cli import main
-from modelfactory.models.code import code_version
-from modelfactory.models.ensembles import EnsembleConfig, member_configs
-from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
+from modelfactory.configuration import ConfigError
 from modelfactory.data import explore
 from modelfactory.data.dataset import DatasetConfig
 from modelfactory.data.splits import read_splits
+from modelfactory.figure_text import keep_plain_text
+from modelfactory.figures import model_comparison, tear_sheet
 from modelfactory.models.base import to_output
-from modelfactory.pictures import keep_names
-from modelfactory.runs import engine, gallery
+from modelfactory.models.code import code_version
+from modelfactory.models.ensemble_base import EnsembleConfig, member_configs
+from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
+from modelfactory.runs import engine
 from modelfactory.runs import grid as grid_module
-from modelfactory.runs.compare import comparison, leaderboard, use_moved_data
+from modelfactory.runs.attempt import publish, write_run
+from modelfactory.runs.compare import use_moved_data
+from modelfactory.runs.comparison import comparison
 from modelfactory.runs.engine import Outcome
-from modelfactory.runs.grid import GridResult, grid_config, plan, run_grid, trainer_of
+from modelfactory.runs.grid import GridResult, grid_config, make_trainer, plan_grid, run_grid
+from modelfactory.runs.report import leaderboard
 from modelfactory.runs.rescore import scoring_trainer
-from modelfactory.runs.store import RunError, list_runs, publish, start_attempt, write_run
-from modelfactory.settings import ConfigError
-from modelfactory.training import plots
-from modelfactory.training.tuner import OptunaModelTuner
+from modelfactory.runs.run import list_runs
+from modelfactory.runs.run_folder import RunError, start_attempt
 from modelfactory.training.test_set import test_set_uses as sentences_on_test
+from modelfactory.tuning.study import OptunaModelTuner
 
 TASK = ("--model", "xgboost", "--horizon", "5", "--data", "planted")
 
@@ -51,9 +56,16 @@ def call(capsys, *args):
 
 
 @pytest.mark.parametrize("command", ["train", "tune"])
-@pytest.mark.parametrize("pair, option", [
-    ("random_seed=7", "--seed"), ("classes=[0, 1]", "--classes"), ("horizon=20", "--horizon"),
-    ("model_name=svm", "--model"), ("model_family=neural", "--model")])
+@pytest.mark.parametrize(
+    "pair, option",
+    [
+        ("random_seed=7", "--seed"),
+        ("classes=[0, 1]", "--classes"),
+        ("horizon=20", "--horizon"),
+        ("model_name=svm", "--model"),
+        ("model_family=neural", "--model"),
+    ],
+)
 def test_a_key_that_the_task_decides_is_refused_with_its_option(capsys, tmp_path, command, pair, option):
     "`--set random_seed=7` printed a finished run whose config says 42."
     code, out, err = call(capsys, command, *TASK, "--set", pair)
@@ -67,13 +79,17 @@ def test_a_key_that_the_task_decides_is_refused_with_its_option(capsys, tmp_path
 def test_a_grid_and_a_model_yaml_refuse_what_the_task_decides(tmp_path, monkeypatch, key, value):
     grid = dict(data="planted", models=["xgboost"], horizons=[5], overrides=dict(xgboost={key: value}))
     with pytest.raises(ConfigError, match=f"{key} = .* would be ignored"):
-        plan(grid_config(grid))
+        plan_grid(grid_config(grid))
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     file = tmp_path / "models/xgboost.yaml"
     file.parent.mkdir()
-    for values in ({key: value}, dict(presets=dict(quick={key: value})),
-                   dict(search={key: dict(type="categorical", choices=[value])})):
-        if key == "model_name" and key in values: continue  # a file says whose it is
+    for values in (
+        {key: value},
+        dict(presets=dict(quick={key: value})),
+        dict(search={key: dict(type="categorical", choices=[value])}),
+    ):
+        if key == "model_name" and key in values:
+            continue  # a file says whose it is
         file.write_text(yaml.safe_dump(values))
         with pytest.raises(ConfigError, match=f"{key} belongs to the task; .* use {TASK_KEYS[key].split()[0]}"):
             read_params("xgboost")
@@ -81,15 +97,17 @@ def test_a_grid_and_a_model_yaml_refuse_what_the_task_decides(tmp_path, monkeypa
 
 def test_values_that_agree_with_the_task_are_no_mistake():
     "A run's config.yaml holds every key; from it alone the same run is made."
-    first = trainer_of(dict(model="xgboost", horizon=5, data="planted", seed=7, config=dict(sequence_length=3)))
-    again = trainer_of(dict(model="xgboost", horizon=5, data="planted", seed=7, config=first.resolved()["config"]))
-    assert first.resolved() == again.resolved() and again.model_config["random_seed"] == 7
+    first = make_trainer(dict(model="xgboost", horizon=5, data="planted", seed=7, config=dict(sequence_length=3)))
+    again = make_trainer(
+        dict(model="xgboost", horizon=5, data="planted", seed=7, config=first.resolved_config()["config"])
+    )
+    assert first.resolved_config() == again.resolved_config() and again.model_config["random_seed"] == 7
     assert again.model_config["sequence_length"] == 3
 
 
 def test_data_in_dataset_and_shared_keys_of_members_are_refused():
     with pytest.raises(ConfigError, match="use --data"):
-        trainer_of(dict(model="xgboost", horizon=5, data="planted", dataset=dict(data="null")))
+        make_trainer(dict(model="xgboost", horizon=5, data="planted", dataset=dict(data="null")))
     with pytest.raises(ConfigError, match="lightgbm: patience = 3 would be ignored, 10 holds here; use patience"):
         member_configs(EnsembleConfig(members=dict(lightgbm=dict(patience=3))))
     assert member_configs(EnsembleConfig(members=dict(lightgbm=dict(n_rounds=3))))["lightgbm"]["n_rounds"] == 3
@@ -122,9 +140,11 @@ def test_a_wheel_holds_parameters_grids_and_notebooks(installed):
     "All families of models too: a folder that is not named anywhere is found."
     files = {f.relative_to(installed / "modelfactory") for f in (installed / "modelfactory").rglob("*") if f.is_file()}
     assert {f for f in files if f.suffix == ".py"} == {
-        f.relative_to(ROOT / "modelfactory") for f in (ROOT / "modelfactory").rglob("*.py")}
+        f.relative_to(ROOT / "modelfactory") for f in (ROOT / "modelfactory").rglob("*.py")
+    }
     assert {f for f in files if f.suffix == ".yaml"} == {
-        f.relative_to(ROOT) for kind in ("models", "grids") for f in (ROOT / "params" / kind).glob("*.yaml")}
+        f.relative_to(ROOT) for kind in ("models", "grids") for f in (ROOT / "params" / kind).glob("*.yaml")
+    }
     assert {f.name for f in files if f.suffix == ".ipynb"} == {"train.ipynb", "compare.ipynb", "study.ipynb"}
 
 
@@ -133,27 +153,43 @@ def test_from_a_folder_of_ones_own_presets_grids_and_notebooks_are_those_of_the_
     (tmp_path / "params/models").mkdir(parents=True)
     (tmp_path / "params/models/svm.yaml").write_text("presets: {quick: {C: 7.5}}")
     (tmp_path / "settings.ini").write_text("[modelfactory]\n")
-    done = elsewhere(installed, tmp_path, "\n".join([
-        "import modelfactory",
-        "from modelfactory.models.params import resolve_config",
-        "from modelfactory.runs.engine import find_notebook",
-        "from modelfactory.runs.grid import grid_config",
-        "print(modelfactory.__file__, resolve_config('xgboost', 5, 'quick')['n_rounds'])",
-        "print(resolve_config('svm', 5, 'quick')['C'], len(grid_config('demo').models))",
-        "print(*[find_notebook(f'{name}.ipynb').parent.name for name in ('train', 'compare', 'study')])"]))
+    done = elsewhere(
+        installed,
+        tmp_path,
+        "\n".join(
+            [
+                "import modelfactory",
+                "from modelfactory.models.params import resolve_config",
+                "from modelfactory.runs.engine import find_notebook",
+                "from modelfactory.runs.grid import grid_config",
+                "print(modelfactory.__file__, resolve_config('xgboost', 5, 'quick')['n_rounds'])",
+                "print(resolve_config('svm', 5, 'quick')['C'], len(grid_config('demo').models))",
+                "print(*[find_notebook(f'{name}.ipynb').parent.name for name in ('train', 'compare', 'study')])",
+            ]
+        ),
+    )
     first, second, third = done.stdout.splitlines()
     assert first == f"{installed}/modelfactory/__init__.py 150"
     assert second == "7.5 6" and third == "notebooks notebooks notebooks"
 
 
-@pytest.mark.parametrize("ask, says", [
-    (lambda: resolve_config("gru", 5, "nonsense"), "gru: unknown preset 'nonsense', valid: quick, tiny"),
-    (lambda: resolve_config("gru", 5, "quik"), "'quik', did you mean 'quick'? (presets: quick, tiny)"),
-    (lambda: plan(grid_config(dict(data="planted", models=["bare"], horizons=[5], preset="quick"))),
-     "bare: unknown preset 'quick', it has none; write presets: in params/models/bare.yaml"),
-    (lambda: trainer_of(dict(model="bare", horizon=5, data="planted", preset="nonsense")), "unknown preset 'nonsense'"),
-    (lambda: member_configs(EnsembleConfig(member_preset="nonsense")), "unknown preset 'nonsense'"),
-    (lambda: grid_config("quik"), "quik: no such file, and no grid of that name: did you mean 'quick'?")])
+@pytest.mark.parametrize(
+    "ask, says",
+    [
+        (lambda: resolve_config("gru", 5, "nonsense"), "gru: unknown preset 'nonsense', valid: quick, tiny"),
+        (lambda: resolve_config("gru", 5, "quik"), "'quik', did you mean 'quick'? (presets: quick, tiny)"),
+        (
+            lambda: plan_grid(grid_config(dict(data="planted", models=["bare"], horizons=[5], preset="quick"))),
+            "bare: unknown preset 'quick', it has none; write presets: in params/models/bare.yaml",
+        ),
+        (
+            lambda: make_trainer(dict(model="bare", horizon=5, data="planted", preset="nonsense")),
+            "unknown preset 'nonsense'",
+        ),
+        (lambda: member_configs(EnsembleConfig(member_preset="nonsense")), "unknown preset 'nonsense'"),
+        (lambda: grid_config("quik"), "quik: no such file, and no grid of that name: did you mean 'quick'?"),
+    ],
+)
 def test_an_unknown_preset_or_grid_is_an_error_that_lists_those_there_are(bare, ask, says):
     with pytest.raises(ConfigError) as refused:
         ask()
@@ -163,11 +199,16 @@ def test_an_unknown_preset_or_grid_is_an_error_that_lists_those_there_are(bare, 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     "A model without a YAML."
-    (tmp_path / "bare.py").write_text("\n".join([
-        "from modelfactory.models.classical.logistic_regression import LogisticRegressionModel",
-        "from modelfactory.models.registry import ModelRegistry",
-        "@ModelRegistry.register('bare', family='examples')",
-        "class Bare(LogisticRegressionModel): 'Has no file of parameters.'"]))
+    (tmp_path / "bare.py").write_text(
+        "\n".join(
+            [
+                "from modelfactory.models.classical.logistic_regression import LogisticRegressionModel",
+                "from modelfactory.models.registry import ModelRegistry",
+                "@ModelRegistry.register('bare', family='examples')",
+                "class Bare(LogisticRegressionModel): 'Has no file of parameters.'",
+            ]
+        )
+    )
     monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "bare.py"))
 
 
@@ -205,12 +246,20 @@ def test_an_identity_holds_the_code_that_fits_and_predicts_and_no_other(tmp_path
     "An edit of neural/lstm.py left GRU's identity as it was; a comment in plots.py changed every model's."
     for name in ("modelfactory", "params"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    nothing = ("training/plots.py", "evaluation/metrics.py", "runs/store.py", "cli.py", "settings.py",
-               "data/market.py")
-    everything = ("data/dataset.py", "data/splits.py", "models/base.py", "models/calibration.py",
-                  "training/trainer.py")
-    some = {"models/neural/lstm.py": ["gru", "lstm"], "models/neural/gru.py": ["gru"],
-            "models/boosting/lightgbm.py": ["average", "lightgbm", "stacking"]}  # with their members
+    nothing = (
+        "figures/tear_sheet.py",
+        "evaluation/metrics.py",
+        "runs/attempt.py",
+        "cli.py",
+        "configuration.py",
+        "data/market.py",
+    )
+    everything = ("data/dataset.py", "data/splits.py", "models/base.py", "models/calibration.py", "training/trainer.py")
+    some = {
+        "models/neural/lstm.py": ["gru", "lstm"],
+        "models/neural/gru.py": ["gru"],
+        "models/boosting/lightgbm.py": ["average", "lightgbm", "stacking"],
+    }  # with their members
     done = elsewhere(tmp_path, tmp_path, EDITS, *nothing, *everything, *some, "models/sequence.py")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -240,8 +289,10 @@ def test_an_identity_holds_what_a_plugin_imports(tmp_path, monkeypatch):
     layers, helper = tmp_path / "layers.ipynb", tmp_path / "helper.py"
 
     def notebook(*sources):
-        cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None)
-                 for i, s in enumerate(sources)]
+        cells = [
+            dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None)
+            for i, s in enumerate(sources)
+        ]
         layers.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
 
     (tmp_path / "helped.py").write_text(HELPED)
@@ -260,8 +311,8 @@ def test_an_identity_holds_what_a_plugin_imports(tmp_path, monkeypatch):
 
 def test_a_grid_that_trains_again_because_of_other_code_says_so(tmp_path, monkeypatch, capsys):
     grid = dict(data="planted", models=["logistic_regression", "svm"], horizons=[5], preset="quick")
-    jobs = plan(grid_config(grid))
-    resolved = json.loads(json.dumps(jobs[0].resolved))
+    jobs = plan_grid(grid_config(grid))
+    resolved = json.loads(json.dumps(jobs[0].resolved_config))
     run = make_run(tmp_path, "logistic_regression", bars(n=60), data="planted", fingerprint=jobs[0].fingerprint)
     (run.path / "config.yaml").write_text(yaml.safe_dump(resolved))
     monkeypatch.setattr(grid_module, "_run_all", lambda jobs, *args: GridResult(Outcome(j.title, "ok") for j in jobs))
@@ -270,7 +321,7 @@ def test_a_grid_that_trains_again_because_of_other_code_says_so(tmp_path, monkey
     del resolved["config"]["calibration"]  # an earlier version did not have the key
     (run.path / "config.yaml").write_text(yaml.safe_dump(resolved))
     assert run_grid(grid, tmp_path).ok and capsys.readouterr().out.startswith("1 run of this grid")
-    for change in (dict(force=True), dict(grid=grid | dict(overrides=dict(logistic_regression=dict(C=.5))))):
+    for change in (dict(force=True), dict(grid=grid | dict(overrides=dict(logistic_regression=dict(C=0.5))))):
         run_grid(**dict(grid=grid, runs=tmp_path) | change)
         assert capsys.readouterr().out == ""
 
@@ -282,15 +333,15 @@ def projects(tmp_path_factory):
     for project, n in (("one", 900), ("two", 960)):
         folder = root / project / "splits"
         folder.mkdir(parents=True)
-        train, rest = cut_and_purge(market(n), .6)
-        for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, .5))):
+        train, rest = cut_and_purge(market(n), 0.6)
+        for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5))):
             frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
     return root
 
 
 def trained(runs, data, **task):
     "A finished run, made in this process."
-    trainer = trainer_of(dict(model="logistic_regression", horizon=5, data=str(data)) | task)
+    trainer = make_trainer(dict(model="logistic_regression", horizon=5, data=str(data)) | task)
     trainer.run_full_pipeline()
     attempt = start_attempt(runs, trainer.config.model, 5)
     write_run(trainer, attempt)
@@ -300,17 +351,21 @@ def trained(runs, data, **task):
 def test_paths_are_kept_whole(projects, monkeypatch):
     "A worker in another folder failed on what planned fine."
     monkeypatch.chdir(projects / "one")
-    closes = [pd.read_parquet(file, columns=["datetime", "symbol", "close"]) for file in Path("splits").glob("*.parquet")]
+    closes = [
+        pd.read_parquet(file, columns=["datetime", "symbol", "close"]) for file in Path("splits").glob("*.parquet")
+    ]
     pd.concat(closes).to_parquet("p.parquet")
     grid = dict(data="splits", models=["logistic_regression"], horizons=[5], dataset=dict(prices="p.parquet"))
-    job, = plan(grid_config(grid))
-    assert job.parameters["data"] == job.resolved["data"]["data"] == str(projects / "one/splits")
-    assert job.parameters["dataset"]["prices"] == job.resolved["data"]["prices"] == str(projects / "one/p.parquet")
+    (job,) = plan_grid(grid_config(grid))
+    assert job.parameters["data"] == job.resolved_config["data"]["data"] == str(projects / "one/splits")
+    assert (
+        job.parameters["dataset"]["prices"] == job.resolved_config["data"]["prices"] == str(projects / "one/p.parquet")
+    )
     twice = dict(grid, data=["splits", str(projects / "one/splits")])
-    assert len(plan(grid_config(twice))) == 1
+    assert len(plan_grid(grid_config(twice))) == 1
     monkeypatch.chdir(projects)
-    trainer_of(job.parameters).prepare_data()
-    assert trainer_of(dict(model="svm", horizon=5, data="planted")).config.data.data == "planted"
+    make_trainer(job.parameters).prepare_data()
+    assert make_trainer(dict(model="svm", horizon=5, data="planted")).config.data.data == "planted"
 
 
 def test_two_projects_with_data_of_one_name_keep_their_runs(projects, tmp_path, monkeypatch):
@@ -328,17 +383,28 @@ def test_two_projects_with_data_of_one_name_keep_their_runs(projects, tmp_path, 
 def test_runs_are_of_one_data_set_by_fingerprint_or_whole_path(tmp_path):
     "Earlier versions kept paths as they were typed: these say nothing."
     table, models = bars(n=240), iter("abcdefgh")
-    for data, digit in [("splits", "1"), ("splits", "2"), ("/one/splits", "1"), ("/moved", "1"),
-                        ("/two", "3"), ("/two", "4"), ("planted", "5"), ("/bundled/planted", "5")]:
+    for data, digit in [
+        ("splits", "1"),
+        ("splits", "2"),
+        ("/one/splits", "1"),
+        ("/moved", "1"),
+        ("/two", "3"),
+        ("/two", "4"),
+        ("planted", "5"),
+        ("/bundled/planted", "5"),
+    ]:
         make_run(tmp_path, next(models), table, data=data, fingerprint=digit * 16)
     runs = list_runs(tmp_path)
     assert {r.manifest["model"]: r.data for r in runs} == dict(
-        a="/moved", b="splits", c="/moved", d="/moved", e="/two", f="/two", g="planted", h="planted")
+        a="/moved", b="splits", c="/moved", d="/moved", e="/two", f="/two", g="planted", h="planted"
+    )
     assert len(runs.latest()) == 8
     other = make_run(tmp_path, "a", table, data="splits", fingerprint="6" * 16)
     runs = list_runs(tmp_path)
     assert {r.data for r in runs if r.manifest["model"] in "b" or r.path == other.path} == {
-        "splits (22222222)", "splits (66666666)"}
+        "splits (22222222)",
+        "splits (66666666)",
+    }
 
 
 def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_path, monkeypatch, capsys):
@@ -361,8 +427,11 @@ def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_p
         scoring_trainer(stored[0])
     use_moved_data(stored, dict(splits=moved))
     assert scoring_trainer(stored[0]).datasets["val"].y.size
-    for pair, says in ((f"splits={projects / 'two/splits'}", "holds other data"),
-                       (f"split={moved}", "did you mean 'splits'"), ("splits", "expected key=value")):
+    for pair, says in (
+        (f"splits={projects / 'two/splits'}", "holds other data"),
+        (f"split={moved}", "did you mean 'splits'"),
+        ("splits", "expected key=value"),
+    ):
         code, out, err = call(capsys, "compare", runs, "--json", "--data", pair)
         assert code == 2 and says in err and out == ""
     assert call(capsys, "rescore", run)[0] == 1
@@ -376,32 +445,50 @@ def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_p
 def odd(tmp_path_factory):
     "Splits with NaN in three features, a leaking column, a name like the future, and prices in a file."
     folder = tmp_path_factory.mktemp("odd")
-    train, rest = cut_and_purge(market(6000), .6)
-    splits = dict(zip(("train", "val", "test"), (train, *cut_and_purge(rest, .5))))
+    train, rest = cut_and_purge(market(6000), 0.6)
+    splits = dict(zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5))))
     prices = pd.concat(splits.values())[["datetime", "symbol", "close"]]
     prices.to_parquet(folder / "prices.parquet", index=False)
     rng = np.random.default_rng(0)
     for name, frame in splits.items():
         frame = frame.drop(columns=["close"]).assign(
-            few=rng.normal(size=len(frame)), many=rng.normal(size=len(frame)),
-            quality_score=rng.normal(size=len(frame)), late=rng.normal(size=len(frame)))
-        frame["leak"] = frame.label_h5.where(frame.label_h5.isin([-1, 0, 1]), 0) + .1 * rng.normal(size=len(frame))
-        frame.loc[frame.index[:len(frame) // 4], "many"] = np.nan
-        if name == "train": frame.loc[frame.index[[7, 9]], "few"] = np.nan
-        if name == "val": frame.loc[frame.index[:len(frame) // 2], "late"] = np.nan
+            few=rng.normal(size=len(frame)),
+            many=rng.normal(size=len(frame)),
+            quality_score=rng.normal(size=len(frame)),
+            late=rng.normal(size=len(frame)),
+        )
+        frame["leak"] = frame.label_h5.where(frame.label_h5.isin([-1, 0, 1]), 0) + 0.1 * rng.normal(size=len(frame))
+        frame.loc[frame.index[: len(frame) // 4], "many"] = np.nan
+        if name == "train":
+            frame.loc[frame.index[[7, 9]], "few"] = np.nan
+        if name == "val":
+            frame.loc[frame.index[: len(frame) // 2], "late"] = np.nan
         frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
     return folder
 
 
-OPTIONS = ("--nan", "median", "--exclude", "late", "--features", "quality_score",
-           "--allow", "leak", "--classes", "-1,0,1")
+OPTIONS = (
+    "--nan",
+    "median",
+    "--exclude",
+    "late",
+    "--features",
+    "quality_score",
+    "--allow",
+    "leak",
+    "--classes",
+    "-1,0,1",
+)
 COMMANDS = [("check",), ("train", *TASK[:4], "--data"), ("tune", *TASK[:4], "--data")]
 
 
 def without_kernel(monkeypatch):
     "The parameters that `train` would give to a notebook."
     asked = {}
-    run = lambda parameters, *args: asked.update(parameters) or Outcome("x", "failed")
+
+    def run(parameters, *args):
+        return asked.update(parameters) or Outcome("x", "failed")
+
     monkeypatch.setattr(engine, "run_notebook", run)
     return asked
 
@@ -418,7 +505,8 @@ def test_options_say_what_of_the_data_is_used(capsys, odd, tmp_path, monkeypatch
         listed = "2 of 5 features with NaN: few (train 0.03%); many (train 25.00%); set"
     assert listed in err and ("late (val 50.00%)" in err) == (command[0] != "tune"), err
     code, _, err = call(capsys, *command, odd, *OPTIONS[:6])
-    if command[0] != "check": assert code == 2 and "leak" in err and asked == {}
+    if command[0] != "check":
+        assert code == 2 and "leak" in err and asked == {}
     code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "prices.parquet")
     if command[0] == "check":
         assert code in (0, None) and "permitted: leak" in out
@@ -426,25 +514,48 @@ def test_options_say_what_of_the_data_is_used(capsys, odd, tmp_path, monkeypatch
         code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "nothing.parquet")
         assert code == 2 and "no such price file" in err
     elif command[0] == "train":
-        assert asked["dataset"] == dict(nan="median", exclude=["late"], features=["quality_score"], classes=[-1, 0, 1],
-                                        prices=str(odd / "prices.parquet"))
+        assert asked["dataset"] == dict(
+            nan="median",
+            exclude=["late"],
+            features=["quality_score"],
+            classes=[-1, 0, 1],
+            prices=str(odd / "prices.parquet"),
+        )
     else:
-        assert asked["config"].data == DatasetConfig(str(odd), 1, ("quality_score",), ("late",), "median", (-1, 0, 1),
-                                                     str(odd / "prices.parquet"))
-    for bad, says in ((("--nan", "mean"), "'mean'"), (("--classes", "up,down"), "whole numbers"),
-                      (("--exclude", "lat"), "did you mean 'late'")):
+        assert asked["config"].data == DatasetConfig(
+            str(odd), 1, ("quality_score",), ("late",), "median", (-1, 0, 1), str(odd / "prices.parquet")
+        )
+    for bad, says in (
+        (("--nan", "mean"), "'mean'"),
+        (("--classes", "up,down"), "whole numbers"),
+        (("--exclude", "lat"), "did you mean 'late'"),
+    ):
         code, _, err = call(capsys, *command, odd, *OPTIONS, *bad)
         assert code == 2 and says in err and err.count("\n") == 1
 
 
 def test_set_reaches_keys_of_the_data_set(capsys, odd, monkeypatch):
     asked = without_kernel(monkeypatch)
-    task = ("train", *TASK[:4], "--data", odd, *OPTIONS, "--classes", "0,1",
-            "--set", "dataset.nan=zero", "--set", "dataset.gap=0", "--set", "max_depth=3")
+    task = (
+        "train",
+        *TASK[:4],
+        "--data",
+        odd,
+        *OPTIONS,
+        "--classes",
+        "0,1",
+        "--set",
+        "dataset.nan=zero",
+        "--set",
+        "dataset.gap=0",
+        "--set",
+        "max_depth=3",
+    )
     code, _, err = call(capsys, *task)
     assert code == 1, err
     assert asked["config"] == dict(max_depth=3) and asked["dataset"] == dict(
-        nan="zero", gap=0, exclude=["late"], features=["quality_score"], classes=[0, 1])
+        nan="zero", gap=0, exclude=["late"], features=["quality_score"], classes=[0, 1]
+    )
     for pair, says in (("dataset.nann=zero", "did you mean 'nan'"), ("dataset.data=planted", "--data")):
         code, _, err = call(capsys, *task, "--set", pair)
         assert code == 2 and says in err
@@ -458,8 +569,8 @@ def dollars(tmp_path_factory):
     "Splits with dollar signs in the names of columns, symbols and the folder."
     folder = tmp_path_factory.mktemp("data") / "$B_^$"
     folder.mkdir()
-    train, rest = cut_and_purge(market(900), .6)
-    for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, .5))):
+    train, rest = cut_and_purge(market(900), 0.6)
+    for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5))):
         rng = np.random.default_rng(len(frame))
         frame = frame.assign(**{column: rng.normal(size=len(frame)) for column in NAMES.values()})
         frame.assign(symbol="$C_" + frame.symbol + "_$").to_parquet(folder / f"{name}_scaled.parquet", index=False)
@@ -483,7 +594,8 @@ def test_a_run_is_made_whatever_its_names_and_folders_are_called(dollars, tmp_pa
     run = list_runs(runs)[0]
     run.verify()
     assert run.path == outcome.path and {"importance.png", "robustness.png", "predictions.png"} <= {
-        file.name for file in (run.path / "plots").iterdir()}
+        file.name for file in (run.path / "plots").iterdir()
+    }
 
 
 def drawn_texts(figure):
@@ -496,29 +608,36 @@ def drawn_texts(figure):
 
 def test_pictures_show_names_as_they_are(dollars, tmp_path):
     symbols = {"$C_A_$"}
-    importance = dict.fromkeys([*NAMES.values(), "plain"], 1.)
-    assert set(importance) <= drawn_texts(plots.plot_importance(importance))
+    importance = dict.fromkeys([*NAMES.values(), "plain"], 1.0)
+    assert set(importance) <= drawn_texts(tear_sheet.plot_importance(importance))
     splits = read_splits(dollars, (5,), splits=("train", "val"))
-    predictions = to_output(np.full((4, 3), 1 / 3), pd.DataFrame(dict(
-        datetime=pd.date_range("2024", periods=4), symbol="$C_A_$", horizon=5)), (-1, 0, 1))
-    assert symbols <= drawn_texts(plots.plot_probabilities(predictions))
+    predictions = to_output(
+        np.full((4, 3), 1 / 3),
+        pd.DataFrame(dict(datetime=pd.date_range("2024", periods=4), symbol="$C_A_$", horizon=5)),
+        (-1, 0, 1),
+    )
+    assert symbols <= drawn_texts(tear_sheet.plot_probabilities(predictions))
     assert symbols <= drawn_texts(explore.plot_class_balance(explore.class_balance(splits["train"], 5)))
     assert any("$C_A_$" in text for text in drawn_texts(explore.plot_labels(splits["train"], 5)))
     table = bars(n=240)
     for model in ("one", "two"):
         make_run(tmp_path, model, table, data=str(dollars))
     rows = leaderboard(comparison(tmp_path))
-    drawn = gallery.plot_forest(rows, "$B_^$", "directional_skill"), gallery.plot_time_against_score(rows, "$B_^$")
+    drawn = (
+        model_comparison.plot_forest(rows, "$B_^$", "directional_skill"),
+        model_comparison.plot_time_against_score(rows, "$B_^$"),
+    )
     for figure in drawn:
-        assert plots.png(figure).startswith(b"\x89PNG")
+        assert tear_sheet.figure_png(figure).startswith(b"\x89PNG")
 
 
 def test_numbers_on_logarithmic_axes_stay_formulas():
     from matplotlib import pyplot as plt
+
     figure, ax = plt.subplots()
     ax.plot([1, 1000], [1, 2])
     ax.set_xscale("log")
-    keep_names(figure).canvas.draw()
+    keep_plain_text(figure).canvas.draw()
     ticks = [label for label in ax.get_xticklabels() if label.get_text()]
     assert ticks and all(label._preprocess_math(label.get_text())[1] is not False for label in ticks)
     plt.close(figure)

@@ -1,4 +1,5 @@
 "Reports about cutting, tuning and plugins: what was fed, what comes out."
+
 import filecmp
 import sqlite3
 import sys
@@ -16,31 +17,48 @@ from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
 from modelfactory.data.splits import NO_TARGET, SplitOverlap, SplitsError, check_splits, present_splits, read_splits
 from modelfactory.models import conformance
-from modelfactory.models.base import NotFittedError
 from modelfactory.models.conformance import CHECKS, ConformanceError, check_model
+from modelfactory.models.errors import NotFittedError
 from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs.attempt import publish, write_run
 from modelfactory.runs.engine import Outcome
 from modelfactory.runs.grid import GridResult
-from modelfactory.runs.store import list_runs, load_run, publish, start_attempt, write_run
+from modelfactory.runs.run import list_runs, load_run
+from modelfactory.runs.run_folder import start_attempt
 from modelfactory.runs.tracking import TrackingError, rebuild, track_run, track_runs
 from modelfactory.training.trainer import Trainer
-from modelfactory.training.tuner import GRACE, n_trials_of, read_tuned
+from modelfactory.tuning.result import n_trials_of, read_tuned
+from modelfactory.tuning.storage import MISSED_HEARTBEATS
 
 NAMES = ("train", "val", "test")
 
 
 def call(*args):
-    with pytest.raises(SystemExit) as end: main([str(a) for a in args])
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in args])
     return end.value.code
 
 
 def bars(n=700, reach=None, symbols="AB", seed=0):
     "Hourly bars whose labels of horizon 5 are decided up to `reach` bars later; None: the file does not say when."
     rng = np.random.default_rng(seed)
-    table = pd.concat([pd.DataFrame(dict(
-        datetime=pd.date_range("2024-01-01", periods=n, freq="h"), symbol=s, x=rng.normal(size=n), z=rng.normal(size=n),
-        label_h5=np.arange(n) % 3 - 1)) for s in symbols], ignore_index=True)
-    if reach: table["bars_to_hit_h5"] = rng.integers(1, reach + 1, len(table))
+    table = pd.concat(
+        [
+            pd.DataFrame(
+                dict(
+                    datetime=pd.date_range("2024-01-01", periods=n, freq="h"),
+                    symbol=s,
+                    x=rng.normal(size=n),
+                    z=rng.normal(size=n),
+                    label_h5=np.arange(n) % 3 - 1,
+                )
+            )
+            for s in symbols
+        ],
+        ignore_index=True,
+    )
+    if reach:
+        table["bars_to_hit_h5"] = rng.integers(1, reach + 1, len(table))
     return table
 
 
@@ -48,9 +66,9 @@ def write(folder, table, gap=0, **options):
     "Splits that are cut by time alone, `gap` bars left out between them; rows in random order."
     folder.mkdir(parents=True)
     times = np.sort(table.datetime.unique())
-    cuts = np.split(np.arange(len(times)), [int(.6 * len(times)), int(.8 * len(times))])
+    cuts = np.split(np.arange(len(times)), [int(0.6 * len(times)), int(0.8 * len(times))])
     for name, part in zip(NAMES, cuts):
-        rows = table[table.datetime.isin(times[part[gap if name != "train" else 0:]])].sample(frac=1, random_state=1)
+        rows = table[table.datetime.isin(times[part[gap if name != "train" else 0 :]])].sample(frac=1, random_state=1)
         pq.write_table(pa.Table.from_pandas(rows, preserve_index=False), folder / f"{name}_scaled.parquet", **options)
     (folder / "feature_scaler.json").write_text("{}")
     return folder
@@ -68,7 +86,8 @@ def reaching(early, late):
 @pytest.mark.parametrize("reach", [None, 3, 15, 60])
 def test_purging_makes_null_what_reaches_over_and_nothing_else(tmp_path, reach):
     source, purged = write(tmp_path / "splits", bars(reach=reach)), tmp_path / "purged"
-    with pytest.raises(SplitOverlap): check_splits(source)
+    with pytest.raises(SplitOverlap):
+        check_splits(source)
     counts = purge_splits(source, purged)
     frames = {name: pd.read_parquet(source / f"{name}_scaled.parquet") for name in NAMES}
     for name, late in (("train", "val"), ("val", "test")):
@@ -79,7 +98,8 @@ def test_purging_makes_null_what_reaches_over_and_nothing_else(tmp_path, reach):
         assert after["label_h5"].is_null().to_numpy().tolist() == over.tolist() and over.any()
         assert after["label_h5"].filter(pa.array(~over)).equals(before["label_h5"].filter(pa.array(~over)))
         assert counts.set_index("split").loc[name, "labels purged"] == over.sum()
-    for file in ("test_scaled.parquet", "feature_scaler.json"): assert filecmp.cmp(source / file, purged / file, shallow=False)
+    for file in ("test_scaled.parquet", "feature_scaler.json"):
+        assert filecmp.cmp(source / file, purged / file, shallow=False)
     assert "decided by bars" not in str(check_splits(purged))
 
 
@@ -87,12 +107,15 @@ def test_purging_twice_changes_no_byte(tmp_path):
     source = write(tmp_path / "splits", bars(reach=15))
     purge_splits(source, tmp_path / "once")
     assert purge_splits(tmp_path / "once", tmp_path / "twice")["labels purged"].sum() == 0
-    for file in (tmp_path / "once").iterdir(): assert filecmp.cmp(file, tmp_path / "twice" / file.name, shallow=False)
+    for file in (tmp_path / "once").iterdir():
+        assert filecmp.cmp(file, tmp_path / "twice" / file.name, shallow=False)
 
 
 @pytest.mark.parametrize("label", ["int8", "int64", "float64", "Int16", "Float32"])
 def test_labels_keep_their_type(tmp_path, label):
-    source = write(tmp_path / "splits", bars(reach=9).astype(dict(label_h5=label)), compression="zstd", row_group_size=100)
+    source = write(
+        tmp_path / "splits", bars(reach=9).astype(dict(label_h5=label)), compression="zstd", row_group_size=100
+    )
     purge_splits(source, tmp_path / "purged")
     before, after = (pq.ParquetFile(f / "train_scaled.parquet") for f in (source, tmp_path / "purged"))
     assert after.schema_arrow.field("label_h5").type == before.schema_arrow.field("label_h5").type
@@ -104,7 +127,8 @@ def test_labels_keep_their_type(tmp_path, label):
 
 @pytest.mark.parametrize("gap", [0, 5, 20, 48])
 def test_the_advice_is_the_reach_of_the_labels_and_what_was_counted(tmp_path, gap):
-    with pytest.raises(SplitOverlap) as refused: check_splits(write(tmp_path / "splits", bars(reach=60), gap))
+    with pytest.raises(SplitOverlap) as refused:
+        check_splits(write(tmp_path / "splits", bars(reach=60), gap))
     assert "labels reach up to 60 bars (the largest bars_to_hit_h5)" in str(refused.value)
     assert f" has {gap} bars between 2024-01-" in str(refused.value)
     assert "leave 60 bars between the splits" in str(refused.value) and "modelfactory purge" in str(refused.value)
@@ -127,7 +151,8 @@ def test_purging_by_command(tmp_path, capsys):
 def test_a_test_split_of_any_name_is_one(tmp_path):
     "Names without `_scaled`: labels of val that reach into test are purged, and `check` looks at test as well."
     source = write(tmp_path / "splits", bars(reach=15))
-    for name in NAMES: (source / f"{name}_scaled.parquet").rename(source / f"{name}.parquet")
+    for name in NAMES:
+        (source / f"{name}_scaled.parquet").rename(source / f"{name}.parquet")
     assert present_splits(source) == NAMES and present_splits(dict(train=1, val=1)) == NAMES[:2]
     purged = purge_splits(source, tmp_path / "out").set_index("split")["labels purged"]
     assert purged["train"].sum() > 0 and purged["val"].sum() > 0 and call("check", source) == 2
@@ -146,13 +171,16 @@ def test_parts_and_csv_are_not_purged(tmp_path):
 def test_what_cannot_be_purged_leaves_nothing_behind(tmp_path):
     table = bars()
     source = write(tmp_path / "splits", table)
-    with pytest.raises(SplitsError, match="lies inside"): purge_splits(source, source / "purged")
+    with pytest.raises(SplitsError, match="lies inside"):
+        purge_splits(source, source / "purged")
     table[table.datetime > "2024-01-10"].to_parquet(source / "val_scaled.parquet")
-    with pytest.raises(SplitOverlap, match="cut the splits by time"): purge_splits(source, tmp_path / "purged")
+    with pytest.raises(SplitOverlap, match="cut the splits by time"):
+        purge_splits(source, tmp_path / "purged")
     assert [p.name for p in tmp_path.iterdir()] == ["splits"]
 
 
 # Tuning and tracking
+
 
 def orphaned(tuner):
     "A trial that was lost before its first sign of life: its process was killed right after it had been entered."
@@ -171,7 +199,7 @@ def test_a_trial_that_nobody_works_on_is_made_by_another(home, tmp_path):
 def test_a_trial_that_another_process_works_on_is_left_to_it(home, tmp_path):
     "Longer than the signs of life that may be missed: it is neither failed nor made twice."
     storage, begun = tmp_path / "alive.db", tmp_path / "begun"
-    slow = dict(pause=1.5 * GRACE / 6, rounds=6)
+    slow = dict(pause=1.5 * MISSED_HEARTBEATS / 6, rounds=6)
     other = process(home, storage, 1, slow, VALLEY_BEGUN=begun)
     until(lambda: begun.exists() or other.poll() is not None, "a trial")
     result = tuner(home, storage, 1, slow).run()
@@ -202,17 +230,18 @@ def test_an_experiment_that_was_deleted_is_one_line_with_what_to_do(tmp_path):
     client, _ = client_of(tmp_path)
     client.delete_experiment(client.get_experiment_by_name("modelfactory").experiment_id)
     for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
-        with pytest.raises(TrackingError, match="was deleted in MLflow; take another name") as refused: act()
+        with pytest.raises(TrackingError, match="was deleted in MLflow; take another name") as refused:
+            act()
         assert "\n" not in str(refused.value) and "--experiment-id 1" in str(refused.value)
-    assert track_runs(tmp_path, experiment="modelfactory_2").new == 1
+    assert track_runs(tmp_path, experiment="modelfactory_2").added == 1
     client.restore_experiment("1")
-    assert track_runs(tmp_path).there == 1
+    assert track_runs(tmp_path).unchanged == 1
 
 
 def test_an_empty_database_is_filled(tmp_path):
     make_run(tmp_path)
     (tmp_path / "mlflow.db").touch()
-    assert track_runs(tmp_path).new == 1 and len(client_of(tmp_path)[1]) == 1
+    assert track_runs(tmp_path).added == 1 and len(client_of(tmp_path)[1]) == 1
 
 
 @pytest.mark.parametrize("damage", ["empty", "not a database"])
@@ -222,20 +251,23 @@ def test_a_database_that_holds_nothing_is_one_line_with_what_to_do(tmp_path, dam
     track_run(run)
     if damage == "empty":
         with sqlite3.connect(file) as db:
-            tables = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
             for name in tables:
-                if name not in ("alembic_version", "sqlite_sequence"): db.execute(f"DROP TABLE {name}")
-    else: file.write_bytes(b"something else" * 100)
+                if name not in ("alembic_version", "sqlite_sequence"):
+                    db.execute(f"DROP TABLE {name}")
+    else:
+        file.write_bytes(b"something else" * 100)
     for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
-        with pytest.raises(TrackingError, match="; delete it, then modelfactory track --rebuild$") as refused: act()
+        with pytest.raises(TrackingError, match="; delete it, then modelfactory track --rebuild$") as refused:
+            act()
         assert "\n" not in str(refused.value)
     file.unlink()
-    assert rebuild(tmp_path).new == 1
+    assert rebuild(tmp_path).added == 1
 
 
 # Plugins, and the exit codes of a grid
 
-CONTRACT_ALONE = '''
+CONTRACT_ALONE = """
 import json
 from dataclasses import dataclass
 
@@ -296,7 +328,7 @@ class OwnFiles(BaseModel):
         saved = json.loads((path / "columns.json").read_text())
         if saved != self.feature_columns: raise FeatureMismatch(f"fitted on {saved}, expected the same in that order")
         with np.load(path / "means.npz") as file: self.means, self.share = file["means"], file["share"]
-'''
+"""
 
 
 @pytest.fixture
@@ -312,15 +344,15 @@ def test_a_plugin_that_keeps_to_the_contract_alone_is_whole(own_files):
 
 
 def test_a_fresh_process_that_hangs_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(conformance, "FRESH", "import time; time.sleep(3600)")
-    monkeypatch.setattr(conformance, "FRESH_SECONDS", .1)
+    monkeypatch.setattr(conformance, "NEW_PROCESS_SCRIPT", "import time; time.sleep(3600)")
+    monkeypatch.setattr(conformance, "NEW_PROCESS_SECONDS", 0.1)
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=2)))
     with pytest.raises(ConformanceError, match="does not end within 0.1 s"):
-        conformance.predict_in_fresh_process(tmp_path, np.zeros((2, 1), np.float32), meta)
+        conformance.predict_in_new_process(tmp_path, np.zeros((2, 1), np.float32), meta)
 
 
 def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):
-    trainer = Trainer(dict(model="own_files", horizon=5, data="planted", config=dict(width=2.)))
+    trainer = Trainer(dict(model="own_files", horizon=5, data="planted", config=dict(width=2.0)))
     trainer.run_full_pipeline()
     attempt = start_attempt(tmp_path / "runs", "own_files", 5)
     write_run(trainer, attempt)
@@ -330,13 +362,23 @@ def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):
 
 
 def test_a_refused_save_writes_no_header(own_files, tmp_path):
-    with pytest.raises(NotFittedError): ModelRegistry.create("own_files", {}, 5, ["x"]).save(tmp_path / "m")
+    with pytest.raises(NotFittedError):
+        ModelRegistry.create("own_files", {}, 5, ["x"]).save(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("statuses, code", [
-    (["ok", "skipped"], 0), (["ok", "unavailable"], 0), (["unavailable"], 0),
-    (["ok", "failed"], 1), (["timeout"], 1), (["killed"], 1), (["interrupted"], 1)])
+@pytest.mark.parametrize(
+    "statuses, code",
+    [
+        (["ok", "skipped"], 0),
+        (["ok", "unavailable"], 0),
+        (["unavailable"], 0),
+        (["ok", "failed"], 1),
+        (["timeout"], 1),
+        (["killed"], 1),
+        (["interrupted"], 1),
+    ],
+)
 def test_the_exit_code_of_a_grid_is_the_one_its_help_promises(statuses, code, monkeypatch):
     result = GridResult(Outcome(f"run {i}", status) for i, status in enumerate(statuses))
     monkeypatch.setattr("modelfactory.runs.grid.run_grid", lambda *args: result)
@@ -347,5 +389,11 @@ def test_the_help_of_experiment_says_how_it_ends(capsys):
     assert call("experiment", "no such grid") == 2
     assert call("experiment", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("0 when every run is finished", "unavailable", "1 when a run failed", "2 when the grid", "130 after Ctrl-C"):
+    for words in (
+        "0 when every run is finished",
+        "unavailable",
+        "1 when a run failed",
+        "2 when the grid",
+        "130 after Ctrl-C",
+    ):
         assert words in text

@@ -1,4 +1,5 @@
 "Runs in real processes: killed at any moment, made by a model from outside, failing beside others."
+
 import contextlib
 import json
 import os
@@ -17,7 +18,8 @@ from conftest import PATIENCE, ROOT, finish, interruptible, until
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
 from modelfactory.runs.engine import Limits, run_notebook
-from modelfactory.runs.store import PARTIAL, clear_partial, is_alive, list_runs, load_run
+from modelfactory.runs.run import list_runs, load_run
+from modelfactory.runs.run_folder import PARTIAL_FOLDER, clear_partial, is_alive
 
 MODELFACTORY = Path(sys.executable).with_name("modelfactory")
 PARAMETERS = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
@@ -30,14 +32,18 @@ def call(*args, cwd=ROOT, **env):
 
 def under_way(runs, starter, seed=None):
     "Process and folder of a run, by its claim; None before it has a process besides the one that starts it."
-    for attempt in (runs / PARTIAL).glob("*"):
-        try: job, pid = json.loads((attempt / "job.json").read_text()), int((attempt / "pid").read_text().split()[0])
-        except (OSError, ValueError, IndexError): continue
-        if pid != starter and seed in (None, job["parameters"].get("seed")): return pid, attempt
+    for attempt in (runs / PARTIAL_FOLDER).glob("*"):
+        try:
+            job, pid = json.loads((attempt / "job.json").read_text()), int((attempt / "pid").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            continue
+        if pid != starter and seed in (None, job["parameters"].get("seed")):
+            return pid, attempt
 
 
 def kill_group(process):
-    with contextlib.suppress(ProcessLookupError): os.killpg(process, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
 
 
 STAGES = ["pid", "train.ipynb", "checkpoints", "predictions", "metrics", "plots", "result.json", "no such file"]
@@ -49,25 +55,34 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
     moments = random.Random(7)
 
     def killed(i):
-        runs, stage, later = tmp_path / f"runs_{i % 2}", STAGES[i // 2], moments.uniform(0, .3)
+        runs, stage, later = tmp_path / f"runs_{i % 2}", STAGES[i // 2], moments.uniform(0, 0.3)
 
         def reached():
             "A file is in the attempt, in the folder that is about to be published, or in the run."
-            if not (run := under_way(runs, os.getpid(), i)): return False
+            if not (run := under_way(runs, os.getpid(), i)):
+                return False
             return any((folder / stage).exists() for folder in (run[1], run[1] / run[1].name, runs / run[1].name))
 
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, Limits(PATIENCE, threads=1))
             until(lambda: reached() or future.done(), f"{stage} of run {i}")
             wait([future], later)
-            if run := under_way(runs, os.getpid(), i): kill_group(run[0])
+            if run := under_way(runs, os.getpid(), i):
+                kill_group(run[0])
             return future.result(PATIENCE).status
 
-    with ThreadPoolExecutor(2) as pool: statuses = list(pool.map(killed, range(16)))
+    with ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(killed, range(16)))
     folders = [tmp_path / f"runs_{k}" for k in (0, 1)]
     visible = [f for runs in folders for f in runs.iterdir() if not f.name.startswith(".")]
-    assert len(visible) == sum(len(list_runs(runs)) for runs in folders) == statuses.count("ok") + statuses.count("not scored")
-    for folder in visible: load_run(folder).verify(); load_run(folder).model()
+    assert (
+        len(visible)
+        == sum(len(list_runs(runs)) for runs in folders)
+        == statuses.count("ok") + statuses.count("not scored")
+    )
+    for folder in visible:
+        load_run(folder).verify()
+        load_run(folder).model()
     assert statuses.count("killed") + statuses.count("not scored") >= 5, statuses
 
 
@@ -81,15 +96,23 @@ def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):
     kill_group(process)
     until(lambda: not is_alive(attempt), "the killed run to be gone")
     assert list_runs(tmp_path) == [] and clear_partial(tmp_path) == [attempt.name]
-    assert list((tmp_path / PARTIAL).iterdir()) == []
+    assert list((tmp_path / PARTIAL_FOLDER).iterdir()) == []
 
 
 def test_a_model_from_outside_the_package(tmp_path):
     "`new` writes a model in a folder of its own; the grid trains it; no file of the package changes."
-    before = {f: sha256(f.read_bytes()).hexdigest() for f in ROOT.rglob("*") if f.is_file() and f.parts[len(ROOT.parts)] in ("modelfactory", "nbs", "params") and f.suffix in (".py", ".ipynb", ".yaml")}
+    before = {
+        f: sha256(f.read_bytes()).hexdigest()
+        for f in ROOT.rglob("*")
+        if f.is_file()
+        and f.parts[len(ROOT.parts)] in ("modelfactory", "nbs", "params")
+        and f.suffix in (".py", ".ipynb", ".yaml")
+    }
     made = call("new", "mymodel", "--family", "myfamily", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    (tmp_path / "grid.yaml").write_text(f"data: {resolve_data('planted')}\nmodels: [mymodel, logistic_regression]\nhorizons: [5]\npreset: quick\n")
+    (tmp_path / "grid.yaml").write_text(
+        f"data: {resolve_data('planted')}\nmodels: [mymodel, logistic_regression]\nhorizons: [5]\npreset: quick\n"
+    )
     done = call("experiment", "grid.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = list_runs(tmp_path / "runs")
@@ -107,49 +130,83 @@ def test_the_same_run_is_not_trained_twice_and_runs_from_its_config_alone(tmp_pa
     assert first.returncode == second.returncode == 0 and "1 ok" in first.stdout and "1 skipped" in second.stdout
     run = list_runs(tmp_path / "runs")[0]
     from modelfactory.training.trainer import Trainer
+
     trainer = Trainer(run.path / "config.yaml")
     trainer.run_full_pipeline()
-    assert (trainer.predictions["val"].probabilities == run.predictions()[["p_down", "p_flat", "p_up"]].to_numpy()).all()
+    assert (
+        trainer.predictions["val"].probabilities == run.predictions()[["p_down", "p_flat", "p_up"]].to_numpy()
+    ).all()
     assert trainer.metrics["val"]["sharpe_net"] == pytest.approx(run.metrics["sharpe_net"])
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path):
     grid = tmp_path / "grid.yaml"
-    grid.write_text("data: planted\nmodels: [svm, logistic_regression]\nhorizons: [5]\npreset: quick\noverrides: {svm: {exact: true, max_exact_rows: 10}}\n")
+    grid.write_text(
+        "data: planted\nmodels: [svm, logistic_regression]\nhorizons: [5]\npreset: quick\noverrides: {svm: {exact: true, max_exact_rows: 10}}\n"
+    )
     done = call("experiment", grid, "--output", tmp_path / "runs")
     assert done.returncode == 1 and "1 ok, 1 failed" in done.stdout.replace("1 failed, 1 ok", "1 ok, 1 failed")
     assert "at most 10" in done.stdout and len(list_runs(tmp_path / "runs")) == 1
 
 
 def test_train_and_predict_by_command(tmp_path):
-    done = call("train", "--model", "xgboost", "--horizon", "20", "--data", "planted", "--preset", "quick", "--set", "n_rounds=20", "--output", tmp_path / "runs", "--test")
+    done = call(
+        "train",
+        "--model",
+        "xgboost",
+        "--horizon",
+        "20",
+        "--data",
+        "planted",
+        "--preset",
+        "quick",
+        "--set",
+        "n_rounds=20",
+        "--output",
+        tmp_path / "runs",
+        "--test",
+    )
     assert done.returncode == 0, done.stderr
     run = list_runs(tmp_path / "runs")[0]
     assert run.config["config"]["n_rounds"] == 20 and run.manifest["splits"] == ["val", "test"]
-    with pytest.raises(SystemExit) as end: main(["predict", str(run.path), "planted", "--output", str(tmp_path / "p.parquet")])
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(run.path), "planted", "--output", str(tmp_path / "p.parquet")])
     assert end.value.code == 0
     import pandas as pd
-    both = run.predictions("test").merge(pd.read_parquet(tmp_path / "p.parquet"), on=["datetime", "symbol"], suffixes=("", "_again"))
+
+    both = run.predictions("test").merge(
+        pd.read_parquet(tmp_path / "p.parquet"), on=["datetime", "symbol"], suffixes=("", "_again")
+    )
     assert len(both) == len(run.predictions("test")) and (both.p_up - both.p_up_again).abs().max() < 1e-6
 
 
 def test_training_never_opens_the_test_split(tmp_path):
     "Without test_scaled.parquet a training works; asked for by name, it is missed."
     for f in resolve_data("planted").iterdir():
-        if f.is_file() and "test" not in f.name: shutil.copy(f, tmp_path)
+        if f.is_file() and "test" not in f.name:
+            shutil.copy(f, tmp_path)
     from modelfactory.data.splits import MissingFile
     from modelfactory.training.trainer import Trainer
+
     trainer = Trainer(dict(model="logistic_regression", horizon=5, data=str(tmp_path), preset="quick"))
     assert trainer.run_full_pipeline()["n_samples"] > 1000
-    with pytest.raises(MissingFile): trainer.evaluate("test")
+    with pytest.raises(MissingFile):
+        trainer.evaluate("test")
 
 
 def test_demo_says_what_it_means(capsys, tmp_path):
     "A small grid over the three kinds of data ends in three sentences."
-    from modelfactory.runs.compare import compare, comparison, conclusion
+    from modelfactory.runs.compare import compare
+    from modelfactory.runs.comparison import comparison
     from modelfactory.runs.grid import run_grid
-    result = run_grid(dict(data=["eurusd", "planted", "null"], models=["logistic_regression"], horizons=[5], preset="quick"), tmp_path)
+    from modelfactory.runs.sentences import conclusion
+
+    result = run_grid(
+        dict(data=["eurusd", "planted", "null"], models=["logistic_regression"], horizons=[5], preset="quick"), tmp_path
+    )
     assert result.ok
     said = conclusion(comparison(tmp_path))
     assert [s.split(":")[0] for s in said] == ["planted", "null", "eurusd"]
-    assert compare(tmp_path).is_file() and (tmp_path / "model_comparison.md").read_text().count("logistic_regression") >= 6
+    assert (
+        compare(tmp_path).is_file() and (tmp_path / "model_comparison.md").read_text().count("logistic_regression") >= 6
+    )

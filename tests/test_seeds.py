@@ -1,4 +1,5 @@
 "Seeds of one model are one model: one row, one entry in the tests, one trial each."
+
 import json
 
 import numpy as np
@@ -7,9 +8,11 @@ import yaml
 from fabricate import bars, make_run
 
 from modelfactory.models.base import probability_columns
-from modelfactory.runs.compare import comparison, direction_tests, leaderboard, leaderboard_table, seed_table, task_notes, variance_split, variance_table
-from modelfactory.runs.significance import count_trials, read_task, stack_predictions, task_runs
-from modelfactory.runs.store import list_runs
+from modelfactory.runs.comparison import comparison, variance_split
+from modelfactory.runs.report import direction_tests, leaderboard, leaderboard_table, seed_table, variance_table
+from modelfactory.runs.run import list_runs
+from modelfactory.runs.sentences import task_notes
+from modelfactory.runs.task import count_trials, read_task, stack_predictions, task_runs
 
 COLUMNS = probability_columns((-1, 0, 1))
 
@@ -18,22 +21,27 @@ COLUMNS = probability_columns((-1, 0, 1))
 def folder(tmp_path_factory):
     "An LSTM with three seeds of different skill, and two models with one seed."
     runs, table = tmp_path_factory.mktemp("runs"), bars(n=300)
-    for seed, skill in ((1, .2), (2, .9), (3, .5)): make_run(runs, "lstm", table, seed=seed, skill=skill)
-    for i in range(2): make_run(runs, f"other_{i}", table, skill=.5 + .02 * i)
+    for seed, skill in ((1, 0.2), (2, 0.9), (3, 0.5)):
+        make_run(runs, "lstm", table, seed=seed, skill=skill)
+    for i in range(2):
+        make_run(runs, f"other_{i}", table, skill=0.5 + 0.02 * i)
     return runs
 
 
 @pytest.fixture(scope="module")
-def result(folder): return comparison(folder)
+def result(folder):
+    return comparison(folder)
 
 
 def test_a_model_with_three_seeds_is_one_row(folder, result):
-    task, = result["tasks"]
+    (task,) = result["tasks"]
     assert task["n_models"] == 3 and [m["rank"] for m in task["models"]] == [1, 2, 3]
     lstm = next(m for m in task["models"] if m["model"] == "lstm")
     losses = [r.metrics["log_loss"] for r in task_runs(list_runs(folder), "bars", 5)["lstm"]]
     assert lstm["seeds"] == [1, 2, 3] and len(lstm["runs"]) == 3
-    expected = dict(log_loss=np.mean(losses), log_loss_sd=np.std(losses, ddof=1), log_loss_min=min(losses), log_loss_max=max(losses))
+    expected = dict(
+        log_loss=np.mean(losses), log_loss_sd=np.std(losses, ddof=1), log_loss_min=min(losses), log_loss_max=max(losses)
+    )
     assert {k: lstm[k] for k in expected} == pytest.approx(expected)
     assert lstm["log_loss_ci_low"] < lstm["log_loss"] < lstm["log_loss_ci_high"]
     for metric in ("directional_skill", "directional_accuracy"):
@@ -46,7 +54,11 @@ def test_a_model_with_three_seeds_is_one_row(folder, result):
     tests = direction_tests(result).set_index("model").loc["lstm"]
     assert tests.skill == lstm["averaged"]["directional_skill"] and tests.low < tests.skill < tests.high
     table = leaderboard(result)
-    assert (table.model == "lstm").sum() == 1 and "lstm (3 seeds)" in str(leaderboard_table(table)) and " ± " in str(leaderboard_table(table))
+    assert (
+        (table.model == "lstm").sum() == 1
+        and "lstm (3 seeds)" in str(leaderboard_table(table))
+        and " ± " in str(leaderboard_table(table))
+    )
 
 
 def test_the_entry_in_the_tests_is_the_mean_of_the_probabilities(folder, result):
@@ -63,30 +75,38 @@ def test_the_entry_in_the_tests_is_the_mean_of_the_probabilities(folder, result)
     assert lstm["averaged"]["log_loss"] < lstm["log_loss"], "Jensen: the mean of the probabilities has the lower loss"
 
 
-def test_each_seed_is_a_trial(folder): assert count_trials(list_runs(folder), "bars") == 5
+def test_each_seed_is_a_trial(folder):
+    assert count_trials(list_runs(folder), "bars") == 5
 
 
 def test_variance_is_split_and_the_spread_is_said(result):
     assert seed_table(result).frame["of mean probabilities"].notna().all() and len(seed_table(result).frame) == 1
     losses = variance_table(result).frame.set_index("metric").loc["log_loss"]
-    assert losses.seed_share > .5
+    assert losses.seed_share > 0.5
     sentences = " ".join(task_notes(result["tasks"][0]))
     lstm = next(m for m in result["tasks"][0]["models"] if m["model"] == "lstm")
     assert ("lstm: " in sentences) == (lstm["rank"] < 3), "said of every model but the last"
 
 
 def test_one_seed_each_gives_no_split(tmp_path):
-    for i in range(2): make_run(tmp_path, f"m{i}", bars(n=100), noise=i)
+    for i in range(2):
+        make_run(tmp_path, f"m{i}", bars(n=100), noise=i)
     result = comparison(tmp_path)
-    assert seed_table(result) is None and variance_table(result) is None and result["tasks"][0]["models"][0]["averaged"] is None
+    assert (
+        seed_table(result) is None
+        and variance_table(result) is None
+        and result["tasks"][0]["models"][0]["averaged"] is None
+    )
 
 
-@pytest.mark.parametrize("between, within", [(.02, .01), (0., .01), (.02, .0)])
+@pytest.mark.parametrize("between, within", [(0.02, 0.01), (0.0, 0.01), (0.02, 0.0)])
 def test_variance_split_finds_what_was_put_in(between, within):
     rng = np.random.default_rng(0)
     scores = {i: m + within * rng.normal(size=4) for i, m in enumerate(between * rng.normal(size=400))}
     found = variance_split(scores)
-    assert found["model_sd"] == pytest.approx(between, abs=.003) and found["seed_sd"] == pytest.approx(within, abs=.001)
+    assert found["model_sd"] == pytest.approx(between, abs=0.003) and found["seed_sd"] == pytest.approx(
+        within, abs=0.001
+    )
 
 
 def altered(run, **values):
@@ -116,5 +136,5 @@ def test_runs_of_other_configs_or_data_are_no_seeds_of_the_newest_run(tmp_path):
 def test_seeds_before_and_after_the_data_moved_are_of_one_model(tmp_path):
     for seed, data in enumerate(("/here/bars", "/there/bars")):
         make_run(tmp_path, "lstm", bars(n=300), seed=seed, data=data, fingerprint="a" * 16)
-    task, = comparison(tmp_path)["tasks"]
+    (task,) = comparison(tmp_path)["tasks"]
     assert task["n_models"] == 1 and task["models"][0]["seeds"] == [0, 1]

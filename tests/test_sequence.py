@@ -1,4 +1,5 @@
 "The training loop of networks: killed and gone on with, on another device's path, compiled, beside a caller's own generator."
+
 import contextlib
 import json
 import random
@@ -13,7 +14,7 @@ from conftest import finish, interruptible, until
 
 from modelfactory.models.conformance import window_task
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.models.sequence import Batches, standardised
+from modelfactory.models.sequence import Batches, standardise_windows
 
 SMALL = dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=6, batch_size=32, learning_rate=1e-2)
 TASK = window_task("trend", n=600)
@@ -46,7 +47,8 @@ def fit_in_a_process(folder, out, kill_after=None):
     process = interruptible([sys.executable, "-c", FIT, json.dumps(SMALL), folder, out, ready])
     until(lambda: ready.exists() or process.poll() is not None, "a process that fits")
     if kill_after is not None:
-        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(kill_after)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(kill_after)
         process.kill()
     written = finish(process)
     assert process.returncode in ([0] if kill_after is None else [0, -signal.SIGKILL]), written
@@ -55,15 +57,17 @@ def fit_in_a_process(folder, out, kill_after=None):
 def test_a_fit_killed_at_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path):
     fit_in_a_process(tmp_path / "whole", tmp_path / "whole.npz")
     chance = random.Random(1)
-    for _ in range(5): fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz", chance.uniform(.02, .6))
+    for _ in range(5):
+        fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz", chance.uniform(0.02, 0.6))
     fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz")
     whole, killed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
-    for name in whole: np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
     assert [f.name for f in (tmp_path / "killed").glob("round_*")] == ["round_6"]
 
 
 def test_batches_of_a_device_are_those_of_the_buffer():
-    windows = standardised(TASK.X, np.zeros(5, np.float32), np.ones(5, np.float32))
+    windows = standardise_windows(TASK.X, np.zeros(5, np.float32), np.ones(5, np.float32))
     idx = np.array([5, 599, 0, 5])
     assert torch.equal(Batches(windows, "cpu:0").take(idx), Batches(windows, "cpu").take(idx))
 
@@ -100,10 +104,11 @@ def test_the_batch_size_of_prediction_does_not_matter():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_an_error():
-    with pytest.raises(ValueError, match="device: cuda, but torch sees no GPU"): fitted(device="cuda")
+    with pytest.raises(ValueError, match="device: cuda, but torch sees no GPU"):
+        fitted(device="cuda")
 
 
 def test_label_smoothing_keeps_a_network_less_sure():
-    (sure, _), (less, _) = fitted(early_stopping=False), fitted(early_stopping=False, label_smoothing=.4)
+    (sure, _), (less, _) = fitted(early_stopping=False), fitted(early_stopping=False, label_smoothing=0.4)
     top = [m.predict(TASK.X_val, TASK.meta_val).probabilities.max(1).mean() for m in (sure, less)]
-    assert top[1] < top[0] - .05
+    assert top[1] < top[0] - 0.05

@@ -1,11 +1,13 @@
 "A handful of the faults of `soak.py`; `make soak` makes a hundred."
+
 import os
 import time
 
 import psutil
 import pytest
 import soak
-from modelfactory.runs.store import clear_partial, is_alive, start_attempt
+
+from modelfactory.runs.run_folder import clear_partial, is_alive, start_attempt
 
 
 def test_random_moments(tmp_path):
@@ -15,16 +17,19 @@ def test_random_moments(tmp_path):
 
 @pytest.mark.parametrize("fault", soak.FAULTS, ids=lambda f: f.__name__)
 def test_a_fault_is_told_and_leaves_nothing(fault, tmp_path):
-    try: fault(tmp_path)
-    except soak.Cannot as e: pytest.skip(f"NOT TRIED: {fault.__name__}: {e}")
+    try:
+        fault(tmp_path)
+    except soak.Cannot as e:
+        pytest.skip(f"NOT TRIED: {fault.__name__}: {e}")
 
 
-@pytest.mark.parametrize("moved", [-10**9, -3600, 0, 3600, 10**9])
+@pytest.mark.parametrize("moved", [-(10**9), -3600, 0, 3600, 10**9])
 def test_times_of_files_do_not_say_who_lives(tmp_path, moved):
     "A clock that jumped leaves files from the future or from long ago; a claim of this machine is judged by its process."
     mine, dead = start_attempt(tmp_path, "svm", 5), start_attempt(tmp_path, "svm", 20)
     (dead / "pid").write_text("999999999 0")
-    for attempt in (mine, dead): os.utime(attempt / "pid", (time.time() + moved,) * 2)
+    for attempt in (mine, dead):
+        os.utime(attempt / "pid", (time.time() + moved,) * 2)
     assert clear_partial(tmp_path) == [dead.name] and mine.is_dir()
 
 
@@ -34,5 +39,6 @@ def test_a_clock_that_jumps_does_not_make_a_living_run_dead(tmp_path, jump, monk
     attempt = start_attempt(tmp_path, "svm", 5)
     boot = psutil.boot_time() + jump
     monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot)
-    if hasattr(psutil._psplatform, "BOOT_TIME"): monkeypatch.setattr(psutil._psplatform, "BOOT_TIME", boot)
+    if hasattr(psutil._psplatform, "BOOT_TIME"):
+        monkeypatch.setattr(psutil._psplatform, "BOOT_TIME", boot)
     assert is_alive(attempt) and clear_partial(tmp_path) == []

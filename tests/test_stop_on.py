@@ -1,18 +1,20 @@
 "`stop_on: train_tail`: early stopping sees the purged end of train, and validation takes no part in the fit."
+
 import numpy as np
 import pytest
 from test_test_set import frames
 
-from modelfactory.models.calibration import Calibrated, HoldoutError, StopsOnTail, purged_holdout
-from modelfactory.models.conformance import check_model, planted
-from modelfactory.models.persistence import load_model
+from modelfactory.models.calibration import CalibratedModel, HoldoutError, TailEarlyStopping, purged_holdout
+from modelfactory.models.conformance import check_model, planted_task
+from modelfactory.models.loading import load_model
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.training.trainer import EARLY_STOPPING_NOTE, Trainer, early_stopping_note
 
-TASK = planted()
+TASK = planted_task()
 SMALL = {name: dict(n_rounds=60, patience=5) for name in ("lightgbm", "xgboost", "catboost")} | dict(
     gru=dict(max_epochs=4, hidden_size=8, sequence_length=12),
-    average=dict(members=dict(lightgbm=dict(n_rounds=30), logistic_regression={})))
+    average=dict(members=dict(lightgbm=dict(n_rounds=30), logistic_regression={})),
+)
 
 
 def new(name, **config):
@@ -20,7 +22,8 @@ def new(name, **config):
     return ModelRegistry.create(name, asked, 5, TASK.features)
 
 
-def task_of(name): return planted(seq_len=12) if name == "gru" else TASK
+def task_of(name):
+    return planted_task(seq_len=12) if name == "gru" else TASK
 
 
 def fitted(name, val=None, y_val=None, **config):
@@ -31,7 +34,8 @@ def fitted(name, val=None, y_val=None, **config):
     return model
 
 
-def probabilities(model, name): return model.predict(task_of(name).X_val, task_of(name).meta_val).probabilities
+def probabilities(model, name):
+    return model.predict(task_of(name).X_val, task_of(name).meta_val).probabilities
 
 
 @pytest.mark.parametrize("name", ["lightgbm", "xgboost", "catboost", "gru", "average", "random_forest", "svm"])
@@ -54,7 +58,7 @@ def test_with_stop_on_val_the_labels_of_validation_do_count(name):
 @pytest.mark.parametrize("name", ["lightgbm", "gru"])
 def test_it_is_the_model_that_is_fitted_on_the_earlier_part_with_the_end_as_validation(name):
     task, model = task_of(name), fitted(name)
-    first, end = purged_holdout(task.meta, .15)
+    first, end = purged_holdout(task.meta, 0.15)
     X_first, X_end = (task.X.subset(rows) if name == "gru" else task.X[rows] for rows in (first, end))
     of_first, of_end = (task.meta.iloc[rows].reset_index(drop=True) for rows in (first, end))
     plain = new(name, stop_on="val")
@@ -65,9 +69,9 @@ def test_it_is_the_model_that_is_fitted_on_the_earlier_part_with_the_end_as_vali
 
 def test_calibration_holds_out_the_end_and_stopping_the_end_of_what_remains():
     model = new("lightgbm", calibration="temperature")
-    assert isinstance(model, Calibrated) and isinstance(model.model, StopsOnTail)
+    assert isinstance(model, CalibratedModel) and isinstance(model.model, TailEarlyStopping)
     model.fit(TASK.X, TASK.y, TASK.X_val, TASK.y_val, TASK.meta, TASK.meta_val)
-    rest, last = purged_holdout(TASK.meta, .2)
+    rest, last = purged_holdout(TASK.meta, 0.2)
     meta = TASK.meta.iloc[rest].reset_index(drop=True)
     inner = new("lightgbm")
     inner.fit(TASK.X[rest], TASK.y[rest], TASK.X_val, -TASK.y_val, meta, TASK.meta_val)
@@ -98,9 +102,15 @@ def test_conformance(name, seq_len):
 def test_callbacks_importance_saving_and_loading_are_those_of_the_model(name, tmp_path):
     class Rounds:
         n = 0
-        def on_fit_start(self, model, n_rounds): pass
-        def on_epoch_end(self, model, epoch, logs): self.n += 1
-        def on_fit_end(self, model, history): pass
+
+        def on_fit_start(self, model, n_rounds):
+            pass
+
+        def on_epoch_end(self, model, epoch, logs):
+            self.n += 1
+
+        def on_fit_end(self, model, history):
+            pass
 
     task, watch = task_of(name), Rounds()
     model = new(name, calibration="isotonic")
@@ -115,7 +125,7 @@ def test_callbacks_importance_saving_and_loading_are_those_of_the_model(name, tm
 
 
 def test_too_few_rows_and_no_metadata_are_refused():
-    few = planted(n=60)
+    few = planted_task(n=60)
     with pytest.raises(HoldoutError, match="stop_share 0.15 leaves 46 rows to learn from and 9 held out, expected"):
         new("lightgbm").fit(few.X, few.y, few.X_val, few.y_val, few.meta, few.meta_val)
     with pytest.raises(ValueError, match="needs metadata_train"):
@@ -123,12 +133,15 @@ def test_too_few_rows_and_no_metadata_are_refused():
 
 
 def test_a_trainer_passes_it_on_and_says_what_early_stopping_costs():
-    asked = dict(stop_on="train_tail", stop_share=.3, n_rounds=20)
+    asked = dict(stop_on="train_tail", stop_share=0.3, n_rounds=20)
     trainer = Trainer(dict(model="lightgbm", horizon=5, data="in memory", config=asked), frames())
     trainer.run_full_pipeline()
-    assert isinstance(trainer.model, StopsOnTail) and trainer.model.config.stop_share == .3
+    assert isinstance(trainer.model, TailEarlyStopping) and trainer.model.config.stop_share == 0.3
     assert early_stopping_note(trainer.model_config) is None
-    config_of = lambda name: Trainer(dict(model=name, horizon=5, data="in memory"), frames()).model_config
+
+    def config_of(name):
+        return Trainer(dict(model=name, horizon=5, data="in memory"), frames()).model_config
+
     plain = {name: config_of(name) for name in ("lightgbm", "gru", "average", "svm")}
     notes = {name: early_stopping_note(config) for name, config in plain.items()}
     assert notes == dict(lightgbm=EARLY_STOPPING_NOTE, gru=EARLY_STOPPING_NOTE, average=EARLY_STOPPING_NOTE, svm=None)

@@ -1,4 +1,5 @@
 "Every use of a test set is in the ledger; the fingerprint covers it; it is checked against the earlier splits."
+
 import json
 
 import numpy as np
@@ -9,9 +10,10 @@ from test_foundation import market
 
 from modelfactory.cli import main
 from modelfactory.data.splits import SplitOverlap, fingerprint
-from modelfactory.runs.final import final
-from modelfactory.runs.store import MANIFEST, list_runs
-from modelfactory.training.test_set import LEDGER, read_ledger, record_test_use, test_set_uses
+from modelfactory.runs.final import final_scores
+from modelfactory.runs.run import list_runs
+from modelfactory.runs.run_folder import MANIFEST_FILE
+from modelfactory.training.test_set import LEDGER_FILE, read_ledger, record_test_use, test_set_uses
 from modelfactory.training.trainer import Trainer
 
 
@@ -23,8 +25,8 @@ def runs(tmp_path, monkeypatch):
 
 
 def frames(n=900):
-    train, rest = cut_and_purge(market(n), .6)
-    val, test = cut_and_purge(rest, .5)
+    train, rest = cut_and_purge(market(n), 0.6)
+    val, test = cut_and_purge(rest, 0.5)
     return dict(train=train, val=val, test=test)
 
 
@@ -32,60 +34,64 @@ LOGISTIC = dict(model="logistic_regression", horizon=5, data="in memory")
 TRAIN = ("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output")
 
 
-def trainer(data=None, **kw): return Trainer(LOGISTIC, data or frames(), **kw)
+def trainer(data=None, **kw):
+    return Trainer(LOGISTIC, data or frames(), **kw)
 
 
 def call(*args):
-    with pytest.raises(SystemExit) as done: main([str(a) for a in args])
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in args])
     return done.value.code
 
 
 def test_a_trainer_in_a_notebook_records_each_use_before_it_returns(runs, tmp_path):
     ours = trainer()
     ours.run_full_pipeline()
-    assert not (runs / LEDGER).exists()
+    assert not (runs / LEDGER_FILE).exists()
     ours.evaluate("test"), ours.evaluate("test")
     trainer(runs=tmp_path / "elsewhere").evaluate("test")
     ledger = read_ledger(runs)
     assert ledger.model.tolist() == ["logistic_regression"] * 2
     assert set(ledger.run) == {""} and set(ledger.horizon) == {5}
     assert set(ledger.fingerprint) == {ours.fingerprint()} and len(read_ledger(tmp_path / "elsewhere")) == 1
-    assert test_set_uses(runs) == ["in memory: the test set was used 2 times, for 1 model: "
-                                   "its scores are no longer those of a single use."]
+    assert test_set_uses(runs) == [
+        "in memory: the test set was used 2 times, for 1 model: its scores are no longer those of a single use."
+    ]
 
 
 def test_no_score_is_returned_where_the_use_cannot_be_recorded(tmp_path):
     (tmp_path / "file").write_text("")
     ours = trainer(runs=tmp_path / "file")
-    with pytest.raises(OSError): ours.evaluate("test")
+    with pytest.raises(OSError):
+        ours.evaluate("test")
     assert "test" not in ours.metrics and "test" not in ours.predictions
 
 
 def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(tmp_path, capsys):
     folder = tmp_path / "output"
     assert call(*TRAIN, folder, "--test") == 0
-    run, = list_runs(folder)
+    (run,) = list_runs(folder)
     ledger = read_ledger(folder)
     assert ledger.run.tolist() == [run.path.name] and ledger.fingerprint.tolist() == [run.manifest["data_fingerprint"]]
-    final([run.path])
+    final_scores([run.path])
     assert read_ledger(folder).run.tolist() == [run.path.name] * 2
     assert test_set_uses(folder)[0].startswith("planted: the test set was used 2 times, for 1 model")
-    assert not (tmp_path / "runs" / LEDGER).exists()
+    assert not (tmp_path / "runs" / LEDGER_FILE).exists()
 
 
 def test_a_run_whose_fingerprint_left_test_out_can_still_be_scored_on_test(tmp_path):
     folder = tmp_path / "output"
     assert call(*TRAIN, folder) == 0
-    run, = list_runs(folder)
-    manifest = json.loads((run.path / MANIFEST).read_text())
+    (run,) = list_runs(folder)
+    manifest = json.loads((run.path / MANIFEST_FILE).read_text())
     manifest["data_fingerprint"] = Trainer(run.config).fingerprint(("train", "val"))
-    (run.path / MANIFEST).write_text(json.dumps(manifest))
-    assert len(final([run.path])) and len(read_ledger(folder)) == 1
+    (run.path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert len(final_scores([run.path])) and len(read_ledger(folder)) == 1
 
 
 def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
     line = dict(when="2024-01-01T00:00:00+00:00", run="gru_h5_1", data="mine", fingerprint="0", model="gru", horizon=5)
-    (tmp_path / LEDGER).write_text(json.dumps(line) + "\n")
+    (tmp_path / LEDGER_FILE).write_text(json.dumps(line) + "\n")
     record_test_use(tmp_path, "mine", "1", "xgboost", 5)
     record_test_use(tmp_path, "mine", "0", "xgboost", 5)
     old, new = test_set_uses(tmp_path)
@@ -97,37 +103,41 @@ def test_folders_of_one_name_are_two_test_sets(tmp_path):
     for folder in ("x/scaled", "y/scaled"):
         (tmp_path / folder).mkdir(parents=True)
         record_test_use(tmp_path, tmp_path / folder, folder, "gru", 5, "gru_h5_1")
-    assert test_set_uses(tmp_path) == [f"{f}: the test set was used 1 time, for 1 model." for f in ("x/scaled", "y/scaled")]
+    assert test_set_uses(tmp_path) == [
+        f"{f}: the test set was used 1 time, for 1 model." for f in ("x/scaled", "y/scaled")
+    ]
     assert read_ledger(tmp_path)["data"].tolist() == [str(tmp_path / "x/scaled"), str(tmp_path / "y/scaled")]
 
 
 def test_a_use_that_an_earlier_version_recorded_by_name_is_of_the_same_test_set(tmp_path):
     (tmp_path / "mine").mkdir()
     line = dict(when="2024-01-01T00:00:00+00:00", run="gru_h5_1", data="mine", fingerprint="0", model="gru", horizon=5)
-    (tmp_path / LEDGER).write_text(json.dumps(line) + "\n")
+    (tmp_path / LEDGER_FILE).write_text(json.dumps(line) + "\n")
     record_test_use(tmp_path, tmp_path / "mine", "0", "xgboost", 5)
-    sentence, = test_set_uses(tmp_path)
+    (sentence,) = test_set_uses(tmp_path)
     assert sentence.startswith("mine: the test set was used 2 times, for 2 models")
 
 
 def test_the_card_of_a_run_knows_what_the_ledger_says(tmp_path):
     from modelfactory.runs.export import model_card
+
     folder = tmp_path / "output"
     assert call(*TRAIN, folder) == 0
-    run, = list_runs(folder)
+    (run,) = list_runs(folder)
     card = model_card(run)
     assert "test was never scored by this run" in card and "Validation took no part in training" in card
-    final([run.path])
+    final_scores([run.path])
     assert "test was scored 1 time by this run" in model_card(run)
 
 
 def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):
     data = frames()
-    other = data | dict(test=data["test"].assign(rsi=0.))
+    other = data | dict(test=data["test"].assign(rsi=0.0))
     without = {k: v for k, v in data.items() if k != "test"}
     assert len({fingerprint(data), fingerprint(other), fingerprint(without)}) == 3
     assert fingerprint(data, ("train", "val")) == fingerprint(without) == fingerprint(other, ("train", "val"))
-    for name, frame in data.items(): frame.to_parquet(tmp_path / f"{name}_scaled.parquet")
+    for name, frame in data.items():
+        frame.to_parquet(tmp_path / f"{name}_scaled.parquet")
     whole = fingerprint(tmp_path)
     other["test"].to_parquet(tmp_path / "test_scaled.parquet")
     changed = fingerprint(tmp_path)
@@ -139,8 +149,8 @@ def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):
 
 def test_labels_of_val_that_bars_of_test_decide_are_found_when_test_is_read(runs):
     "Today only train is checked against test."
-    train, rest = cut_and_purge(market(900), .6)
-    val, test = cut(rest, [.5])
+    train, rest = cut_and_purge(market(900), 0.6)
+    val, test = cut(rest, [0.5])
     ours = trainer(dict(train=train, val=val, test=test))
     assert ours.run_full_pipeline()["n_samples"] > 0
     with pytest.raises(SplitOverlap, match="val frame: label_h5: 10 rows decided by bars of test frame"):

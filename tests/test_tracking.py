@@ -1,4 +1,5 @@
 "MLflow as a view of run folders: what goes in, what never does, and what happens when it is not there."
+
 import json
 import logging
 import os
@@ -11,9 +12,24 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PATIENCE, finish, until
+
+from modelfactory.configuration import redact
 from modelfactory.runs import tracking
-from modelfactory.runs.store import RESULT, list_runs, load_run, publish, write_json
-from modelfactory.runs.tracking import KIND, Tracker, TrackingError, rebuild, redact, run_view, track_run, track_runs, track_study, tracking_store, try_track
+from modelfactory.runs.attempt import publish
+from modelfactory.runs.run import list_runs, load_run
+from modelfactory.runs.run_folder import RESULT_FILE, write_json
+from modelfactory.runs.tracking import (
+    KIND_TAG,
+    Tracker,
+    TrackingError,
+    rebuild,
+    run_view,
+    track_run,
+    track_runs,
+    track_study,
+    tracking_store,
+    try_track,
+)
 
 DEAD = "http://bob:hunter2@127.0.0.1:9"
 ODD = """<img src=x onerror=alert(1)> "o'clock" ü 100%41"""
@@ -23,20 +39,63 @@ def make_run(runs, name="xgboost_h5_20260101_000000_abcdef", rounds=3, config=No
     "A published run of small files, as a training leaves them."
     attempt = runs / ".partial" / name
     attempt.mkdir(parents=True)
-    (attempt / "config.yaml").write_text(yaml.safe_dump(dict(model="xgboost", horizon=5, data=dict(data="planted", classes=[-1, 0, 1], nan=None), config=config or dict(max_depth=4), seed=42), allow_unicode=True))
+    (attempt / "config.yaml").write_text(
+        yaml.safe_dump(
+            dict(
+                model="xgboost",
+                horizon=5,
+                data=dict(data="planted", classes=[-1, 0, 1], nan=None),
+                config=config or dict(max_depth=4),
+                seed=42,
+            ),
+            allow_unicode=True,
+        )
+    )
     (attempt / "train.ipynb").write_text(json.dumps(dict(cells=[], name=name)))
-    write_json(attempt / "metrics/metrics.json", dict(log_loss=.98, sharpe=float("nan"), n_samples=100, returns_source="close"))
+    write_json(
+        attempt / "metrics/metrics.json",
+        dict(log_loss=0.98, sharpe=float("nan"), n_samples=100, returns_source="close"),
+    )
     write_json(attempt / "metrics/test_metrics.json", dict(log_loss=1.01))
     write_json(attempt / "metrics/baselines.json", dict(prior=dict(log_loss=1.05)))
-    write_json(attempt / "metrics/history.json", dict(train_loss=[1 / (i + 1) for i in range(rounds)], val_loss=[1 / (i + 2) for i in range(rounds)], best_round=rounds - 1))
-    for file in ["plots/equity.png", "predictions/val_predictions.parquet", "checkpoints/model.ubj", ".ipynb_checkpoints/x.ipynb", *(extra or [])]:
+    write_json(
+        attempt / "metrics/history.json",
+        dict(
+            train_loss=[1 / (i + 1) for i in range(rounds)],
+            val_loss=[1 / (i + 2) for i in range(rounds)],
+            best_round=rounds - 1,
+        ),
+    )
+    for file in [
+        "plots/equity.png",
+        "predictions/val_predictions.parquet",
+        "checkpoints/model.ubj",
+        ".ipynb_checkpoints/x.ipynb",
+        *(extra or []),
+    ]:
         (attempt / file).parent.mkdir(exist_ok=True, parents=True), (attempt / file).write_bytes(file.encode())
-    write_json(attempt / RESULT, dict(model="xgboost", family="boosting", horizon=5, data="planted", data_fingerprint="f1", seed=42, identity=f"id of {name}", code="c0de", splits=["val", "test"], seconds=dict(fit=2., predict=.5)) | manifest)
+    write_json(
+        attempt / RESULT_FILE,
+        dict(
+            model="xgboost",
+            family="boosting",
+            horizon=5,
+            data="planted",
+            data_fingerprint="f1",
+            seed=42,
+            identity=f"id of {name}",
+            code="c0de",
+            splits=["val", "test"],
+            seconds=dict(fit=2.0, predict=0.5),
+        )
+        | manifest,
+    )
     return load_run(publish(attempt, runs, grid))
 
 
 def client_of(runs, uri="sqlite"):
     from mlflow import MlflowClient
+
     client = MlflowClient(tracking_uri=tracking_store(uri, runs).uri)
     experiment = client.get_experiment_by_name("modelfactory")
     return client, client.search_runs([experiment.experiment_id]) if experiment else []
@@ -46,14 +105,43 @@ def snapshot(runs, uri="sqlite"):
     "Everything MLflow shows, with names in place of its random ids."
     client, rows = client_of(runs, uri)
     names = {r.info.run_id: r.info.run_name for r in rows}
-    files = lambda r, p=None: [f for a in client.list_artifacts(r.info.run_id, p) for f in (files(r, a.path) if a.is_dir else [a.path])]
-    points = lambda r: {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(r.info.run_id, k)] for k in r.data.metrics}
-    tags = lambda r: {k: names.get(v, v) for k, v in r.data.tags.items()}
-    return {r.info.run_name: (r.data.params, points(r), tags(r), r.info.start_time, r.info.end_time, r.info.status, {f: Path(client.download_artifacts(r.info.run_id, f)).read_bytes() for f in files(r)}) for r in rows}
+
+    def files(r, p=None):
+        return [
+            f for a in client.list_artifacts(r.info.run_id, p) for f in (files(r, a.path) if a.is_dir else [a.path])
+        ]
+
+    def points(r):
+        return {
+            k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(r.info.run_id, k)]
+            for k in r.data.metrics
+        }
+
+    def tags(r):
+        return {k: names.get(v, v) for k, v in r.data.tags.items()}
+
+    return {
+        r.info.run_name: (
+            r.data.params,
+            points(r),
+            tags(r),
+            r.info.start_time,
+            r.info.end_time,
+            r.info.status,
+            {f: Path(client.download_artifacts(r.info.run_id, f)).read_bytes() for f in files(r)},
+        )
+        for r in rows
+    }
 
 
 def python(code, *args, **env):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 TRACK = "import sys; from modelfactory.runs.tracking import track_runs; print(track_runs(sys.argv[1]))"
@@ -67,16 +155,59 @@ def test_what_was_written_is_read_again(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     client, _ = client_of(tmp_path)
     shown = client.get_run(run_id)
-    assert shown.data.params == {"model": "xgboost", "horizon": "5", "data.data": "planted", "data.classes": "[-1, 0, 1]", "data.nan": "null", "config.max_depth": "4", "seed": "42"}
-    assert shown.data.metrics == {"log_loss": .98, "n_samples": 100, "test/log_loss": 1.01, "baseline/log_loss": 1.05, "train_loss": 1 / 3, "val_loss": 1 / 4, "best_round": 2}
-    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "val_loss")] == [(0, 1 / 2), (1, 1 / 3), (2, 1 / 4)]
-    told = dict(run=run.path.name, data_fingerprint="f1", seed="42", family="boosting", horizon="5", identity=run.identity, commit="a1b2c3", returns_source="close")
+    assert shown.data.params == {
+        "model": "xgboost",
+        "horizon": "5",
+        "data.data": "planted",
+        "data.classes": "[-1, 0, 1]",
+        "data.nan": "null",
+        "config.max_depth": "4",
+        "seed": "42",
+    }
+    assert shown.data.metrics == {
+        "log_loss": 0.98,
+        "n_samples": 100,
+        "test/log_loss": 1.01,
+        "baseline/log_loss": 1.05,
+        "train_loss": 1 / 3,
+        "val_loss": 1 / 4,
+        "best_round": 2,
+    }
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "val_loss")] == [
+        (0, 1 / 2),
+        (1, 1 / 3),
+        (2, 1 / 4),
+    ]
+    told = dict(
+        run=run.path.name,
+        data_fingerprint="f1",
+        seed="42",
+        family="boosting",
+        horizon="5",
+        identity=run.identity,
+        commit="a1b2c3",
+        returns_source="close",
+    )
     assert told.items() <= shown.data.tags.items() and shown.data.tags["mlflow.source.git.commit"] == "a1b2c3"
     assert client.get_run(shown.data.tags["mlflow.parentRunId"]).info.run_name == "demo 3f"
     assert shown.info.status == "FINISHED" and shown.info.end_time - shown.info.start_time == 2500
     files = snapshot(tmp_path)[run.path.name][-1]
-    assert files == {f: (run.path / f).read_bytes() for f in ("config.yaml", "manifest.json", "train.ipynb", "metrics/metrics.json", "metrics/test_metrics.json", "metrics/baselines.json", "metrics/history.json", "plots/equity.png", "predictions/val_predictions.parquet")}
+    assert files == {
+        f: (run.path / f).read_bytes()
+        for f in (
+            "config.yaml",
+            "manifest.json",
+            "train.ipynb",
+            "metrics/metrics.json",
+            "metrics/test_metrics.json",
+            "metrics/baselines.json",
+            "metrics/history.json",
+            "plots/equity.png",
+            "predictions/val_predictions.parquet",
+        )
+    }
     import mlflow
+
     assert mlflow.active_run() is None
 
 
@@ -85,7 +216,9 @@ def test_a_run_is_there_once_and_whole(tmp_path):
     run_id = track_run(run)
     assert track_run(run) == run_id == track_run(load_run(run.path))
     client, rows = client_of(tmp_path)
-    cut_short = client.create_run(rows[0].info.experiment_id, tags={k: v for k, v in rows[0].data.tags.items() if k.startswith("modelfactory.")}).info.run_id
+    cut_short = client.create_run(
+        rows[0].info.experiment_id, tags={k: v for k, v in rows[0].data.tags.items() if k.startswith("modelfactory.")}
+    ).info.run_id
     assert track_run(run) == run_id and [r.info.run_id for r in client_of(tmp_path)[1]] == [run_id]
     client.delete_run(run_id), client.restore_run(cut_short)
     assert track_run(run) not in (run_id, cut_short) and len(client_of(tmp_path)[1]) == 1
@@ -94,40 +227,49 @@ def test_a_run_is_there_once_and_whole(tmp_path):
 
 def test_checkpoints_go_only_when_asked_for(tmp_path):
     run = make_run(tmp_path)
-    assert "checkpoints/model.ubj" not in run_view(run).files and "checkpoints/model.ubj" in run_view(run, checkpoints=True).files
+    assert (
+        "checkpoints/model.ubj" not in run_view(run).files
+        and "checkpoints/model.ubj" in run_view(run, checkpoints=True).files
+    )
 
 
 def test_rebuilt_from_files_alone_it_is_the_same(tmp_path):
     runs = [make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="night" if i else "") for i in range(3)]
-    assert track_runs(tmp_path).new == 3
+    assert track_runs(tmp_path).added == 3
     first = snapshot(tmp_path)
     assert len(first) == 4 and "mlflow.parentRunId" not in first[runs[0].path.name][2]
     (tmp_path / "mlflow.db").unlink()
     again = rebuild(tmp_path)
-    assert (again.new, again.there, again.gone, again.failed) == (3, 0, 0, {}) and snapshot(tmp_path) == first
+    assert (again.added, again.unchanged, again.removed, again.failed) == (3, 0, 0, {}) and snapshot(tmp_path) == first
     assert len([*(tmp_path / "mlflow-artifacts").iterdir()]) == 3
     shutil.rmtree(runs[2].path)
-    track_study("kept", [(0, {}, 1., "COMPLETE")], runs=tmp_path)
+    track_study("kept", [(0, {}, 1.0, "COMPLETE")], runs=tmp_path)
     again = rebuild(tmp_path)
-    assert (again.new, again.gone) == (2, 1)
-    left = {name: row for name, row in snapshot(tmp_path).items() if row[2][KIND] in ("run", "grid")}
-    assert left == {name: row for name, row in first.items() if name != runs[2].path.name} and "kept" in snapshot(tmp_path)
+    assert (again.added, again.removed) == (2, 1)
+    left = {name: row for name, row in snapshot(tmp_path).items() if row[2][KIND_TAG] in ("run", "grid")}
+    assert left == {name: row for name, row in first.items() if name != runs[2].path.name} and "kept" in snapshot(
+        tmp_path
+    )
 
 
 def test_rebuilding_leaves_the_runs_of_another_folder(tmp_path):
     uri = f"sqlite:///{tmp_path}/shared.db"
-    for folder in ("mine", "theirs"): make_run(tmp_path / folder, f"{folder}_h5_20260101_000000_abcdef"), track_runs(tmp_path / folder, uri)
+    for folder in ("mine", "theirs"):
+        make_run(tmp_path / folder, f"{folder}_h5_20260101_000000_abcdef"), track_runs(tmp_path / folder, uri)
     shutil.rmtree(next((tmp_path / "mine").glob("mine*")))
-    assert rebuild(tmp_path / "mine", uri).gone == 1 and list(snapshot(tmp_path, uri)) == ["theirs_h5_20260101_000000_abcdef"]
+    assert rebuild(tmp_path / "mine", uri).removed == 1 and list(snapshot(tmp_path, uri)) == [
+        "theirs_h5_20260101_000000_abcdef"
+    ]
 
 
 def test_a_moved_folder_says_what_to_do(tmp_path):
     run = make_run(tmp_path / "runs")
     track_run(run)
     (tmp_path / "runs").rename(tmp_path / "moved")
-    with pytest.raises(TrackingError, match="delete it"): track_runs(tmp_path / "moved")
+    with pytest.raises(TrackingError, match="delete it"):
+        track_runs(tmp_path / "moved")
     (tmp_path / "moved/mlflow.db").unlink()
-    assert rebuild(tmp_path / "moved").new == 1 and not (tmp_path / "runs").exists()
+    assert rebuild(tmp_path / "moved").added == 1 and not (tmp_path / "runs").exists()
 
 
 def test_a_dead_server_costs_a_line(tmp_path, capsys, monkeypatch):
@@ -135,12 +277,21 @@ def test_a_dead_server_costs_a_line(tmp_path, capsys, monkeypatch):
     files = {f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()}
     tracker, asked = Tracker(DEAD), []
     monkeypatch.setattr(tracking, "try_track", lambda *args: asked.append(args) or try_track(*args))
-    for _ in range(40): tracker(run.path)
+    for _ in range(40):
+        tracker(run.path)
     assert len(asked) == 1, "a server that did not answer is not asked again"
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and out.startswith("not tracked: ") and "refused" in out and "modelfactory track" in out and err == ""
+    assert (
+        out.count("\n") == 1
+        and out.startswith("not tracked: ")
+        and "refused" in out
+        and "modelfactory track" in out
+        and err == ""
+    )
     assert "hunter2" not in out + tracker.reason and "bob" not in out + tracker.reason
-    assert list_runs(tmp_path)[0].path == run.path and files == {f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()}
+    assert list_runs(tmp_path)[0].path == run.path and files == {
+        f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()
+    }
 
 
 def test_a_server_that_never_answers_is_left(tmp_path, capsys, monkeypatch):
@@ -152,70 +303,132 @@ def test_a_server_that_never_answers_is_left(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("uri", ["file:mlruns", "mlruns", "bob:hunter2@host", "sqlite://", "sqlite:///:memory:"])
 def test_an_address_that_cannot_work_is_refused(uri, tmp_path):
-    with pytest.raises(TrackingError, match="expected sqlite") as refused: tracking_store(uri, tmp_path)
+    with pytest.raises(TrackingError, match="expected sqlite") as refused:
+        tracking_store(uri, tmp_path)
     assert "hunter2" not in str(refused.value) and "\n" not in str(refused.value) and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["http://bob:hunter2@host", "http://hunter2@host/x", "postgresql+psycopg2://bob:hun/ter2@h@host/db".replace("hun/ter2", "hunter2"), "https://host/?api_key=hunter2&x=1", "mssql://host/db;PWD=hunter2", "(url: http://a:hunter2@b) and http://c:hunter2@d"])
-def test_credentials_are_not_shown(text): assert "hunter2" not in redact(text) and "***" in redact(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://bob:hunter2@host",
+        "http://hunter2@host/x",
+        "postgresql+psycopg2://bob:hun/ter2@h@host/db".replace("hun/ter2", "hunter2"),
+        "https://host/?api_key=hunter2&x=1",
+        "mssql://host/db;PWD=hunter2",
+        "(url: http://a:hunter2@b) and http://c:hunter2@d",
+    ],
+)
+def test_credentials_are_not_shown(text):
+    assert "hunter2" not in redact(text) and "***" in redact(text)
 
 
 def test_a_broken_store_is_one_line(tmp_path):
     run = make_run(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
-    for uri in ("sqlite", f"sqlite:///{run.path}/train.ipynb/x.db", "postgresql://bob:hunter2@127.0.0.1:9/db", "nothing://bob:hunter2@x"):
-        with pytest.raises(TrackingError) as refused: track_run(run, uri)
+    for uri in (
+        "sqlite",
+        f"sqlite:///{run.path}/train.ipynb/x.db",
+        "postgresql://bob:hunter2@127.0.0.1:9/db",
+        "nothing://bob:hunter2@x",
+    ):
+        with pytest.raises(TrackingError) as refused:
+            track_run(run, uri)
         assert "\n" not in str(refused.value) and "hunter2" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 def test_no_secret_of_the_environment_gets_in(tmp_path):
     make_run(tmp_path, config=dict(prices="s3://AKIAUSER:canary-a@bucket/x"), grid="g")
-    secrets = dict(AWS_SECRET_ACCESS_KEY="canary-b", OPENAI_API_KEY="canary-c", MLFLOW_TRACKING_PASSWORD="canary-d", MLFLOW_TRACKING_USERNAME="canary-e", DATABASE_URL="postgresql://x:canary-f@h/d", MODELFACTORY_TRACKING="http://u:canary-g@h", GIT_AUTHOR_NAME="canary-h", USER="canary-i")
+    secrets = dict(
+        AWS_SECRET_ACCESS_KEY="canary-b",
+        OPENAI_API_KEY="canary-c",
+        MLFLOW_TRACKING_PASSWORD="canary-d",
+        MLFLOW_TRACKING_USERNAME="canary-e",
+        DATABASE_URL="postgresql://x:canary-f@h/d",
+        MODELFACTORY_TRACKING="http://u:canary-g@h",
+        GIT_AUTHOR_NAME="canary-h",
+        USER="canary-i",
+    )
     code = "import sys; from modelfactory.runs.tracking import *; print(track_runs(sys.argv[1])); track_study('s', [(0, {}, 1., 'COMPLETE')], runs=sys.argv[1]); print(try_track(list(__import__('pathlib').Path(sys.argv[1]).glob('xg*'))[0], 'http://u:canary-g@127.0.0.1:9'))"
     said, _ = (p := python(code, tmp_path, **secrets)).communicate(timeout=PATIENCE)
     assert p.returncode == 0 and "1 tracked" in said and "canary" not in said
-    written = [f for f in tmp_path.rglob("*") if f.is_file() and (f.name.startswith((".mlflow", "mlflow")) or "mlflow-artifacts" in f.parts)]
+    written = [
+        f
+        for f in tmp_path.rglob("*")
+        if f.is_file() and (f.name.startswith((".mlflow", "mlflow")) or "mlflow-artifacts" in f.parts)
+    ]
     holds = {f.name for f in written if b"canary" in f.read_bytes()}
     assert len(written) > 8 and holds == {"config.yaml"}, "only the run's own config, which the user wrote"
 
 
 def test_two_processes_at_once(tmp_path):
     "On a store that is not there yet: every run once, whole, and no error."
-    for i in range(6): make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="both")
+    for i in range(6):
+        make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="both")
     both = [python(TRACK, tmp_path) for _ in range(2)]
     said = [finish(p)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert sum(int(s.split()[0]) for s in said) == 6 and all("0 failed" in s for s in said)
     rows = client_of(tmp_path)[1]
-    assert len(rows) == 7 and {r.info.status for r in rows} == {"FINISHED"} and len({r.data.tags["modelfactory.key"] for r in rows}) == 7
+    assert (
+        len(rows) == 7
+        and {r.info.status for r in rows} == {"FINISHED"}
+        and len({r.data.tags["modelfactory.key"] for r in rows}) == 7
+    )
 
 
 def test_killed_at_any_moment_the_next_goes_on(tmp_path):
-    for i in range(8): make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", rounds=200)
-    begun = lambda: (tmp_path / ".mlflow.db.partial").exists()
-    second = lambda: len([*(tmp_path / "mlflow-artifacts").glob("*")]) >= 2
+    for i in range(8):
+        make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", rounds=200)
+
+    def begun():
+        return (tmp_path / ".mlflow.db.partial").exists()
+
+    def second():
+        return len([*(tmp_path / "mlflow-artifacts").glob("*")]) >= 2
+
     for reached in (begun, second):
         p = python(TRACK, tmp_path)
         until(lambda: reached() or p.poll() is not None, "a run that is tracked")
         p.kill(), finish(p)
     done = track_runs(tmp_path)
-    assert done.new + done.there == 8 and done.new > 0 and not done.failed
+    assert done.added + done.unchanged == 8 and done.added > 0 and not done.failed
     rows = client_of(tmp_path)[1]
     assert len(rows) == 8 and all(r.info.status == "FINISHED" and r.data.metrics["val_loss"] == 1 / 201 for r in rows)
 
 
 def test_odd_names_and_long_values(tmp_path):
     runs = tmp_path / ODD.replace("/", "_")
-    run = make_run(runs, "x" * 40, rounds=1500, config={ODD: ODD, "long": "y" * 10_000, "\ud800".encode("utf-8", "replace").decode(): "\x00\x1b[31m", **{f"k{i}": i for i in range(150)}}, extra=[f"plots/{ODD.replace('/', '_')}.txt"] if sys.platform != "win32" else [], grid=ODD)
+    run = make_run(
+        runs,
+        "x" * 40,
+        rounds=1500,
+        config={
+            ODD: ODD,
+            "long": "y" * 10_000,
+            "\ud800".encode("utf-8", "replace").decode(): "\x00\x1b[31m",
+            **{f"k{i}": i for i in range(150)},
+        },
+        extra=[f"plots/{ODD.replace('/', '_')}.txt"] if sys.platform != "win32" else [],
+        grid=ODD,
+    )
     run.path.rename(runs / ODD.replace("/", "_"))
     run = list_runs(runs)[0]
     assert try_track(run.path) == ""
-    track_study(ODD, [(0, {ODD: ODD}, 1., "COMPLETE")], runs=runs)
+    track_study(ODD, [(0, {ODD: ODD}, 1.0, "COMPLETE")], runs=runs)
     client, rows = client_of(runs)
-    shown = next(r for r in rows if r.data.tags[KIND] == "run")
-    assert len(rows) == 4 and len(shown.data.params) == len(run_view(run).params) > 150 and all(len(v) <= 500 for v in shown.data.params.values())
+    shown = next(r for r in rows if r.data.tags[KIND_TAG] == "run")
+    assert (
+        len(rows) == 4
+        and len(shown.data.params) == len(run_view(run).params) > 150
+        and all(len(v) <= 500 for v in shown.data.params.values())
+    )
     assert len(client.get_metric_history(shown.info.run_id, "val_loss")) == 1500
-    assert shown.data.tags["run"] == run.path.name and "(10,002 characters)" not in str(shown.data.params) and "(10,000 characters)" in shown.data.params["config.long"]
+    assert (
+        shown.data.tags["run"] == run.path.name
+        and "(10,002 characters)" not in str(shown.data.params)
+        and "(10,000 characters)" in shown.data.params["config.long"]
+    )
 
 
 def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path):
@@ -224,10 +437,16 @@ def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("canary")
     manifest = json.loads((outside.path / "manifest.json").read_text())
-    (outside.path / "manifest.json").write_text(json.dumps(manifest | dict(files={"../secret.txt": manifest["files"]["config.yaml"]})))
+    (outside.path / "manifest.json").write_text(
+        json.dumps(manifest | dict(files={"../secret.txt": manifest["files"]["config.yaml"]}))
+    )
     (link.path / "train.ipynb").unlink(), (link.path / "train.ipynb").symlink_to(secret)
     (odd.path / "metrics/metrics.json").write_text("[1, 2]")
     done = track_runs(tmp_path)
-    assert done.new == 1 and set(done.failed) == {r.path.name for r in (changed, outside, link, odd)}
-    assert "outside the run" in done.failed[outside.path.name] and "symbolic link" in done.failed[link.path.name] and "changed since" in done.failed[changed.path.name]
+    assert done.added == 1 and set(done.failed) == {r.path.name for r in (changed, outside, link, odd)}
+    assert (
+        "outside the run" in done.failed[outside.path.name]
+        and "symbolic link" in done.failed[link.path.name]
+        and "changed since" in done.failed[changed.path.name]
+    )
     assert [f for f in (tmp_path / "mlflow-artifacts").rglob("*") if f.is_file() and b"canary" in f.read_bytes()] == []

@@ -1,4 +1,5 @@
 "Every run that was ever made on a data set counts as a trial, and so does every trial of a tuning study."
+
 import shutil
 
 import numpy as np
@@ -8,21 +9,28 @@ import pytest
 from fabricate import bars, make_run, probabilities
 
 from modelfactory.evaluation.significance import significance_summary
-from modelfactory.runs.compare import comparison
-from modelfactory.runs.gallery import null_band
-from modelfactory.runs.significance import count_trials, describe
-from modelfactory.runs.store import RunList, list_runs
+from modelfactory.figures.model_comparison import null_band
+from modelfactory.runs.comparison import comparison
+from modelfactory.runs.run import list_runs
+from modelfactory.runs.sentences import describe
+from modelfactory.runs.stored import RunList
+from modelfactory.runs.task import count_trials
 
 
 def a_study(file, name, n, **facts):
     study = optuna.create_study(study_name=name, storage=f"sqlite:///{file}")
-    for key, value in facts.items(): study.set_user_attr(key, value)
-    for _ in range(n): study.add_trial(optuna.trial.create_trial(value=1.))
+    for key, value in facts.items():
+        study.set_user_attr(key, value)
+    for _ in range(n):
+        study.add_trial(optuna.trial.create_trial(value=1.0))
 
 
 def test_what_counts_as_a_trial(tmp_path):
     table = bars(n=60)
-    runs = lambda: list_runs(tmp_path)
+
+    def runs():
+        return list_runs(tmp_path)
+
     first = make_run(tmp_path, "a", table)
     make_run(tmp_path, "a", table, seed=1)
     make_run(tmp_path, "a", table, code="an earlier version of the code")
@@ -30,7 +38,11 @@ def test_what_counts_as_a_trial(tmp_path):
     make_run(tmp_path, "a", table, horizon=20)
     make_run(tmp_path, "a", table, data="/data/others")
     assert len(runs().latest()) == 4, "what the comparison shows: two seeds, a horizon, another data set"
-    assert count_trials(runs(), "bars") == 5 and count_trials(runs(), "bars", 5) == 4 and count_trials(runs(), "others") == 1
+    assert (
+        count_trials(runs(), "bars") == 5
+        and count_trials(runs(), "bars", 5) == 4
+        and count_trials(runs(), "others") == 1
+    )
     shutil.copytree(first.path, tmp_path / f"{first.path.name}_again")
     assert count_trials(runs(), "bars") == 5, "the same run twice is one trial"
 
@@ -43,18 +55,28 @@ def test_trials_of_tuning_count_those_on_val_included(tmp_path):
     a_study(tmp_path / "tuning.db", "never trained", 5, **study | dict(model="b"), measured_on="val")
     a_study(tmp_path / "tuning.db", "earlier data", 6, **study | dict(data_fingerprint="e" * 16), measured_on="val")
     a_study(tmp_path / "tuning.db", "another horizon", 7, **study | dict(horizon=20), measured_on="val")
-    a_study(tmp_path / "tuning.db", "other data", 8, **study | dict(data="/data/others", data_fingerprint="o" * 16), measured_on="val")
+    a_study(
+        tmp_path / "tuning.db",
+        "other data",
+        8,
+        **study | dict(data="/data/others", data_fingerprint="o" * 16),
+        measured_on="val",
+    )
     runs = list_runs(tmp_path)
     assert count_trials(runs, "bars", 5) == 1 + 3 + 4 + 5 + 6 and count_trials(runs, "bars") == 1 + 3 + 4 + 5 + 6 + 7
 
 
 def test_the_count_is_in_every_claim_and_sentence(tmp_path):
     table = bars(n=400)
-    for i in range(20): make_run(tmp_path, "a", table, code=f"version {i}", skill=.05)
+    for i in range(20):
+        make_run(tmp_path, "a", table, code=f"version {i}", skill=0.05)
     make_run(tmp_path, "b", table)
-    task, = comparison(tmp_path)["tasks"]
+    (task,) = comparison(tmp_path)["tasks"]
     assert task["n_models"] == 2 and task["trials"] == 21
-    assert all("corrected for 21 trials" in m["direction"] and m["direction_level"] == pytest.approx(1 - .05 / 21) for m in task["models"])
+    assert all(
+        "corrected for 21 trials" in m["direction"] and m["direction_level"] == pytest.approx(1 - 0.05 / 21)
+        for m in task["models"]
+    )
     assert all("corrected for 21 trials" in s for s in describe(task)[:2])
     assert "corrected for 21 trials" in repr(list_runs(tmp_path)[-1])
     alone = comparison(RunList(list_runs(tmp_path)[-1:]))["tasks"][0]
@@ -72,9 +94,11 @@ def test_the_best_of_fifty_of_which_the_comparison_sees_one():
         frame = table[["datetime", "symbol", "y_true"]].copy()
         frame[["best_p_down", "best_p_flat", "best_p_up"]] = tried[int(np.argmax(accuracy))]
         shares = table.y_true.value_counts(normalize=True).sort_index().to_numpy()
-        found.append({trials: significance_summary(frame, 5, shares, trials=trials)["p_direction"] for trials in (1, 50)})
-    share = (pd.DataFrame(found) <= .05).mean()
-    assert share[1] > .4 and share[50] <= .05 + 2 * (.05 * .95 / n) ** .5, share.to_dict()
+        found.append(
+            {trials: significance_summary(frame, 5, shares, trials=trials)["p_direction"] for trials in (1, 50)}
+        )
+    share = (pd.DataFrame(found) <= 0.05).mean()
+    assert share[1] > 0.4 and share[50] <= 0.05 + 2 * (0.05 * 0.95 / n) ** 0.5, share.to_dict()
 
 
 @pytest.mark.no_cover
@@ -82,9 +106,9 @@ def test_the_band_of_the_best_of_18_holds_the_best_of_18():
     "200 sets of 18 strategies without skill: the best ends above the upper line of its own 95% band in 39% of them, above that of the best of 18 in at most 2.5% + 2 standard errors."
     n, rng, above = 200, np.random.default_rng(0), []
     for s in range(n):
-        days = .01 * (rng.standard_t(5, (250, 18)) + .5 * rng.standard_t(5, (250, 1))) / 1.3
+        days = 0.01 * (rng.standard_t(5, (250, 18)) + 0.5 * rng.standard_t(5, (250, 1))) / 1.3
         best = days[:, (days.mean(0) / days.std(0)).argmax()]
         end = np.prod(1 + best)
         above.append([end > null_band(x, n_boot=300, seed=s)[1, -1] for x in (best, days)])
     own, joint = np.mean(above, 0)
-    assert own > .3 and joint <= .025 + 2 * (.025 * .975 / n) ** .5, (own, joint)
+    assert own > 0.3 and joint <= 0.025 + 2 * (0.025 * 0.975 / n) ** 0.5, (own, joint)

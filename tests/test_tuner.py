@@ -1,6 +1,7 @@
 """Tuning in real processes: killed, in pairs, interrupted, poisoned.
 
 The model knows one thing: column `said` names the label in 80 of 100 rows and another one in the rest. It answers what it is told with probability `p`, so the best `p` is .8 and its log loss is known."""
+
 import os
 import shutil
 import signal
@@ -11,14 +12,17 @@ import pandas as pd
 import pytest
 from conftest import PATIENCE, finish, interruptible, until
 
+from modelfactory.configuration import ConfigError, read_yaml
 from modelfactory.data.splits import MissingFile, SplitsError
 from modelfactory.models.params import read_params
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.settings import ConfigError, read_yaml
 from modelfactory.training.trainer import Trainer
-from modelfactory.training.tuner import RETRIES, OptunaModelTuner, TunerError, counted, n_trials_of, open_storage, read_space, read_tuned
+from modelfactory.tuning.result import n_trials_of, read_tuned
+from modelfactory.tuning.space import TunerError, read_space
+from modelfactory.tuning.storage import TRIAL_RETRIES, live_trials, open_storage
+from modelfactory.tuning.study import OptunaModelTuner
 
-PLUGIN = '''
+PLUGIN = """
 import os, time
 from dataclasses import dataclass
 import numpy as np
@@ -53,9 +57,9 @@ class Valley(TabularModel):
     def predict_rows(self, X): return np.where(np.arange(3) == X[:, :1] + 1, self.config.p, (1 - self.config.p) / 2)
     def write(self, folder): pass
     def read(self, folder): pass
-'''
+"""
 RUN = """import sys
-from modelfactory.training.tuner import OptunaModelTuner
+from modelfactory.tuning.study import OptunaModelTuner
 OptunaModelTuner(dict(model="valley", horizon=5, data=sys.argv[1], config=eval(sys.argv[4])), n_trials=int(sys.argv[3]), folds=2, storage=sys.argv[2], heartbeat=1).run()
 print("done")"""
 
@@ -66,15 +70,28 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     (home / "valley.py").write_text(PLUGIN)
     (home / "params/models").mkdir(parents=True)
-    (home / "params/models/valley.yaml").write_text("presets:\n  quick: {rounds: 6}\nsearch:\n  p: {type: float, low: 0.35, high: 0.99}\n")
+    (home / "params/models/valley.yaml").write_text(
+        "presets:\n  quick: {rounds: 6}\nsearch:\n  p: {type: float, low: 0.35, high: 0.99}\n"
+    )
     data, rng, n = home / "data", np.random.default_rng(0), 1500
     data.mkdir()
-    frames = [pd.DataFrame(dict(datetime=pd.bdate_range("2024-01-01 09:30", periods=n // 10).repeat(10) + pd.to_timedelta(np.tile(np.arange(10), n // 10), unit="h"), symbol=s)) for s in "AB"]
+    frames = [
+        pd.DataFrame(
+            dict(
+                datetime=pd.bdate_range("2024-01-01 09:30", periods=n // 10).repeat(10)
+                + pd.to_timedelta(np.tile(np.arange(10), n // 10), unit="h"),
+                symbol=s,
+            )
+        )
+        for s in "AB"
+    ]
     frame = pd.concat(frames, ignore_index=True)
     y = rng.integers(-1, 2, len(frame))
-    said = np.where(rng.random(len(frame)) < .8, y, (y + 1 + rng.integers(1, 3, len(frame))) % 3 - 1)
+    said = np.where(rng.random(len(frame)) < 0.8, y, (y + 1 + rng.integers(1, 3, len(frame))) % 3 - 1)
     said = pd.Series(said).groupby(frame.symbol).shift(-1, fill_value=0)  # a window ends before its labelled bar
-    frame.assign(said=said.astype(float), label_h5=y, close=100 * np.exp(np.cumsum(rng.normal(0, 1e-3, len(frame))))).to_parquet(data / "train_scaled.parquet")
+    frame.assign(
+        said=said.astype(float), label_h5=y, close=100 * np.exp(np.cumsum(rng.normal(0, 1e-3, len(frame))))
+    ).to_parquet(data / "train_scaled.parquet")
     (data / "val_scaled.parquet").write_text("nobody reads this")
     return home
 
@@ -82,44 +99,82 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_home(home, monkeypatch):
     sys.modules.pop("modelfactory_plugins.valley", None)
-    for key, value in dict(PLUGINS=home / "valley.py", PARAMS=home / "params", RUNS=home / "runs").items(): monkeypatch.setenv(f"MODELFACTORY_{key}", str(value))
+    for key, value in dict(PLUGINS=home / "valley.py", PARAMS=home / "params", RUNS=home / "runs").items():
+        monkeypatch.setenv(f"MODELFACTORY_{key}", str(value))
 
 
-def tuner(home, storage, n=10, config=None, folds=2, **kw): return OptunaModelTuner(dict(model="valley", horizon=5, data=str(home / "data"), config=config or {}), n, folds=folds, storage=storage, heartbeat=1, **kw)
+def tuner(home, storage, n=10, config=None, folds=2, **kw):
+    return OptunaModelTuner(
+        dict(model="valley", horizon=5, data=str(home / "data"), config=config or {}),
+        n,
+        folds=folds,
+        storage=storage,
+        heartbeat=1,
+        **kw,
+    )
+
+
 def process(home, storage, n, config=None, **env):
     command = [sys.executable, "-c", RUN, home / "data", storage, n, repr(config or {})]
     return interruptible(command, env=os.environ | {k: str(v) for k, v in env.items()})
-def states(result): return sorted(t.state.name for t in result.trials)
+
+
+def states(result):
+    return sorted(t.state.name for t in result.trials)
 
 
 def seen(storage):
     "States of the trials of the only study in a database, as another process sees them."
     import optuna
-    if not storage.exists(): return []
+
+    if not storage.exists():
+        return []
     try:
         names = optuna.get_all_study_names(f"sqlite:///{storage}")
-        return [t.state.name for t in optuna.load_study(study_name=names[0], storage=f"sqlite:///{storage}").get_trials(deepcopy=False)] if names else []
-    except Exception: return []  # its tables are being made
+        return (
+            [
+                t.state.name
+                for t in optuna.load_study(study_name=names[0], storage=f"sqlite:///{storage}").get_trials(
+                    deepcopy=False
+                )
+            ]
+            if names
+            else []
+        )
+    except Exception:
+        return []  # its tables are being made
 
 
 def test_finds_the_planted_optimum_and_the_same_again(home, tmp_path):
     "Again in two sittings, the second of which knows of the first by the database alone."
     first = tuner(home, tmp_path / "a.db", 18).run()
-    assert abs(first.params["p"] - .8) < .05 and first.value < .66 < .75 < first.default
-    assert len(first.trials) == 18 and first.trials[0].params == {"p": .4}
+    assert abs(first.params["p"] - 0.8) < 0.05 and first.value < 0.66 < 0.75 < first.default
+    assert len(first.trials) == 18 and first.trials[0].params == {"p": 0.4}
     tuner(home, tmp_path / "b.db", 12).run()
     again = tuner(home, tmp_path / "b.db", 18).run()
-    told = lambda r: [(t.state, t.params, t.value, t.intermediate_values) for t in r.trials]
+
+    def told(r):
+        return [(t.state, t.params, t.value, t.intermediate_values) for t in r.trials]
+
     assert told(first) == told(again)
     params, facts = read_tuned(first.save(tmp_path / "t.yaml"))
-    assert params == first.params and facts["n_trials"] == 18 == n_trials_of("valley", 5, facts["data_fingerprint"], tmp_path / "a.db") and facts["objective"] == "log_loss"
-    assert Trainer(dict(model="valley", horizon=5, data=str(home / "data"), config=read_yaml(tmp_path / "t.yaml"))).model_config["p"] == first.params["p"]
+    assert (
+        params == first.params
+        and facts["n_trials"] == 18 == n_trials_of("valley", 5, facts["data_fingerprint"], tmp_path / "a.db")
+        and facts["objective"] == "log_loss"
+    )
+    assert (
+        Trainer(
+            dict(model="valley", horizon=5, data=str(home / "data"), config=read_yaml(tmp_path / "t.yaml"))
+        ).model_config["p"]
+        == first.params["p"]
+    )
     assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_sigkill_costs_nothing(home, tmp_path):
     "Killed in the middle of a trial: the next call makes the rest, that trial included."
-    storage, slow = tmp_path / "k.db", dict(pause=.04)
+    storage, slow = tmp_path / "k.db", dict(pause=0.04)
     victim = process(home, storage, 7, slow)
     until(lambda: (s := seen(storage)).count("COMPLETE") + s.count("PRUNED") >= 2 and "RUNNING" in s, "two trials")
     victim.kill(), victim.wait(PATIENCE)
@@ -127,111 +182,184 @@ def test_a_sigkill_costs_nothing(home, tmp_path):
     assert len(result.trials) == 7 and {"COMPLETE", "PRUNED"} >= set(states(result)) and result.n_trials == 7
     lost = [t for t in result.study.trials if t.number not in {u.number for u in result.trials}]
     assert len(lost) == 1 and lost[0].state.name == "FAIL"
-    assert any(t.params == lost[0].params and t.system_attrs.get("retry_history") == [lost[0].number] for t in result.trials) or not lost[0].params
+    assert (
+        any(
+            t.params == lost[0].params and t.system_attrs.get("retry_history") == [lost[0].number]
+            for t in result.trials
+        )
+        or not lost[0].params
+    )
 
 
 def test_two_processes_share_one_study(home, tmp_path):
     storage, log = tmp_path / "two.db", tmp_path / "log"
-    both = [process(home, storage, 9, dict(pause=.03), VALLEY_LOG=log) for _ in range(2)]
+    both = [process(home, storage, 9, dict(pause=0.03), VALLEY_LOG=log) for _ in range(2)]
     for p in both:
         out, err = finish(p)
         assert p.returncode == 0 and "done" in out, err
-    result = tuner(home, storage, 9, dict(pause=.03)).run()
+    result = tuner(home, storage, 9, dict(pause=0.03)).run()
     assert len(result.trials) == 9 and set(states(result)) <= {"COMPLETE", "PRUNED"}
-    assert len({t.params["p"] for t in result.trials}) == 9 and len({line.split()[0] for line in log.read_text().splitlines()}) == 2
+    assert (
+        len({t.params["p"] for t in result.trials}) == 9
+        and len({line.split()[0] for line in log.read_text().splitlines()}) == 2
+    )
 
 
 def test_ctrl_c_ends_at_once_and_loses_no_trial(home, tmp_path):
-    storage, slow, begun = tmp_path / "c.db", dict(pause=.2), tmp_path / "begun"
+    storage, slow, begun = tmp_path / "c.db", dict(pause=0.2), tmp_path / "begun"
     victim = process(home, storage, 4, slow, VALLEY_BEGUN=begun)
     until(lambda: begun.exists() or victim.poll() is not None, "a trial")
     victim.send_signal(signal.SIGINT)
     written = finish(victim)
     assert victim.returncode != 0 and "RUNNING" not in seen(storage), written
-    trials = counted(tuner(home, storage, 4, slow).study())
+    trials = live_trials(tuner(home, storage, 4, slow).study())
     assert [t.state.name for t in trials] == ["WAITING"]
 
 
 def test_a_trial_that_always_kills_its_worker_is_given_up(home, tmp_path):
-    storage, deadly = tmp_path / "d.db", dict(deadly=.39)
-    for _ in range(RETRIES + 1):
+    storage, deadly = tmp_path / "d.db", dict(deadly=0.39)
+    for _ in range(TRIAL_RETRIES + 1):
         victim = process(home, storage, 1, deadly)
         assert victim.wait(PATIENCE) == -signal.SIGKILL
-    with pytest.raises(TunerError, match="all 1 trials failed, the first with a worker that was lost each time"): tuner(home, storage, 1, deadly).run()
+    with pytest.raises(TunerError, match="all 1 trials failed, the first with a worker that was lost each time"):
+        tuner(home, storage, 1, deadly).run()
 
 
 def test_pruning_prunes(home, tmp_path, monkeypatch):
     monkeypatch.setenv("VALLEY_LOG", str(tmp_path / "log"))
     result = tuner(home, tmp_path / "p.db", 20, dict(rounds=20)).run()
     rounds = sum(int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines())
-    assert result.count("PRUNED") >= 3 and rounds < 20 * 2 * 20 * .95
-    loss = lambda t: -(.8 * np.log(t.params["p"]) + .2 * np.log((1 - t.params["p"]) / 2))
-    assert all(loss(t) > result.value + .01 for t in result.trials if t.state.name == "PRUNED") and abs(result.params["p"] - .8) < .06
+    assert result.count("PRUNED") >= 3 and rounds < 20 * 2 * 20 * 0.95
+
+    def loss(t):
+        return -(0.8 * np.log(t.params["p"]) + 0.2 * np.log((1 - t.params["p"]) / 2))
+
+    assert (
+        all(loss(t) > result.value + 0.01 for t in result.trials if t.state.name == "PRUNED")
+        and abs(result.params["p"] - 0.8) < 0.06
+    )
     assert any(max(t.intermediate_values) % 10 for t in result.trials if t.state.name == "PRUNED"), "none within a fold"
 
 
 def test_what_a_model_refuses_fails_with_its_reason(home, tmp_path):
-    result = tuner(home, tmp_path / "f.db", 10, dict(refuses=.7)).run()
-    assert result.count("FAIL") >= 1 and result.params["p"] <= .7 and len(result.trials) == 10
+    result = tuner(home, tmp_path / "f.db", 10, dict(refuses=0.7)).run()
+    assert result.count("FAIL") >= 1 and result.params["p"] <= 0.7 and len(result.trials) == 10
     assert all(r.startswith("ValueError: p is") for r in result.failures())
-    with pytest.raises(TunerError, match="all 10 trials failed, the first with ValueError: p is 0.40, expected at most 0.1; mend"): tuner(home, tmp_path / "g.db", 15, dict(refuses=.1)).run()
+    with pytest.raises(
+        TunerError, match="all 10 trials failed, the first with ValueError: p is 0.40, expected at most 0.1; mend"
+    ):
+        tuner(home, tmp_path / "g.db", 15, dict(refuses=0.1)).run()
 
 
-@pytest.mark.parametrize("metric, best", [("f1_macro", .75), ("sharpe_net", -100)])
+@pytest.mark.parametrize("metric, best", [("f1_macro", 0.75), ("sharpe_net", -100)])
 def test_more_is_better_where_it_is(home, tmp_path, metric, best):
     result = tuner(home, tmp_path / "m.db", 4, objective=metric).run()
-    assert result.study.direction.name == "MAXIMIZE" and result.value > best and result.value == max(t.value for t in result.trials if t.state.name == "COMPLETE")
+    assert (
+        result.study.direction.name == "MAXIMIZE"
+        and result.value > best
+        and result.value == max(t.value for t in result.trials if t.state.name == "COMPLETE")
+    )
     assert np.isclose(np.mean(result.fold_values), result.value)
 
 
 def test_val_is_opened_only_when_asked_for_and_test_never(home, tmp_path):
     assert not (home / "data/test_scaled.parquet").exists()
     tuner(home, tmp_path / "t.db", 1).run()
-    with pytest.raises(SplitsError, match="expected a parquet file"): tuner(home, tmp_path / "v.db", 1, on="val").run()
+    with pytest.raises(SplitsError, match="expected a parquet file"):
+        tuner(home, tmp_path / "v.db", 1, on="val").run()
     frame = pd.read_parquet(home / "data/train_scaled.parquet")
     shutil.copytree(home / "data", tmp_path / "data")
     frame.assign(datetime=frame.datetime + pd.Timedelta("700D")).to_parquet(tmp_path / "data/val_scaled.parquet")
-    result = OptunaModelTuner(dict(model="valley", horizon=5, data=str(tmp_path / "data")), 3, on="val", storage=tmp_path / "v.db").run()
-    assert len(result.fold_values) == 1 and read_tuned(result.save(tmp_path / "v.yaml"))[1]["measured_on"] == "val" and "no longer an independent" in repr(result)
+    result = OptunaModelTuner(
+        dict(model="valley", horizon=5, data=str(tmp_path / "data")), 3, on="val", storage=tmp_path / "v.db"
+    ).run()
+    assert (
+        len(result.fold_values) == 1
+        and read_tuned(result.save(tmp_path / "v.yaml"))[1]["measured_on"] == "val"
+        and "no longer an independent" in repr(result)
+    )
 
 
-@pytest.mark.parametrize("search, says", [
-    ("search:\n  q: {type: float, low: 0, high: 1}", "unknown key 'q'"), ("search:\n  p: {type: flat, low: 0, high: 1}", "p: type 'flat', did you mean 'float'"), ("search:\n  p: {low: 0, high: 1}", "expected type"),
-    ("search:\n  p: 3", "p: found 3, expected type"), ("search:\n  p: {type: float, low: 1, high: 0}", "low <= high"), ("search:\n  p: {type: float, low: 0, high: 1, log: true}", "p: "), ("search:\n  p: {type: float, low: a, high: 1}", "low = 'a'"),
-    ("search:\n  p: {type: float, low: 0}", "high is missing"), ("search:\n  p: {type: categorical, choices: []}", "p: "), ("search:\n  p: {type: categorical, choices: [a]}", "p = 'a'"), ("search:\n  rounds: {type: int, low: 1.5, high: 3}", "low = 1.5"),
-    ("search:\n  p: {type: float, low: 0, high: 1, hihg: 2}", "unknown key 'hihg', did you mean 'high'"), ("search: [p]", "found a list"), ("search: {}", "nothing to vary"), ("rounds: 5", "nothing to vary")])
+@pytest.mark.parametrize(
+    "search, says",
+    [
+        ("search:\n  q: {type: float, low: 0, high: 1}", "unknown key 'q'"),
+        ("search:\n  p: {type: flat, low: 0, high: 1}", "p: type 'flat', did you mean 'float'"),
+        ("search:\n  p: {low: 0, high: 1}", "expected type"),
+        ("search:\n  p: 3", "p: found 3, expected type"),
+        ("search:\n  p: {type: float, low: 1, high: 0}", "low <= high"),
+        ("search:\n  p: {type: float, low: 0, high: 1, log: true}", "p: "),
+        ("search:\n  p: {type: float, low: a, high: 1}", "low = 'a'"),
+        ("search:\n  p: {type: float, low: 0}", "high is missing"),
+        ("search:\n  p: {type: categorical, choices: []}", "p: "),
+        ("search:\n  p: {type: categorical, choices: [a]}", "p = 'a'"),
+        ("search:\n  rounds: {type: int, low: 1.5, high: 3}", "low = 1.5"),
+        ("search:\n  p: {type: float, low: 0, high: 1, hihg: 2}", "unknown key 'hihg', did you mean 'high'"),
+        ("search: [p]", "found a list"),
+        ("search: {}", "nothing to vary"),
+        ("rounds: 5", "nothing to vary"),
+    ],
+)
 def test_bad_spaces_are_refused_and_nothing_is_left_behind(home, tmp_path, monkeypatch, search, says):
     (tmp_path / "params/models").mkdir(parents=True)
     (tmp_path / "params/models/valley.yaml").write_text(search + "\n")
-    monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path / "params")), monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
+    (
+        monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path / "params")),
+        monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs")),
+    )
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigError) as e: tuner(home, None).run()
+    with pytest.raises(ConfigError) as e:
+        tuner(home, None).run()
     assert says in str(e.value) and "valley.yaml" in str(e.value) and "\n" not in str(e.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kw, says", [(dict(objective="loss"), "did you mean 'log_loss'"), (dict(on="test"), "on = 'test'"), (dict(n=0), "n_trials = 0"), (dict(folds=0), "folds = 0"), (dict(config=dict(p=.5)), "nothing to vary besides"), (dict(config=dict(q=.5)), "unknown key 'q'")])
+@pytest.mark.parametrize(
+    "kw, says",
+    [
+        (dict(objective="loss"), "did you mean 'log_loss'"),
+        (dict(on="test"), "on = 'test'"),
+        (dict(n=0), "n_trials = 0"),
+        (dict(folds=0), "folds = 0"),
+        (dict(config=dict(p=0.5)), "nothing to vary besides"),
+        (dict(config=dict(q=0.5)), "unknown key 'q'"),
+    ],
+)
 def test_bad_questions_are_refused(home, tmp_path, kw, says):
-    with pytest.raises(ConfigError) as e: tuner(home, tmp_path / "b.db", **kw)
+    with pytest.raises(ConfigError) as e:
+        tuner(home, tmp_path / "b.db", **kw)
     assert says in str(e.value) and list(tmp_path.iterdir()) == []
 
 
 def test_what_stands_in_the_way_is_said_before_a_database_is_made(home, tmp_path):
-    with pytest.raises(MissingFile): OptunaModelTuner(dict(model="valley", horizon=5, data="nowhere"), storage=tmp_path / "b.db").run()
-    with pytest.raises(SplitsError, match="n_folds = 5000"): tuner(home, tmp_path / "b.db", folds=5000).run()
+    with pytest.raises(MissingFile):
+        OptunaModelTuner(dict(model="valley", horizon=5, data="nowhere"), storage=tmp_path / "b.db").run()
+    with pytest.raises(SplitsError, match="n_folds = 5000"):
+        tuner(home, tmp_path / "b.db", folds=5000).run()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     for storage in (tmp_path / "file/x.db", "nosuchdb://me:secret@host/x"):
-        with pytest.raises(TunerError, match="cannot be opened") as e: open_storage(storage)
+        with pytest.raises(TunerError, match="cannot be opened") as e:
+            open_storage(storage)
         assert "secret" not in str(e.value) and "\n" not in str(e.value)
     (tmp_path / "text.db").write_text("not a database, but long enough to be taken for one" * 9)
-    with pytest.raises(TunerError, match="cannot be opened"): open_storage(tmp_path / "text.db")
+    with pytest.raises(TunerError, match="cannot be opened"):
+        open_storage(tmp_path / "text.db")
     (tmp_path / "plain.yaml").write_text("p: 0.5\n")
-    with pytest.raises(ConfigError, match="do not say how it was tuned"): read_tuned(tmp_path / "plain.yaml")
+    with pytest.raises(ConfigError, match="do not say how it was tuned"):
+        read_tuned(tmp_path / "plain.yaml")
 
 
 def test_tasks_are_not_mixed(home, tmp_path):
-    ways = [{}, dict(folds=3), dict(objective="f1_macro"), dict(on="val"), dict(embargo=1), dict(config=dict(rounds=9)), dict(search=dict(p=dict(type="float", low=.4, high=.9)))]
+    ways = [
+        {},
+        dict(folds=3),
+        dict(objective="f1_macro"),
+        dict(on="val"),
+        dict(embargo=1),
+        dict(config=dict(rounds=9)),
+        dict(search=dict(p=dict(type="float", low=0.4, high=0.9))),
+    ]
     assert len({tuner(home, tmp_path / "x.db", **w).study_name for w in ways}) == len(ways)
     assert tuner(home, tmp_path / "y.db", 99).study_name == tuner(home, tmp_path / "x.db").study_name
 
@@ -239,17 +367,36 @@ def test_tasks_are_not_mixed(home, tmp_path):
 def test_every_model_has_a_space_that_holds_its_defaults(monkeypatch):
     monkeypatch.delenv("MODELFACTORY_PARAMS")
     for model in ModelRegistry.list_models():
-        if model["name"] == "valley": continue
-        space, config = read_space(model["name"]), ModelRegistry.get(model["name"]).Config(**read_params(model["name"]).config)
-        assert all(r.holds(getattr(config, key)) for key, r in space.items()), model["name"]
+        if model["name"] == "valley":
+            continue
+        space, config = (
+            read_space(model["name"]),
+            ModelRegistry.get(model["name"]).Config(**read_params(model["name"]).config),
+        )
+        assert all(r.contains(getattr(config, key)) for key, r in space.items()), model["name"]
 
 
 def test_the_study_notebook(home, tmp_path):
     import nbformat
-    from modelfactory.runs.engine import check_parameters, execute, find_notebook
-    asked = dict(model="valley", horizon=5, data=str(home / "data"), preset="quick", trials=6, runs=str(tmp_path), output=str(tmp_path / "tuned.yaml"))
+
+    from modelfactory.runs.engine import check_parameters, execute_notebook, find_notebook
+
+    asked = dict(
+        model="valley",
+        horizon=5,
+        data=str(home / "data"),
+        preset="quick",
+        trials=6,
+        runs=str(tmp_path),
+        output=str(tmp_path / "tuned.yaml"),
+    )
     check_parameters(find_notebook("study.ipynb"), asked)
-    execute(find_notebook("study.ipynb"), tmp_path / "study.ipynb", asked)
+    execute_notebook(find_notebook("study.ipynb"), tmp_path / "study.ipynb", asked)
     outputs = [o for c in nbformat.read(tmp_path / "study.ipynb", 4).cells for o in c.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3 and not any(o.output_type == "error" for o in outputs)
-    assert read_tuned(tmp_path / "tuned.yaml")[1]["n_trials"] == 6 and "--preset quick" in (tmp_path / "tuned.yaml").read_text()
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3 and not any(
+        o.output_type == "error" for o in outputs
+    )
+    assert (
+        read_tuned(tmp_path / "tuned.yaml")[1]["n_trials"] == 6
+        and "--preset quick" in (tmp_path / "tuned.yaml").read_text()
+    )

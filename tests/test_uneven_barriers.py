@@ -1,12 +1,15 @@
 "Real bars with uneven barriers: class shares near 60/40/0, six tabular models, and no claim that a constant call has as well."
+
 import numpy as np
 import pytest
 from conftest import PATIENCE
 
-from modelfactory.data.bars import bars_to_splits, read_eurusd
-from modelfactory.runs.compare import comparison, describe
+from modelfactory.data.readers import read_eurusd
+from modelfactory.data.writer import bars_to_splits
+from modelfactory.runs.comparison import comparison
 from modelfactory.runs.grid import run_grid
-from modelfactory.runs.store import list_runs
+from modelfactory.runs.run import list_runs
+from modelfactory.runs.sentences import describe
 
 MODELS = ["logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost"]
 
@@ -30,5 +33,5 @@ def test_no_model_can_be_told_from_the_better_constant_call(task):
 def test_directional_accuracy_stands_beside_the_constant_call(task):
     constant = {m["directional_accuracy_constant"] for m in task["models"]}
     accuracy = [m["directional_accuracy"] for m in task["models"]]
-    assert len(constant) == 1 and constant.pop() > .6
-    assert np.nanmax(accuracy) > .5
+    assert len(constant) == 1 and constant.pop() > 0.6
+    assert np.nanmax(accuracy) > 0.5

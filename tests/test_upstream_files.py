@@ -1,4 +1,5 @@
 "Files as the pipeline before this kit writes them, from files to comparison by the command line alone."
+
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import pandas as pd
 import pytest
 
 from modelfactory.cli import main
-from modelfactory.runs.store import list_runs
+from modelfactory.runs.run import list_runs
 
 HORIZONS, REACH, FEATURES = (5, 20), 3, 160
 ROWS = dict(train=1500, val=500, test=500)
@@ -18,16 +19,29 @@ def upstream_bars(symbol, seed):
     hours = pd.date_range("2021-01-04", periods=3 * n, freq="h", tz="UTC")
     hours = hours[(hours.dayofweek < 5) & (hours.hour >= 7) & (hours.hour < 21)]
     times = hours[np.sort(rng.choice(len(hours), n, replace=False))]
-    close = 1.2 * np.exp(np.cumsum(rng.normal(0, .001, n)))
-    spread = close * rng.uniform(.0002, .002, (2, n))
-    frame = pd.DataFrame(dict(
-        datetime=times, symbol=symbol, open=close, high=close + spread[0], low=close - spread[1], close=close,
-        volume=rng.integers(1, 1000, n), split="", timeframe="1h", session_id=np.arange(n) // 14, missing_bar=0, roll_event=False))
+    close = 1.2 * np.exp(np.cumsum(rng.normal(0, 0.001, n)))
+    spread = close * rng.uniform(0.0002, 0.002, (2, n))
+    frame = pd.DataFrame(
+        dict(
+            datetime=times,
+            symbol=symbol,
+            open=close,
+            high=close + spread[0],
+            low=close - spread[1],
+            close=close,
+            volume=rng.integers(1, 1000, n),
+            split="",
+            timeframe="1h",
+            session_id=np.arange(n) // 14,
+            missing_bar=0,
+            roll_event=False,
+        )
+    )
     for h in HORIZONS:
         hit = rng.integers(1, REACH * h + 1, n)
         ahead = np.minimum(np.arange(n) + hit, n - 1)
         label = np.sign(close[ahead] - close).astype(int)
-        frame[f"label_h{h}"] = np.where(rng.random(n) < .05, -99, np.where(rng.random(n) < .1, 0, label))
+        frame[f"label_h{h}"] = np.where(rng.random(n) < 0.05, -99, np.where(rng.random(n) < 0.1, 0, label))
         frame[f"bars_to_hit_h{h}"] = hit
         for name in ("mae", "mfe", "quality", "sample_weight", "touch_type"):
             frame[f"{name}_h{h}"] = rng.random(n)
@@ -50,7 +64,8 @@ def upstream(tmp_path):
 
 def run(*words):
     "Exit code of a command."
-    with pytest.raises(SystemExit) as end: main([str(word) for word in words])
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
     return end.value.code
 
 
@@ -62,9 +77,11 @@ def test_from_upstream_files_to_a_comparison_by_the_command_line_alone(upstream,
     assert run("purge", upstream, "--output", purged) == 0
     assert run("check", purged) == 0 and "sets these labels to null" not in capsys.readouterr().err
     for model in ("logistic_regression", "lightgbm"):
-        assert run("train", "--model", model, "--horizon", 5, "--data", purged, "--preset", "quick", "--output", runs) == 0
+        assert (
+            run("train", "--model", model, "--horizon", 5, "--data", purged, "--preset", "quick", "--output", runs) == 0
+        )
     assert run("compare", runs) == 0
-    task, = json.loads((runs / "model_comparison.json").read_text())["tasks"]
+    (task,) = json.loads((runs / "model_comparison.json").read_text())["tasks"]
     assert sorted(row["model"] for row in task["models"]) == ["lightgbm", "logistic_regression"]
     assert not task["direction_significant"]
     assert all(r.scored and r.report["n_features"] == FEATURES for r in list_runs(runs))

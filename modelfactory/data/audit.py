@@ -4,9 +4,10 @@
 
 # %% ../../nbs/data/02_audit.ipynb #c9722cc1
 from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Mapping
 
 import numpy as np
 import pandas as pd
@@ -15,36 +16,39 @@ from .dataset import TimeSeriesDataset
 from .splits import NO_TARGET, Split, SplitsError, label_reach
 
 # %% auto #0
-__all__ = ['BINS', 'SCORES', 'NEXT_BAR', 'MOVES', 'POSITIONS', 'STRENGTHS', 'VOLATILITIES', 'VIEWS', 'DIRECTION', 'NEUTRALITY',
-           'SUSPECT', 'SUSPECT_ERRORS', 'MIN_ROWS', 'SCORE_COLUMNS', 'SCALERS', 'SAME', 'LeakFound', 'bin_of',
-           'target_tables', 'auc_minus_half', 'aligned', 'targets', 'log_returns', 'yardsticks', 'day_of',
-           'auc_std_error', 'score_columns', 'auc_by_shift', 'scaler_residuals', 'scaled_on_everything', 'Finding',
-           'leaks', 'find_label_copies', 'AuditReport', 'audit']
+__all__ = ['N_BINS', 'SCORE_FUNCTIONS', 'NEXT_BAR', 'RETURN_BARS', 'BAND_BARS', 'RSI_BARS', 'VOLATILITY_BARS', 'VIEWS',
+           'DIRECTION_LIMIT', 'NEUTRALITY_LIMIT', 'WARNING_LIMIT', 'WARNING_ERRORS', 'MIN_ROWS', 'SCORE_COLUMNS',
+           'SCALERS', 'COPY_AUC', 'LeakFound', 'assign_bins', 'class_tables', 'auc_minus_half', 'shift_within_symbol',
+           'score_targets', 'log_returns', 'reference_columns', 'bars_per_day', 'auc_std_error', 'score_columns',
+           'auc_by_shift', 'scaler_residuals', 'find_scaler_leaks', 'LeakFinding', 'find_leaks', 'find_label_copies',
+           'AuditReport', 'audit']
 
 # %% ../../nbs/data/02_audit.ipynb #7712e7ad
-class LeakFound(SplitsError): "Columns that predict labels better than past bars can."
+class LeakFound(SplitsError):
+    "Columns that predict labels better than past bars can."
 
 # %% ../../nbs/data/02_audit.ipynb #2b0cacb7
-BINS = 32  # of equal count in the first half of train
+N_BINS = 32  # of equal count in the first half of train
 
-def bin_of(
+
+def assign_bins(
     x: np.ndarray,  # (N,) a column
     first: np.ndarray,  # (N,) mask: the first half of train
 ) -> np.ndarray:  # (N,) 0..BINS + 1
     "Bins between quantiles of the first half; equal values share a bin, the lowest value and NaN have one of their own."
     known = x[first]
-    known = np.sort(known[~np.isnan(known)][::max(1, len(known) >> 14)])
-    edges = np.unique(known[np.r_[0, np.arange(1, BINS) * len(known) // BINS]]) if len(known) else known
-    return np.where(np.isnan(x), BINS + 1, np.searchsorted(edges, x)).astype(np.uint8)
+    known = np.sort(known[~np.isnan(known)][:: max(1, len(known) >> 14)])
+    edges = np.unique(known[np.r_[0, np.arange(1, N_BINS) * len(known) // N_BINS]]) if len(known) else known
+    return np.where(np.isnan(x), N_BINS + 1, np.searchsorted(edges, x)).astype(np.uint8)
 
 # %% ../../nbs/data/02_audit.ipynb #ef0ff8f3
-def target_tables(
-    bins: list,  # n arrays (N,), as from `bin_of`
+def class_tables(
+    bins: list,  # n arrays (N,), as from `assign_bins`
     first: np.ndarray,  # (N,) mask: the first half
     classes: list,  # arrays (N,) int64: 0 down, 1 flat, 2 up, 3 no label
 ) -> np.ndarray:  # (n, len(classes), 4, 2, BINS + 2) counts by class, half and bin
     "How often each class stands in each bin, in both halves."
-    width = BINS + 2
+    width = N_BINS + 2
     keys = [(2 * c + ~first) * width for c in classes]
     tables = [[np.bincount(key + b, minlength=8 * width) for key in keys] for b in bins]
     return np.array(tables).reshape(len(bins), len(keys), 4, 2, width)
@@ -59,14 +63,16 @@ def auc_minus_half(
     share = n_high.sum(-1, keepdims=True) / np.maximum((n_low + n_high).sum(-1, keepdims=True), 1)
     order = np.argsort((n_high + 8 * share) / (n_low + n_high + 8), axis=-1, kind="stable")
     low, high = (np.take_along_axis(counts[..., 1, :], order, -1).astype(float) for counts in (low, high))
-    return ((low.cumsum(-1) - low / 2) * high).sum(-1) / np.maximum(low.sum(-1) * high.sum(-1), 1) - .5
+    return ((low.cumsum(-1) - low / 2) * high).sum(-1) / np.maximum(low.sum(-1) * high.sum(-1), 1) - 0.5
 
-SCORES = dict(
+
+SCORE_FUNCTIONS = dict(
     direction=lambda t: auc_minus_half(t[..., 0, :, :], t[..., 2, :, :]),  # -1 against +1
-    neutrality=lambda t: auc_minus_half(t[..., 0, :, :] + t[..., 2, :, :], t[..., 1, :, :]))  # the rest against 0
+    neutrality=lambda t: auc_minus_half(t[..., 0, :, :] + t[..., 2, :, :], t[..., 1, :, :]),
+)  # the rest against 0
 
 # %% ../../nbs/data/02_audit.ipynb #bad4d526
-def aligned(
+def shift_within_symbol(
     values: np.ndarray,  # (N,) of rows ordered by symbol, then time
     codes: np.ndarray,  # (N,) symbol of each row
     shift: int,  # rows ahead; negative: rows ago
@@ -82,55 +88,62 @@ def aligned(
 # %% ../../nbs/data/02_audit.ipynb #11825ee9
 NEXT_BAR = "next bar"
 
-def targets(split: Split) -> dict:  # name -> (bars that the label reaches, (N,) int8 sign or NO_TARGET)
+
+def score_targets(split: Split) -> dict:  # name -> (bars that the label reaches, (N,) int8 sign or NO_TARGET)
     "What columns are scored against: the labels, and the direction of the next bar where there are closes."
     signs = {h: np.where(y == NO_TARGET, y, np.sign(y)).astype(np.int8) for h, y in split.labels.items()}
     labels = {f"label_h{h}": (label_reach(split, h), sign) for h, sign in signs.items()}
-    if split.close is None: return labels
+    if split.close is None:
+        return labels
     move = log_returns(split, -1)
     return labels | {NEXT_BAR: (1, np.where(np.isfinite(move), np.sign(move), NO_TARGET).astype(np.int8))}
+
 
 def log_returns(split, n):
     "(N,) log return over the last `n` bars, over the next ones where `n` is negative; NaN at the ends."
     close = np.log(split.close)
-    return np.sign(n) * (close - aligned(close, split.codes, -n))
+    return np.sign(n) * (close - shift_within_symbol(close, split.codes, -n))
+
 
 def _classes(label, codes, shift=0):
-    label = aligned(label, codes, shift, NO_TARGET)
+    label = shift_within_symbol(label, codes, shift, NO_TARGET)
     return np.where(label == NO_TARGET, 3, label + 1).astype(np.int64)
 
 # %% ../../nbs/data/02_audit.ipynb #28091b2b
-MOVES = (1, 2, 5, 10, 20, 60)  # bars of past moves
-POSITIONS = (5, 14, 20, 60, 200)  # bars of Bollinger bands and of past extremes
-STRENGTHS = (7, 14, 28)  # bars of the RSI
-VOLATILITIES = ((1, 20), (5, 60), (20, 120))  # bars of the two averages of a ratio of volatility
+RETURN_BARS = (1, 2, 5, 10, 20, 60)  # bars of past moves
+BAND_BARS = (5, 14, 20, 60, 200)  # bars of Bollinger bands and of past extremes
+RSI_BARS = (7, 14, 28)  # bars of the RSI
+VOLATILITY_BARS = ((1, 20), (5, 60), (20, 120))  # bars of the two averages of a ratio of volatility
 
-def yardsticks(split: Split) -> dict:  # name -> (N,) float64
+
+def reference_columns(split: Split) -> dict:  # name -> (N,) float64
     "Causal columns of the bars that set what is usual; only time and symbol where there are no closes."
     minutes = split.datetimes.hour * 60 + split.datetimes.minute
     columns = dict(time=minutes.to_numpy(float), symbol=split.codes.astype(float))
-    if split.close is None: return columns
-    columns |= {f"move {n}": log_returns(split, n) for n in MOVES}
+    if split.close is None:
+        return columns
+    columns |= {f"move {n}": log_returns(split, n) for n in RETURN_BARS}
     edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
     prices = [split.market.get(c, split.close) for c in ("high", "low", "close")]
-    parts = [_positions(*(p[a:b] for p in prices)) for a, b in zip(edges, edges[1:])]
+    parts = [_band_positions(*(p[a:b] for p in prices)) for a, b in zip(edges, edges[1:])]
     return columns | {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+
 @np.errstate(divide="ignore", invalid="ignore")
-def _positions(high, low, close):
+def _band_positions(high, low, close):
     "Yardsticks of one symbol."
     high, low, close = map(pd.Series, (high, low, close))
     change = close.diff()
     columns = dict(level=np.log(close), place=(close - low) / (high - low))
-    for n in POSITIONS:
+    for n in BAND_BARS:
         past = close.rolling(n, min_periods=2)
         lowest, highest = low.rolling(n, min_periods=1).min(), high.rolling(n, min_periods=1).max()
         columns[f"bollinger {n}"] = (close - past.mean()) / past.std()
         columns[f"stochastic {n}"] = (close - lowest) / (highest - lowest)
-    for n in STRENGTHS:
+    for n in RSI_BARS:
         rise, fall = (x.ewm(alpha=1 / n, adjust=False).mean() for x in (change.clip(lower=0), -change.clip(upper=0)))
         columns[f"rsi {n}"] = rise / (rise + fall)
-    for short, long in VOLATILITIES:
+    for short, long in VOLATILITY_BARS:
         near, far = (change.abs().rolling(n, min_periods=1).mean() for n in (short, long))
         columns[f"volatility {short} {long}"] = near / far
     return {name: x.replace([np.inf, -np.inf], np.nan).to_numpy(float) for name, x in columns.items()}
@@ -138,139 +151,169 @@ def _positions(high, low, close):
 # %% ../../nbs/data/02_audit.ipynb #04119b95
 VIEWS = ("level", "change")
 
+
 def _view_bins(x, split, view, first):
     "Bins of a column as it is, or of its change."
-    return bin_of(x if view == "level" else x - aligned(x, split.codes, -1), first)
+    return assign_bins(x if view == "level" else x - shift_within_symbol(x, split.codes, -1), first)
 
-def _column(split, j): return np.ascontiguousarray(split.matrix[:, j])
+
+def _column(split, j):
+    return np.ascontiguousarray(split.matrix[:, j])
+
 
 def _first_half(split):
     times = split.datetimes.as_unit("ns").asi8
     return times <= np.median(times)
 
-def day_of(split: Split) -> int:
+
+def bars_per_day(split: Split) -> int:
     "Bars of a symbol in a day: the median, at least 1."
     return max(1, int(pd.Series(split.codes).groupby([split.codes, split.datetimes.normalize()]).size().median()))
 
 # %% ../../nbs/data/02_audit.ipynb #6d4b52af
-DIRECTION, NEUTRALITY = .10, .06  # AUC above what is usual from which a column fails, or is a warning
-SUSPECT = .05  # AUC above what is usual from which a direction is a warning, if it is
-SUSPECT_ERRORS = 3  # standard errors above it as well
+DIRECTION_LIMIT, NEUTRALITY_LIMIT = 0.10, 0.06  # AUC above what is usual from which a column fails, or is a warning
+WARNING_LIMIT = 0.05  # AUC above what is usual from which a direction is a warning, if it is
+WARNING_ERRORS = 3  # standard errors above it as well
 MIN_ROWS = 300  # of a class in each half
 
+
 def auc_std_error(
-    a: int, b: int,  # rows of the two classes in the scored half
+    a: int,
+    b: int,  # rows of the two classes in the scored half
     horizon: int,  # bars over which labels overlap
 ) -> float:
     "Standard error of the AUC of a column without skill (Mann and Whitney 1947), for `horizon` rows worth one."
     return float(np.sqrt(horizon * (1 / a + 1 / b) / 12))
+
 
 def _class_rows(classes, first, kind):
     "(2, 2) rows of the two classes in each half."
     counts = np.array([np.bincount(classes[half], minlength=4) for half in (first, ~first)])
     return counts[:, [0, 2]] if kind == "direction" else np.c_[counts[:, 0] + counts[:, 2], counts[:, 1]]
 
-def _questions(split, first):
+
+def _score_keys(split, first):
     "(target, reach, label, kind, rows of the classes in the second half) of each score, and sentences on those with too few rows."
-    pairs = [(name, h, y, kind) for name, (h, y) in targets(split).items() for kind in SCORES]
+    pairs = [(name, h, y, kind) for name, (h, y) in score_targets(split).items() for kind in SCORE_FUNCTIONS]
     scored, skipped = [], []
     for name, h, y, kind in pairs:
-        if (name, kind) == (NEXT_BAR, "neutrality"): continue
+        if (name, kind) == (NEXT_BAR, "neutrality"):
+            continue
         rows = _class_rows(_classes(y, split.codes), first, kind)
-        if rows.min() >= MIN_ROWS: scored.append((name, h, y, kind, rows[1]))
-        else: skipped.append(f"{name}, {kind}: {rows.min():,} rows of a class in a half of {split.name}, fewer than {MIN_ROWS}")
+        if rows.min() >= MIN_ROWS:
+            scored.append((name, h, y, kind, rows[1]))
+        else:
+            skipped.append(
+                f"{name}, {kind}: {rows.min():,} rows of a class in a half of {split.name}, fewer than {MIN_ROWS}"
+            )
     return scored, skipped
 
 # %% ../../nbs/data/02_audit.ipynb #1775b422
 SCORE_COLUMNS = ["column", "view", "target", "symbol", "horizon", "kind", "size", "past", "usual", "warn", "limit"]
 
+
 def score_columns(
     split: Split,  # train
-) -> pd.DataFrame:  # `SCORE_COLUMNS`; sizes are AUC - 0.5, `symbol` is empty for all rows together, `horizon` is the reach
+) -> (
+    pd.DataFrame
+):  # `SCORE_COLUMNS`; sizes are AUC - 0.5, `symbol` is empty for all rows together, `horizon` is the reach
     "How well each column predicts each label, how well it predicts closed ones, what is usual, and from where it warns and fails."
-    first, day = _first_half(split), day_of(split)
+    first, day = _first_half(split), bars_per_day(split)
     columns = range(len(split.features))
     bins = {view: [_view_bins(_column(split, j), split, view, first) for j in columns] for view in VIEWS}
-    usual = [_view_bins(x, split, view, first) for x in yardsticks(split).values() for view in VIEWS]
+    usual = [_view_bins(x, split, view, first) for x in reference_columns(split).values() for view in VIEWS]
     parts = []
-    for name, h, y, kind, rows in _questions(split, first)[0]:
+    for name, h, y, kind, rows in _score_keys(split, first)[0]:
         classes = [_classes(y, split.codes, s) for s in (0, -h, -day * -(-h // day))]
         about = dict(column=split.features, target=name, horizon=h, kind=kind)
         for view in VIEWS:
             table = _scores(bins[view], usual, first, classes, kind, rows, h)
             parts.append(table.assign(view=view, symbol="", **about))
         for symbol, span, n in _symbol_spans(split, first, classes[0], kind):
-            cut = lambda arrays: [x[span] for x in arrays]
+
+            def cut(arrays):
+                return [x[span] for x in arrays]
+
             for view in VIEWS:
                 table = _scores(cut(bins[view]), cut(usual), first[span], cut(classes[:1]), kind, n, h)
                 parts.append(table.assign(view=view, symbol=symbol, **about | dict(limit=np.inf)))
     return pd.concat(parts, ignore_index=True)[SCORE_COLUMNS] if parts else pd.DataFrame(columns=SCORE_COLUMNS)
 
+
 def _scores(bins, usual, first, classes, kind, rows, h):
     "Scores and thresholds of columns; the first of `classes` is the label, the others are closed ones."
-    score, error = SCORES[kind], auc_std_error(*rows, h)
-    size, *closed = score(target_tables(bins, first, classes)).T
+    score, error = SCORE_FUNCTIONS[kind], auc_std_error(*rows, h)
+    size, *closed = score(class_tables(bins, first, classes)).T
     past = np.max([np.zeros(len(bins)), *closed], 0)
-    best = max(0, score(target_tables(usual, first, classes[:1])).max(initial=0))
+    best = max(0, score(class_tables(usual, first, classes[:1])).max(initial=0))
     if kind == "neutrality":
         level = np.maximum(best, past)
-        return pd.DataFrame(dict(size=size, past=past, usual=level, warn=level + NEUTRALITY + 2 * error, limit=np.inf))
-    limit = best + DIRECTION + 2 * error
-    warn = min(limit, best + max(SUSPECT, SUSPECT_ERRORS * error))
+        return pd.DataFrame(
+            dict(size=size, past=past, usual=level, warn=level + NEUTRALITY_LIMIT + 2 * error, limit=np.inf)
+        )
+    limit = best + DIRECTION_LIMIT + 2 * error
+    warn = min(limit, best + max(WARNING_LIMIT, WARNING_ERRORS * error))
     return pd.DataFrame(dict(size=size, past=past, usual=best, warn=warn, limit=limit))
+
 
 def _symbol_spans(split, first, classes, kind):
     "(symbol, its rows, rows of the classes in the second half) of each symbol that has enough of them; direction only."
-    if kind != "direction" or len(split.symbols) < 2: return
+    if kind != "direction" or len(split.symbols) < 2:
+        return
     edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
     for symbol, a, b in zip(split.symbols, edges, edges[1:]):
         rows = _class_rows(classes[a:b], first[a:b], kind)
-        if rows.min() >= MIN_ROWS: yield str(symbol), slice(a, b), rows[1]
+        if rows.min() >= MIN_ROWS:
+            yield str(symbol), slice(a, b), rows[1]
 
 # %% ../../nbs/data/02_audit.ipynb #1bc99568
 def auc_by_shift(
     split: Split,
     column: str,
-    target: str = NEXT_BAR,  # name in `targets`
+    target: str = NEXT_BAR,  # name in `score_targets`
     kind: str = "direction",  # or neutrality
     view: str = "level",  # or change
     symbol: str = "",  # score the rows of this symbol alone
 ) -> pd.Series:  # AUC - 0.5 by shift, from the last label that is not closed (1 - reach) to a reach ahead
     "How well a column predicts the label `shift` rows later."
-    (h, y), first = targets(split)[target], _first_half(split)
+    (h, y), first = score_targets(split)[target], _first_half(split)
     shifts = np.arange(1 - h, h + 1)
     rows = split.codes == split.symbols.index(symbol) if symbol else slice(None)
     bins = _view_bins(_column(split, split.features.index(column)), split, view, first)[rows]
-    tables = target_tables([bins], first[rows], [_classes(y, split.codes, s)[rows] for s in shifts])
-    return pd.Series(SCORES[kind](tables)[0], pd.Index(shifts, name="shift"), name=column)
+    tables = class_tables([bins], first[rows], [_classes(y, split.codes, s)[rows] for s in shifts])
+    return pd.Series(SCORE_FUNCTIONS[kind](tables)[0], pd.Index(shifts, name="shift"), name=column)
 
 # %% ../../nbs/data/02_audit.ipynb #df377082
 SCALERS = ("mean and deviation", "median and quartiles", "minimum and maximum")
+
 
 def scaler_residuals(
     x: np.ndarray,  # (n,) values
 ) -> list:  # a distance for each of `SCALERS`
     "How far a column is from what each scaler leaves on the rows it was fitted to."
     x = x[~np.isnan(x)]
-    if len(x) < 2: return [np.inf] * 3
-    low, q1, median, q3, high = np.quantile(np.sort(x), [0, .25, .5, .75, 1]).astype(float)
+    if len(x) < 2:
+        return [np.inf] * 3
+    low, q1, median, q3, high = np.quantile(np.sort(x), [0, 0.25, 0.5, 0.75, 1]).astype(float)
     x = x.astype(float)
     std, iqr = x.std() * np.sqrt([1, len(x) / (len(x) - 1)]), q3 - q1
     standard = max(abs(x.mean()), np.abs(std - 1).min())
     robust = max(abs(median), np.abs(iqr - [1, 1.349, 1.34898]).min())
     return [standard, robust, max(min(abs(low), abs(low + 1)), abs(high - 1))]
 
+
 def _is_continuous(x):
     "Whether a tenth of the values differ, in a sample of at most 4,096 rows."
-    sample = x[~np.isnan(x)][::max(1, len(x) >> 12)]
-    return len(np.unique(sample)) > max(BINS, len(sample) / 10)
+    sample = x[~np.isnan(x)][:: max(1, len(x) >> 12)]
+    return len(np.unique(sample)) > max(N_BINS, len(sample) / 10)
+
 
 def _single_extremes(x):
     "Whether one row alone has the minimum, and one the maximum."
     return (x == np.nanmin(x)).sum() == 1 == (x == np.nanmax(x)).sum()
 
 # %% ../../nbs/data/02_audit.ipynb #4741bc14
-def scaled_on_everything(
+def find_scaler_leaks(
     splits: Mapping,  # name -> Split, train first
 ) -> pd.DataFrame:  # column, scaler, size: how far train is from being scaled
     "Columns whose scaler was fitted on later splits too; empty with a single split."
@@ -280,24 +323,29 @@ def scaled_on_everything(
     hits = []
     for k in range(2, len(parts) + 1):
         pooled = [np.concatenate([s.matrix[:, j] for s in parts[:k]]) for j in range(len(columns))]
-        hits += [(columns[j], SCALERS[i], alone[j, i]) for j, i in zip(*np.nonzero(_scaled_together(pooled, alone)))]
+        hits += [(columns[j], SCALERS[i], alone[j, i]) for j, i in zip(*np.nonzero(_scaler_leaks(pooled, alone)))]
     return pd.DataFrame(hits, columns=["column", "scaler", "size"]).drop_duplicates("column", ignore_index=True)
 
-def _scaled_together(pooled, alone):
+
+def _scaler_leaks(pooled, alone):
     "(columns, 3) mask: what each scaler would leave is there in all splits together and not in train alone."
     residuals = np.array([scaler_residuals(x) for x in pooled]).reshape(-1, 3)
     continuous = np.array([_is_continuous(x) for x in pooled], bool)
     proof = np.c_[continuous, continuous, [_single_extremes(x) for x in pooled]]
-    exact, near = residuals < 1e-5, (residuals < .01) & (residuals < alone / 10)
-    most = lambda mask: (mask & proof).sum(0) > np.maximum(proof.sum(0) / 2, 1)
+    exact, near = residuals < 1e-5, (residuals < 0.01) & (residuals < alone / 10)
+
+    def most(mask):
+        return (mask & proof).sum(0) > np.maximum(proof.sum(0) / 2, 1)
+
     alone_proves = proof & [True, True, False]
     extremes = [True, True, False] | proof  # an attained bound is no evidence, whatever the others are
     return exact & (alone > 1e-4) & extremes & (alone_proves | most(exact)) | near & most(near) & [True, True, False]
 
 # %% ../../nbs/data/02_audit.ipynb #4d5d51e8
 @dataclass(frozen=True)
-class Finding:
+class LeakFinding:
     "One column that predicts too much, and what to do."
+
     column: str
     kind: str  # direction, neutrality or scaler
     size: float  # AUC - 0.5; of a scaler: how far train is from being scaled
@@ -309,58 +357,71 @@ class Finding:
     verdict: str  # fail or warn
     sentence: str
 
-def _count(n, noun): return f"{n} {noun}{'s' * (n != 1)}"
 
-def _sentence(row, limit, shift):
+def _count(n, noun):
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def _finding_sentence(row, limit, shift):
     column = f"the change of {row.column}" if row.view == "change" else f"column {row.column}"
     of = f" of {row.symbol}" if row.symbol else ""
-    return (f"{column} predicts {row.kind} of {row.target}{of} with AUC {.5 + row.size:.3f} (limit {.5 + limit:.3f}), strongest at shift {shift:+d}: "
-            f"check how it is computed; exclude=[{row.column!r}] leaves it out")
+    return (
+        f"{column} predicts {row.kind} of {row.target}{of} with AUC {0.5 + row.size:.3f} (limit {0.5 + limit:.3f}), strongest at shift {shift:+d}: "
+        f"check how it is computed; exclude=[{row.column!r}] leaves it out"
+    )
 
 # %% ../../nbs/data/02_audit.ipynb #2af93e5c
-def _finding(split, row):
+def _leak_finding(split, row):
     "The finding of a row of `score_columns`."
     shift = int(auc_by_shift(split, row.column, row.target, row.kind, row.view, row.symbol).idxmax())
     fails = row.size > row.limit
     limit, verdict = (float(row.limit), "fail") if fails else (float(row.warn), "warn")
-    sentence = _sentence(row, limit, shift)
-    return Finding(row.column, row.kind, float(row.size), limit, row.target, row.symbol, shift, None, verdict, sentence)
+    sentence = _finding_sentence(row, limit, shift)
+    return LeakFinding(
+        row.column, row.kind, float(row.size), limit, row.target, row.symbol, shift, None, verdict, sentence
+    )
 
-def leaks(
+
+def find_leaks(
     split: Split,
     scores: pd.DataFrame,  # of `score_columns`
-) -> list:  # of `Finding`
+) -> list:  # of `LeakFinding`
     "For each column and kind the score furthest above its threshold, one that fails before one that warns."
     over = scores[scores["size"] > scores.warn]
     over = over.assign(fails=over["size"] > over.limit, above=over["size"] - over.warn)
     over = over.sort_values(["fails", "above"], ascending=False)
-    return [_finding(split, row) for row in over.drop_duplicates(["column", "kind"]).itertuples(index=False)]
+    return [_leak_finding(split, row) for row in over.drop_duplicates(["column", "kind"]).itertuples(index=False)]
 
 # %% ../../nbs/data/02_audit.ipynb #2af993a8
-SAME = .4999  # AUC - 0.5 of a column that is the label
+COPY_AUC = 0.4999  # AUC - 0.5 of a column that is the label
+
 
 def find_label_copies(
     split: Split,
     scores: pd.DataFrame,  # of `score_columns`
-) -> list:  # of `Finding`
+) -> list:  # of `LeakFinding`
     "Columns with a label's few values that are the label of another row, and one that is not closed."
     labels = scores[(scores.target != NEXT_BAR) & (scores.kind == "direction")].target.unique()
     few = [f for f, x in zip(split.features, split.matrix.T) if 1 < len(np.unique(x[:2000])) <= 3]
-    pairs = [(f, t, line) for f in few for t in labels if (line := auc_by_shift(split, f, t)).max() >= SAME]
+    pairs = [(f, t, line) for f in few for t in labels if (line := auc_by_shift(split, f, t)).max() >= COPY_AUC]
     return [_copy(f, t, int(line.idxmax()), line) for f, t, line in pairs]
+
 
 def _copy(column, target, shift, line):
     ahead = int(line.index.max()) + shift
     row = f" of {_count(abs(shift), 'row')} {'before' if shift < 0 else 'later'}" if shift else ""
-    sentence = (f"column {column} is {target}{row}, which is decided up to {_count(ahead, 'bar')} later than the row; "
-                f"exclude=[{column!r}] leaves it out")
-    return Finding(column, "direction", float(line.max()), SAME, target, "", shift, ahead, "fail", sentence)
+    sentence = (
+        f"column {column} is {target}{row}, which is decided up to {_count(ahead, 'bar')} later than the row; "
+        f"exclude=[{column!r}] leaves it out"
+    )
+    return LeakFinding(column, "direction", float(line.max()), COPY_AUC, target, "", shift, ahead, "fail", sentence)
 
 # %% ../../nbs/data/02_audit.ipynb #0322ad8c
 @dataclass
 class AuditReport:
     "The findings, what was skipped, and what was permitted."
-    findings: list  # of `Finding`, the worst first
+
+    findings: list  # of `LeakFinding`, the worst first
     columns: int  # audited
     rows: int  # of train
     skipped: list  # scores with too few rows, in words
@@ -373,7 +434,7 @@ class AuditReport:
 
     def to_frame(self) -> pd.DataFrame:
         "A row a finding."
-        return pd.DataFrame([asdict(f) for f in self.findings], columns=list(Finding.__dataclass_fields__))
+        return pd.DataFrame([asdict(f) for f in self.findings], columns=list(LeakFinding.__dataclass_fields__))
 
     def to_dict(self) -> dict:
         "Plain data, as a run stores it."
@@ -385,18 +446,23 @@ class AuditReport:
 
     def raise_if_leaky(self):
         "Raises `LeakFound` with the columns that fail."
-        if self.ok: return
+        if self.ok:
+            return
         names = self.named("fail")
         first = next(f.sentence for f in self.findings if f.verdict == "fail")
         more = " …" if len(names) > 8 else ""
-        raise LeakFound(f"{_count(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{more}; "
-                        f"{first}; all of them: exclude={names[:8]}")
+        raise LeakFound(
+            f"{_count(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{more}; "
+            f"{first}; all of them: exclude={names[:8]}"
+        )
 
     def _lines(self):
         head = f"leak audit of {self.columns} columns on {self.rows:,} rows: {len(self.named('fail'))} fail, {len(self.named('warn'))} warn"
         rest = [f"skipped: {s}" for s in self.skipped]
-        if self.allowed: rest.append(f"permitted: {', '.join(self.allowed)}")
-        if len(self.findings) > 12: rest.append(f"and {len(self.findings) - 12} findings more: see to_frame()")
+        if self.allowed:
+            rest.append(f"permitted: {', '.join(self.allowed)}")
+        if len(self.findings) > 12:
+            rest.append(f"and {len(self.findings) - 12} findings more: see to_frame()")
         return head, [(f.verdict, f.sentence) for f in self.findings[:12]], rest
 
     def __repr__(self):
@@ -406,7 +472,9 @@ class AuditReport:
     def _repr_html_(self):
         head, findings, rest = self._lines()
         colours = dict(fail="#D55E00", warn="#E69F00")
-        items = [f"<li><b style='color:{colours[verdict]}'>{verdict}</b> {escape(text)}</li>" for verdict, text in findings]
+        items = [
+            f"<li><b style='color:{colours[verdict]}'>{verdict}</b> {escape(text)}</li>" for verdict, text in findings
+        ]
         items += [f'<li style="color:#7f7f7f">{escape(r)}</li>' for r in rest]
         return f"<p><b>{head}</b></p><ul style='font-size:13px;margin:0'>{''.join(items)}</ul>"
 
@@ -416,18 +484,23 @@ def audit(
     allow: tuple = (),  # columns, or kinds of finding, to permit: those you can vouch for
 ) -> AuditReport:
     "Columns that predict the labels of train too well, and scalers fitted on later splits; nothing is changed, no label but train's is read."
-    splits = data if isinstance(data, Mapping) else dict(train=data.split if isinstance(data, TimeSeriesDataset) else data)
+    splits = (
+        data if isinstance(data, Mapping) else dict(train=data.split if isinstance(data, TimeSeriesDataset) else data)
+    )
     train = next(iter(splits.values()))
     scores = score_columns(train)
-    findings = leaks(train, scores) + find_label_copies(train, scores)
-    findings += [_scaler_finding(row) for row in scaled_on_everything(splits).itertuples()]
+    findings = find_leaks(train, scores) + find_label_copies(train, scores)
+    findings += [_scaler_finding(row) for row in find_scaler_leaks(splits).itertuples()]
     allowed = {f.column for f in findings if f.column in allow or f.kind in allow}
     kept = {(f.column, f.kind): f for f in findings if f.column not in allowed}
     worst_first = sorted(kept.values(), key=lambda f: f.verdict)
-    skipped = _questions(train, _first_half(train))[1]
+    skipped = _score_keys(train, _first_half(train))[1]
     return AuditReport(worst_first, len(train.features), len(train), skipped, sorted(allowed))
 
+
 def _scaler_finding(row):
-    sentence = (f"column {row.column} has the {row.scaler} of a scaler in all splits together and not in train: "
-                "fit the scaler on train alone, and scale again")
-    return Finding(row.column, "scaler", float(row.size), 1e-4, "later splits", "", 0, None, "fail", sentence)
+    sentence = (
+        f"column {row.column} has the {row.scaler} of a scaler in all splits together and not in train: "
+        "fit the scaler on train alone, and scale again"
+    )
+    return LeakFinding(row.column, "scaler", float(row.size), 1e-4, "later splits", "", 0, None, "fail", sentence)

@@ -4,29 +4,43 @@
 
 # %% ../../nbs/data/01_dataset.ipynb #9a19f166
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Mapping, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 from annotated_types import Interval
 
-from ..settings import ShownConfig
-from .splits import (
-    NO_TARGET, SPLIT_ORDER, BadDatetime, FeatureSetsDiffer, MissingFile, Split, SplitOverlap, SplitsError, label_bars,
-    read_columns, read_splits)
+from ..configuration import HTMLConfig
+from modelfactory.data.splits import (
+    NO_TARGET,
+    SPLIT_ORDER,
+    BadDatetime,
+    FeatureSetsDiffer,
+    MissingFile,
+    Split,
+    SplitOverlap,
+    SplitsError,
+    label_bars,
+    read_columns,
+    read_splits,
+)
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
-           'TimeSeriesDataset', 'DatasetConfig', 'load_datasets', 'read_prices', 'price_file']
+           'TimeSeriesDataset', 'DatasetConfig', 'load_datasets', 'read_prices', 'read_price_file']
 
 # %% ../../nbs/data/01_dataset.ipynb #2c6c8c8a
 class Windows:
     "(n, seq_len, F) float32 windows over one (N, F) matrix; (n, F) when `seq_len` is 1."
+
     dtype = np.dtype(np.float32)
 
-    def __init__(self,
+    def __init__(
+        self,
         base: np.ndarray,  # (N, F) float32, rows of one symbol together and in time order
         ends: np.ndarray,  # (n,) last row of each window, inclusive
         seq_len: int,  # rows in a window
@@ -35,34 +49,65 @@ class Windows:
         self.history = history
         self.base, self.ends, self.seq_len = np.ascontiguousarray(base, np.float32), np.asarray(ends, np.int64), seq_len
         self._steps = np.arange(1 - seq_len, 1)
-        if len(self.ends) and not (self.ends.min() >= seq_len - 1 and self.ends.max() < len(base)): raise ValueError(f"windows of {seq_len} rows end at rows {self.ends.min()} to {self.ends.max()}, expected {seq_len - 1} to {len(base) - 1}")
+        if len(self.ends) and not (self.ends.min() >= seq_len - 1 and self.ends.max() < len(base)):
+            raise ValueError(
+                f"windows of {seq_len} rows end at rows {self.ends.min()} to {self.ends.max()}, expected {seq_len - 1} to {len(base) - 1}"
+            )
 
     @property
-    def shape(self): return (len(self.ends), self.base.shape[1]) if self.seq_len == 1 else (len(self.ends), self.seq_len, self.base.shape[1])
-    ndim = property(lambda self: len(self.shape))
-    def __len__(self): return len(self.ends)
-    def __repr__(self): return f"Windows{self.shape} over a {self.base.shape} matrix of {self.base.nbytes / 2**20:.1f} MB"
+    def shape(self):
+        return (
+            (len(self.ends), self.base.shape[1])
+            if self.seq_len == 1
+            else (len(self.ends), self.seq_len, self.base.shape[1])
+        )
 
-    def take(self,
+    ndim = property(lambda self: len(self.shape))
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __repr__(self):
+        return f"Windows{self.shape} over a {self.base.shape} matrix of {self.base.nbytes / 2**20:.1f} MB"
+
+    def take(
+        self,
         idx: np.ndarray,  # (b,) samples
         out: np.ndarray | None = None,  # (b, seq_len, F) float32 buffer to fill, C-contiguous
     ) -> np.ndarray:  # (b, seq_len, F), or (b, F) when seq_len is 1
         "Gathers samples into `out`, or into a new array."
         ends = self.ends[idx]
         shape = (len(ends), *self.shape[1:])
-        if out is None: out = np.empty(shape, np.float32)
-        if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous: raise ValueError(f"out is {out.shape} {out.dtype}, expected a C-contiguous {shape} float32")
-        np.take(self.base, (ends[:, None] + self._steps).ravel(), axis=0, out=out.reshape(-1, self.base.shape[1]), mode="clip")
+        if out is None:
+            out = np.empty(shape, np.float32)
+        if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.shape} {out.dtype}, expected a C-contiguous {shape} float32")
+        np.take(
+            self.base,
+            (ends[:, None] + self._steps).ravel(),
+            axis=0,
+            out=out.reshape(-1, self.base.shape[1]),
+            mode="clip",
+        )
         return out
 
     def __getitem__(self, i):
-        if isinstance(i, tuple) and i: return self[i[0]][i[1:]] if isinstance(i[0], (int, np.integer)) else self[i[0]][(slice(None), *i[1:])] if isinstance(i[0], slice) else np.asarray(self)[i]
-        if isinstance(i, (int, np.integer)): return self.take([range(len(self))[i]])[0]
+        if isinstance(i, tuple) and i:
+            return (
+                self[i[0]][i[1:]]
+                if isinstance(i[0], (int, np.integer))
+                else self[i[0]][(slice(None), *i[1:])]
+                if isinstance(i[0], slice)
+                else np.asarray(self)[i]
+            )
+        if isinstance(i, (int, np.integer)):
+            return self.take([range(len(self))[i]])[0]
         rows = np.arange(len(self))[i]
         return self.take(rows.ravel()).reshape(*rows.shape, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None):
-        if copy is False: raise ValueError("windows are gathered: asking for them as an array makes a copy")
+        if copy is False:
+            raise ValueError("windows are gathered: asking for them as an array makes a copy")
         return self.take(slice(None)).astype(dtype or np.float32, copy=False)
 
     def subset(self, idx: np.ndarray) -> Windows:  # samples `idx`, over the same matrix
@@ -73,14 +118,17 @@ class Windows:
 @dataclass
 class RawColumns:
     "Raw columns of a split, by its rows."
+
     columns: dict  # name -> (N,) float64
     codes: np.ndarray  # (N,) symbol of each row, equal codes together
 
     @property
-    def starts(self): return np.searchsorted(self.codes, self.codes)  # (N,) first row of each row's symbol
+    def starts(self):
+        return np.searchsorted(self.codes, self.codes)  # (N,) first row of each row's symbol
 
     def __getitem__(self, name):
-        if name not in self.columns: raise KeyError(f"no raw column {name!r} beside the windows; there are: {', '.join(self.columns) or 'none'}")
+        if name not in self.columns:
+            raise KeyError(f"no raw column {name!r} beside the windows; there are: {', '.join(self.columns) or 'none'}")
         return self.columns[name]
 
 # %% ../../nbs/data/01_dataset.ipynb #e40885cc
@@ -97,14 +145,18 @@ def left_padded(
     padded[rows] = np.c_[np.nan_to_num(values), ~np.isfinite(values)]
     return padded, rows
 
+
 def history_windows(
     windows: Windows,
     values: str | np.ndarray,  # a raw column, or (N,) values by the rows of the matrix
     length: int,  # rows up to the last one of each window
 ) -> Windows:  # (n, length, 2): value, and 1 where it is padding
     "Longer windows of one raw column; raises `ValueError` when the windows carry no raw columns."
-    if windows.history is None: raise ValueError("these windows carry no history: give the windows of a TimeSeriesDataset, not an array")
-    padded, rows = left_padded(windows.history[values] if isinstance(values, str) else values, windows.history.starts, length)
+    if windows.history is None:
+        raise ValueError("these windows carry no history: give the windows of a TimeSeriesDataset, not an array")
+    padded, rows = left_padded(
+        windows.history[values] if isinstance(values, str) else values, windows.history.starts, length
+    )
     return Windows(padded, rows[windows.ends], length)
 
 # %% ../../nbs/data/01_dataset.ipynb #754a8f6d
@@ -128,35 +180,50 @@ def last_rows(
     splits = [] if splits is None else [splits] if isinstance(splits, Split) else list(splits)
     places = [{name: code for code, name in enumerate(split.symbols)} for split in splits]
     pieces = [(code, *piece) for code, name in enumerate(symbols) for piece in _last_of(splits, places, name, n)]
-    if not pieces: return None
+    if not pieces:
+        return None
     names = dict.fromkeys(name for split in splits for name in split.market)
-    first, *others = [_in_zone_of(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
+    first, *others = [_to_timezone(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
     return replace(
-        splits[-1], name="context", matrix=np.concatenate([split.matrix[rows] for _, split, rows in pieces]),
-        datetimes=first.append(others), symbols=list(symbols), order=None, labels={}, bars_to_hit={}, weights={},
+        splits[-1],
+        name="context",
+        matrix=np.concatenate([split.matrix[rows] for _, split, rows in pieces]),
+        datetimes=first.append(others),
+        symbols=list(symbols),
+        order=None,
+        labels={},
+        bars_to_hit={},
+        weights={},
         codes=np.repeat([code for code, *_ in pieces], [rows.stop - rows.start for *_, rows in pieces]),
-        market={name: np.concatenate([_raw(split, name, rows) for _, split, rows in pieces]) for name in names})
+        market={name: np.concatenate([_raw_columns(split, name, rows) for _, split, rows in pieces]) for name in names},
+    )
+
 
 def _last_of(splits, places, name, n):
     "Pieces of the last `n` rows of a symbol, in time order: the split and a slice of its rows."
     pieces = []
     for split, codes in zip(reversed(splits), reversed(places)):
-        if n <= 0 or name not in codes: continue
+        if n <= 0 or name not in codes:
+            continue
         start, stop = map(int, np.searchsorted(split.codes, [codes[name], codes[name] + 1]))
         start = max(start, stop - n)
         n -= stop - start
-        if stop > start: pieces.append((split, slice(start, stop)))
+        if stop > start:
+            pieces.append((split, slice(start, stop)))
     return pieces[::-1]
 
-def _in_zone_of(split, datetimes):
+
+def _to_timezone(split, datetimes):
     "The same instants in the time zone of `split`; raises `BadDatetime` where only one of both has a zone."
     zone = split.datetimes.tz
     if (datetimes.tz is None) != (zone is None):
-        raise BadDatetime(f"{split.file}: the split or its context has a time zone, the other has none; "
-                          "convert both to one")
+        raise BadDatetime(
+            f"{split.file}: the split or its context has a time zone, the other has none; convert both to one"
+        )
     return datetimes if zone is None else datetimes.tz_convert(zone)
 
-def _raw(split, name, rows=slice(None)):
+
+def _raw_columns(split, name, rows=slice(None)):
     "Rows of a raw column; NaN where the split has none."
     return split.market[name][rows] if name in split.market else np.full(len(range(len(split))[rows]), np.nan)
 
@@ -166,39 +233,57 @@ def prepend_context(
     context: Split | None,  # of `last_rows`, for the symbols of `split`
 ) -> tuple[Split, np.ndarray]:  # rows of both without labels, and the positions (N,) of the split's rows among them
     "Puts the context of each symbol before its rows; copies nothing where there is no context; raises `SplitsError`."
-    if context is None: return split, np.arange(len(split))
+    if context is None:
+        return split, np.arange(len(split))
     _check_context(split, context)
-    context = replace(context, datetimes=_in_zone_of(split, context.datetimes))
+    context = replace(context, datetimes=_to_timezone(split, context.datetimes))
     codes = np.concatenate([context.codes, split.codes])
     order = np.argsort(codes, kind="stable")
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
     before, own = np.split(position, [len(context)])
+
     def merged(early, late):
         out = np.empty((len(order), *late.shape[1:]), late.dtype)
         out[before], out[own] = early, late
         return out
-    joined = replace(split, matrix=merged(context.matrix, split.matrix), codes=codes[order], order=None,
-                     datetimes=context.datetimes.append(split.datetimes)[order], labels={}, bars_to_hit={}, weights={},
-                     market={name: merged(_raw(context, name), values) for name, values in split.market.items()})
+
+    joined = replace(
+        split,
+        matrix=merged(context.matrix, split.matrix),
+        codes=codes[order],
+        order=None,
+        datetimes=context.datetimes.append(split.datetimes)[order],
+        labels={},
+        bars_to_hit={},
+        weights={},
+        market={name: merged(_raw_columns(context, name), values) for name, values in split.market.items()},
+    )
     late = np.flatnonzero((np.diff(joined.codes) == 0) & (np.diff(joined.datetimes.asi8) <= 0)) + 1
     if len(late):
         where = f"{split.symbols[joined.codes[late[0]]]} {joined.datetimes[late[0]]}"
-        raise SplitOverlap(f"{split.file}: {where} does not come after the rows of its context; "
-                           "give the earlier splits only, in time order")
+        raise SplitOverlap(
+            f"{split.file}: {where} does not come after the rows of its context; "
+            "give the earlier splits only, in time order"
+        )
     return joined, own
+
 
 def _check_context(split, context):
     "Raises `SplitsError` when rows of `context` cannot stand before those of `split`."
     if context.features != split.features:
         differing = sorted(set(context.features) ^ set(split.features)) or ["the order"]
-        raise FeatureSetsDiffer(f"{split.file}: its context has other features ({', '.join(differing[:5])}); "
-                                "read all splits with the same features")
+        raise FeatureSetsDiffer(
+            f"{split.file}: its context has other features ({', '.join(differing[:5])}); "
+            "read all splits with the same features"
+        )
 
 # %% ../../nbs/data/01_dataset.ipynb #ca066cc6
 class TimeSeriesDataset:
     "Samples of one split for one horizon: `X` windows, `y` labels, `metadata` a row a sample."
-    def __init__(self,
+
+    def __init__(
+        self,
         split: Split,
         horizon: int,  # bars ahead of the label
         seq_len: int = 1,  # rows in a window
@@ -219,14 +304,17 @@ class TimeSeriesDataset:
             defined[own] = labels != NO_TARGET
         positions = sample_rows(joined.codes, defined, seq_len, gap)
         if not len(positions):
-            raise SplitsError(f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, "
-                              f"{int(defined.sum()):,} with a target, none with {seq_len + gap - 1} rows of its symbol before it")
+            raise SplitsError(
+                f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, "
+                f"{int(defined.sum()):,} with a target, none with {seq_len + gap - 1} rows of its symbol before it"
+            )
         self.rows = positions if self.context is None else np.searchsorted(own, positions)  # (n,) rows of the split
         self.X = Windows(joined.matrix, positions - gap, seq_len, RawColumns(joined.market, joined.codes))
         self.y = labels[self.rows]
         self.feature_columns, self.metadata = list(split.features), self._metadata()
 
-    def with_split(self,
+    def with_split(
+        self,
         split: Split,  # of the same symbols
     ) -> TimeSeriesDataset:
         "The same task on another version of the split, with the same context."
@@ -234,24 +322,38 @@ class TimeSeriesDataset:
 
     def _metadata(self):
         s, rows = self.split, self.rows
-        columns = dict(datetime=s.datetimes[rows], symbol=pd.Index(s.symbols)[s.codes[rows]], horizon=self.horizon, label_bars=label_bars(s, self.horizon)[rows])
-        if self.horizon in s.weights: columns["sample_weight"] = s.weights[self.horizon][rows]
-        if s.close is not None: columns["close"] = s.close[rows]
+        columns = dict(
+            datetime=s.datetimes[rows],
+            symbol=pd.Index(s.symbols)[s.codes[rows]],
+            horizon=self.horizon,
+            label_bars=label_bars(s, self.horizon)[rows],
+        )
+        if self.horizon in s.weights:
+            columns["sample_weight"] = s.weights[self.horizon][rows]
+        if s.close is not None:
+            columns["close"] = s.close[rows]
         return pd.DataFrame(columns)
 
-    def __len__(self): return len(self.y)
+    def __len__(self):
+        return len(self.y)
+
     def __repr__(self):
         values, counts = np.unique(self.y, return_counts=True)
         shares = ", ".join(f"{v}: {c / len(self):.3f}" for v, c in zip(values, counts))
         before = f", {len(self.context):,} rows of earlier splits before them" if self.context else ""
-        return (f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of "
-                f"{self.X.shape[1:]}, classes {shares}, {len(self.split) - len(self):,} rows are context only{before}")
-    def _repr_html_(self): return f"<p>{self!r}</p>{self.metadata.head(3).to_html(index=False, border=0)}"
+        return (
+            f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of "
+            f"{self.X.shape[1:]}, classes {shares}, {len(self.split) - len(self):,} rows are context only{before}"
+        )
+
+    def _repr_html_(self):
+        return f"<p>{self!r}</p>{self.metadata.head(3).to_html(index=False, border=0)}"
 
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass
-class DatasetConfig(ShownConfig):
+class DatasetConfig(HTMLConfig):
     "Which data, and what of it."
+
     data: str  # folder with Phase 1 splits, or the name of a bundled data set
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # rows between the window's end and the labelled row
     features: tuple[str, ...] = ()  # columns to use although their name speaks against them
@@ -272,12 +374,14 @@ def load_datasets(
     "Reads and checks the splits, and those before them for context, and cuts them into samples; raises `SplitsError`."
     if unknown := set(splits) - set(SPLIT_ORDER):
         raise SplitsError(f"splits: found {sorted(unknown)[0]!r}, expected names among {', '.join(SPLIT_ORDER)}")
-    needed = SPLIT_ORDER[:1 + max(map(SPLIT_ORDER.index, splits))]
+    needed = SPLIT_ORDER[: 1 + max(map(SPLIT_ORDER.index, splits))]
     source = config.data if data is None else data
     read = read_splits(source, (horizon,), needed, config.features, config.exclude, config.nan, config.classes)
     earlier = {name: [read[n] for n in needed[:i]] for i, name in enumerate(needed)}
-    return {name: TimeSeriesDataset(read[name], horizon, seq_len, config.gap, earlier[name], context_rows)
-            for name in splits}, read.report
+    return {
+        name: TimeSeriesDataset(read[name], horizon, seq_len, config.gap, earlier[name], context_rows)
+        for name in splits
+    }, read.report
 
 # %% ../../nbs/data/01_dataset.ipynb #e887cb4a
 def read_prices(
@@ -285,12 +389,15 @@ def read_prices(
     file: Path | None = None,  # parquet or CSV with datetime, symbol, close
 ) -> tuple:  # prices (datetime, symbol, close) or None, and where they come from
     "Closes of every bar: from `file` if given, else the split's own; raises `SplitsError` when the file does not serve."
-    if file is None: return ds.split.prices(), "label" if ds.split.close is None else "close"
-    return price_file(file), "file"
+    if file is None:
+        return ds.split.prices(), "label" if ds.split.close is None else "close"
+    return read_price_file(file), "file"
 
-def price_file(
+
+def read_price_file(
     file: Path,  # parquet or CSV with datetime, symbol, close
 ) -> pd.DataFrame:
     "The closes of a file; raises `SplitsError` when it does not serve."
-    if not Path(file).exists(): raise MissingFile(f"{file}: no such price file")
+    if not Path(file).exists():
+        raise MissingFile(f"{file}: no such price file")
     return read_columns(file, "price", ("close",))

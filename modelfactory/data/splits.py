@@ -4,12 +4,19 @@
 
 # %% ../../nbs/data/00_splits.ipynb #6242023f
 from __future__ import annotations
-import hashlib, json, os, re
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Mapping
 from urllib.parse import unquote
-os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # arrow's own keeps what is freed; heard only where arrow is not imported yet
+
+os.environ.setdefault(
+    "ARROW_DEFAULT_MEMORY_POOL", "system"
+)  # arrow's own keeps what is freed; heard only where arrow is not imported yet
 
 import numpy as np
 import pandas as pd
@@ -17,33 +24,70 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..settings import did_you_mean
+from ..configuration import did_you_mean
 
 # %% auto #0
-__all__ = ['ROLES', 'KEYS', 'SPLIT_ORDER', 'LAYOUTS', 'FIRST_YEAR', 'EPOCH_FIX', 'NO_TARGET', 'MARKET', 'AT_ONCE', 'UNDEFINED',
-           'NO_VALUE', 'LABEL_NOISE', 'DAY', 'WEEK', 'MIN_BLOCKS', 'RARE_CLASS', 'CONSTANT_CALL', 'SplitsError',
-           'MissingFile', 'UnreadableFile', 'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue',
-           'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles',
-           'with_keys', 'parquet_parts', 'split_path', 'present_splits', 'split_files', 'symbol_text', 'Split',
-           'read_split', 'read_columns', 'bars_between', 'label_bars', 'reaching_over', 'check_order', 'label_reach',
-           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits',
-           'read_splits', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+__all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'FIRST_YEAR', 'EPOCH_HINT', 'NO_TARGET', 'RAW_PRICES',
+           'COLUMN_CHUNK', 'NO_LABEL', 'MISSING_TEXT', 'LABEL_TOLERANCE', 'DAY_NS', 'WEEK_NS', 'MIN_BLOCKS',
+           'RARE_CLASS_SHARE', 'CONSTANT_CALL_SHARE', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
+           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
+           'UnknownHorizon', 'SplitsWarning', 'column_roles', 'with_keys', 'parquet_parts', 'split_path',
+           'present_splits', 'split_files', 'symbol_text', 'Split', 'file_order', 'read_split', 'read_columns',
+           'bars_between', 'label_bars', 'labels_crossing', 'check_order', 'label_reach', 'timestamps_per_bar',
+           'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
+           'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
-class SplitsError(ValueError): "A data set that cannot be learnt from as it is."
-class MissingFile(SplitsError): "A split's file is not there."
-class UnreadableFile(SplitsError): "A file that is not a whole parquet or JSON file."
-class MissingColumn(SplitsError): "A key, label or named column is not there."
-class EmptySplit(SplitsError): "A split without rows or without features."
-class DuplicateRow(SplitsError): "The same symbol and datetime twice."
-class BadDatetime(SplitsError): "Datetimes that cannot be read or compared."
-class BadValue(SplitsError): "NaN or infinity where a number is needed."
-class FeatureSetsDiffer(SplitsError): "Splits that do not hold the same features."
-class SplitOverlap(SplitsError): "Splits that overlap in time or lie closer than the label window."
-class MissingClass(SplitsError): "A class that training never sees."
-class UnknownHorizon(SplitsError): "A horizon the files hold no label for."
+class SplitsError(ValueError):
+    "A data set that cannot be learnt from as it is."
 
-class SplitsWarning(UserWarning): "Splits that can be learnt from, with results that say little."
+
+class MissingFile(SplitsError):
+    "A split's file is not there."
+
+
+class UnreadableFile(SplitsError):
+    "A file that is not a whole parquet or JSON file."
+
+
+class MissingColumn(SplitsError):
+    "A key, label or named column is not there."
+
+
+class EmptySplit(SplitsError):
+    "A split without rows or without features."
+
+
+class DuplicateRow(SplitsError):
+    "The same symbol and datetime twice."
+
+
+class BadDatetime(SplitsError):
+    "Datetimes that cannot be read or compared."
+
+
+class BadValue(SplitsError):
+    "NaN or infinity where a number is needed."
+
+
+class FeatureSetsDiffer(SplitsError):
+    "Splits that do not hold the same features."
+
+
+class SplitOverlap(SplitsError):
+    "Splits that overlap in time or lie closer than the label window."
+
+
+class MissingClass(SplitsError):
+    "A class that training never sees."
+
+
+class UnknownHorizon(SplitsError):
+    "A horizon the files hold no label for."
+
+
+class SplitsWarning(UserWarning):
+    "Splits that can be learnt from, with results that say little."
 
 # %% ../../nbs/data/00_splits.ipynb #f43bb2c4
 def _rows(
@@ -53,48 +97,69 @@ def _rows(
     n = int(bad.sum())
     return f"{n:,} row{'s' if n > 1 else ''} {what}, first at row {int(np.flatnonzero(bad)[0]):,}"
 
-def _first_line(error): return next(iter(str(error).splitlines()), "")[:160]
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), "")[:160]
 
 # %% ../../nbs/data/00_splits.ipynb #00084b32
-ROLES = [(re.compile(pattern), role, why) for pattern, role, why in [
-    (r"datetime|symbol", "key", "key of the row"),
-    (r"label_h\d+", "target", "target of a horizon"),
-    (r"open|high|low|close|volume", "market", "raw market column: prices for the backtest"),
-    (r"split|timeframe|session_id|missing_bar|roll_event|roll_window", "bookkeeping", "bookkeeping"),
-    (r"(label|bars_to_hit|mae|mfe|touch_type|quality|sample_weight|pain_to_gain|time_weighted_dd)_.*", "future", "computed from the future"),
-    (r"fwd_return.*", "future", "computed from the future"),
-    (r".*_h\d+", "future", "named like a horizon: computed from the future"),
-    (r"__index_level_\d+__|Unnamed: \d+|", "bookkeeping", "index of a pandas frame"),
-]]
+ROLE_RULES = [
+    (re.compile(pattern), role, why)
+    for pattern, role, why in [
+        (r"datetime|symbol", "key", "key of the row"),
+        (r"label_h\d+", "target", "target of a horizon"),
+        (r"open|high|low|close|volume", "market", "raw market column: prices for the backtest"),
+        (r"split|timeframe|session_id|missing_bar|roll_event|roll_window", "bookkeeping", "bookkeeping"),
+        (
+            r"(label|bars_to_hit|mae|mfe|touch_type|quality|sample_weight|pain_to_gain|time_weighted_dd)_.*",
+            "future",
+            "computed from the future",
+        ),
+        (r"fwd_return.*", "future", "computed from the future"),
+        (r".*_h\d+", "future", "named like a horizon: computed from the future"),
+        (r"__index_level_\d+__|Unnamed: \d+|", "bookkeeping", "index of a pandas frame"),
+    ]
+]
 
 # %% ../../nbs/data/00_splits.ipynb #f4a02482
 def _role(field):
     "Role of a column and why it is no feature."
-    for pattern, role, why in ROLES:
-        if pattern.fullmatch(field.name): return role, why
+    for pattern, role, why in ROLE_RULES:
+        if pattern.fullmatch(field.name):
+            return role, why
     return ("feature", "") if _is_numeric(field) else ("other", f"not a number ({_kind(field)})")
+
 
 def _is_number(kind):
     types = pa.types
     return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
 
-def _is_text(kind): return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+def _is_text(kind):
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
 
 def _extension(field):
     "Name of an extension type that pyarrow does not know here and reads as the type of its storage; None for others."
     return (field.metadata or {}).get(b"ARROW:extension:name")
 
-def _is_numeric(field): return _is_number(field.type) and not _extension(field)
+
+def _is_numeric(field):
+    return _is_number(field.type) and not _extension(field)
+
 
 def _kind(field):
     "A column's type as a message names it."
-    if extension := _extension(field): return extension.decode(errors="replace")
+    if extension := _extension(field):
+        return extension.decode(errors="replace")
     return "text" if _is_text(field.type) else str(field.type)
+
 
 def _index_columns(schema):
     "Columns that were the index of the pandas frame that was written."
-    try: written = schema.pandas_metadata
-    except (ValueError, RecursionError): return set()
+    try:
+        written = schema.pandas_metadata
+    except (ValueError, RecursionError):
+        return set()
     columns = written.get("index_columns") if isinstance(written, dict) else None
     return {c for c in columns if isinstance(c, str)} if isinstance(columns, list) else set()
 
@@ -113,68 +178,92 @@ def column_roles(
     if index := [n for n in _index_columns(schema) if n in roles.index and roles.role[n] == "feature"]:
         roles.loc[index, ["role", "reason"]] = "bookkeeping", "index of a pandas frame"
     if locked := [n for n in features if roles.role[n] in ("key", "target", "other")]:
-        raise SplitsError(f"features: {locked[0]!r} is a {roles.role[locked[0]]} column "
-                          f"({roles.reason[locked[0]]}), it can never be a feature")
+        raise SplitsError(
+            f"features: {locked[0]!r} is a {roles.role[locked[0]]} column "
+            f"({roles.reason[locked[0]]}), it can never be a feature"
+        )
     for names, role in [(features, "feature"), (exclude, "excluded")]:
-        if names: roles.loc[list(names), ["role", "reason"]] = role, "asked for"
+        if names:
+            roles.loc[list(names), ["role", "reason"]] = role, "asked for"
     return roles.reset_index()
 
-def _features(roles): return roles.column[roles.role == "feature"].tolist()
+
+def _features(roles):
+    return roles.column[roles.role == "feature"].tolist()
 
 # %% ../../nbs/data/00_splits.ipynb #662fa9a7
 def _plain_type(kind):
     "The type as which values of an Arrow type are read."
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind): return _plain_type(kind.value_type)
-    if pa.types.is_decimal(kind): return pa.float64()
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_decimal(kind):
+        return pa.float64()
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
 
-def _plain(column):
+
+def _plain_array(column):
     "A column with the same values and nulls, and neither dictionary, runs, decimals nor views."
     kind = column.type
-    if pa.types.is_dictionary(kind): return _plain(column.cast(kind.value_type))
-    if pa.types.is_run_end_encoded(kind): return _plain(pc.run_end_decode(column))
+    if pa.types.is_dictionary(kind):
+        return _plain_array(column.cast(kind.value_type))
+    if pa.types.is_run_end_encoded(kind):
+        return _plain_array(pc.run_end_decode(column))
     return column if kind == _plain_type(kind) else column.cast(_plain_type(kind), safe=False)
+
 
 class _Reader:
     "Columns of a table, a file or a folder of parts, as plain values."
+
     def __init__(self, schema, read):
         self.schema = pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
         self._read = read  # list of column names -> pa.Table
 
     def read(self, columns):
         table = self._read(columns)
-        return pa.table([_plain(column) for column in table.columns], names=table.column_names)
+        return pa.table([_plain_array(column) for column in table.columns], names=table.column_names)
 
 # %% ../../nbs/data/00_splits.ipynb #0777557b
-KEYS = ("datetime", "symbol")  # columns that are unique together
+KEY_COLUMNS = ("datetime", "symbol")  # columns that are unique together
+
 
 def with_keys(
     frame: pd.DataFrame,
 ) -> pd.DataFrame:
     "The frame with keys that are levels of its index as columns."
-    keys = [key for key in KEYS if key in frame.index.names and key not in frame.columns]
+    keys = [key for key in KEY_COLUMNS if key in frame.index.names and key not in frame.columns]
     return frame.reset_index(level=keys) if keys and frame.columns.nlevels == 1 else frame
+
 
 def _frame_reader(frame, file):
     frame = with_keys(frame)
     _check_unique(frame.columns, file)
-    index = False if set(KEYS) <= set(frame.columns) else None  # without a key, the error names the levels of the index
-    try: return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
+    index = (
+        False if set(KEY_COLUMNS) <= set(frame.columns) else None
+    )  # without a key, the error names the levels of the index
+    try:
+        return _table_reader(pa.Table.from_pandas(frame, preserve_index=index))
     except (pa.ArrowException, TypeError, ValueError) as e:
-        raise UnreadableFile(f"{file}: {_culprit(frame, e)}") from None
+        raise UnreadableFile(f"{file}: {_unreadable_row(frame, e)}") from None
 
-def _table_reader(table): return _Reader(table.schema, table.select)
 
-def _culprit(frame, error):
+def _table_reader(table):
+    return _Reader(table.schema, table.select)
+
+
+def _unreadable_row(frame, error):
     "Which column of a frame Arrow cannot read, and what it holds."
     for name, column in frame.items():
-        try: pa.Array.from_pandas(column)
+        try:
+            pa.Array.from_pandas(column)
         except (pa.ArrowException, TypeError, ValueError):
             types = column.dropna().map(lambda v: type(v).__name__).value_counts()
             values = ", ".join(f"{t} ({n:,})" for t, n in types[:4].items())
-            return (f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; "
-                    "convert or drop the column")
+            return (
+                f"{name}: found {column.dtype} with values of type {values}, expected one type that Arrow knows; "
+                "convert or drop the column"
+            )
     return _first_line(error)
+
 
 def _check_unique(names, file):
     names = pd.Index(names)
@@ -186,47 +275,63 @@ def parquet_parts(
     folder: Path,
 ) -> list[Path]:  # in natural order, part.2 before part.10; empty where `folder` is no folder
     "Parquet files of a folder and of its folders named key=value; those named .name or _name are left out."
-    if not Path(folder).is_dir(): return []
+    if not Path(folder).is_dir():
+        return []
     entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith((".", "_"))]
     files = [entry for entry in entries if entry.suffix == ".parquet" and entry.is_file()]
     partitions = [entry for entry in entries if "=" in entry.name and entry.is_dir() and not entry.is_symlink()]
     files += [file for entry in partitions for file in parquet_parts(entry)]
     return sorted(files, key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(file))])
 
+
 def _parts_reader(folder):
     "All parts of a folder below each other; raises `SplitsError` where their columns differ."
     if any(split_path(folder, split) for split in SPLIT_ORDER):
         raise MissingFile(f"{folder}: holds splits, expected the rows of one split; name one of its files")
     parts = {file.relative_to(folder): _part_reader(folder, file) for file in parquet_parts(folder)}
-    if not parts: raise MissingFile(f"{folder}: holds no parquet file, expected the parts of one split")
+    if not parts:
+        raise MissingFile(f"{folder}: holds no parquet file, expected the parts of one split")
     (first, reader), *others = parts.items()
     for name, other in others:
         if lacking := set(reader.schema.names) ^ set(other.schema.names):
             column = min(lacking)
             where = [file for file in (first, name) if column not in parts[file].schema.names][0]
-            raise MissingColumn(f"{folder.name}/{where}: no column {column!r}, which other parts have; "
-                                "write all parts with the same columns")
-    try: schema = pa.unify_schemas([part.schema for part in parts.values()], promote_options="permissive")
+            raise MissingColumn(
+                f"{folder.name}/{where}: no column {column!r}, which other parts have; "
+                "write all parts with the same columns"
+            )
+    try:
+        schema = pa.unify_schemas([part.schema for part in parts.values()], promote_options="permissive")
     except pa.ArrowException as e:
-        raise UnreadableFile(f"{folder.name}: parts differ in type: {_first_line(e)}; "
-                             "write all parts with one type") from None
+        raise UnreadableFile(
+            f"{folder.name}: parts differ in type: {_first_line(e)}; write all parts with one type"
+        ) from None
 
-    def read(columns): return pa.concat_tables([p.read(columns) for p in parts.values()], promote_options="permissive")
+    def read(columns):
+        return pa.concat_tables([p.read(columns) for p in parts.values()], promote_options="permissive")
 
     return _Reader(schema, read)
+
 
 def _part_reader(folder, file):
     "One part; it is opened when it is read, as a folder may hold more parts than a process may open."
     from pyarrow.dataset import ParquetFileFormat
     from pyarrow.fs import LocalFileSystem
+
     fragment = ParquetFileFormat().make_fragment(str(file), filesystem=LocalFileSystem())
-    try: schema = fragment.physical_schema
-    except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(file, e)) from None
+    try:
+        schema = fragment.physical_schema
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(_not_parquet(file, e)) from None
     _check_unique(schema.names, file)
     pairs = dict(part.split("=", 1) for part in file.parent.relative_to(folder).parts)
-    keys = {key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
-            for key, value in pairs.items() if key not in schema.names}
-    for key in keys: schema = schema.append(pa.field(key, pa.large_string()))
+    keys = {
+        key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+        for key, value in pairs.items()
+        if key not in schema.names
+    }
+    for key in keys:
+        schema = schema.append(pa.field(key, pa.large_string()))
 
     def read(columns):
         table = fragment.to_table(columns=[c for c in columns if c not in keys])
@@ -239,44 +344,68 @@ def _part_reader(folder, file):
 # %% ../../nbs/data/00_splits.ipynb #61854174
 def _csv_reader(path):
     from pyarrow import csv
+
     options = dict(
         read_options=csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1)),  # all rows decide a type
-        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(KEYS, pa.large_string())))
-    try: return _table_reader(csv.read_csv(path, **options))
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(KEY_COLUMNS, pa.large_string())),
+    )
+    try:
+        return _table_reader(csv.read_csv(path, **options))
     except (pa.ArrowException, OSError) as e:
         raise UnreadableFile(f"{path}: not a readable CSV file ({_first_line(e)}); write it again") from None
 
+
 def _not_parquet(path, error):
     "What a file is that does not open as parquet, and what to do."
-    with open(path, "rb") as f: start = f.read(4)
+    with open(path, "rb") as f:
+        start = f.read(4)
     if start in (b"", b"PAR1"):
         return f"{path}: not a whole parquet file ({_first_line(error)}); write it again"
-    return (f"{path}: begins with {start!r}, expected a parquet file; "
-            f"name a CSV file {Path(path).with_suffix('.csv').name}, write any other as parquet")
+    return (
+        f"{path}: begins with {start!r}, expected a parquet file; "
+        f"name a CSV file {Path(path).with_suffix('.csv').name}, write any other as parquet"
+    )
+
 
 def _open(source, name):
     "A reader of one split, and how messages name where it is from; raises `SplitsError`."
-    if isinstance(source, pd.DataFrame): return _frame_reader(source, f"{name} frame"), f"{name} frame"
-    if hasattr(source, "__arrow_c_stream__"): return _table_reader(pa.table(source)), f"{name} table"
+    if isinstance(source, pd.DataFrame):
+        return _frame_reader(source, f"{name} frame"), f"{name} frame"
+    if hasattr(source, "__arrow_c_stream__"):
+        return _table_reader(pa.table(source)), f"{name} table"
     path = Path(source)
-    if path.is_dir(): return _parts_reader(path), path.name
-    if not path.is_file(): raise MissingFile(f"{path}: no such file; expected a parquet file with the {name} split")
-    if path.suffix == ".csv": return _csv_reader(path), path.name
-    try: file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as e: raise UnreadableFile(_not_parquet(path, e)) from None
+    if path.is_dir():
+        return _parts_reader(path), path.name
+    if not path.is_file():
+        raise MissingFile(f"{path}: no such file; expected a parquet file with the {name} split")
+    if path.suffix == ".csv":
+        return _csv_reader(path), path.name
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(_not_parquet(path, e)) from None
     return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns)), path.name
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
 SPLIT_ORDER = ("train", "val", "test")  # in time
-LAYOUTS = ("{}_scaled.parquet", "{}.parquet", "{}", "split={}", "{}_scaled.csv", "{}.csv")  # in order of preference
+FILE_LAYOUTS = (
+    "{}_scaled.parquet",
+    "{}.parquet",
+    "{}",
+    "split={}",
+    "{}_scaled.csv",
+    "{}.csv",
+)  # in order of preference
+
 
 def split_path(
     folder: Path,  # of splits
     split: str,  # train, val or test
 ) -> Path | None:  # a file or a folder of parts; None where there is neither
-    "Where a split is in a folder, by `LAYOUTS`."
-    paths = (Path(folder) / layout.format(split) for layout in LAYOUTS)
+    "Where a split is in a folder, by `FILE_LAYOUTS`."
+    paths = (Path(folder) / layout.format(split) for layout in FILE_LAYOUTS)
     return next((path for path in paths if (path.suffix and path.is_file()) or parquet_parts(path)), None)
+
 
 def present_splits(
     data: Path | Mapping,  # as of `split_files`
@@ -285,25 +414,31 @@ def present_splits(
     has_test = "test" in data if isinstance(data, Mapping) else split_path(data, "test") is not None
     return SPLIT_ORDER if has_test else SPLIT_ORDER[:2]
 
+
 def split_files(
     data: Path | Mapping,  # folder of Phase 1 splits, or {"train": frame, table, file or folder of parts, "val": ...}
     splits: tuple = ("train", "val"),  # which to use
 ) -> dict:  # split name -> file, folder of parts, frame or table
     "Where each split is; raises `MissingFile`."
     if isinstance(data, Mapping):
-        if missing := set(splits) - set(data): raise MissingFile(f"no {sorted(missing)[0]} split among {sorted(data)}")
+        if missing := set(splits) - set(data):
+            raise MissingFile(f"no {sorted(missing)[0]} split among {sorted(data)}")
         return {s: data[s] for s in splits}
     files = {s: split_path(data, s) for s in splits}
     for s, file in files.items():
         if file is None:
-            raise MissingFile(f"{Path(data) / LAYOUTS[0].format(s)}: no such file; expected Phase 1 splits "
-                              "train_scaled.parquet, val_scaled.parquet, test_scaled.parquet in one folder"
-                              f"{_folder_hint(Path(data), s)}")
+            raise MissingFile(
+                f"{Path(data) / FILE_LAYOUTS[0].format(s)}: no such file; expected Phase 1 splits "
+                "train_scaled.parquet, val_scaled.parquet, test_scaled.parquet in one folder"
+                f"{_folder_hint(Path(data), s)}"
+            )
     return files
+
 
 def _folder_hint(folder, split):
     "Where else the split could be."
-    if not folder.is_dir(): return ""
+    if not folder.is_dir():
+        return ""
     entries = sorted(entry.name for entry in folder.iterdir())
     if below := [name for name in entries if (folder / name).is_dir() and split_path(folder / name, split)]:
         return f"; there are splits in {', '.join(below[:5])}: name one of these folders, such as {folder / below[0]}"
@@ -311,27 +446,35 @@ def _folder_hint(folder, split):
 
 # %% ../../nbs/data/00_splits.ipynb #de74c2f3
 FIRST_YEAR = 1971  # times before it are numbers of another unit that were read as nanoseconds
-EPOCH_FIX = "expected bars of 1971 or later; numbers since 1970 need their unit: pd.to_datetime(column, unit='ms'), or 's'"
+EPOCH_HINT = (
+    "expected bars of 1971 or later; numbers since 1970 need their unit: pd.to_datetime(column, unit='ms'), or 's'"
+)
+
 
 def _datetimes(column, file):
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type): times = column.to_pandas()
-    elif _is_text(column.type): times = _parse_text(column.to_pandas(), file)
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        times = column.to_pandas()
+    elif _is_text(column.type):
+        times = _parse_text(column.to_pandas(), file)
     else:
-        raise BadDatetime(f"{file}: datetime: found {column.type}, expected timestamps or text; "
-                          "convert the column to timestamps")
+        raise BadDatetime(
+            f"{file}: datetime: found {column.type}, expected timestamps or text; convert the column to timestamps"
+        )
     times = pd.to_datetime(times, cache=False)
     if (none := times.isna().to_numpy()).any():
         raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
     if (old := (times.dt.year < FIRST_YEAR).to_numpy()).any():
         problem = f"{_rows(old, f'before {FIRST_YEAR}')} ({times[old].iloc[0]})"
-        raise BadDatetime(f"{file}: datetime: {problem}; {EPOCH_FIX}")
+        raise BadDatetime(f"{file}: datetime: {problem}; {EPOCH_HINT}")
     if (far := ~times.dt.year.between(1678, 2261).to_numpy()).any():
         raise BadDatetime(f"{file}: datetime: {_rows(far, 'outside the years 1678 to 2261')}; mend these rows")
     return times.dt.as_unit("ns")
 
+
 def _parse_text(text, file):
     none = (text.isna() | (text == "")).to_numpy()
-    if none.any(): raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
+    if none.any():
+        raise BadDatetime(f"{file}: datetime: {_rows(none, 'with no time')}; drop or mend these rows")
     offsets = text.str.extract(r"([+-]\d\d:?\d\d|Z)$")[0].fillna("none")
     if (mixed := (offsets != offsets.iloc[0]).to_numpy()).any():
         raise BadDatetime(f"{file}: datetime: {_rows(mixed, 'in another time zone')}; convert all to one")
@@ -347,14 +490,17 @@ def symbol_text(
     file: str,  # where it is from, for messages
 ) -> pd.Series:  # (N,) text
     "Symbols as the text by which they are compared; raises `SplitsError` on a row without one."
-    column = _plain(column)
+    column = _plain_array(column)
     kind = column.type
-    if pa.types.is_floating(kind): column = _whole_numbers(column)
+    if pa.types.is_floating(kind):
+        column = _whole_numbers(column)
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        try: column = column.cast(pa.large_string())
+        try:
+            column = column.cast(pa.large_string())
         except pa.ArrowException:
             raise BadValue(f"{file}: symbol: bytes that are not UTF-8, expected names; decode them") from None
-    elif pa.types.is_date(kind) or pa.types.is_timestamp(kind): column = _times_as_text(column)
+    elif pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        column = _times_as_text(column)
     elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
         raise BadValue(f"{file}: symbol: found {kind}, expected text or numbers; convert the column")
     text = column.cast(pa.large_string())
@@ -362,11 +508,15 @@ def symbol_text(
         raise MissingColumn(f"{file}: symbol: {_rows(none, 'with none')}; name the symbol of every row")
     return text.to_pandas()
 
+
 def _whole_numbers(column):
     "Integers where all numbers are whole, so that 1.0 and 1 are the same symbol; NaN becomes null."
     column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    try: return column.cast(pa.int64())
-    except pa.ArrowInvalid: return column
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return column
+
 
 def _times_as_text(column):
     text = column.to_pandas().astype("str")
@@ -380,18 +530,23 @@ def _order(codes, times, file, symbols):
     s, t = (codes, times) if order is None else (codes[order], times[order])
     same = np.r_[False, (np.diff(s) == 0) & (np.diff(t) == 0)]
     if same.any():
-        bad = np.zeros(len(same), bool); bad[np.flatnonzero(same) if order is None else order[same]] = True
+        bad = np.zeros(len(same), bool)
+        bad[np.flatnonzero(same) if order is None else order[same]] = True
         first = np.flatnonzero(bad)[0]
-        raise DuplicateRow(f"{file}: symbol, datetime: {_rows(bad, 'repeating a key')} ({symbols[codes[first]]} {pd.Timestamp(times[first])}); keep one row a bar")
+        raise DuplicateRow(
+            f"{file}: symbol, datetime: {_rows(bad, 'repeating a key')} ({symbols[codes[first]]} {pd.Timestamp(times[first])}); keep one row a bar"
+        )
     return order
 
 # %% ../../nbs/data/00_splits.ipynb #37fc5fc5
 NO_TARGET = np.int8(-128)  # label of a row that is never a sample
-MARKET = ("high", "low", "close")  # raw columns that are kept beside the features
+RAW_PRICES = ("high", "low", "close")  # raw columns that are kept beside the features
+
 
 @dataclass
 class Split:
     "One split, rows ordered by symbol (first appearance), then time."
+
     name: str  # train, val or test
     file: str  # where it came from, for messages
     matrix: np.ndarray  # (N, F) float32 features
@@ -406,10 +561,16 @@ class Split:
     order: np.ndarray | None = None  # row of the file each row came from; None = same order
     label_notes: dict = field(default_factory=dict)  # horizon -> sentences on labels that were rounded or dropped
 
-    def __len__(self): return len(self.matrix)
-    def __repr__(self): return f"Split({self.name}: {len(self):,} rows, {len(self.symbols)} symbols, {len(self.features)} features, horizons {sorted(self.labels)}, {self.datetimes.min()} to {self.datetimes.max()})"
+    def __len__(self):
+        return len(self.matrix)
+
+    def __repr__(self):
+        return f"Split({self.name}: {len(self):,} rows, {len(self.symbols)} symbols, {len(self.features)} features, horizons {sorted(self.labels)}, {self.datetimes.min()} to {self.datetimes.max()})"
+
     close = property(lambda self: self.market.get("close"))  # (N,) raw, or None
-    def file_row(self, i): return int(i if self.order is None else self.order[i])
+
+    def file_row(self, i):
+        return int(i if self.order is None else self.order[i])
 
     def keys(self) -> pd.DataFrame:  # datetime, symbol of every row
         "Time and name of the symbol of each row."
@@ -417,30 +578,35 @@ class Split:
 
     def prices(self) -> pd.DataFrame | None:  # datetime, symbol, close of every row
         "Raw closes, where the file has them."
-        if self.close is not None: return self.keys().assign(close=self.close)
+        if self.close is not None:
+            return self.keys().assign(close=self.close)
 
 # %% ../../nbs/data/00_splits.ipynb #c4b61539
-AT_ONCE = 8  # columns read at a time: fewer need less memory, more need less time
+COLUMN_CHUNK = 8  # columns read at a time: fewer need less memory, more need less time
+
 
 @np.errstate(over="ignore")  # what float32 cannot hold becomes infinity, which is refused by name
 def _read_matrix(source, columns, n, order):
-    matrix, rows = np.empty((n, len(columns)), np.float32), np.empty((AT_ONCE, n), np.float32)
-    for j in range(0, len(columns), AT_ONCE):
-        part = source.read(columns=columns[j:j + AT_ONCE])
+    matrix, rows = np.empty((n, len(columns)), np.float32), np.empty((COLUMN_CHUNK, n), np.float32)
+    for j in range(0, len(columns), COLUMN_CHUNK):
+        part = source.read(columns=columns[j : j + COLUMN_CHUNK])
         for row, column in zip(rows, part.columns):
-            if not pa.types.is_floating(column.type): column = column.cast(pa.float64(), safe=False)
+            if not pa.types.is_floating(column.type):
+                column = column.cast(pa.float64(), safe=False)
             np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
-        matrix[:, j:j + AT_ONCE] = (rows if order is None else rows[:, order])[:part.num_columns].T
+        matrix[:, j : j + COLUMN_CHUNK] = (rows if order is None else rows[:, order])[: part.num_columns].T
     return matrix
 
 # %% ../../nbs/data/00_splits.ipynb #50c2ad4c
 def _check_finite(split, nan):
-    if np.isfinite(np.vdot(split.matrix, split.matrix)): return
+    if np.isfinite(np.vdot(split.matrix, split.matrix)):
+        return
     for j, name in enumerate(split.features):
         if (bad := np.isinf(split.matrix[:, j])).any():
-            what = _rows(_file_order(bad, split.order), "with infinity (or more than float32 can)")
+            what = _rows(file_order(bad, split.order), "with infinity (or more than float32 can)")
             raise BadValue(f"{split.file}: {name}: {what}; mend upstream")
-    if nan is None: _check_nan([split])
+    if nan is None:
+        _check_nan([split])
 
 
 def _check_nan(splits):
@@ -450,38 +616,47 @@ def _check_nan(splits):
     for split in splits:
         for j in np.flatnonzero(shares[split.name]):
             of_feature.setdefault(split.features[j], {})[split.name] = f"{split.name} {_percent(shares[split.name][j])}"
-    if not of_feature: return
+    if not of_feature:
+        return
     first = next(split for split in splits if shares[split.name].any())
     j = int(np.flatnonzero(shares[first.name])[0])
-    where = _rows(_file_order(np.isnan(first.matrix[:, j]), first.order), "with NaN")
+    where = _rows(file_order(np.isnan(first.matrix[:, j]), first.order), "with NaN")
     listed = "; ".join(f"{name} ({', '.join(of.values())})" for name, of in of_feature.items())
-    raise BadValue(f"{first.file}: {first.features[j]}: {where}; "
-                   f"{len(of_feature)} of {len(first.features)} features with NaN: {listed}; set nan='median' or 'zero', or 'keep' for models that take NaN (--nan), "
-                   "or leave them out with exclude= (--exclude)")
+    raise BadValue(
+        f"{first.file}: {first.features[j]}: {where}; "
+        f"{len(of_feature)} of {len(first.features)} features with NaN: {listed}; set nan='median' or 'zero', or 'keep' for models that take NaN (--nan), "
+        "or leave them out with exclude= (--exclude)"
+    )
 
 
-def _percent(share): return f"{share:.2%}" if share >= 5e-5 else "< 0.01%"
+def _percent(share):
+    return f"{share:.2%}" if share >= 5e-5 else "< 0.01%"
 
 
-def _file_order(mask, order):
-    if order is None: return mask
-    out = np.empty_like(mask); out[order] = mask
+def file_order(mask, order):
+    if order is None:
+        return mask
+    out = np.empty_like(mask)
+    out[order] = mask
     return out
 
 # %% ../../nbs/data/00_splits.ipynb #5cab25e9
-UNDEFINED = -99  # what upstream writes where there is no label
-NO_VALUE = ("", "na", "nan", "none", "null")  # text that stands for a missing number, in any case
-LABEL_NOISE = 1e-6  # distance from a class within which a label is that class
+NO_LABEL = -99  # what upstream writes where there is no label
+MISSING_TEXT = ("", "na", "nan", "none", "null")  # text that stands for a missing number, in any case
+LABEL_TOLERANCE = 1e-6  # distance from a class within which a label is that class
+
 
 def _parse_numbers(column):
     "Float64 values (N,) of numbers or text, and a mask (N,) of text that is no number; None for other types."
     kind = column.type
     if _is_number(kind) or pa.types.is_null(kind):
         return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.zeros(len(column), bool)
-    if not _is_text(kind): return None
+    if not _is_text(kind):
+        return None
     text = column.to_pandas().astype("str").str.strip()
     values = pd.to_numeric(text, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    return values, (np.isnan(values) & text.notna() & ~text.str.lower().isin(NO_VALUE)).to_numpy(bool)
+    return values, (np.isnan(values) & text.notna() & ~text.str.lower().isin(MISSING_TEXT)).to_numpy(bool)
+
 
 def _numbers(column, name, file):
     parsed = _parse_numbers(column)
@@ -489,9 +664,12 @@ def _numbers(column, name, file):
         raise BadValue(f"{file}: {name}: found {column.type}, expected numbers; convert the column, or drop it")
     values, words = parsed
     if words.any():
-        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected numbers; "
-                       "convert the column, or drop it")
+        raise BadValue(
+            f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), expected numbers; "
+            "convert the column, or drop it"
+        )
     return values
+
 
 def _counts(values, most=5):
     "The most frequent values and how often each occurs."
@@ -499,6 +677,7 @@ def _counts(values, most=5):
     texts = [repr(value) if isinstance(value, str) else f"{value:.9g}" for value in counts.index[:most]]
     shown = ", ".join(f"{text} ({n:,})" for text, n in zip(texts, counts))
     return shown + (f", and {len(counts) - most:,} more" if len(counts) > most else "")
+
 
 @np.errstate(invalid="ignore")  # of infinity, which is no class
 def _labels(column, name, classes, file):
@@ -511,42 +690,54 @@ def _labels(column, name, classes, file):
         raise BadValue(f"{file}: {name}: found {column.type}, expected labels among {allowed}; convert the column")
     values, words = parsed
     nearest = np.rint(values)
-    defined = np.isin(nearest, classes) & (np.abs(values - nearest) <= LABEL_NOISE)
+    defined = np.isin(nearest, classes) & (np.abs(values - nearest) <= LABEL_TOLERANCE)
     if words.any() and not defined.any():
-        raise BadValue(f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), "
-                       f"expected labels among {allowed}; map the text to these numbers")
+        raise BadValue(
+            f"{file}: {name}: found text ({_counts(column.to_pandas()[words])}), "
+            f"expected labels among {allowed}; map the text to these numbers"
+        )
     notes = []
     if rounded := int((defined & (values != nearest)).sum()):
-        notes.append(f"{file}: {name}: {rounded:,} labels read as the class within {LABEL_NOISE:g} of them")
-    foreign = words | ~(defined | np.isnan(values) | (nearest == UNDEFINED))
+        notes.append(f"{file}: {name}: {rounded:,} labels read as the class within {LABEL_TOLERANCE:g} of them")
+    foreign = words | ~(defined | np.isnan(values) | (nearest == NO_LABEL))
     if foreign.any():
         shown = _counts(column.to_pandas()[words] if words.any() else values[foreign])
         share = f"{int(foreign.sum()):,} of {int((foreign | defined).sum()):,} labels"
-        notes.append(f"{file}: {name}: {share} are none of {allowed} and are no target: {shown}; "
-                     "map them to a class, or name them in classes=")
+        notes.append(
+            f"{file}: {name}: {share} are none of {allowed} and are no target: {shown}; "
+            "map them to a class, or name them in classes="
+        )
     return np.where(defined, np.where(defined, nearest, 0), NO_TARGET).astype(np.int8), notes
 
-def _horizons(names, prefix="label_h"): return sorted(int(n[len(prefix):]) for n in names if re.fullmatch(prefix + r"\d+", n))
+
+def _horizons(names, prefix="label_h"):
+    return sorted(int(n[len(prefix) :]) for n in names if re.fullmatch(prefix + r"\d+", n))
 
 # %% ../../nbs/data/00_splits.ipynb #c7be4065
 def _check_columns(schema, horizons, file):
     _check_unique(schema.names, file)
-    for key in KEYS:
+    for key in KEY_COLUMNS:
         if key not in schema.names:
             hint = _key_hint(key, schema)
             raise MissingColumn(f"{file}: no column {key!r}, expected one row a (datetime, symbol); {hint}")
     there = _horizons(schema.names)
-    if horizons == (): return []
-    if not there: raise MissingColumn(f"{file}: no label column, expected label_h<bars> such as label_h5")
+    if horizons == ():
+        return []
+    if not there:
+        raise MissingColumn(f"{file}: no label column, expected label_h<bars> such as label_h5")
     for h in horizons or ():
-        if h not in there: raise UnknownHorizon(f"{file}: no column label_h{h}; horizons in this file: {', '.join(map(str, there))}")
+        if h not in there:
+            raise UnknownHorizon(f"{file}: no column label_h{h}; horizons in this file: {', '.join(map(str, there))}")
     return list(horizons or there)
+
 
 def _key_hint(key, schema):
     "What to do about a key that is not there."
     if any(name.startswith("('") for name in schema.names):
-        return ("the columns are a MultiIndex: move the symbols to the rows with "
-                "frame.stack(level, future_stack=True).reset_index()")
+        return (
+            "the columns are a MultiIndex: move the symbols to the rows with "
+            "frame.stack(level, future_stack=True).reset_index()"
+        )
     if len(schema.names) == 1:
         return f"there is one column, {schema.names[0][:60]!r}: separate the columns of a CSV file by commas"
     if unnamed := [name for name in schema.names if name.startswith("__index_level_")]:
@@ -565,27 +756,37 @@ def read_split(
     "Reads one split into one float32 matrix; raises `SplitsError`. Nothing is fitted here."
     return _read_opened(*_open(source, name), name, horizons, features, classes, nan)
 
+
 def _read_opened(reader, file, name, horizons, features, classes, nan):
     horizons = _check_columns(reader.schema, horizons, file)
-    if features is None: features = _features(column_roles(reader.schema))
+    if features is None:
+        features = _features(column_roles(reader.schema))
     _check_features(reader.schema, features, file)
-    try: return _assemble(reader, file, name, horizons, list(features), classes, nan)
+    try:
+        return _assemble(reader, file, name, horizons, list(features), classes, nan)
     except (pa.ArrowException, OSError) as e:
         raise UnreadableFile(f"{file}: cannot be read to the end ({_first_line(e)}); write it again") from None
+
 
 def _check_features(schema, features, file):
     "Raises `SplitsError` unless all features are there and are numbers."
     if not features:
-        raise EmptySplit(f"{file}: no feature column; {len(schema.names)} columns, "
-                         "all keys, labels, market or future columns")
+        raise EmptySplit(
+            f"{file}: no feature column; {len(schema.names)} columns, all keys, labels, market or future columns"
+        )
     present = set(schema.names)
     if absent := [f for f in features if f not in present]:
-        raise MissingColumn(f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; "
-                            "every feature the model knows is needed")
+        raise MissingColumn(
+            f"{file}: {len(absent)} features are not there: {', '.join(absent[:5])}; "
+            "every feature the model knows is needed"
+        )
     if other := [f for f in features if not _may_be_number(schema.field(f))]:
         kinds = ", ".join(f"{f} ({_kind(schema.field(f))})" for f in other[:5])
-        raise BadValue(f"{file}: {other[0]}: found {_kind(schema.field(other[0]))}, expected numbers; "
-                       f"convert the column ({len(other)} features are not numbers: {kinds})")
+        raise BadValue(
+            f"{file}: {other[0]}: found {_kind(schema.field(other[0]))}, expected numbers; "
+            f"convert the column ({len(other)} features are not numbers: {kinds})"
+        )
+
 
 def _may_be_number(field):
     "A number, or a column without any value: all its rows are NaN."
@@ -593,17 +794,22 @@ def _may_be_number(field):
 
 # %% ../../nbs/data/00_splits.ipynb #0bb9ecbc
 def _assemble(reader, file, name, horizons, features, classes, nan):
-    extra = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [*MARKET]
-    wanted = [*KEYS, *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema.names)]
+    extra = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [*RAW_PRICES]
+    wanted = [*KEY_COLUMNS, *(f"label_h{h}" for h in horizons), *(c for c in extra if c in reader.schema.names)]
     small = reader.read(columns=wanted)
-    if small.num_rows == 0: raise EmptySplit(f"{file}: no row, expected at least one bar")
+    if small.num_rows == 0:
+        raise EmptySplit(f"{file}: no row, expected at least one bar")
     codes, symbols = pd.factorize(symbol_text(small["symbol"], file))
     times = _datetimes(small["datetime"], file)
     stamps = times.to_numpy().view("i8") if times.dt.tz is None else times.astype("int64").to_numpy()
     order = _order(codes, stamps, file, symbols)
 
-    def pick(values): return values if order is None else values[order]
-    def numbers(column): return pick(_numbers(small[column], column, file))
+    def pick(values):
+        return values if order is None else values[order]
+
+    def numbers(column):
+        return pick(_numbers(small[column], column, file))
+
     def by_horizon(prefix):
         columns = {h: f"{prefix}_h{h}" for h in horizons}
         return {h: numbers(column) for h, column in columns.items() if column in small.column_names}
@@ -611,10 +817,20 @@ def _assemble(reader, file, name, horizons, features, classes, nan):
     labels = {h: _labels(small[f"label_h{h}"], f"label_h{h}", classes, file) for h in horizons}
     matrix = _read_matrix(reader, features, small.num_rows, order)
     split = Split(
-        name, file, matrix, features, pd.DatetimeIndex(pick(times.array)), pick(codes), list(symbols),
-        {h: pick(y) for h, (y, _) in labels.items()}, by_horizon("bars_to_hit"), by_horizon("sample_weight"),
-        {c: numbers(c) for c in MARKET if c in small.column_names}, order,
-        {h: notes for h, (_, notes) in labels.items() if notes})
+        name,
+        file,
+        matrix,
+        features,
+        pd.DatetimeIndex(pick(times.array)),
+        pick(codes),
+        list(symbols),
+        {h: pick(y) for h, (y, _) in labels.items()},
+        by_horizon("bars_to_hit"),
+        by_horizon("sample_weight"),
+        {c: numbers(c) for c in RAW_PRICES if c in small.column_names},
+        order,
+        {h: notes for h, (_, notes) in labels.items() if notes},
+    )
     _check_finite(split, nan)
     return split
 
@@ -628,16 +844,23 @@ def read_columns(
     reader, file = _open(source, name)
     _check_columns(reader.schema, (), file)
     if absent := [c for c in numbers if c not in reader.schema.names]:
-        raise MissingColumn(f"{file}: no column {absent[0]!r}; expected {', '.join([*KEYS, *numbers])}")
-    try: table = reader.read([*KEYS, *numbers])
+        raise MissingColumn(f"{file}: no column {absent[0]!r}; expected {', '.join([*KEY_COLUMNS, *numbers])}")
+    try:
+        table = reader.read([*KEY_COLUMNS, *numbers])
     except (pa.ArrowException, OSError) as e:
         raise UnreadableFile(f"{file}: cannot be read to the end ({_first_line(e)}); write it again") from None
-    return pd.DataFrame(dict(datetime=_datetimes(table["datetime"], file), symbol=symbol_text(table["symbol"], file),
-                             **{c: _numbers(table[c], c, file) for c in numbers}))
+    return pd.DataFrame(
+        dict(
+            datetime=_datetimes(table["datetime"], file),
+            symbol=symbol_text(table["symbol"], file),
+            **{c: _numbers(table[c], c, file) for c in numbers},
+        )
+    )
 
 # %% ../../nbs/data/00_splits.ipynb #dd847431
-DAY = 86_400 * 10**9  # in nanoseconds
-WEEK = 7 * DAY
+DAY_NS = 86_400 * 10**9  # in nanoseconds
+WEEK_NS = 7 * DAY_NS
+
 
 def bars_between(
     times: np.ndarray,  # (n,) int64 nanoseconds, sorted: when this symbol traded
@@ -645,17 +868,20 @@ def bars_between(
     end: int,  # exclusive
 ) -> int:
     "How many bars of a symbol with these habits lie strictly between two times."
-    ago = np.arange(max(1, -((times[-1] - end) // WEEK)), (start - times[0]) // WEEK + 1)[:5] * WEEK
-    if not len(ago): return _bars_due(times, start, end)
+    ago = np.arange(max(1, -((times[-1] - end) // WEEK_NS)), (start - times[0]) // WEEK_NS + 1)[:5] * WEEK_NS
+    if not len(ago):
+        return _bars_due(times, start, end)
     return int(np.median(np.searchsorted(times, end - ago) - np.searchsorted(times, start - ago, "right")))
+
 
 def _bars_due(times, start, end):
     "`bars_between` by the hours of the days that were seen."
-    days, (hours, seen) = np.unique(times // DAY), np.unique(times % DAY, return_counts=True)
-    if len(days) < 2: return max(0, -int((start - end) // np.median(np.diff(times))) - 1) if len(times) > 1 else 0
-    due = (np.arange(start // DAY, end // DAY + 1)[:, None] * DAY + hours[seen >= len(days) / 2]).ravel()
+    days, (hours, seen) = np.unique(times // DAY_NS), np.unique(times % DAY_NS, return_counts=True)
+    if len(days) < 2:
+        return max(0, -int((start - end) // np.median(np.diff(times))) - 1) if len(times) > 1 else 0
+    due = (np.arange(start // DAY_NS, end // DAY_NS + 1)[:, None] * DAY_NS + hours[seen >= len(days) / 2]).ravel()
     due = due[(due > start) & (due < end)]
-    return int(((due // DAY % 7 < 2) | (due // DAY % 7 > 3) | np.isin(due % WEEK, times % WEEK)).sum())
+    return int(((due // DAY_NS % 7 < 2) | (due // DAY_NS % 7 > 3) | np.isin(due % WEEK_NS, times % WEEK_NS)).sum())
 
 # %% ../../nbs/data/00_splits.ipynb #dad9cb49
 def label_bars(
@@ -666,7 +892,8 @@ def label_bars(
     hits = split.bars_to_hit.get(horizon, np.full(len(split), horizon))
     return np.where(np.isfinite(hits) & (hits > 0), hits, horizon).astype(np.int64)
 
-def reaching_over(
+
+def labels_crossing(
     split: Split,
     horizon: int,  # bars ahead
     start: int,  # first time of the later split, int64 nanoseconds
@@ -687,30 +914,39 @@ def check_order(
     late: Split,
 ) -> pd.Timestamp:  # the first time of `late`
     "Raises `SplitOverlap` when `early` has a bar at or after the first of `late`."
-    if (early.datetimes.tz is None) != (late.datetimes.tz is None): raise BadDatetime(f"{early.file} and {late.file}: one has a time zone and one has none; convert both to one")
+    if (early.datetimes.tz is None) != (late.datetimes.tz is None):
+        raise BadDatetime(f"{early.file} and {late.file}: one has a time zone and one has none; convert both to one")
     first = late.datetimes.min()
     if (bad := np.asarray(early.datetimes >= first)).any():
-        raise SplitOverlap(f"{early.file}: datetime: {_rows(_file_order(bad, early.order), f'at or after the first of {late.file} ({first})')}; cut the splits by time")
+        raise SplitOverlap(
+            f"{early.file}: datetime: {_rows(file_order(bad, early.order), f'at or after the first of {late.file} ({first})')}; cut the splits by time"
+        )
     return first
+
 
 def _check_apart(early, late):
     "Raises `SplitOverlap` when `early` is not over, labels and all, before `late` begins."
     first = check_order(early, late)
     for h in early.labels:
-        if (bad := reaching_over(early, h, first.as_unit("ns").value)).any():
+        if (bad := labels_crossing(early, h, first.as_unit("ns").value)).any():
             row = np.flatnonzero(bad)[0]
             where = f"{early.symbols[early.codes[row]]} {early.datetimes[row]}"
-            raise SplitOverlap(f"{early.file}: label_h{h}: {_rows(_file_order(bad, early.order), f'decided by bars of {late.file}')} "
-                               f"({where}); {_distance(early, h, early.codes[row], first)}; `modelfactory purge` sets these labels "
-                               f"to null, or leave {label_reach(early, h)} bars between the splits")
+            raise SplitOverlap(
+                f"{early.file}: label_h{h}: {_rows(file_order(bad, early.order), f'decided by bars of {late.file}')} "
+                f"({where}); {_distance(early, h, early.codes[row], first)}; `modelfactory purge` sets these labels "
+                f"to null, or leave {label_reach(early, h)} bars between the splits"
+            )
+
 
 def _distance(early, horizon, code, first):
     "How far labels reach, and how many bars of a symbol lie before the first time of a later split, in a sentence."
     times, source = early.datetimes[early.codes == code], f"bars_to_hit_h{horizon}"
     between = bars_between(times.as_unit("ns").asi8, times[-1].as_unit("ns").value, first.as_unit("ns").value)
     given = f"the largest {source}" if horizon in early.bars_to_hit else f"the horizon: there is no {source}"
-    return (f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has {between} bars "
-            f"between {times[-1]} and {first}, counted by the hours in which it traded before")
+    return (
+        f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has {between} bars "
+        f"between {times[-1]} and {first}, counted by the hours in which it traded before"
+    )
 
 # %% ../../nbs/data/00_splits.ipynb #4ea05eb1
 def label_reach(
@@ -724,6 +960,7 @@ def label_reach(
 # %% ../../nbs/data/00_splits.ipynb #280b6841
 MIN_BLOCKS = 8  # stretches of four label lengths with scored rows below which no claim is made
 
+
 def timestamps_per_bar(
     timestamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
     symbols: np.ndarray,  # (n,)
@@ -735,6 +972,7 @@ def timestamps_per_bar(
     np.minimum.at(first, codes, timestamps)
     np.maximum.at(last, codes, timestamps)
     return float(np.average((last - first + 1) / count, weights=count))
+
 
 def effective_blocks(
     timestamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
@@ -748,6 +986,7 @@ def effective_blocks(
     rows = timestamps if scored is None else timestamps[np.asarray(scored)]
     return len(np.unique(np.floor(rows / length)))
 
+
 def split_blocks(
     split: Split,
     horizon: int,  # bars ahead
@@ -759,44 +998,74 @@ def split_blocks(
 # %% ../../nbs/data/00_splits.ipynb #93c07ed4
 def excluded_by_reason(excluded: pd.DataFrame) -> pd.DataFrame:  # role, reason, columns, such as
     "How many columns are no features, by reason, and some of their names."
-    found = excluded.groupby(["role", "reason"], sort=False).column.agg(["count", lambda c: ", ".join(c[:4]) + (" …" if len(c) > 4 else "")])
+    found = excluded.groupby(["role", "reason"], sort=False).column.agg(
+        ["count", lambda c: ", ".join(c[:4]) + (" …" if len(c) > 4 else "")]
+    )
     return found.set_axis(["columns", "such as"], axis=1).reset_index()
 
 # %% ../../nbs/data/00_splits.ipynb #253ef7f5
 @dataclass
 class SplitsReport:
     "What a data set holds, what is no feature and why, and what to know before training on it."
+
     splits: pd.DataFrame  # a row a split: rows, symbols, first, last
-    labels: pd.DataFrame  # a row a split and horizon: class shares, rows without target, better constant prediction, reach, blocks
+    labels: (
+        pd.DataFrame
+    )  # a row a split and horizon: class shares, rows without target, better constant prediction, reach, blocks
     roles: pd.DataFrame  # column, role, reason
     warnings: list  # sentences
     fills: dict = field(default_factory=dict)  # feature -> value that stands for NaN, fitted on the first split
 
     @property
-    def excluded(self): return self.roles.query("role != 'feature'").reset_index(drop=True)
+    def excluded(self):
+        return self.roles.query("role != 'feature'").reset_index(drop=True)
 
     def to_dict(self) -> dict:
         "Plain data, as a run stores it."
-        table = lambda t: json.loads(t.to_json(orient="records", date_format="iso"))
-        return dict(splits=table(self.splits), labels=table(self.labels), excluded=table(self.excluded), n_features=int((self.roles.role == "feature").sum()), warnings=self.warnings, fills=self.fills)
+
+        def table(t):
+            return json.loads(t.to_json(orient="records", date_format="iso"))
+
+        return dict(
+            splits=table(self.splits),
+            labels=table(self.labels),
+            excluded=table(self.excluded),
+            n_features=int((self.roles.role == "feature").sum()),
+            warnings=self.warnings,
+            fills=self.fills,
+        )
 
     def _parts(self):
-        return {"Splits": self.splits, "Labels": self.labels, f"Features: {(self.roles.role == 'feature').sum()}. Not features:": excluded_by_reason(self.excluded)}
+        return {
+            "Splits": self.splits,
+            "Labels": self.labels,
+            f"Features: {(self.roles.role == 'feature').sum()}. Not features:": excluded_by_reason(self.excluded),
+        }
 
     def __repr__(self):
         text = "\n\n".join(f"{k}\n{t.to_string(index=False)}" for k, t in self._parts().items())
         return text + "".join(f"\n\nwarning: {w}" for w in self.warnings)
 
     def _repr_html_(self):
-        html = "".join(f"<p style='margin:6px 0 2px'><b>{k}</b></p>{t.to_html(index=False, border=0)}" for k, t in self._parts().items())
+        html = "".join(
+            f"<p style='margin:6px 0 2px'><b>{k}</b></p>{t.to_html(index=False, border=0)}"
+            for k, t in self._parts().items()
+        )
         return html + "".join(f"<p style='color:#D55E00;margin:4px 0'>{w}</p>" for w in self.warnings)
 
 # %% ../../nbs/data/00_splits.ipynb #836620af
 class Splits(dict):
     "Splits by name, with the report of what was found."
-    def __init__(self, splits, report): super().__init__(splits); self.report = report
-    def __repr__(self): return repr(self.report)
-    def _repr_html_(self): return self.report._repr_html_()
+
+    def __init__(self, splits, report):
+        super().__init__(splits)
+        self.report = report
+
+    def __repr__(self):
+        return repr(self.report)
+
+    def _repr_html_(self):
+        return self.report._repr_html_()
 
 # %% ../../nbs/data/00_splits.ipynb #39e7a0e1
 def read_splits(
@@ -809,7 +1078,8 @@ def read_splits(
     classes: tuple = (-1, 0, 1),  # label values that are targets
 ) -> Splits:
     "Reads and checks splits; raises `SplitsError` with file, column, count, first row and mend."
-    if nan not in (None, "median", "zero", "keep"): raise SplitsError(f"nan = {nan!r}: expected None, 'median', 'zero' or 'keep'")
+    if nan not in (None, "median", "zero", "keep"):
+        raise SplitsError(f"nan = {nan!r}: expected None, 'median', 'zero' or 'keep'")
     files = split_files(data, splits)
     readers = {name: _open(source, name) for name, source in files.items()}
     first, file = readers[splits[0]]
@@ -818,21 +1088,28 @@ def read_splits(
     names = _features(roles)
     for reader, other in readers.values():
         _check_same(names, (file, first.schema), column_roles(reader.schema, features, exclude), other, reader.schema)
-    read = {name: _read_opened(*opened, name, horizons, names, classes, nan or "keep") for name, opened in readers.items()}
-    if nan is None: _check_nan(list(read.values()))
+    read = {
+        name: _read_opened(*opened, name, horizons, names, classes, nan or "keep") for name, opened in readers.items()
+    }
+    if nan is None:
+        _check_nan(list(read.values()))
     fills = _fill(read, nan)
     for i, early in enumerate(splits):
-        for late in splits[i + 1:]: _check_apart(read[early], read[late])
+        for late in splits[i + 1 :]:
+            _check_apart(read[early], read[late])
     return Splits(read, _report(read, roles, classes, fills))
 
 # %% ../../nbs/data/00_splits.ipynb #d33d180b
 def _check_same(names, first, roles, other, schema):
     "Raises `FeatureSetsDiffer` unless a split holds the features of the first one, with a number in each."
     present = set(_features(roles))
-    if extra := sorted(present - set(names)): raise FeatureSetsDiffer(_difference(extra, other, schema, *first))
+    if extra := sorted(present - set(names)):
+        raise FeatureSetsDiffer(_difference(extra, other, schema, *first))
     without_values = {field.name for field in schema if pa.types.is_null(field.type)}
     absent = [n for n in names if n not in present | without_values]
-    if absent: raise FeatureSetsDiffer(_difference(absent, *first, other, schema))
+    if absent:
+        raise FeatureSetsDiffer(_difference(absent, *first, other, schema))
+
 
 def _difference(names, file, schema, other, other_schema):
     "What to know of columns that are features of one file and not of another."
@@ -840,54 +1117,80 @@ def _difference(names, file, schema, other, other_schema):
     absent = [n for n in names if n not in other_schema.names]
     kinds = [(n, _kind(schema.field(n)), _kind(other_schema.field(n))) for n in typed[:5]]
     texts = [f"{n} is {kind} in {file} and {other_kind} in {other}" for n, kind, other_kind in kinds]
-    if absent: texts.append(f"{len(absent)} features in {file}, not in {other}: {', '.join(absent[:5])}")
+    if absent:
+        texts.append(f"{len(absent)} features in {file}, not in {other}: {', '.join(absent[:5])}")
     return f"{other}: {'; '.join(texts)}; all splits need the same features as numbers, or name them in exclude="
+
 
 def _fill(read, nan):
     "Fills NaN with a value fitted on the first split; returns what was filled, by column."
     train = next(iter(read.values()))
-    if nan in (None, "keep"): return {}
+    if nan in (None, "keep"):
+        return {}
     holed = [j for j in range(len(train.features)) if any(np.isnan(s.matrix[:, j]).any() for s in read.values())]
-    fills = {j: 0. if nan == "zero" or np.isnan(train.matrix[:, j]).all() else float(np.nanmedian(train.matrix[:, j])) for j in holed}
+    fills = {
+        j: 0.0 if nan == "zero" or np.isnan(train.matrix[:, j]).all() else float(np.nanmedian(train.matrix[:, j]))
+        for j in holed
+    }
     for s in read.values():
-        for j, value in fills.items(): np.nan_to_num(s.matrix[:, j], copy=False, nan=value)
+        for j, value in fills.items():
+            np.nan_to_num(s.matrix[:, j], copy=False, nan=value)
     return {train.features[j]: v for j, v in fills.items()}
 
 # %% ../../nbs/data/00_splits.ipynb #ff21873c
 def _report(read, roles, classes, fills):
-    splits = pd.DataFrame([dict(split=s.name, rows=len(s), symbols=len(s.symbols), first=s.datetimes.min(), last=s.datetimes.max()) for s in read.values()])
+    splits = pd.DataFrame(
+        [
+            dict(split=s.name, rows=len(s), symbols=len(s.symbols), first=s.datetimes.min(), last=s.datetimes.max())
+            for s in read.values()
+        ]
+    )
     labels = pd.DataFrame([_label_row(s, h, classes) for s in read.values() for h in s.labels])
-    from modelfactory.data.prices import split_warnings
+    from modelfactory.data.plausibility import split_warnings
+
     warnings = _warnings(read, classes, fills) + constant_call_warnings(labels) + block_warnings(labels)
     warnings += split_warnings(read)
     return SplitsReport(splits, labels, roles, warnings, fills)
 
+
 def _label_row(split, horizon, classes):
     y = split.labels[horizon]
-    return dict(split=split.name, horizon=horizon, **_shares(y, classes), no_target=int((y == NO_TARGET).sum()),
-                constant_call=_constant_call(y, classes), label_reach=label_reach(split, horizon), blocks=split_blocks(split, horizon))
+    return dict(
+        split=split.name,
+        horizon=horizon,
+        **_shares(y, classes),
+        no_target=int((y == NO_TARGET).sum()),
+        constant_call=_constant_call(y, classes),
+        label_reach=label_reach(split, horizon),
+        blocks=split_blocks(split, horizon),
+    )
+
 
 def _constant_call(y, classes):
     "The sign that is right more often among labels with a sign, and how often; empty where the classes have one sign only."
     up, down = (y[y != NO_TARGET] > 0).sum(), (y[y != NO_TARGET] < 0).sum()
-    if min(classes) >= 0 or max(classes) <= 0 or not up + down: return ""
+    if min(classes) >= 0 or max(classes) <= 0 or not up + down:
+        return ""
     return f"{'up' if up >= down else 'down'} {max(up, down) / (up + down):.2f}"
+
 
 def _shares(y, classes):
     defined = y[y != NO_TARGET]
     return {f"share of {c}": round(float((defined == c).mean()), 3) if len(defined) else np.nan for c in classes}
 
 # %% ../../nbs/data/00_splits.ipynb #c91e51dd
-RARE_CLASS = .01  # share of the labels of train, below which a class is mentioned
+RARE_CLASS_SHARE = 0.01  # share of the labels of train, below which a class is mentioned
+
 
 def _rare_classes(train, horizon, classes):
     y = train.labels[horizon]
     counts = {c: int((y == c).sum()) for c in classes}
     n = sum(counts.values())
     for c, count in counts.items():
-        if 0 < count < RARE_CLASS * n:
+        if 0 < count < RARE_CLASS_SHARE * n:
             share = f"{count:,} of {n:,} labels of {train.name} ({count / n:.1%})"
             yield f"{train.file}: label_h{horizon}: class {c} is {share}: too few to learn it, and its scores say little"
+
 
 def _warnings(read, classes, fills):
     "What to know; raises `MissingClass` when the first split, which is learnt from, lacks a class."
@@ -904,34 +1207,44 @@ def _warnings(read, classes, fills):
             sentences += notes
     constant = [n for n, lo, hi in zip(train.features, train.matrix.min(0), train.matrix.max(0)) if lo == hi]
     sentences += [text for h in train.labels for text in _rare_classes(train, h, classes)]
-    if constant: sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
+    if constant:
+        sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
     if fills:
         shown = ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5])
         sentences.append(f"NaN filled in {len(fills)} features: {shown}")
     return sentences
 
 # %% ../../nbs/data/00_splits.ipynb #7f315eec
-CONSTANT_CALL = .55  # share of one sign from which a constant prediction is mentioned
+CONSTANT_CALL_SHARE = 0.55  # share of one sign from which a constant prediction is mentioned
+
 
 def constant_call_warnings(
     labels: pd.DataFrame,  # of `SplitsReport`
 ) -> list[str]:  # a sentence a horizon
-    "How often the better constant prediction is right, where that is above `CONSTANT_CALL`."
+    "How often the better constant prediction is right, where that is above `CONSTANT_CALL_SHARE`."
     sentences = []
     for horizon, rows in labels[labels.constant_call != ""].groupby("horizon"):
         calls = [(*row.constant_call.split(), row.split) for row in rows.itertuples()]
-        frequent = [f"always {sign} would be right {float(share):.0%} of the time in {split}"
-                    for sign, share, split in calls if float(share) > CONSTANT_CALL]
-        if frequent: sentences.append(f"label_h{horizon}: {', '.join(frequent)}; judge directional accuracy against that")
+        frequent = [
+            f"always {sign} would be right {float(share):.0%} of the time in {split}"
+            for sign, share, split in calls
+            if float(share) > CONSTANT_CALL_SHARE
+        ]
+        if frequent:
+            sentences.append(f"label_h{horizon}: {', '.join(frequent)}; judge directional accuracy against that")
     return sentences
+
 
 def block_warnings(
     labels: pd.DataFrame,  # of `SplitsReport`
 ) -> list[str]:  # a sentence a split and horizon
     "Horizons that leave fewer than `MIN_BLOCKS` blocks on val or test."
     few = labels[(labels.blocks < MIN_BLOCKS) & labels.split.isin(["val", "test"])]
-    return [f"label_h{row.horizon}: {row.split} holds {row.blocks} block{'s' * (row.blocks != 1)} of {4 * row.horizon} bars; "
-            f"fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon" for row in few.itertuples()]
+    return [
+        f"label_h{row.horizon}: {row.split} holds {row.blocks} block{'s' * (row.blocks != 1)} of {4 * row.horizon} bars; "
+        f"fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon"
+        for row in few.itertuples()
+    ]
 
 # %% ../../nbs/data/00_splits.ipynb #86763194
 def check_splits(data, **kw) -> SplitsReport:
@@ -942,9 +1255,12 @@ def check_splits(data, **kw) -> SplitsReport:
 def read_scaler(folder: Path) -> dict | None:  # None where there is no such file
     "Upstream's `feature_scaler.json`; raises `UnreadableFile` when it is not one."
     file = Path(folder) / "feature_scaler.json"
-    if not file.is_file(): return None
-    try: return {"features": {}, **json.loads(file.read_text())}
-    except (OSError, ValueError, TypeError) as e: raise UnreadableFile(f"{file}: not a JSON object ({e})") from None
+    if not file.is_file():
+        return None
+    try:
+        return {"features": {}, **json.loads(file.read_text())}
+    except (OSError, ValueError, TypeError) as e:
+        raise UnreadableFile(f"{file}: not a JSON object ({e})") from None
 
 # %% ../../nbs/data/00_splits.ipynb #72426939
 def fingerprint(
@@ -958,17 +1274,27 @@ def fingerprint(
         digest.update(_digest(source))
     return digest.hexdigest()
 
+
 def _digest(source):
     "Hash of one split's content: rows of a frame or table, bytes of a file or of the parts of a folder."
-    if isinstance(source, pd.DataFrame): return _digest_frame(with_keys(source))
-    if hasattr(source, "__arrow_c_stream__"): return _digest_frame(pa.table(source).to_pandas())
-    if not Path(source).is_dir(): return _digest_file(source)
+    if isinstance(source, pd.DataFrame):
+        return _digest_frame(with_keys(source))
+    if hasattr(source, "__arrow_c_stream__"):
+        return _digest_frame(pa.table(source).to_pandas())
+    if not Path(source).is_dir():
+        return _digest_file(source)
     digest = hashlib.blake2b()
     for file in parquet_parts(source):  # the names of folders hold values
         digest.update(str(file.parent.relative_to(source)).encode() + _digest_file(file))
     return digest.digest()
 
-def _digest_file(file):
-    with open(file, "rb") as f: return hashlib.file_digest(f, "blake2b").digest()
 
-def _digest_frame(frame): return hashlib.blake2b(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes() + " ".join(map(str, frame.columns)).encode()).digest()
+def _digest_file(file):
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").digest()
+
+
+def _digest_frame(frame):
+    return hashlib.blake2b(
+        pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes() + " ".join(map(str, frame.columns)).encode()
+    ).digest()

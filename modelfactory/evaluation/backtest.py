@@ -4,23 +4,26 @@
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #4e6bf5a5
 from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['GAP_0', 'NO_PRICES', 'MIN_SPAN', 'TRADING_METRICS', 'BacktestError', 'trailing_sum', 'forward_sum', 'cost',
-           'trading_day', 'days_per_year', 'sharpe_ratio', 'sortino_ratio', 'equity_curve', 'drawdown', 'calmar_ratio',
-           'trading_stats', 'Backtest', 'tranche_backtest', 'barrier_backtest', 'label_backtest']
+__all__ = ['GAP_0_NOTE', 'NO_PRICES_NOTE', 'MIN_SPAN_DAYS', 'TRADING_METRICS', 'BacktestError', 'trailing_sum', 'forward_sum',
+           'trading_cost', 'trading_day', 'days_per_year', 'sharpe_ratio', 'sortino_ratio', 'equity_curve', 'drawdown',
+           'calmar_ratio', 'trading_stats', 'Backtest', 'position_changes', 'benchmark_pnl', 'position_signals',
+           'traded_bars', 'tranche_backtest', 'bar_returns', 'barrier_backtest', 'label_backtest']
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #53a93968
 class BacktestError(ValueError):
     "Predictions or prices that cannot be traded as they are."
 
-GAP_0 = "gap 0: the close the model saw is the close it trades at"
-NO_PRICES = "labels without prices: no Sharpe ratio"
+
+GAP_0_NOTE = "gap 0: the close the model saw is the close it trades at"
+NO_PRICES_NOTE = "labels without prices: no Sharpe ratio"
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #569c40d3
 def trailing_sum(
@@ -40,7 +43,7 @@ def forward_sum(x: np.ndarray, symbol: np.ndarray, horizon: int) -> np.ndarray:
     return trailing_sum(x[::-1], symbol[::-1], horizon)[::-1]
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #02a64755
-def cost(
+def trading_cost(
     change: np.ndarray,  # change of position, share of the capital, of either sign
     cost_bps: float,  # cost of changing the position by 1, in hundredths of a percent
 ) -> np.ndarray:  # share of the capital
@@ -62,7 +65,8 @@ def trading_day(
     return days.tz_localize(timestamps.tz, nonexistent="shift_forward", ambiguous=np.ones(len(days), bool))
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #42c258e2
-MIN_SPAN = 60  # days between the first and the last trading day, for their mean spacing to be used
+MIN_SPAN_DAYS = 60  # days between the first and the last trading day, for their mean spacing to be used
+
 
 def days_per_year(
     days: pd.DatetimeIndex,  # trading days, in any order; repeated ones count once
@@ -71,7 +75,8 @@ def days_per_year(
     days = days.tz_localize(None).normalize().unique()
     span, dates = (days.max() - days.min()).days, np.sort(days.to_numpy().astype("datetime64[D]"))
     follow = len(dates) < 2 or np.busday_count(dates[:-1], dates[1:]).min() <= 1
-    if span >= MIN_SPAN or not follow: return float((len(dates) - 1) / span * 365.25)
+    if span >= MIN_SPAN_DAYS or not follow:
+        return float((len(dates) - 1) / span * 365.25)
     return len({0, 1, 2, 3, 4}.union(days.weekday)) / 7 * 365.25
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #0a88ebcd
@@ -79,25 +84,28 @@ def _ratio(numerator, denominator):
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(denominator > 0, np.divide(numerator, denominator), np.nan)
 
+
 def sharpe_ratio(
     pnl: np.ndarray,  # (..., days) daily profit, share of capital
     trading_days: float = 252,  # days in a year
 ) -> np.ndarray:  # (...)
     "Mean over standard deviation of daily profit, annualised (Sharpe 1994); 0 where nothing is ever traded."
-    if pnl.shape[-1] < 2: return np.where(pnl.any(-1), np.nan, 0.)
-    annual = _ratio(pnl.mean(-1), pnl.std(-1, ddof=1)) * trading_days ** .5
-    return np.where(pnl.any(-1), annual, 0.)
+    if pnl.shape[-1] < 2:
+        return np.where(pnl.any(-1), np.nan, 0.0)
+    annual = _ratio(pnl.mean(-1), pnl.std(-1, ddof=1)) * trading_days**0.5
+    return np.where(pnl.any(-1), annual, 0.0)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #8f02eedb
 def sortino_ratio(pnl: np.ndarray, trading_days: float = 252) -> np.ndarray:
     "Mean over downside deviation of daily profit, annualised (Sortino and Price 1994); NaN without a losing day."
     downside = np.sqrt((np.minimum(pnl, 0) ** 2).mean(-1))
-    return np.where(pnl.any(-1), _ratio(pnl.mean(-1), downside) * trading_days ** .5, 0.)
+    return np.where(pnl.any(-1), _ratio(pnl.mean(-1), downside) * trading_days**0.5, 0.0)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #0fdfcb87
 def equity_curve(pnl: np.ndarray) -> np.ndarray:
     "Capital after each day, compounded from 1; it stays at 0 once everything is lost."
     return np.cumprod(np.maximum(1 + pnl, 0), -1)
+
 
 def drawdown(pnl: np.ndarray) -> np.ndarray:
     "How far the capital lies below its peak so far, as a share (0 or negative); the peak starts at 1."
@@ -108,11 +116,23 @@ def drawdown(pnl: np.ndarray) -> np.ndarray:
 def calmar_ratio(pnl: np.ndarray, trading_days: float = 252) -> np.ndarray:
     "Compound annual return over the largest drawdown (Young 1991); NaN without a drawdown."
     annual = equity_curve(pnl)[..., -1] ** (trading_days / pnl.shape[-1]) - 1
-    return np.where(pnl.any(-1), _ratio(annual, -drawdown(pnl).min(-1)), 0.)
+    return np.where(pnl.any(-1), _ratio(annual, -drawdown(pnl).min(-1)), 0.0)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #65f0d642
-TRADING_METRICS = ("sharpe", "sharpe_net", "sortino", "max_drawdown", "calmar", "win_rate", "profit_factor", "turnover",
-                   "n_trades", "exposure", "days_per_year")
+TRADING_METRICS = (
+    "sharpe",
+    "sharpe_net",
+    "sortino",
+    "max_drawdown",
+    "calmar",
+    "win_rate",
+    "profit_factor",
+    "turnover",
+    "n_trades",
+    "exposure",
+    "days_per_year",
+)
+
 
 def trading_stats(
     day: Mapping,  # column -> (..., days): gross, net, turnover, exposure, bars, trades, wins, gains, losses
@@ -130,17 +150,19 @@ def trading_stats(
         profit_factor=_ratio(total["gains"], total["losses"]),
         turnover=np.mean(day["turnover"], -1),
         n_trades=total["trades"],
-        exposure=_ratio(total["exposure"], total["bars"]))
+        exposure=_ratio(total["exposure"], total["bars"]),
+    )
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #7bed08c9
 @dataclass
 class Backtest:
     "A portfolio of staggered positions, by bar, by day and by trade."
+
     bars: pd.DataFrame  # by datetime: gross, net (share of capital), turnover, exposure (mean over symbols)
     daily: pd.DataFrame  # by day: sums of `bars`; trades, wins, gains, losses of the day's entries; hold, constant
     trades: pd.DataFrame  # one row a tranche: datetime, symbol, position, pnl (before cost, of a full-size tranche)
     horizon: int  # bars a tranche is held
-    cost_bps: float = 1.  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float = 252  # days in a year
     returns_source: str = "close"  # close, file or label
     day_start: int = 0  # hour at which a trading day begins
@@ -176,7 +198,8 @@ class Backtest:
         "Tranches that were opened."
         return len(self.trades)
 
-    def _by_day(self, f, column): return pd.Series(f(self.daily[column].to_numpy()), self.daily.index)
+    def _by_day(self, f, column):
+        return pd.Series(f(self.daily[column].to_numpy()), self.daily.index)
 
     def metrics(self) -> dict[str, float]:
         "The metrics of `TRADING_METRICS` over the whole period."
@@ -185,67 +208,80 @@ class Backtest:
 
     def _title(self):
         days = self.daily.index
-        return " · ".join([
-            f"Backtest: {len(days)} days {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, held {self.horizon} bars, "
-            f"{self.cost_bps:g} bp, {self.trading_days:.0f} days a year from {self.day_start}:00, "
-            f"returns from {self.returns_source}",
-            *["flat: Sharpe 0 by definition"] * (self.flat and self.has_prices),
-            *[NO_PRICES] * (not self.has_prices),
-            *[GAP_0] * (self.gap == 0)])
+        return " · ".join(
+            [
+                f"Backtest: {len(days)} days {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, held {self.horizon} bars, "
+                f"{self.cost_bps:g} bp, {self.trading_days:.0f} days a year from {self.day_start}:00, "
+                f"returns from {self.returns_source}",
+                *["flat: Sharpe 0 by definition"] * (self.flat and self.has_prices),
+                *[NO_PRICES_NOTE] * (not self.has_prices),
+                *[GAP_0_NOTE] * (self.gap == 0),
+            ]
+        )
 
-    def _figures(self): return [(k, f"{v:,}" if k == "n_trades" else f"{v:.3g}") for k, v in self.metrics().items()]
-    def __repr__(self): return self._title() + "\n" + "  ".join(f"{k} {v}" for k, v in self._figures())
+    def _figures(self):
+        return [(k, f"{v:,}" if k == "n_trades" else f"{v:.3g}") for k, v in self.metrics().items()]
+
+    def __repr__(self):
+        return self._title() + "\n" + "  ".join(f"{k} {v}" for k, v in self._figures())
 
     def _repr_html_(self):
-        cell = ("<td style='padding:2px 12px 2px 0;text-align:left'>"
-                "<span style='color:#7f7f7f'>{}</span><br><b>{}</b></td>")
+        cell = (
+            "<td style='padding:2px 12px 2px 0;text-align:left'><span style='color:#7f7f7f'>{}</span><br><b>{}</b></td>"
+        )
         cells = [cell.format(*figure) for figure in self._figures()]
-        lines = "".join(f"<tr style='background:none'>{''.join(cells[i:i + 6])}</tr>" for i in range(0, len(cells), 6))
+        lines = "".join(
+            f"<tr style='background:none'>{''.join(cells[i : i + 6])}</tr>" for i in range(0, len(cells), 6)
+        )
         table = f"<table style='font-size:12px;font-variant-numeric:tabular-nums'>{lines}</table>"
         return f"<div style='font-size:12px'>{self._title()}</div>{table}"
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #765182e8
-def _first_rows(symbol): return np.diff(symbol, prepend=-1) != 0
+def _first_rows(symbol):
+    return np.diff(symbol, prepend=-1) != 0
 
-def _changes(position, symbol):
+
+def position_changes(position, symbol):
     "Change of position since the row before of the same symbol, from 0 at its first row: (n,)."
     return np.where(_first_rows(symbol), position, np.diff(position, prepend=0))
 
-def _benchmarks(symbol, returns, position, cost_bps):
+
+def benchmark_pnl(symbol, returns, position, cost_bps):
     "Net profit by row of holding 1, and of holding each symbol's mean position, from its first close on."
     later = ~_first_rows(symbol)
     mean = np.bincount(symbol, position * later) / np.maximum(np.bincount(symbol, later), 1)
     held = dict(hold=later.astype(float), constant=mean[symbol] * later)
-    return {k: p * returns - cost(_changes(p, symbol), cost_bps) for k, p in held.items()}
+    return {k: p * returns - trading_cost(position_changes(p, symbol), cost_bps) for k, p in held.items()}
+
 
 def _by_entry_day(trades, day_start):
     "Sums over the trades that are opened on a day."
     day, pnl = trading_day(pd.DatetimeIndex(trades.datetime), day_start), trades.pnl.to_numpy()
-    columns = dict(trades=1., wins=pnl > 0, gains=np.maximum(pnl, 0), losses=np.maximum(-pnl, 0))
+    columns = dict(trades=1.0, wins=pnl > 0, gains=np.maximum(pnl, 0), losses=np.maximum(-pnl, 0))
     return pd.DataFrame(columns, index=day).astype(float).groupby(level=0).sum()
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #676a88f0
 def _portfolio(rows, symbol, returns, position, pnl, horizon, cost_bps, trading_days, returns_source, day_start):
     "Backtest of `position` (n,), held at each of `rows` (datetime, symbol, position predicted), sorted by symbol."
     n_symbols, (time, times) = symbol[-1] + 1, rows.datetime.factorize(sort=True)
-    change, gross = _changes(position, symbol), position * returns
-    flows = dict(gross=gross, net=gross - cost(change, cost_bps), turnover=np.abs(change))
-    flows |= dict(exposure=_changes(np.abs(position), symbol))
-    benchmarks = _benchmarks(symbol, returns, position, cost_bps) if returns_source != "label" else {}
+    change, gross = position_changes(position, symbol), position * returns
+    flows = dict(gross=gross, net=gross - trading_cost(change, cost_bps), turnover=np.abs(change))
+    flows |= dict(exposure=position_changes(np.abs(position), symbol))
+    benchmarks = benchmark_pnl(symbol, returns, position, cost_bps) if returns_source != "label" else {}
     sums = {k: np.bincount(time, v) / n_symbols for k, v in (flows | benchmarks).items()}
     table = pd.DataFrame(sums, pd.DatetimeIndex(times, name="datetime"))
     table["exposure"] = table.exposure.cumsum().round(12)  # rounded, so that a sum that returns to 0 is 0
-    daily = table.assign(bars=1.).groupby(trading_day(table.index, day_start)).sum(min_count=1)
+    daily = table.assign(bars=1.0).groupby(trading_day(table.index, day_start)).sum(min_count=1)
     not_last = np.diff(symbol, append=-1) == 0
     trades = rows[["datetime", "symbol", "position"]].assign(pnl=pnl)[(rows.position != 0) & not_last]
-    entries = _by_entry_day(trades, day_start).reindex(daily.index, fill_value=0.)
+    entries = _by_entry_day(trades, day_start).reindex(daily.index, fill_value=0.0)
     daily = pd.concat([daily.drop(columns=benchmarks), entries, daily[list(benchmarks)]], axis=1)
     bars, trades = table.drop(columns=benchmarks), trades.reset_index(drop=True)
     days = trading_days or days_per_year(daily.index)
     return Backtest(bars, daily, trades, horizon, cost_bps, float(days), returns_source, day_start)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #c8e9bcbd
-def _signals(predictions):
+def position_signals(predictions):
     if hasattr(predictions, "timestamps"):
         columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, prediction=predictions.predictions)
         predictions = columns
@@ -262,7 +298,8 @@ def _signals(predictions):
 def _check(frame, column, what):
     if missing := [c for c in ("datetime", "symbol", column) if c not in frame]:
         raise BacktestError(f"{what}: no column {missing[0]!r}, expected datetime, symbol, {column}")
-    if not len(frame): raise BacktestError(f"{what}: no row")
+    if not len(frame):
+        raise BacktestError(f"{what}: no row")
     if not pd.api.types.is_datetime64_any_dtype(frame.datetime):
         raise BacktestError(f"{what}: datetime is {frame.datetime.dtype}, expected timestamps")
     if (bad := frame[["datetime", "symbol", column]].isna().any(axis=1)).any():
@@ -273,7 +310,7 @@ def _check(frame, column, what):
         raise BacktestError(f"{what}: {message}")
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #961b266d
-def _traded_bars(signals, prices, horizon):
+def traded_bars(signals, prices, horizon):
     "Bars of the traded period by symbol and time: datetime, symbol, close, position (0 where none is predicted)."
     _check(prices, "close", "prices")
     if not (positive := (prices.close > 0) & np.isfinite(prices.close)).all():
@@ -290,30 +327,32 @@ def _traded_bars(signals, prices, horizon):
     predicted = bars.position.notna().to_numpy()
     is_open = predicted | (trailing_sum(predicted.astype(float), bars.symbol.factorize()[0], horizon) > 0)
     period = bars.datetime[is_open].min(), bars.datetime[is_open].max()
-    return bars[bars.datetime.between(*period)].fillna({"position": 0.}).reset_index(drop=True)
+    return bars[bars.datetime.between(*period)].fillna({"position": 0.0}).reset_index(drop=True)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #deb20f37
 def tranche_backtest(
     predictions,  # `PredictionOutput`, or columns datetime, symbol, prediction (-1, 0, 1) or position [-1, 1]
     prices: pd.DataFrame,  # datetime, symbol, close
     horizon: int,  # bars each tranche is held
-    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0,  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float | None = None,  # days in a year, None: from the bars
     returns_source: str = "close",  # where the prices come from: close or file
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
     "Trades predictions as `horizon` staggered tranches from the next bar on; raises `BacktestError`."
-    bars = _traded_bars(_signals(predictions), prices, _horizon(horizon))
+    bars = traded_bars(position_signals(predictions), prices, _horizon(horizon))
     symbol, predicted = bars.symbol.factorize()[0], bars.position.to_numpy()
-    returns = _returns(bars, symbol)
+    returns = bar_returns(bars, symbol)
     position = trailing_sum(predicted, symbol, horizon) / horizon
     pnl = predicted * forward_sum(returns, symbol, horizon)
     rules = horizon, cost_bps, trading_days, returns_source, day_start
     return _portfolio(bars, symbol, returns, position, pnl, *rules)
 
-def _returns(bars, symbol):
+
+def bar_returns(bars, symbol):
     "Return of each bar since the bar before of its symbol, 0 at its first."
     return np.where(_first_rows(symbol), 0, bars.close / bars.close.shift() - 1)
+
 
 def _horizon(horizon):
     if int(horizon) != horizon or horizon < 1:
@@ -326,20 +365,20 @@ def barrier_backtest(
     prices: pd.DataFrame,  # datetime, symbol, close
     bars_to_hit: np.ndarray,  # (n,) bars until the barrier of each prediction was hit, at least 1
     horizon: int,  # bars a tranche is held at most
-    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0,  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float | None = None,  # days in a year, None: from the bars
     returns_source: str = "close",  # where the prices come from: close or file
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
     "Trades predictions as staggered tranches that end at their barrier; raises `BacktestError`."
-    signals, horizon, bars_to_hit = _signals(predictions), _horizon(horizon), np.asarray(bars_to_hit)
+    signals, horizon, bars_to_hit = position_signals(predictions), _horizon(horizon), np.asarray(bars_to_hit)
     if bars_to_hit.shape != (len(signals),) or not (bars_to_hit >= 1).all():
         least = bars_to_hit.min() if bars_to_hit.size else None
         expected = f"expected {len(signals)} numbers of at least 1, one a prediction"
         raise BacktestError(f"bars_to_hit: shape {bars_to_hit.shape}, least {least}, {expected}")
-    bars = _traded_bars(signals.assign(held=bars_to_hit), prices, horizon)
+    bars = traded_bars(signals.assign(held=bars_to_hit), prices, horizon)
     symbol, predicted, row = bars.symbol.factorize()[0], bars.position.to_numpy(), np.arange(len(bars))
-    returns = _returns(bars, symbol)
+    returns = bar_returns(bars, symbol)
     last = np.searchsorted(symbol, symbol, side="right") - 1
     until = np.minimum(row + bars.held.fillna(1).clip(upper=horizon).to_numpy(int), last)
     opened, closed = (np.bincount(at + 1, predicted, len(bars) + 1)[:-1] for at in (row, until))
@@ -352,12 +391,12 @@ def label_backtest(
     predictions,  # as for `tranche_backtest`
     y_true: np.ndarray,  # (n,) labels -1, 0, 1, aligned with the predictions
     horizon: int,  # bars each tranche is held
-    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0,  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float | None = None,  # days in a year, None: from the bars
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:  # without profit: gross and net are NaN, `daily` has no column `hold` or `constant`
     "Positions and trades of predictions without prices, a trade winning or losing one barrier; no ratios, no equity."
-    signals, horizon = _signals(predictions), _horizon(horizon)
+    signals, horizon = position_signals(predictions), _horizon(horizon)
     if len(y_true) != len(signals):
         raise BacktestError(f"y_true has {len(y_true)} rows, expected {len(signals)} as predictions have")
     bars = signals.assign(pnl=signals.position * np.asarray(y_true))

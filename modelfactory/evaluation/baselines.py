@@ -10,15 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from ..configuration import did_you_mean
+from .metrics import EvaluationError, class_codes, has_direction
 from ..models.base import PredictionOutput, to_output
-from ..settings import did_you_mean
-from .metrics import EvaluationError, _codes, has_direction
 
 # %% auto #0
 __all__ = ['BASELINES', 'baseline_predictions', 'last_known_labels', 'persistence_predictions', 'all_baselines']
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #91be78cd
 BASELINES = dict(prior="the class shares of train", flat="never a position", long="always long")
+
 
 def baseline_predictions(
     name: str,  # prior, flat or long
@@ -27,9 +28,12 @@ def baseline_predictions(
     classes: tuple = (-1, 0, 1),
 ) -> PredictionOutput:
     "Predictions of a baseline; `flat` and `long` are sure of theirs, which their log loss shows."
-    if name not in BASELINES: raise EvaluationError(f"no baseline {name!r}, {did_you_mean(name, BASELINES)}")
-    if name == "prior": shares = np.bincount(_codes(y_train, classes, "y_train"), minlength=len(classes))
-    else: shares = np.eye(len(classes))[_codes([0 if name == "flat" else 1], classes, f"baseline {name!r}")[0]]
+    if name not in BASELINES:
+        raise EvaluationError(f"no baseline {name!r}, {did_you_mean(name, BASELINES)}")
+    if name == "prior":
+        shares = np.bincount(class_codes(y_train, classes, "y_train"), minlength=len(classes))
+    else:
+        shares = np.eye(len(classes))[class_codes([0 if name == "flat" else 1], classes, f"baseline {name!r}")[0]]
     return to_output(np.tile(shares, (len(metadata_val), 1)), metadata_val, classes)
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #b7438736
@@ -50,6 +54,7 @@ def last_known_labels(
     known[order] = np.where(newest >= 0, np.asarray(y, float)[order][newest], np.nan)
     return known
 
+
 def _newest_decided(symbols, label_bars, gap):
     "For each row the newest row of its symbol whose label is decided `gap` rows before it; -1 where there is none."
     rows = np.arange(len(symbols))
@@ -64,8 +69,10 @@ def _newest_decided(symbols, label_bars, gap):
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #14adaa46
 def persistence_predictions(
-    y_train: np.ndarray, metadata_train: pd.DataFrame,
-    y_val: np.ndarray, metadata_val: pd.DataFrame,  # class values, and rows of datetime, symbol, horizon
+    y_train: np.ndarray,
+    metadata_train: pd.DataFrame,
+    y_val: np.ndarray,
+    metadata_val: pd.DataFrame,  # class values, and rows of datetime, symbol, horizon
     classes: tuple = (-1, 0, 1),
     gap: int = 1,
 ) -> PredictionOutput:
@@ -73,14 +80,17 @@ def persistence_predictions(
     train, K = len(y_train), len(classes)
     y = np.concatenate([y_train, y_val])
     meta = pd.concat([_decision_times(metadata_train), _decision_times(metadata_val)], ignore_index=True)
-    codes = _codes(y, classes, "y")
+    codes = class_codes(y, classes, "y")
     known = last_known_labels(y, meta, gap)
-    before = np.where(np.isnan(known), K, _codes(np.nan_to_num(known, nan=classes[0]), classes, "y"))
+    before = np.where(np.isnan(known), K, class_codes(np.nan_to_num(known, nan=classes[0]), classes, "y"))
     followed = np.ones((K + 1, K))
     np.add.at(followed, (before[:train], codes[:train]), 1)
     followed[K] = followed.sum(0)
     y_pred = np.append(np.arange(K), followed[K].argmax())[before[train:]]
-    return replace(to_output(followed[before[train:]], metadata_val, classes), predictions=np.asarray(classes, np.int8)[y_pred])
+    return replace(
+        to_output(followed[before[train:]], metadata_val, classes), predictions=np.asarray(classes, np.int8)[y_pred]
+    )
+
 
 def _decision_times(metadata):
     "What `last_known_labels` reads, with the horizon where the bars of a label are not known."
@@ -89,11 +99,13 @@ def _decision_times(metadata):
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #360fc0d0
 def all_baselines(
-    train, val,  # datasets: `y`, `metadata`, `gap`
+    train,
+    val,  # datasets: `y`, `metadata`, `gap`
     classes: tuple = (-1, 0, 1),
 ) -> dict[str, PredictionOutput]:  # by name
     "Predictions of `prior`, `flat`, `long` and `persistence`, as far as the classes allow, for the rows of `val`."
     needs = dict(prior=set(), flat={0}, long={1})
     simple = [n for n in BASELINES if needs[n] <= set(classes) and (has_direction(classes) or not needs[n])]
     return {n: baseline_predictions(n, train.y, val.metadata, classes) for n in simple} | dict(
-        persistence=persistence_predictions(train.y, train.metadata, val.y, val.metadata, classes, val.gap))
+        persistence=persistence_predictions(train.y, train.metadata, val.y, val.metadata, classes, val.gap)
+    )

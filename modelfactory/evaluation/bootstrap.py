@@ -12,15 +12,21 @@ import pandas as pd
 
 from ..data.splits import timestamps_per_bar
 from .backtest import Backtest, trading_stats
-from .metrics import (
-    EvaluationError, _checked, _per_timestamp, _row_sums, _share, classification_stats)
+from modelfactory.evaluation.metrics import (
+    EvaluationError,
+    check_predictions,
+    classification_stats,
+    row_statistics,
+    safe_ratio,
+    sums_per_timestamp,
+)
 from ..models.base import PredictionOutput
 
 # %% auto #0
 __all__ = ['cosine_transforms', 'max_frequencies', 'count_frequencies', 'series_block_length', 'label_block_length',
            'block_length', 'stationary_blocks', 'block_indices', 'block_sums', 'block_variance_ratio',
            'classification_draws', 'trading_draws', 't_adjusted_level', 'percentile_interval', 'bootstrap_metrics',
-           'fieller', 'ratio_interval', 'directional_interval']
+           'fieller_interval', 'ratio_interval', 'directional_interval']
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #b6c42ea1
 def cosine_transforms(
@@ -29,7 +35,8 @@ def cosine_transforms(
 ) -> np.ndarray:  # (n, S); the mean of squares is the long-run variance
     "The first cosine transforms (type II) of series, without the mean."
     from scipy.fft import dct
-    return dct(np.asarray(x, float), axis=0, norm="ortho")[1:n + 1]
+
+    return dct(np.asarray(x, float), axis=0, norm="ortho")[1 : n + 1]
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #058296d3
 def max_frequencies(
@@ -37,7 +44,8 @@ def max_frequencies(
     overlap: float,  # timestamps over which labels overlap
 ) -> int:  # at least 1
     "Frequencies over which the spectrum of overlapping labels is flat."
-    return int(max(1, min(.4 * T ** (2 / 3), T / (8 * max(overlap, 1)))))
+    return int(max(1, min(0.4 * T ** (2 / 3), T / (8 * max(overlap, 1)))))
+
 
 def count_frequencies(
     x: np.ndarray,  # (T,) or (T, S) series; columns are judged together
@@ -46,21 +54,26 @@ def count_frequencies(
 ) -> int:  # at least 1
     "Frequencies over which the spectrum of the series is flat near zero: the degrees of freedom of a test of its mean."
     x = np.asarray(x, float).reshape(len(x), -1)
-    start, alpha = (4, .2) if strict else (8, .02)
+    start, alpha = (4, 0.2) if strict else (8, 0.02)
     limit = max_frequencies(len(x), overlap)
     power = cosine_transforms(x, limit) ** 2
     total = power.mean(0)
-    if not (total > 0).any(): return limit
+    if not (total > 0).any():
+        return limit
     power = (power[:, total > 0] / total[total > 0]).mean(1)
-    parts = [start * 2 ** k for k in range(limit.bit_length()) if start * 2 ** k <= limit / 2]
-    if not any(_falls(power, n, limit) < alpha for n in parts): return limit
+    parts = [start * 2**k for k in range(limit.bit_length()) if start * 2**k <= limit / 2]
+    if not any(_falls(power, n, limit) < alpha for n in parts):
+        return limit
     n = start
-    while n < limit and _falls(power, n, wider := min(2 * n, limit)) >= .5: n = wider
+    while n < limit and _falls(power, n, wider := min(2 * n, limit)) >= 0.5:
+        n = wider
     return n
+
 
 def _falls(power, n, end):
     "P-value of the F test that the first `n` squares are no larger than those up to `end`."
     from scipy.special import fdtrc
+
     return fdtrc(n, end - n, power[:n].mean() / max(power[n:end].mean(), 1e-300))
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #c6f3ae41
@@ -72,12 +85,14 @@ def series_block_length(
     T = len(x)
     return min(max(T / (2 * count_frequencies(x, overlap)), T ** (1 / 3)), T)
 
+
 def label_block_length(
     T: int,  # timestamps
     overlap: float,  # timestamps over which labels overlap
 ) -> float:  # timestamps
     "Mean block for a product with labels that nobody can predict: four label lengths, longer in long samples."
     return T / (2 * max_frequencies(T, overlap))
+
 
 def block_length(
     timestamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
@@ -88,7 +103,7 @@ def block_length(
     "Mean block: four label lengths or the root of `T`, longer where the series forgets slowly."
     T, overlap = int(np.max(timestamps)) + 1, horizon * timestamps_per_bar(timestamps, symbols)
     longest = label_block_length(T, overlap) if series is None else series_block_length(series, overlap)
-    return min(max(longest, T ** .5), T)
+    return min(max(longest, T**0.5), T)
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #9f5e04d9
 def stationary_blocks(
@@ -99,7 +114,7 @@ def stationary_blocks(
 ) -> tuple[np.ndarray, np.ndarray]:  # starts and lengths, (n_boot, blocks); the lengths of a draw sum to T
     "Blocks of the stationary bootstrap; the same arguments give the same blocks, so that models are drawn in pairs."
     rng, expected = np.random.default_rng(seed), T / mean_block
-    size = n_boot, int(np.ceil(expected + 8 * expected ** .5 + 8))
+    size = n_boot, int(np.ceil(expected + 8 * expected**0.5 + 8))
     starts = rng.integers(T, size=size)
     ends = np.minimum(np.cumsum(rng.geometric(1 / mean_block, size), 1), T)
     ends[:, -1] = T
@@ -120,7 +135,7 @@ def block_sums(
 ) -> np.ndarray:  # (n_boot, S)
     "Sums over each draw, from running sums of the wrapped series."
     running = np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(np.concatenate([x, x]), 0)])
-    chunks = np.array_split(np.arange(len(starts)), max(1, starts.size * x.shape[1] // 2 ** 21))
+    chunks = np.array_split(np.arange(len(starts)), max(1, starts.size * x.shape[1] // 2**21))
     return np.concatenate([(running[starts[c] + lengths[c]] - running[starts[c]]).sum(1) for c in chunks])
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #470b0222
@@ -143,14 +158,16 @@ def classification_draws(
     block: float | None = None,  # mean block in timestamps, None: `block_length` of the log loss
 ) -> tuple[dict[str, np.ndarray], float]:  # name -> (n_boot,), and the blocks a draw is made of
     "Class metrics of `n_boot` stationary block draws over timestamps, and `ece_null`."
-    sums, numbers = _per_timestamp(_row_sums(*_checked(predictions, y_true, classes)), predictions.timestamps)
+    sums, numbers = sums_per_timestamp(
+        row_statistics(*check_predictions(predictions, y_true, classes)), predictions.timestamps
+    )
     losses = len(classes) ** 2
     block = block or block_length(numbers, predictions.symbols, horizon, sums[:, losses])
     drawn, total = block_sums(sums, *stationary_blocks(len(sums), block, n_boot, seed)), sums.sum(0)
     draws = classification_stats(drawn, classes)
     draws["ece"] = np.maximum(draws["ece"] - draws["ece"].mean() + classification_stats(total, classes)["ece"], 0)
     rows = drawn[:, :losses].sum(1, keepdims=True)
-    noise = drawn[:, losses + 2:] - rows / len(predictions) * total[losses + 2:]
+    noise = drawn[:, losses + 2 :] - rows / len(predictions) * total[losses + 2 :]
     return draws | dict(ece_null=np.abs(noise).sum(1) / rows[:, 0]), len(sums) / block
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #8920f95f
@@ -166,7 +183,7 @@ def trading_draws(
     block = block or series_block_length(backtest.daily["net"].to_numpy(), overlap)
     index = block_indices(*stationary_blocks(D, block, n_boot, seed))
     columns = {k: v.to_numpy() for k, v in backtest.daily.items()}
-    chunks = np.array_split(index, max(1, index.size // 2 ** 20))
+    chunks = np.array_split(index, max(1, index.size // 2**20))
     parts = [trading_stats({k: v[i] for k, v in columns.items()}, backtest.trading_days) for i in chunks]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0] if k != "n_trades"}, D / block
 
@@ -174,21 +191,22 @@ def trading_draws(
 def t_adjusted_level(
     level: float,  # probability inside the interval
     n_blocks: float,  # independent pieces
-    kept: float = 1.,  # share of the variance that the draws keep
+    kept: float = 1.0,  # share of the variance that the draws keep
 ) -> float:  # probability to ask the draws for
     "The level whose percentiles hold `level` when a sample is made of few blocks that keep a share of the variance."
     from scipy.special import ndtr, stdtrit
+
     if not 0 < level < 1:
         raise EvaluationError(f"level is {level}, expected a probability between 0 and 1, such as 0.95")
     n = max(n_blocks, 3)
-    return float(2 * ndtr((n / (n - 2) / kept) ** .5 * stdtrit(n - 1, (1 + level) / 2)) - 1)
+    return float(2 * ndtr((n / (n - 2) / kept) ** 0.5 * stdtrit(n - 1, (1 + level) / 2)) - 1)
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #94ebbbe2
 def percentile_interval(
     draws: dict[str, np.ndarray],  # name -> (n_boot,)
     n_blocks: float,  # blocks a draw is made of
-    level: float = .95,  # probability inside
-    kept: float = 1.,  # share of the variance that the draws keep
+    level: float = 0.95,  # probability inside
+    kept: float = 1.0,  # share of the variance that the draws keep
 ) -> dict[str, float]:  # <name>_ci_low and <name>_ci_high
     "The middle of the draws; draws in which a metric is undefined are left out."
     tail = (1 - t_adjusted_level(level, n_blocks, kept)) / 2
@@ -202,7 +220,7 @@ def bootstrap_metrics(
     predictions: PredictionOutput,
     y_true: np.ndarray,  # (n,) class values
     horizon: int,  # bars ahead of the label
-    level: float = .95,  # probability inside
+    level: float = 0.95,  # probability inside
     classes: tuple = (-1, 0, 1),
     n_boot: int = 1000,  # draws
     seed: int = 42,
@@ -217,15 +235,16 @@ def bootstrap_metrics(
     return percentile_interval(draws, n_blocks, level, kept) | dict(ece_null=noise)
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #e07dc7bd
-def fieller(
+def fieller_interval(
     means: np.ndarray,  # (2,) of numerator and denominator
     cov: np.ndarray,  # (2, 2) of these means
     q: float,  # Student quantile
 ) -> tuple[float, float]:  # -inf, inf where the denominator is not distinguishable from 0
     "Interval of a ratio of two means (Fieller 1954)."
-    (aa, ab), (_, bb) = np.outer(means, means) - q ** 2 * cov
-    if bb <= 0: return -np.inf, np.inf
-    reach = max(ab ** 2 - aa * bb, 0) ** .5
+    (aa, ab), (_, bb) = np.outer(means, means) - q**2 * cov
+    if bb <= 0:
+        return -np.inf, np.inf
+    reach = max(ab**2 - aa * bb, 0) ** 0.5
     return (ab - reach) / bb, (ab + reach) / bb
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #1de6a2c5
@@ -234,25 +253,32 @@ def ratio_interval(
     timestamps: np.ndarray,  # (n,) of any sortable type
     symbols: np.ndarray,  # (n,)
     horizon: int,  # bars ahead of the label
-    level: float = .95,  # probability inside
+    level: float = 0.95,  # probability inside
     max_freedom: float = np.inf,  # degrees of freedom at most, where few blocks hold a scored row
 ) -> tuple[float, float, float]:  # ratio of sums, low, high; NaN where the denominator is 0
     "Ratio of two sums with its interval, right also at levels beyond 99%."
     from scipy.special import stdtrit
+
     if not 0 < level < 1:
         raise EvaluationError(f"level is {level}, expected a probability between 0 and 1, such as 0.95")
-    sums, numbers = _per_timestamp(np.asarray(rows, float), np.asarray(timestamps))
-    if not sums[:, 1].any(): return np.nan, np.nan, np.nan
+    sums, numbers = sums_per_timestamp(np.asarray(rows, float), np.asarray(timestamps))
+    if not sums[:, 1].any():
+        return np.nan, np.nan, np.nan
     T = len(sums)
     nu = int(min(max_frequencies(T, horizon * timestamps_per_bar(numbers, symbols)), max_freedom))
     c = cosine_transforms(sums, nu)
-    ends = (-np.inf, np.inf) if T < 2 else fieller(sums.mean(0), c.T @ c / len(c) / T, stdtrit(nu, (1 + level) / 2))
-    return float(_share(*sums.sum(0))), float(ends[0]), float(ends[1])
+    ends = (
+        (-np.inf, np.inf)
+        if T < 2
+        else fieller_interval(sums.mean(0), c.T @ c / len(c) / T, stdtrit(nu, (1 + level) / 2))
+    )
+    return float(safe_ratio(*sums.sum(0))), float(ends[0]), float(ends[1])
+
 
 def directional_interval(
     predictions: pd.DataFrame,  # datetime, symbol, y_true, prediction
     horizon: int,  # bars ahead of the label
-    level: float = .95,  # probability inside
+    level: float = 0.95,  # probability inside
 ) -> tuple[float, float, float]:  # directional accuracy, low, high; NaN when no row has two signs
     "Directional accuracy of a table of predictions with its interval."
     sign = np.sign(predictions["y_true"].to_numpy()) * np.sign(predictions["prediction"].to_numpy())

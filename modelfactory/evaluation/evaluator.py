@@ -10,11 +10,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .backtest import TRADING_METRICS, Backtest, label_backtest, tranche_backtest
 from ..data.splits import MIN_BLOCKS
-from .bootstrap import (
-    bootstrap_metrics, directional_interval, percentile_interval, trading_draws)
-from .metrics import EvaluationError, _checked, classification_metrics, has_direction
+from .backtest import TRADING_METRICS, Backtest, label_backtest, tranche_backtest
+from modelfactory.evaluation.bootstrap import (
+    bootstrap_metrics,
+    directional_interval,
+    percentile_interval,
+    trading_draws,
+)
+from .metrics import EvaluationError, check_predictions, classification_metrics, has_direction
 from .significance import DirectionClaim, direction_claim
 from ..models.base import PredictionOutput
 
@@ -24,30 +28,35 @@ __all__ = ['SCORING_VERSION', 'ModelEvaluator']
 # %% ../../nbs/evaluation/05_evaluator.ipynb #80a55a5c
 SCORING_VERSION = 2  # raised when the same predictions get other scores: runs of earlier versions can be rescored
 
+
 @dataclass
 class ModelEvaluator:
     "Scores predictions of one horizon."
+
     horizon: int  # bars ahead of the label
-    cost_bps: float = 1.  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float | None = None  # days in a year, None: from the bars
     classes: tuple = (-1, 0, 1)  # class values in the order of the probability columns
     n_boot: int = 1000  # draws of the bootstrap, 0: no intervals
-    level: float = .95  # probability inside an interval
+    level: float = 0.95  # probability inside an interval
     seed: int = 42
     day_start: int = 0  # hour at which a trading day begins, in the time zone of the timestamps
     gap: int = 1  # bars between the last one the model saw and the predicted one; 0 is noted in the backtest's title
 
-    def backtest(self,
+    def backtest(
+        self,
         predictions: PredictionOutput,
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
         y_true: np.ndarray | None = None,  # (n,) class values, for trades where there are no prices
         returns_source: str | None = None,  # close or file, where the prices come from
     ) -> Backtest | None:  # None for classes without a sign
         "Backtest of the sign of the predictions."
-        if not has_direction(self.classes): return None
+        if not has_direction(self.classes):
+            return None
         return self.backtest_positions(predictions, np.sign(predictions.predictions), prices, y_true, returns_source)
 
-    def backtest_positions(self,
+    def backtest_positions(
+        self,
         predictions: PredictionOutput,  # whose rows are traded
         position: np.ndarray,  # (n,) wanted at each row, -1 short to 1 long
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
@@ -59,19 +68,23 @@ class ModelEvaluator:
         rules = self.horizon, self.cost_bps, self.trading_days
         if prices is None and y_true is None:
             raise EvaluationError("found neither prices nor y_true, expected one of them to trade on")
-        if prices is None: result = label_backtest(rows, np.sign(y_true), *rules, self.day_start)
-        else: result = tranche_backtest(rows, prices, *rules, returns_source or "close", self.day_start)
+        if prices is None:
+            result = label_backtest(rows, np.sign(y_true), *rules, self.day_start)
+        else:
+            result = tranche_backtest(rows, prices, *rules, returns_source or "close", self.day_start)
         return replace(result, gap=self.gap)
 
-    def compute_all_metrics(self,
+    def compute_all_metrics(
+        self,
         predictions: PredictionOutput,
         y_true: np.ndarray,  # (n,) class values
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        fit_seconds: float | None = None, predict_seconds: float | None = None,
+        fit_seconds: float | None = None,
+        predict_seconds: float | None = None,
         returns_source: str | None = None,  # close or file, where the prices come from
     ) -> dict:  # name -> number; NaN where undefined
         "All metrics with their intervals; raises `EvaluationError`, or `BacktestError` where a bar has no price."
-        scores = classification_metrics(*_checked(predictions, y_true, self.classes), self.classes)
+        scores = classification_metrics(*check_predictions(predictions, y_true, self.classes), self.classes)
         rows = _rows(predictions, y_true)
         claim = self._claim(rows)
         scores |= dict(directional_skill=claim.skill, directional_accuracy_constant=claim.constant)
@@ -82,7 +95,8 @@ class ModelEvaluator:
         scores = {k: v.item() if isinstance(v, np.generic) else v for k, v in scores.items()}
         return scores | self._intervals(predictions, y_true, result, claim, rows)
 
-    def direction_claim(self,
+    def direction_claim(
+        self,
         predictions: PredictionOutput,
         y_true: np.ndarray,  # (n,) class values
         trials: int = 1,  # models that were tried
@@ -94,19 +108,25 @@ class ModelEvaluator:
         return direction_claim(rows, self.horizon, trials, 1 - self.level, self.classes)
 
     def _intervals(self, predictions, y_true, result, claim, rows):
-        if not self.n_boot: return {}
+        if not self.n_boot:
+            return {}
         rules = self.horizon, self.level, self.classes, self.n_boot, self.seed
         ends = bootstrap_metrics(predictions, y_true, *rules) | claim.metrics()
         if has_direction(self.classes):
             interval = directional_interval(rows, self.horizon, self.level)[1:]
-            if claim.n_blocks < MIN_BLOCKS: interval = np.nan, np.nan
+            if claim.n_blocks < MIN_BLOCKS:
+                interval = np.nan, np.nan
             ends |= dict(zip(("directional_accuracy_ci_low", "directional_accuracy_ci_high"), interval))
-        if result: ends |= percentile_interval(*trading_draws(result, self.n_boot, self.seed), self.level)
+        if result:
+            ends |= percentile_interval(*trading_draws(result, self.n_boot, self.seed), self.level)
         return ends
+
 
 def _rows(predictions, y_true):
     "Rows for a claim, timestamps and symbols as numbers, which sort faster."
     times, symbols = pd.factorize(predictions.timestamps, sort=True)[0], pd.factorize(predictions.symbols)[0]
     return pd.DataFrame(dict(datetime=times, symbol=symbols, y_true=y_true, prediction=predictions.predictions))
 
-def _seconds(s): return np.nan if s is None else float(s)
+
+def _seconds(s):
+    return np.nan if s is None else float(s)

@@ -17,7 +17,7 @@ __all__ = ['example_predictions', 'example_market']
 def example_predictions(
     bars: int = 1000,  # of each symbol
     horizon: int = 5,  # bars over which labels overlap
-    skill: float = .3,  # added to the logit of the true class; 0: no skill
+    skill: float = 0.3,  # added to the logit of the true class; 0: no skill
     classes: tuple = (-1, 0, 1),  # class values
     symbols: tuple = ("A", "B"),
     seed: int = 0,
@@ -28,7 +28,7 @@ def example_predictions(
     rows = [(time, symbol, horizon) for symbol in symbols for time in times]
     metadata = pd.DataFrame(rows, columns=["datetime", "symbol", "horizon"])
     moves = [np.convolve(rng.normal(size=bars + horizon), np.ones(horizon), "valid")[:bars] for _ in symbols]
-    score = np.concatenate(moves) / horizon ** .5
+    score = np.concatenate(moves) / horizon**0.5
     y = np.digitize(score, np.quantile(score, np.arange(1, K) / K))
     logits = skill * np.eye(K)[y] + rng.normal(size=(len(y), K))
     return to_output(np.exp(logits), metadata, classes), np.asarray(classes)[y]
@@ -36,7 +36,7 @@ def example_predictions(
 # %% ../../nbs/evaluation/09_examples.ipynb #85ce5255
 def example_market(
     days: int = 60,  # of 78 bars
-    skill: float = 0.,  # weight of the true move in the opinion; 0: no skill
+    skill: float = 0.0,  # weight of the true move in the opinion; 0: no skill
     horizon: int = 5,  # bars over which labels overlap
     seed: int = 0,
 ) -> tuple[PredictionOutput, np.ndarray, pd.DataFrame]:  # predictions, (n,) class values, prices
@@ -44,11 +44,14 @@ def example_market(
     rng, n = np.random.default_rng(seed), days * 78
     mornings = pd.bdate_range("2024-01-02 09:30", periods=days).values
     times = (mornings[:, None] + np.arange(78) * np.timedelta64(5, "m")).ravel()
-    smooth = lambda x, k: np.apply_along_axis(np.convolve, 1, x, np.ones(k) / k ** .5, "same")
-    sigma = np.exp(.4 * smooth(rng.normal(size=(2, n)), 40))
+
+    def smooth(x, k):
+        return np.apply_along_axis(np.convolve, 1, x, np.ones(k) / k**0.5, "same")
+
+    sigma = np.exp(0.4 * smooth(rng.normal(size=(2, n)), 40))
     returns = 1e-3 * sigma * rng.normal(size=(2, n))
     padded = np.pad(returns, [(0, 0), (0, 1)])
-    ahead = np.stack([np.convolve(r, np.ones(horizon))[horizon:] for r in padded]) / horizon ** .5
+    ahead = np.stack([np.convolve(r, np.ones(horizon))[horizon:] for r in padded]) / horizon**0.5
     opinion = skill * ahead * 1e3 + smooth(rng.normal(size=(2, n)), 12)
     logits = np.stack([-opinion, 1.8 - 1.2 * sigma, opinion], -1).reshape(-1, 3)
     metadata = pd.DataFrame(dict(datetime=np.tile(times, 2), symbol=np.repeat(["A", "B"], n), horizon=horizon))

@@ -11,14 +11,17 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['METRICS', 'Metric', 'metric_names', 'metric_sign', 'EvaluationError', 'f1_names', 'has_direction', 'confidence_bins',
-           'expected_calibration_error', 'brier_decomposition', 'directional_accuracy', 'directional_gains',
-           'directional_skill', 'constant_call', 'classification_stats', 'classification_metrics']
+__all__ = ['METRICS', 'Metric', 'metric_names', 'metric_sign', 'EvaluationError', 'class_codes', 'check_probabilities',
+           'check_predictions', 'f1_names', 'has_direction', 'confidence_bins', 'expected_calibration_error',
+           'brier_decomposition', 'directional_accuracy', 'directional_gains', 'directional_skill',
+           'constant_call_accuracy', 'row_statistics', 'sums_per_timestamp', 'safe_ratio', 'classification_stats',
+           'classification_metrics']
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #87a8202c
 @dataclass(frozen=True)
 class Metric:
     "What a metric is."
+
     name: str
     sign: int  # 1: higher is better, -1: lower is better, 0: neither
     unit: str  # with its range
@@ -30,50 +33,86 @@ class Metric:
         return f"{self.doc}, {self.unit}; {better}" if self.unit else f"{self.doc}; {better}"
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #0c80e293
-METRICS = {m.name: m for m in (
-    Metric("accuracy", 1, "0 to 1", "class", "share of rows predicted correctly"),
-    Metric("balanced_accuracy", 1, "0 to 1", "class", "mean recall of the classes"),
-    Metric("f1_macro", 1, "0 to 1", "class", "mean F1 of the classes"),
-    Metric("f1_down", 1, "0 to 1", "class", "F1 of class -1"),
-    Metric("f1_flat", 1, "0 to 1", "class", "F1 of class 0"),
-    Metric("f1_up", 1, "0 to 1", "class", "F1 of class 1"),
-    Metric("log_loss", -1, "nats", "class", "mean -log of the probability of the true class"),
-    Metric("brier", -1, "0 to 2", "class", "mean squared error of the probabilities, summed over classes"),
-    Metric("ece", -1, "0 to 1", "class", "mean gap between confidence and accuracy over 15 bins of equal count"),
-    Metric("ece_null", 0, "0 to 1", "class", "ECE that sampling noise alone gives perfectly calibrated probabilities"),
-    Metric("mcc", 1, "-1 to 1", "class", "Matthews correlation of prediction and truth"),
-    Metric("directional_accuracy", 1, "0 to 1", "direction",
-           "share of equal signs where prediction and truth have one"),
-    Metric("coverage", 0, "0 to 1", "direction", "share of rows with a prediction other than flat"),
-    Metric("directional_skill", 1, "-1 to 1", "direction",
-           "covariance of predicted and true sign within each symbol, where both have one; 0 for constant calls"),
-    Metric("directional_accuracy_constant", 0, "0 to 1", "direction",
-           "directional accuracy of the better constant call: always up or always down"),
-    Metric("sharpe", 1, "", "trading", "annual Sharpe ratio of daily profit before cost"),
-    Metric("sharpe_net", 1, "", "trading", "annual Sharpe ratio of daily profit after cost"),
-    Metric("sortino", 1, "", "trading", "annual Sortino ratio of daily profit after cost"),
-    Metric("max_drawdown", 1, "share of capital, 0 or negative", "trading",
-           "largest fall of equity from its peak after cost"),
-    Metric("calmar", 1, "", "trading", "compound annual return after cost over the largest drawdown"),
-    Metric("win_rate", 1, "0 to 1", "trading", "share of tranches that gain before cost"),
-    Metric("profit_factor", 1, "", "trading", "gains over losses of tranches before cost"),
-    Metric("turnover", -1, "share of capital a day", "trading", "capital traded"),
-    Metric("n_trades", 0, "tranches", "trading", "tranches opened"),
-    Metric("exposure", 0, "share of capital, 0 to 1", "trading", "mean absolute position"),
-    Metric("days_per_year", 0, "days", "trading", "trading days a year that annual figures use"),
-    Metric("n_samples", 0, "rows", "run", "rows scored"),
-    Metric("returns_source", 0, "", "run", "where returns come from: close, file or label"),
-    Metric("fit_seconds", -1, "seconds", "run", "wall time of fitting"),
-    Metric("predict_seconds", -1, "seconds", "run", "wall time of predicting"),
-    Metric("directional_skill_p_shift", -1, "0 to 1", "permutation",
-           "share of shifts in time at which the same predictions have as much directional skill"),
-    Metric("log_loss_p_shift", -1, "0 to 1", "permutation",
-           "share of shifts in time at which the same predictions have as low a log loss"),
-    Metric("sharpe_net_p_shift", -1, "0 to 1", "permutation",
-           "share of shifts in time at which the same predictions have as high a net Sharpe ratio"),
-    Metric("f1_null", 0, "0 to 1", "permutation", "macro F1 of the predictions with their direction shuffled"),
-    Metric("f1_skill", 1, "-1 to 1", "permutation", "macro F1 above f1_null"),
-)}
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("accuracy", 1, "0 to 1", "class", "share of rows predicted correctly"),
+        Metric("balanced_accuracy", 1, "0 to 1", "class", "mean recall of the classes"),
+        Metric("f1_macro", 1, "0 to 1", "class", "mean F1 of the classes"),
+        Metric("f1_down", 1, "0 to 1", "class", "F1 of class -1"),
+        Metric("f1_flat", 1, "0 to 1", "class", "F1 of class 0"),
+        Metric("f1_up", 1, "0 to 1", "class", "F1 of class 1"),
+        Metric("log_loss", -1, "nats", "class", "mean -log of the probability of the true class"),
+        Metric("brier", -1, "0 to 2", "class", "mean squared error of the probabilities, summed over classes"),
+        Metric("ece", -1, "0 to 1", "class", "mean gap between confidence and accuracy over 15 bins of equal count"),
+        Metric(
+            "ece_null", 0, "0 to 1", "class", "ECE that sampling noise alone gives perfectly calibrated probabilities"
+        ),
+        Metric("mcc", 1, "-1 to 1", "class", "Matthews correlation of prediction and truth"),
+        Metric(
+            "directional_accuracy", 1, "0 to 1", "direction", "share of equal signs where prediction and truth have one"
+        ),
+        Metric("coverage", 0, "0 to 1", "direction", "share of rows with a prediction other than flat"),
+        Metric(
+            "directional_skill",
+            1,
+            "-1 to 1",
+            "direction",
+            "covariance of predicted and true sign within each symbol, where both have one; 0 for constant calls",
+        ),
+        Metric(
+            "directional_accuracy_constant",
+            0,
+            "0 to 1",
+            "direction",
+            "directional accuracy of the better constant call: always up or always down",
+        ),
+        Metric("sharpe", 1, "", "trading", "annual Sharpe ratio of daily profit before cost"),
+        Metric("sharpe_net", 1, "", "trading", "annual Sharpe ratio of daily profit after cost"),
+        Metric("sortino", 1, "", "trading", "annual Sortino ratio of daily profit after cost"),
+        Metric(
+            "max_drawdown",
+            1,
+            "share of capital, 0 or negative",
+            "trading",
+            "largest fall of equity from its peak after cost",
+        ),
+        Metric("calmar", 1, "", "trading", "compound annual return after cost over the largest drawdown"),
+        Metric("win_rate", 1, "0 to 1", "trading", "share of tranches that gain before cost"),
+        Metric("profit_factor", 1, "", "trading", "gains over losses of tranches before cost"),
+        Metric("turnover", -1, "share of capital a day", "trading", "capital traded"),
+        Metric("n_trades", 0, "tranches", "trading", "tranches opened"),
+        Metric("exposure", 0, "share of capital, 0 to 1", "trading", "mean absolute position"),
+        Metric("days_per_year", 0, "days", "trading", "trading days a year that annual figures use"),
+        Metric("n_samples", 0, "rows", "run", "rows scored"),
+        Metric("returns_source", 0, "", "run", "where returns come from: close, file or label"),
+        Metric("fit_seconds", -1, "seconds", "run", "wall time of fitting"),
+        Metric("predict_seconds", -1, "seconds", "run", "wall time of predicting"),
+        Metric(
+            "directional_skill_p_shift",
+            -1,
+            "0 to 1",
+            "permutation",
+            "share of shifts in time at which the same predictions have as much directional skill",
+        ),
+        Metric(
+            "log_loss_p_shift",
+            -1,
+            "0 to 1",
+            "permutation",
+            "share of shifts in time at which the same predictions have as low a log loss",
+        ),
+        Metric(
+            "sharpe_net_p_shift",
+            -1,
+            "0 to 1",
+            "permutation",
+            "share of shifts in time at which the same predictions have as high a net Sharpe ratio",
+        ),
+        Metric("f1_null", 0, "0 to 1", "permutation", "macro F1 of the predictions with their direction shuffled"),
+        Metric("f1_skill", 1, "-1 to 1", "permutation", "macro F1 above f1_null"),
+    )
+}
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #4f65d824
 def metric_names(
@@ -81,6 +120,7 @@ def metric_names(
 ) -> list[str]:
     "Names of the metrics of some kinds, in the order of the table."
     return [m.name for m in METRICS.values() if not kinds or m.kind in kinds]
+
 
 def metric_sign(
     name: str,
@@ -93,17 +133,19 @@ class EvaluationError(ValueError):
     "Predictions or labels that cannot be scored as they are."
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #c70d9e03
-def _codes(values, classes, what):
+def class_codes(values, classes, what):
     values = np.asarray(values)
     codes = pd.Index(classes).get_indexer(values)
     unknown = codes < 0
     if unknown.any():
-        raise EvaluationError(f"{what}: {unknown.sum()} values outside the classes {tuple(classes)}, "
-                              f"first {values[unknown][0]} at row {unknown.argmax()}")
+        raise EvaluationError(
+            f"{what}: {unknown.sum()} values outside the classes {tuple(classes)}, "
+            f"first {values[unknown][0]} at row {unknown.argmax()}"
+        )
     return codes
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #6817b299
-def _probabilities(p, n, k):
+def check_probabilities(p, n, k):
     p = np.asarray(p, np.float64)
     if p.shape != (n, k):
         raise EvaluationError(f"probabilities: shape {p.shape}, expected ({n}, {k}), a column a class")
@@ -111,27 +153,31 @@ def _probabilities(p, n, k):
         raise EvaluationError(f"probabilities: {(~np.isfinite(p)).any(1).sum()} rows with NaN or infinity")
     off = (abs(p.sum(1) - 1) > 1e-3) | (p < 0).any(1)
     if off.any():
-        raise EvaluationError(f"probabilities: {off.sum()} rows are negative or do not sum to 1, "
-                              f"first {p[off][0].tolist()} at row {off.argmax()}")
+        raise EvaluationError(
+            f"probabilities: {off.sum()} rows are negative or do not sum to 1, "
+            f"first {p[off][0].tolist()} at row {off.argmax()}"
+        )
     return p / p.sum(1, keepdims=True)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #183ca0bd
-def _checked(predictions, y_true, classes):
+def check_predictions(predictions, y_true, classes):
     n, times, symbols = len(predictions.predictions), predictions.timestamps, predictions.symbols
     if n == 0 or np.shape(y_true) != (n,):
-        raise EvaluationError(f"y_true: shape {np.shape(y_true)}, "
-                              f"expected ({n},) with at least one row, as predictions have")
+        raise EvaluationError(
+            f"y_true: shape {np.shape(y_true)}, expected ({n},) with at least one row, as predictions have"
+        )
     if len(times) != n or len(symbols) != n:
         raise EvaluationError(f"predictions: {len(times)} timestamps and {len(symbols)} symbols, expected {n} of each")
     if pd.isna(times).any():
         raise EvaluationError("predictions: a timestamp is missing")
-    codes = _codes(y_true, classes, "y_true"), _codes(predictions.predictions, classes, "predictions")
-    return *codes, _probabilities(predictions.probabilities, n, len(classes))
+    codes = class_codes(y_true, classes, "y_true"), class_codes(predictions.predictions, classes, "predictions")
+    return *codes, check_probabilities(predictions.probabilities, n, len(classes))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #ca8eeb13
 def f1_names(classes: tuple) -> list[str]:
     "`f1_down, f1_flat, f1_up` for the three barriers, `f1_<class>` for any other class set."
     return ["f1_down", "f1_flat", "f1_up"] if tuple(classes) == (-1, 0, 1) else [f"f1_{c}" for c in classes]
+
 
 def has_direction(classes: tuple) -> bool:
     "Whether classes are signed: at least one negative and one positive. Without, nothing can be traded."
@@ -170,6 +216,7 @@ def brier_decomposition(
     within = brier - reliability + resolution - uncertainty
     return dict(reliability=reliability, resolution=resolution, uncertainty=uncertainty, within=within)
 
+
 def _murphy(forecast, outcome, bins):
     counts = np.bincount(bins)
     n, weight, base = np.maximum(counts, 1), counts / len(bins), outcome.mean()
@@ -202,13 +249,15 @@ def directional_gains(
     count = np.maximum(_sum_by(scored, codes, len(names)), 1)
     mean_q = _sum_by(np.where(scored, q, 0), codes, len(names)) / count
     mean_z = _sum_by(np.where(scored, z, 0), codes, len(names)) / count
-    return np.where(scored, (q - mean_q[codes]) * (z - mean_z[codes]), 0.), scored
+    return np.where(scored, (q - mean_q[codes]) * (z - mean_z[codes]), 0.0), scored
+
 
 def _sum_by(x, codes, n):
     "Sums (n, ...) of the rows of x (rows, ...) by code."
     width = int(np.prod(x.shape[1:]))
     cells = (np.asarray(codes)[:, None] * width + np.arange(width)).ravel()
     return np.bincount(cells, np.ravel(x), n * width).reshape(n, *x.shape[1:])
+
 
 def directional_skill(
     y: np.ndarray,  # (n,) labels
@@ -219,17 +268,19 @@ def directional_skill(
     gains, scored = directional_gains(y, prediction, symbols)
     return float(gains.sum() / scored.sum()) if scored.any() else np.nan
 
-def constant_call(
+
+def constant_call_accuracy(
     y: np.ndarray,  # (n,) labels
 ) -> tuple[float, int]:  # directional accuracy of the better constant call, and its sign; NaN, 0 without signed labels
     "What always up, or always down, would score."
     signs = np.sign(y)
     up, n = (signs > 0).sum(), (signs != 0).sum()
-    if not n: return np.nan, 0
+    if not n:
+        return np.nan, 0
     return float(max(up, n - up) / n), 1 if up >= n - up else -1
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #44da8958
-def _row_sums(y, y_pred, p, n_bins=15):
+def row_statistics(y, y_pred, p, n_bins=15):
     (n, K), rows = p.shape, np.arange(len(p))
     cells, gaps, hot = np.zeros((n, K * K)), np.zeros((n, n_bins)), np.eye(K)[y]
     cells[rows, y * K + y_pred] = 1
@@ -239,28 +290,30 @@ def _row_sums(y, y_pred, p, n_bins=15):
     return np.column_stack([cells, *losses, gaps])
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #10f9a882
-def _per_timestamp(rows, timestamps):
+def sums_per_timestamp(rows, timestamps):
     "Sums (T, S) of rows (n, S) by timestamp, and the number of each row's timestamp."
     numbers = np.unique(timestamps, return_inverse=True)[1]
     return _sum_by(rows, numbers, numbers.max() + 1), numbers
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #a0c22b6b
-def _share(part, whole):
+def safe_ratio(part, whole):
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, part / whole, np.nan)
+
 
 def _direction(cells, classes):
     sign = np.sign(classes)
     both = np.outer(sign, sign)
     right, wrong, predicted = [(cells * mask).sum((-1, -2)) for mask in (both > 0, both < 0, np.abs(sign))]
     n = cells.sum((-1, -2)) if has_direction(classes) else np.zeros(cells.shape[:-2])
-    return dict(directional_accuracy=_share(right, (right + wrong) * (n > 0)), coverage=_share(predicted, n))
+    return dict(directional_accuracy=safe_ratio(right, (right + wrong) * (n > 0)), coverage=safe_ratio(predicted, n))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #da10f720
 def _matthews(cells, truth, predicted, n):
     covariance = n * np.trace(cells, axis1=-2, axis2=-1) - (truth * predicted).sum(-1)
-    variances = (n ** 2 - (truth ** 2).sum(-1)) * (n ** 2 - (predicted ** 2).sum(-1))
-    return np.nan_to_num(_share(covariance, np.sqrt(variances)))
+    variances = (n**2 - (truth**2).sum(-1)) * (n**2 - (predicted**2).sum(-1))
+    return np.nan_to_num(safe_ratio(covariance, np.sqrt(variances)))
+
 
 def classification_stats(
     sums: np.ndarray,  # (..., K * K + 2 + bins) sums of a sample or of draws
@@ -272,12 +325,18 @@ def classification_stats(
     cells = cells.reshape(*sums.shape[:-1], K, K)
     truth, predicted, n = cells.sum(-1), cells.sum(-2), cells.sum((-1, -2))
     hits = np.diagonal(cells, axis1=-2, axis2=-1)
-    f1, recall = np.nan_to_num(_share(2 * hits, truth + predicted)), np.nan_to_num(_share(hits, truth))
+    f1, recall = np.nan_to_num(safe_ratio(2 * hits, truth + predicted)), np.nan_to_num(safe_ratio(hits, truth))
     return dict(
-        accuracy=hits.sum(-1) / n, balanced_accuracy=recall.mean(-1), f1_macro=f1.mean(-1),
+        accuracy=hits.sum(-1) / n,
+        balanced_accuracy=recall.mean(-1),
+        f1_macro=f1.mean(-1),
         **dict(zip(f1_names(classes), np.moveaxis(f1, -1, 0))),
-        log_loss=losses[..., 0] / n, brier=losses[..., 1] / n, ece=np.abs(gaps).sum(-1) / n,
-        mcc=_matthews(cells, truth, predicted, n), **_direction(cells, np.asarray(classes)))
+        log_loss=losses[..., 0] / n,
+        brier=losses[..., 1] / n,
+        ece=np.abs(gaps).sum(-1) / n,
+        mcc=_matthews(cells, truth, predicted, n),
+        **_direction(cells, np.asarray(classes)),
+    )
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #3198cc48
 def classification_metrics(
@@ -287,4 +346,4 @@ def classification_metrics(
     classes: tuple = (-1, 0, 1),  # class values in column order
 ) -> dict[str, float]:
     "The class metrics of a sample."
-    return {k: float(v) for k, v in classification_stats(_row_sums(y, y_pred, p).sum(0), classes).items()}
+    return {k: float(v) for k, v in classification_stats(row_statistics(y, y_pred, p).sum(0), classes).items()}

@@ -4,28 +4,45 @@
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #0c8e3fac
 from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..models.base import PredictionOutput
+from ..data.splits import timestamps_per_bar
 from modelfactory.evaluation.backtest import (
-    _changes, _returns, _signals, _traded_bars, cost, days_per_year, equity_curve, sharpe_ratio, trading_day,
-    trailing_sum)
-from .bootstrap import (
-    block_sums, block_length, percentile_interval, timestamps_per_bar, stationary_blocks)
-from .metrics import (
-    _checked, _per_timestamp, classification_stats, has_direction, metric_names, metric_sign)
+    bar_returns,
+    days_per_year,
+    equity_curve,
+    position_changes,
+    position_signals,
+    sharpe_ratio,
+    traded_bars,
+    trading_cost,
+    trading_day,
+    trailing_sum,
+)
+from .bootstrap import block_length, block_sums, percentile_interval, stationary_blocks
+from modelfactory.evaluation.metrics import (
+    check_predictions,
+    classification_stats,
+    has_direction,
+    metric_names,
+    metric_sign,
+    sums_per_timestamp,
+)
+from ..models.base import PredictionOutput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['PermutationError', 'ffill_index', 'random_shifts', 'profit_by_day', 'ShiftTest', 'shift_test', 'plot_shift_test',
-           'shuffled_direction_confusion', 'f1_null_interval', 'null_metrics']
+__all__ = ['PermutationError', 'ffill_index', 'random_shifts', 'held_positions', 'profit_by_day', 'ShiftTest', 'shift_test',
+           'plot_shift_test', 'shuffled_direction_confusion', 'f1_null_interval', 'null_metrics']
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #54249a2b
 class PermutationError(ValueError):
@@ -57,44 +74,51 @@ def random_shifts(
     if len(shifts) < 19:
         raise PermutationError(
             f"{T} timestamps leave {len(shifts)} shifts of at least {margin} in steps of {step}; expected 19 or more: "
-            "score more rows, or use a smaller step")
+            "score more rows, or use a smaller step"
+        )
     return np.random.default_rng(seed).choice(shifts, min(n_draws, len(shifts)), replace=False)
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #60edaa06
-def _held_positions(predictions, prices, horizon, day_start):
+def held_positions(predictions, prices, horizon, day_start):
     "From positions (n,) to those held at each bar; symbol, return and day of each bar, and the days."
-    signals = _signals(predictions)
+    signals = position_signals(predictions)
     rows = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
-    bars = _traded_bars(signals, prices, horizon).merge(rows, how="left", on=["datetime", "symbol"])
+    bars = traded_bars(signals, prices, horizon).merge(rows, how="left", on=["datetime", "symbol"])
     symbol, predicted = bars.symbol.factorize()[0], bars.row.notna().to_numpy()
     day, days = trading_day(pd.DatetimeIndex(bars.datetime), day_start).factorize(sort=True)
     source = bars.row[predicted].astype(int).to_numpy()
+
     def held(positions):
         wanted = np.zeros(len(bars))
         wanted[predicted] = positions[source]
         return trailing_sum(wanted, symbol, horizon) / horizon
-    return held, symbol, _returns(bars, symbol), day, days
+
+    return held, symbol, bar_returns(bars, symbol), day, days
+
 
 def profit_by_day(
     predictions,  # as for `tranche_backtest`
     prices: pd.DataFrame,  # datetime, symbol, close
     horizon: int,  # bars each tranche is held
-    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0,  # cost of changing the position by 1, in hundredths of a percent
     day_start: int = 0,  # hour at which a trading day begins
 ) -> tuple[Callable, pd.DatetimeIndex]:  # from positions (n,) to profit net of cost (days,), and the days
     "What `tranche_backtest` earns by day, as a function of the positions predicted."
-    held, symbol, returns, day, days = _held_positions(predictions, prices, horizon, day_start)
+    held, symbol, returns, day, days = held_positions(predictions, prices, horizon, day_start)
+
     def profit(positions):
         "Profit net of cost (days,) of the positions (n,) predicted."
         position = held(positions)
-        net = position * returns - cost(_changes(position, symbol), cost_bps)
+        net = position * returns - trading_cost(position_changes(position, symbol), cost_bps)
         return np.bincount(day, net) / (symbol[-1] + 1)
+
     return profit, days
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #20a6ad80
 @dataclass
 class ShiftTest:
     "Scores of predictions, and of the same predictions after each of `len(draws)` shifts in time."
+
     observed: dict  # sharpe_net, directional_skill, log_loss
     draws: pd.DataFrame  # a row a shift, a column a metric; the index is the shift in timestamps
     pnl: pd.DataFrame | None  # profit net of cost by day (rows) and shift (columns); None where nothing is traded
@@ -118,18 +142,20 @@ class ShiftTest:
     @property
     def table(self) -> pd.DataFrame:
         "A row a metric: its value, the median and 95% range of the draws, and the p-value."
-        ranges = self.draws.quantile([.025, .5, .975]).T.set_axis(["null_low", "null", "null_high"], axis=1)
+        ranges = self.draws.quantile([0.025, 0.5, 0.975]).T.set_axis(["null_low", "null", "null_high"], axis=1)
         ranges.insert(0, "value", pd.Series(self.observed))
         return ranges.assign(p=pd.Series(self.p_values))
 
-    def band(self, level: float = .95) -> pd.DataFrame:
+    def band(self, level: float = 0.95) -> pd.DataFrame:
         "Range of equity by day that holds `level` of the draws: low, high; raises `PermutationError` without prices."
-        if self.pnl is None: raise PermutationError("no equity: nothing was traded; expected prices and signed classes")
+        if self.pnl is None:
+            raise PermutationError("no equity: nothing was traded; expected prices and signed classes")
         equity = equity_curve(self.pnl.to_numpy().T)
         ends = np.quantile(equity, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return pd.DataFrame(ends.T, self.pnl.index, ["low", "high"])
 
-    def __repr__(self): return f"ShiftTest: {len(self.draws)} shifts\n{self.table.round(3)}"
+    def __repr__(self):
+        return f"ShiftTest: {len(self.draws)} shifts\n{self.table.round(3)}"
 
     def _repr_html_(self):
         title = f"Against the same predictions at {len(self.draws)} other times"
@@ -143,14 +169,14 @@ def shift_test(
     horizon: int,  # bars ahead of the label
     n_draws: int = 500,
     seed: int = 42,
-    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0,  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float | None = None,  # days in a year, None: from the bars
     classes: tuple = (-1, 0, 1),
     step: int = 1,  # shifts are multiples of it, in timestamps: a day's bars keep the time of day
     day_start: int = 0,  # hour at which a trading day begins
 ) -> ShiftTest:
     "Scores against the same predictions shifted in time; raises `PermutationError` on few rows, `BacktestError`."
-    y, _, p = _checked(predictions, y_true, classes)
+    y, _, p = check_predictions(predictions, y_true, classes)
     timestamps = np.unique(predictions.timestamps, return_inverse=True)[1]
     symbols, T = pd.factorize(predictions.symbols)[0], timestamps.max() + 1
     overlap = int(np.ceil(horizon * timestamps_per_bar(timestamps, symbols)))
@@ -169,9 +195,11 @@ def _directional_skill(truth, prediction, symbols):
     "`metrics.directional_skill` of signs and symbol codes, from sums by symbol: half the time of a shift test."
     both = (truth * prediction != 0).astype(float)
     n = np.bincount(symbols, both)
-    if not n.any(): return np.nan
+    if not n.any():
+        return np.nan
     product, predicted, true = (np.bincount(symbols, v) for v in (prediction * truth, prediction * both, truth * both))
     return float((product - predicted * true / np.maximum(n, 1)).sum() / n.sum())
+
 
 def _scorer(predictions, y_true, y, p, symbols, prices, classes, horizon, cost_bps, trading_days, day_start):
     "A function from the rows whose predictions are used to the three scores and the daily profit, and the days."
@@ -182,13 +210,16 @@ def _scorer(predictions, y_true, y, p, symbols, prices, classes, horizon, cost_b
         columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, prediction=sign)
         profit, days = profit_by_day(columns, prices, horizon, cost_bps, day_start)
         trading_days = trading_days or days_per_year(days)
+
     def score(rows):
         "The scores, and the profit by day, when each row is given the prediction of `rows`."
         pnl = profit(sign[rows]) if profit else None
         return dict(
             sharpe_net=float(sharpe_ratio(pnl, trading_days)) if profit else np.nan,
             directional_skill=_directional_skill(truth, sign[rows], symbols) if signed else np.nan,
-            log_loss=loss[rows, y].mean()), pnl
+            log_loss=loss[rows, y].mean(),
+        ), pnl
+
     return score, days
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #e2ad67d5
@@ -197,11 +228,12 @@ def plot_shift_test(
 ) -> Figure:
     "Histogram of the draws with the observed score, a panel a metric."
     from matplotlib import pyplot as plt
+
     names = [k for k, v in test.observed.items() if v == v]
     size = dict(figsize=(2.6 * len(names), 2.1), dpi=100)
     fig, axes = plt.subplots(1, len(names), **size, facecolor="white", layout="constrained", squeeze=False)
     for ax, name in zip(axes[0], names):
-        ax.hist(test.draws[name].dropna(), bins=25, color="#7f7f7f", alpha=.5)
+        ax.hist(test.draws[name].dropna(), bins=25, color="#7f7f7f", alpha=0.5)
         ax.axvline(test.observed[name], color="#D55E00", lw=1.5)
         ax.set_title(f"p = {test.p_values[name]:.3f}", fontsize=9)
         ax.set_xlabel(name.replace("_", " "), fontsize=9)
@@ -220,7 +252,8 @@ def shuffled_direction_confusion(
     K, rows = len(classes), np.arange(len(y))
     called, cells = np.eye(K)[y_pred], np.zeros((len(y), K, K))
     moves = np.asarray(classes)[y_pred] != 0
-    if moves.any(): called[moves] = called[moves].mean(0)
+    if moves.any():
+        called[moves] = called[moves].mean(0)
     cells[rows, y] = called
     return cells.reshape(len(y), K * K)
 
@@ -229,7 +262,7 @@ def f1_null_interval(
     predictions: PredictionOutput,
     y_true: np.ndarray,  # (n,) class values
     classes: tuple = (-1, 0, 1),
-    level: float = .95,  # probability inside an interval
+    level: float = 0.95,  # probability inside an interval
     n_boot: int = 1000,
     seed: int = 42,
 ) -> dict[str, float]:  # f1_null and f1_skill, each with _ci_low and _ci_high
@@ -237,23 +270,25 @@ def f1_null_interval(
     if not has_direction(classes):
         message = f"classes {tuple(classes)} have no direction to shuffle; expected negative and positive ones"
         raise PermutationError(message)
-    y, y_pred, _ = _checked(predictions, y_true, classes)
+    y, y_pred, _ = check_predictions(predictions, y_true, classes)
     K = len(classes)
     cells = np.hstack([shuffled_direction_confusion(y, y_pred, classes), np.eye(K * K)[y * K + y_pred]])
-    sums, timestamps = _per_timestamp(cells, predictions.timestamps)
+    sums, timestamps = sums_per_timestamp(cells, predictions.timestamps)
     block = block_length(timestamps, predictions.symbols, int(predictions.horizons.max()))
     point = _f1_null_and_skill(sums.sum(0))
     draws = _f1_null_and_skill(block_sums(sums, *stationary_blocks(len(sums), block, n_boot, seed)))
     return {k: float(v) for k, v in point.items()} | percentile_interval(draws, len(sums) / block, level)
 
+
 def _f1_null_and_skill(sums):
     null, model = (_f1_macro(cells) for cells in np.split(sums, 2, -1))
     return dict(f1_null=null, f1_skill=model - null)
 
+
 def _f1_macro(cells):
     "Macro F1 of confusion cells (..., K * K)."
     without_losses = np.pad(cells, [(0, 0)] * (cells.ndim - 1) + [(0, 2)])
-    return classification_stats(without_losses, tuple(range(round(cells.shape[-1] ** .5))))["f1_macro"]
+    return classification_stats(without_losses, tuple(range(round(cells.shape[-1] ** 0.5))))["f1_macro"]
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #88fc7a0d
 def null_metrics(
@@ -262,7 +297,7 @@ def null_metrics(
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no Sharpe ratio
     horizon: int,  # bars ahead of the label
     seed: int = 42,
-    cost_bps: float = 1.,  # cost of changing the position by 1, in hundredths of a percent
+    cost_bps: float = 1.0,  # cost of changing the position by 1, in hundredths of a percent
     trading_days: float | None = None,  # days in a year, None: from the bars
     classes: tuple = (-1, 0, 1),
     day_start: int = 0,  # hour at which a trading day begins

@@ -16,12 +16,31 @@ import pandas as pd
 
 from ..data.splits import MIN_BLOCKS, effective_blocks, timestamps_per_bar
 from .backtest import sharpe_ratio
-from .bootstrap import (
-    block_length, block_sums, block_variance_ratio, classification_draws, cosine_transforms, count_frequencies,
-    label_block_length, max_frequencies, ratio_interval, series_block_length, stationary_blocks, t_adjusted_level)
-from .metrics import (
-    _codes, _per_timestamp, _probabilities, classification_metrics, constant_call, directional_accuracy,
-    directional_gains, has_direction, metric_sign)
+from modelfactory.evaluation.bootstrap import (
+    block_length,
+    block_sums,
+    block_variance_ratio,
+    classification_draws,
+    cosine_transforms,
+    count_frequencies,
+    label_block_length,
+    max_frequencies,
+    ratio_interval,
+    series_block_length,
+    stationary_blocks,
+    t_adjusted_level,
+)
+from modelfactory.evaluation.metrics import (
+    check_probabilities,
+    class_codes,
+    classification_metrics,
+    constant_call_accuracy,
+    directional_accuracy,
+    directional_gains,
+    has_direction,
+    metric_sign,
+    sums_per_timestamp,
+)
 from ..models.base import probability_columns, to_output
 
 if TYPE_CHECKING:
@@ -30,11 +49,11 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['LABELLED_ROW', 'MIN_DAYS', 'SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_max',
            'deflated_sharpe', 'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models',
-           'row_losses', 'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar', 'holm',
-           'paired_tests', 'mean_differences', 'paired_differences', 'class_differences', 'plot_differences',
-           'direction_gains', 'most_probable', 'information_gains', 'prior_gains', 'significance_summary',
-           'profit_claims', 'critical_difference', 'Ranks', 'rank_models', 'plot_ranks', 'cliques',
-           'plot_critical_difference']
+           'row_losses', 'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar',
+           'holm_adjust', 'paired_tests', 'mean_differences', 'paired_differences', 'class_differences',
+           'plot_differences', 'direction_gains', 'most_probable', 'information_gains', 'prior_gains',
+           'significance_summary', 'log_loss_p_value', 'profit_claims', 'critical_difference', 'Ranks', 'rank_models',
+           'plot_ranks', 'cliques', 'plot_critical_difference']
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e9206335
 class SignificanceError(ValueError):
@@ -44,33 +63,37 @@ class SignificanceError(ValueError):
 def _daily_sharpe(pnl):
     "Daily Sharpe ratio and its standard error times the root of `days - 1`; NaN for a strategy that never moves."
     from scipy.stats import kurtosis, skew
+
     moves = np.ptp(pnl, -1) > 0
     pnl = np.where(moves[..., None], pnl, np.nan)
     ratio = pnl.mean(-1) / pnl.std(-1)
     fat = (kurtosis(pnl, -1, fisher=False, bias=False) - 1) / 4
-    return ratio, np.sqrt(1 - skew(pnl, -1, bias=False) * ratio + fat * ratio ** 2)
+    return ratio, np.sqrt(1 - skew(pnl, -1, bias=False) * ratio + fat * ratio**2)
+
 
 def probabilistic_sharpe(
     pnl: np.ndarray,  # (..., days) daily profit, share of capital
-    benchmark: float = 0.,  # annual Sharpe ratio to lie above
+    benchmark: float = 0.0,  # annual Sharpe ratio to lie above
     trading_days: float = 252,  # days a year
 ) -> np.ndarray:  # (...) probability
     "Probability that the true Sharpe ratio lies above the benchmark, allowing for skewness and fat tails."
     from scipy.special import ndtr
+
     ratio, spread = _daily_sharpe(np.asarray(pnl))
-    return ndtr((ratio - benchmark / trading_days ** .5) * (pnl.shape[-1] - 1) ** .5 / spread)
+    return ndtr((ratio - benchmark / trading_days**0.5) * (pnl.shape[-1] - 1) ** 0.5 / spread)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e608bce0
 def minimum_track_record(
     pnl: np.ndarray,  # (..., days)
-    benchmark: float = 0.,  # annual Sharpe ratio to lie above
-    level: float = .95,  # probability required
+    benchmark: float = 0.0,  # annual Sharpe ratio to lie above
+    level: float = 0.95,  # probability required
     trading_days: float = 252,  # days a year
 ) -> np.ndarray:  # (...) days; infinite where the ratio is not above the benchmark
     "Days after which a record like this gives `probabilistic_sharpe` of `level`."
     from scipy.special import ndtri
+
     ratio, spread = _daily_sharpe(np.asarray(pnl))
-    above = ratio - benchmark / trading_days ** .5
+    above = ratio - benchmark / trading_days**0.5
     days = 1 + np.ceil((ndtri(level) * spread / np.where(above > 0, above, 1)) ** 2)
     return np.where(above > 0, days, np.inf)
 
@@ -80,9 +103,11 @@ def expected_max(
 ) -> float:
     "Expected maximum of `n_trials` standard normals; 0 for one."
     from scipy.special import ndtri
+
     if int(n_trials) != n_trials or n_trials < 1:
         raise SignificanceError(f"n_trials is {n_trials}, expected a whole number of trials, at least 1")
-    if n_trials == 1: return 0.
+    if n_trials == 1:
+        return 0.0
     gamma = np.euler_gamma
     return float((1 - gamma) * ndtri(1 - 1 / n_trials) + gamma * ndtri(1 - 1 / (n_trials * np.e)))
 
@@ -96,17 +121,19 @@ def deflated_sharpe(
     "Probability that a true ratio lies above the expected best of `n_trials` without skill."
     pnl = np.atleast_2d(pnl)
     if n_trials < len(pnl):
-        raise SignificanceError(f"n_trials is {n_trials}, but there are {len(pnl)} models: "
-                                "count everything that was tried")
+        raise SignificanceError(
+            f"n_trials is {n_trials}, but there are {len(pnl)} models: count everything that was tried"
+        )
     if variance is None and len(pnl) < 2:
         raise SignificanceError("one model has no variance over trials: pass variance= of the annual Sharpe ratios")
-    spread = variance ** .5 if variance is not None else np.nanstd(_daily_sharpe(pnl)[0], ddof=1) * trading_days ** .5
+    spread = variance**0.5 if variance is not None else np.nanstd(_daily_sharpe(pnl)[0], ddof=1) * trading_days**0.5
     return probabilistic_sharpe(pnl, spread * expected_max(n_trials), trading_days)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #29f7cc75
 @dataclass
 class Overfitting:
     "Rank out of sample of the in-sample winner, over all symmetric ways to split the days."
+
     logits: np.ndarray  # (ways,) of the winner's relative rank out of sample
     sharpe: np.ndarray  # (ways, 2) its daily Sharpe ratio, in sample and out
     trading_days: float = 252  # days a year
@@ -117,19 +144,21 @@ class Overfitting:
         return float((self.logits < 0).mean() + (self.logits == 0).mean() / 2)
 
     def __repr__(self):
-        inside, outside = self.sharpe.mean(0) * self.trading_days ** .5
-        return (f"Overfitting: probability {self.probability:.2f} over {len(self.logits):,} ways; the winner's annual "
-                f"Sharpe ratio {inside:.1f} in sample, {outside:.1f} out of sample")
+        inside, outside = self.sharpe.mean(0) * self.trading_days**0.5
+        return (
+            f"Overfitting: probability {self.probability:.2f} over {len(self.logits):,} ways; the winner's annual "
+            f"Sharpe ratio {inside:.1f} in sample, {outside:.1f} out of sample"
+        )
 
 # %% ../../nbs/evaluation/06_significance.ipynb #5a2a8c94
 def _half_sharpes(pnl, half, n_blocks):
     "Daily Sharpe ratios (ways, models) over the blocks that `half` (ways, n_blocks) picks; 0 for a constant."
     blocks = np.array_split(pnl, n_blocks, axis=1)
     days = np.array([b.shape[1] for b in blocks])
-    total, squares = np.array([b.sum(1) for b in blocks]), np.array([(b ** 2).sum(1) for b in blocks])
+    total, squares = np.array([b.sum(1) for b in blocks]), np.array([(b**2).sum(1) for b in blocks])
     n, mean, square = half @ days[:, None], half @ total, half @ squares
     mean = mean / n
-    variance = (square - n * mean ** 2) / (n - 1)
+    variance = (square - n * mean**2) / (n - 1)
     return np.where(variance > 1e-12 * square, mean / np.sqrt(np.where(variance > 0, variance, 1)), 0)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #1d9e138a
@@ -141,12 +170,14 @@ def backtest_overfitting(
     "Combinatorially symmetric cross-validation of picking the best Sharpe ratio; raises `SignificanceError`."
     pnl = np.asarray(pnl, float)
     days = pnl.shape[-1]
-    if n_blocks is None: n_blocks = min(16, max(8, days // 4 * 2))
+    if n_blocks is None:
+        n_blocks = min(16, max(8, days // 4 * 2))
     if n_blocks % 2 or not 2 <= n_blocks <= 20:
         raise SignificanceError(f"n_blocks is {n_blocks}, expected an even number from 2 to 20")
     if pnl.ndim != 2 or len(pnl) < 2 or days < 2 * n_blocks or not np.isfinite(pnl).all():
-        raise SignificanceError(f"pnl: shape {pnl.shape}, expected at least 2 models x {2 * n_blocks} days "
-                                "of finite numbers")
+        raise SignificanceError(
+            f"pnl: shape {pnl.shape}, expected at least 2 models x {2 * n_blocks} days of finite numbers"
+        )
     ways = np.array(list(combinations(range(n_blocks), n_blocks // 2)))
     half = np.zeros((len(ways), n_blocks))
     np.put_along_axis(half, ways, 1, 1)
@@ -180,13 +211,17 @@ def spa_test(
     scale = error if studentise else np.ones_like(error)
     n_blocks, score = max(T / block, 3), mean
     kept = block_variance_ratio(overlap, block) * (1 - 2 / n_blocks)
-    if studentise: score = _as_normal(mean / error * kept ** .5, n_blocks - 1)
+    if studentise:
+        score = _as_normal(mean / error * kept**0.5, n_blocks - 1)
     p_values = {k: _p_of_best(score, (drawn - g) / scale, benchmarks) for k, g in centres.items()}
     return p_values | dict(white=_p_of_best(mean, drawn - mean, benchmarks))
 
+
 def _as_normal(t, freedom):
     from scipy.special import ndtri, stdtr
+
     return -ndtri(stdtr(freedom, -t))
+
 
 def _p_of_best(score, drawn, benchmarks):
     "Share of draws whose largest gain is at least that of the best model over the benchmark it beats least."
@@ -205,6 +240,7 @@ def adjust_for_trials(
 # %% ../../nbs/evaluation/06_significance.ipynb #3d1fa4b6
 LABELLED_ROW = ["datetime", "symbol", "y_true"]  # columns that say which row was predicted, and what came true
 
+
 def stacked_models(
     frame: pd.DataFrame,  # datetime, symbol, y_true, <model>_p_down, <model>_p_flat, <model>_p_up
     classes: tuple = (-1, 0, 1),
@@ -214,11 +250,14 @@ def stacked_models(
     models = [c.removesuffix(f"_{names[0]}") for c in frame if c.endswith(f"_{names[0]}")]
     columns = [*LABELLED_ROW, *(f"{m}_{p}" for m in models for p in names)]
     if missing := [c for c in columns if c not in frame]:
-        raise SignificanceError(f"stacked predictions: no column {missing[0]!r}, expected datetime, symbol, y_true "
-                                f"and {', '.join(f'<model>_{p}' for p in names)}")
-    if not models: raise SignificanceError(f"stacked predictions: no model, expected columns <model>_{names[0]}")
+        raise SignificanceError(
+            f"stacked predictions: no column {missing[0]!r}, expected datetime, symbol, y_true "
+            f"and {', '.join(f'<model>_{p}' for p in names)}"
+        )
+    if not models:
+        raise SignificanceError(f"stacked predictions: no model, expected columns <model>_{names[0]}")
     values = frame[columns[3:]].to_numpy(float).reshape(len(frame), len(models), len(names))
-    return {m: _probabilities(values[:, i], len(frame), len(classes)) for i, m in enumerate(models)}
+    return {m: check_probabilities(values[:, i], len(frame), len(classes)) for i, m in enumerate(models)}
 
 # %% ../../nbs/evaluation/06_significance.ipynb #91638569
 def row_losses(
@@ -227,12 +266,17 @@ def row_losses(
     classes: tuple = (-1, 0, 1),
 ) -> pd.DataFrame:  # (n, models)
     "The loss of each model on each row."
-    models, y = stacked_models(frame, classes), _codes(frame["y_true"], classes, "y_true")
+    models, y = stacked_models(frame, classes), class_codes(frame["y_true"], classes, "y_true")
     rows, hot = np.arange(len(y)), np.eye(len(classes))[y]
-    losses = dict(log_loss=lambda p: -np.log(np.maximum(p[rows, y], np.finfo(float).eps)),
-                  brier=lambda p: ((p - hot) ** 2).sum(1), error=lambda p: (p.argmax(1) != y).astype(float))
-    if loss not in losses: raise SignificanceError(f"no loss {loss!r}, expected {', '.join(losses)}")
+    losses = dict(
+        log_loss=lambda p: -np.log(np.maximum(p[rows, y], np.finfo(float).eps)),
+        brier=lambda p: ((p - hot) ** 2).sum(1),
+        error=lambda p: (p.argmax(1) != y).astype(float),
+    )
+    if loss not in losses:
+        raise SignificanceError(f"no loss {loss!r}, expected {', '.join(losses)}")
     return pd.DataFrame({m: losses[loss](p) for m, p in models.items()})
+
 
 def timestamp_sums(
     frame: pd.DataFrame,  # datetime, symbol of the rows
@@ -240,13 +284,14 @@ def timestamp_sums(
     horizon: int,  # bars ahead of the label
 ) -> tuple[np.ndarray, float]:  # (T, models), and over how many timestamps labels overlap
     "Sums over the symbols of a timestamp, in the order of time."
-    sums, numbers = _per_timestamp(np.asarray(rows, float), frame["datetime"].to_numpy())
+    sums, numbers = sums_per_timestamp(np.asarray(rows, float), frame["datetime"].to_numpy())
     return sums, horizon * timestamps_per_bar(numbers, frame["symbol"])
 
 # %% ../../nbs/evaluation/06_significance.ipynb #6aa08496
 @dataclass(frozen=True)
 class DirectionClaim:
     "Directional skill of one model with its interval, and what may be said of it."
+
     skill: float  # covariance of predicted and true sign, base rates of each symbol taken out
     low: float  # interval at `level`; NaN with too few rows
     high: float
@@ -261,8 +306,10 @@ class DirectionClaim:
     @property
     def verdict(self) -> str:
         "significant, not significant, worse, too few rows, or no direction."
-        if self.constant_class == 0: return "no direction"
-        if self.n_blocks < MIN_BLOCKS or not math.isfinite(self.skill): return "too few rows"
+        if self.constant_class == 0:
+            return "no direction"
+        if self.n_blocks < MIN_BLOCKS or not math.isfinite(self.skill):
+            return "too few rows"
         return "significant" if self.low > 0 else "worse" if self.high < 0 else "not significant"
 
     @property
@@ -273,15 +320,20 @@ class DirectionClaim:
     @property
     def sentence(self) -> str:
         "The claim in one sentence."
-        if self.verdict == "no direction": return "Direction: these labels have no direction."
+        if self.verdict == "no direction":
+            return "Direction: these labels have no direction."
         if self.verdict == "too few rows":
             blocks = f"{self.n_blocks} block{'s' * (self.n_blocks != 1)}"
-            return (f"Direction: too few rows to say ({self.n_rows:,} rows with a predicted and a true sign in "
-                    f"{blocks}, at least {MIN_BLOCKS} are needed).")
+            return (
+                f"Direction: too few rows to say ({self.n_rows:,} rows with a predicted and a true sign in "
+                f"{blocks}, at least {MIN_BLOCKS} are needed)."
+            )
         text = dict(significant="significant", worse="significantly negative").get(self.verdict, "not significant")
         tried = "as the only model tried" if self.trials == 1 else f"corrected for {self.trials:,} trials"
-        return (f"Directional skill {self.skill:.3f} [{self.low:.3f}, {self.high:.3f}]: {text}, {tried}; "
-                f"directional accuracy {self.accuracy:.3f}, {self.constant_call} {self.constant:.3f}.")
+        return (
+            f"Directional skill {self.skill:.3f} [{self.low:.3f}, {self.high:.3f}]: {text}, {tried}; "
+            f"directional accuracy {self.accuracy:.3f}, {self.constant_call} {self.constant:.3f}."
+        )
 
     @property
     def constant_call(self) -> str:
@@ -290,24 +342,30 @@ class DirectionClaim:
 
     def metrics(self) -> dict:
         "Flat names as in `METRICS`."
-        return dict(directional_skill=self.skill, directional_accuracy_constant=self.constant,
-                    directional_skill_ci_low=self.low, directional_skill_ci_high=self.high)
+        return dict(
+            directional_skill=self.skill,
+            directional_accuracy_constant=self.constant,
+            directional_skill_ci_low=self.low,
+            directional_skill_ci_high=self.high,
+        )
 
-    def __repr__(self): return self.sentence
+    def __repr__(self):
+        return self.sentence
 
 # %% ../../nbs/evaluation/06_significance.ipynb #a4ae1c3e
 def direction_claim(
     rows: pd.DataFrame,  # datetime, symbol, y_true, prediction: class values
     horizon: int,  # bars ahead of the label
     trials: int = 1,  # models that were tried, this one included
-    alpha: float = .05,  # probability that any of them is wrongly called skilled or worse than a constant call
+    alpha: float = 0.05,  # probability that any of them is wrongly called skilled or worse than a constant call
     classes: tuple = (-1, 0, 1),
 ) -> DirectionClaim:
     "The claim that may be made of one model's direction."
     y, prediction = rows["y_true"].to_numpy(), rows["prediction"].to_numpy()
     level, unknown = 1 - alpha / max(trials, 1), (np.nan, 0)
-    constant = constant_call(y) if has_direction(classes) else unknown
-    if not constant[1]: return DirectionClaim(*[np.nan] * 3, level, np.nan, *constant, 0, 0, max(trials, 1))
+    constant = constant_call_accuracy(y) if has_direction(classes) else unknown
+    if not constant[1]:
+        return DirectionClaim(*[np.nan] * 3, level, np.nan, *constant, 0, 0, max(trials, 1))
     symbols = pd.factorize(rows["symbol"])[0]
     gains, scored = directional_gains(y, prediction, symbols)
     numbers = np.unique(rows["datetime"].to_numpy(), return_inverse=True)[1]
@@ -327,39 +385,45 @@ def _mean_tests(x, overlap):
     variance = np.cumsum(power, 0)[freedom - 1, np.arange(x.shape[1])] / freedom
     return x.mean(0), np.sqrt(variance / T), freedom
 
+
 def diebold_mariano(
     difference: np.ndarray,  # (T,) or (T, S) losses of one model less those of another, by timestamp
     overlap: float,  # timestamps over which labels overlap: the horizon
 ) -> tuple[np.ndarray, np.ndarray]:  # statistic and two-sided p-value; NaN where the losses are the same
     "Tests equal mean loss with fixed-b critical values; raises `SignificanceError` on fewer than two overlaps of data."
     from scipy.special import stdtr
+
     d = np.asarray(difference, float)
     if len(d) <= 2 * max(overlap, 1):
-        raise SignificanceError(f"{len(d)} timestamps of labels that overlap by {overlap:g}: "
-                                f"expected more than {2 * overlap:g}")
+        raise SignificanceError(
+            f"{len(d)} timestamps of labels that overlap by {overlap:g}: expected more than {2 * overlap:g}"
+        )
     mean, error, freedom = _mean_tests(d.reshape(len(d), -1), overlap)
-    with np.errstate(invalid="ignore", divide="ignore"): statistic = np.where(error > 0, mean / error, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        statistic = np.where(error > 0, mean / error, np.nan)
     p = 2 * stdtr(freedom, -abs(statistic))
     return statistic.reshape(d.shape[1:])[()], p.reshape(d.shape[1:])[()]
 
 # %% ../../nbs/evaluation/06_significance.ipynb #884e994b
 def mcnemar(
-    hits_a: np.ndarray, hits_b: np.ndarray,  # (n,) whether each model is right
+    hits_a: np.ndarray,
+    hits_b: np.ndarray,  # (n,) whether each model is right
     timestamps: np.ndarray | None = None,  # (n,) timestamps of the rows, None: a row each
     overlap: float = 1,  # timestamps over which labels overlap
 ) -> dict[str, float]:  # only_a, only_b: rows; p_exact (rows independent), p (labels overlap)
     "Tests whether two models are right equally often."
     from scipy.stats import binomtest
+
     a, b = np.asarray(hits_a, bool), np.asarray(hits_b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     keys = np.arange(len(a)) if timestamps is None else timestamps
-    difference = _per_timestamp((a * 1. - b)[:, None], keys)[0][:, 0]
-    exact = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.
-    p = float(diebold_mariano(difference, overlap)[1]) if difference.any() else 1.
+    difference = sums_per_timestamp((a * 1.0 - b)[:, None], keys)[0][:, 0]
+    exact = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    p = float(diebold_mariano(difference, overlap)[1]) if difference.any() else 1.0
     return dict(only_a=only_a, only_b=only_b, p_exact=float(exact), p=p)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #28bac330
-def holm(p: np.ndarray) -> np.ndarray:
+def holm_adjust(p: np.ndarray) -> np.ndarray:
     "P-values corrected for their number; NaN stays and does not count."
     p = np.asarray(p, float)
     m = int((~np.isnan(p)).sum())
@@ -378,8 +442,10 @@ def paired_tests(
     "Every model against one: Diebold-Mariano on log loss and McNemar for overlapping labels, each corrected by Holm."
     losses, hits = row_losses(frame, "log_loss", classes), row_losses(frame, "error", classes) == 0
     against = against or losses.mean().idxmin()
-    if against not in losses: raise SignificanceError(f"no model {against!r}, expected one of {', '.join(losses)}")
-    if losses.shape[1] < 2: raise SignificanceError(f"{against} is the only model, expected at least 2 to compare")
+    if against not in losses:
+        raise SignificanceError(f"no model {against!r}, expected one of {', '.join(losses)}")
+    if losses.shape[1] < 2:
+        raise SignificanceError(f"{against} is the only model, expected at least 2 to compare")
     others = losses.columns.drop(against)
     sums, overlap = timestamp_sums(frame, losses[others].sub(losses[against], axis=0), horizon)
     dm, p = diebold_mariano(sums, overlap)
@@ -387,8 +453,8 @@ def paired_tests(
     mean = losses.mean()
     columns = dict(log_loss=mean[others], difference=mean[others] - mean[against], dm=dm, p_dm=p)
     table = pd.DataFrame(columns, index=others)
-    table = table.assign(p_dm_holm=holm(p), only_here=pairs.only_a, only_there=pairs.only_b, p_mcnemar=pairs.p)
-    table = table.assign(p_mcnemar_holm=holm(table.p_mcnemar)).sort_values("log_loss")
+    table = table.assign(p_dm_holm=holm_adjust(p), only_here=pairs.only_a, only_there=pairs.only_b, p_mcnemar=pairs.p)
+    table = table.assign(p_mcnemar_holm=holm_adjust(table.p_mcnemar)).sort_values("log_loss")
     return table.rename_axis(index="model", columns=f"against {against}")
 
 # %% ../../nbs/evaluation/06_significance.ipynb #f69d5cdc
@@ -397,17 +463,20 @@ def mean_differences(
     frame: pd.DataFrame,  # datetime, symbol of the rows
     horizon: int,  # bars ahead of the label
     metric: str = "log_loss",  # name in `METRICS`, which says what is better
-    level: float = .95,  # probability that all intervals hold
+    level: float = 0.95,  # probability that all intervals hold
     n_draws: int = 1000,
     seed: int = 42,
 ) -> pd.DataFrame:  # a row a model: value, difference, low, high, not_worse: whether 0 is inside; best first
     "Difference of each model's mean loss to the best, with intervals that hold together."
     from scipy.special import ndtr, stdtrit
-    if losses.shape[1] < 2: raise SignificanceError("1 model, expected at least 2 to compare")
+
+    if losses.shape[1] < 2:
+        raise SignificanceError("1 model, expected at least 2 to compare")
     sums, overlap = timestamp_sums(frame, losses, horizon)
     if len(sums) <= 2 * overlap:
-        raise SignificanceError(f"{len(sums)} timestamps of labels that overlap by {overlap:g}: "
-                                f"expected more than {2 * overlap:g}")
+        raise SignificanceError(
+            f"{len(sums)} timestamps of labels that overlap by {overlap:g}: expected more than {2 * overlap:g}"
+        )
     rows, value, names = len(losses), losses.mean(), list(losses)
     best = int((value * (metric_sign(metric) or 1)).to_numpy().argmax())
     i, j = np.triu_indices(len(names), 1)
@@ -418,6 +487,7 @@ def mean_differences(
     table = table.assign(low=table.difference - reach, high=table.difference + reach)
     table = table.assign(not_worse=(table.low <= 0) & (table.high >= 0))
     return table.sort_values("value", ascending=metric_sign(metric) < 0, kind="stable")
+
 
 def _largest_normal(sums, i, j, overlap, level, n_draws, seed):
     "Quantile of the largest of |normals| that are correlated as the differences of columns i and j."
@@ -434,13 +504,14 @@ def paired_differences(
     n_blocks: float,  # blocks a draw is made of
     metric: str,  # name in `METRICS`, which says what is better
     against: str | None = None,  # the model to compare with, None: the best
-    level: float = .95,  # probability that all intervals hold
+    level: float = 0.95,  # probability that all intervals hold
 ) -> pd.DataFrame:  # a row a model: value, difference, low, high, not_worse: whether 0 is inside
     "Difference of each model to the best, with intervals that hold together; undefined metrics are left out."
     models, sign = [m for m, v in points.items() if v == v], metric_sign(metric) or 1
     if len(models) < 2:
-        raise SignificanceError(f"{metric} is defined for {len(models)} of {len(points)} models, "
-                                "expected at least 2 to compare")
+        raise SignificanceError(
+            f"{metric} is defined for {len(models)} of {len(points)} models, expected at least 2 to compare"
+        )
     best = against or max(models, key=lambda m: points[m] * sign)
     k = models.index(best)
     i, j = np.triu_indices(len(models), 1) if against is None else (np.delete(np.arange(len(models)), k), k)
@@ -461,16 +532,17 @@ def paired_differences(
 def _metric_draws(frame, horizon, metric, classes, n_boot, seed):
     "A class metric of each model, its block draws, and the blocks a draw is made of."
     models, y = stacked_models(frame, classes), frame["y_true"].to_numpy()
-    sums, numbers = _per_timestamp(row_losses(frame, "log_loss", classes).to_numpy(), frame["datetime"].to_numpy())
+    sums, numbers = sums_per_timestamp(row_losses(frame, "log_loss", classes).to_numpy(), frame["datetime"].to_numpy())
     block = block_length(numbers, frame["symbol"], horizon, sums)
     points, draws, keys = {}, {}, frame[["datetime", "symbol"]].assign(horizon=horizon)
     for model, p in models.items():
         scores, _ = classification_draws(to_output(p, keys, classes), y, horizon, classes, n_boot, seed, block)
         if metric not in scores:
             raise SignificanceError(f"no class metric {metric!r}, expected one of {', '.join(scores)}")
-        points[model] = classification_metrics(_codes(y, classes, "y_true"), p.argmax(1), p, classes)[metric]
+        points[model] = classification_metrics(class_codes(y, classes, "y_true"), p.argmax(1), p, classes)[metric]
         draws[model] = scores[metric]
     return points, draws, len(sums) / block
+
 
 def class_differences(
     frame: pd.DataFrame,  # a stacked table
@@ -479,7 +551,7 @@ def class_differences(
     classes: tuple = (-1, 0, 1),
     n_boot: int = 1000,
     seed: int = 42,
-    level: float = .95,  # probability that all intervals hold
+    level: float = 0.95,  # probability that all intervals hold
 ) -> pd.DataFrame:  # a row a model: value, difference, low, high, not_worse
     "Differences of a class metric to the best model."
     if metric not in ("log_loss", "brier"):
@@ -493,13 +565,14 @@ def plot_differences(
 ) -> Figure:
     "Differences to the best with their intervals; grey where a model is not significantly worse."
     from matplotlib import pyplot as plt
-    size = 6, .27 * len(table) + 1
+
+    size = 6, 0.27 * len(table) + 1
     fig, ax = plt.subplots(figsize=size, dpi=100, facecolor="white", layout="constrained")
     for i, r in enumerate(table[::-1].itertuples()):
         style = dict(color="#7f7f7f", marker="o") if r.not_worse else dict(color="#D55E00", marker="s")
         ax.plot([r.low, r.high], [i, i], color=style["color"], lw=1.5)
         ax.plot(r.difference, i, ms=5, **style)
-    ax.axvline(0, ls="--", color="black", lw=.8)
+    ax.axvline(0, ls="--", color="black", lw=0.8)
     ax.set_yticks(range(len(table)), table.index[::-1], fontsize=9)
     best = table.index[table.difference == 0][0]
     ax.set_xlabel(f"{metric.replace('_', ' ')}, difference to {best}", fontsize=9)
@@ -509,6 +582,7 @@ def plot_differences(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #fb6f22fc
 MIN_DAYS = 20  # trading days below which no claim on profit is made
+
 
 def direction_gains(
     frame: pd.DataFrame,  # a stacked table
@@ -520,17 +594,26 @@ def direction_gains(
     signs = np.sign(np.stack(list(predictions.values()), 1))
     return pd.DataFrame(directional_gains(frame["y_true"], signs, frame["symbol"])[0], columns=list(predictions))
 
+
 def most_probable(frame: pd.DataFrame, classes: tuple = (-1, 0, 1)) -> dict:  # model -> (n,) class values
     "The most probable class of each row of a stacked table."
     return {m: np.asarray(classes)[p.argmax(1)] for m, p in stacked_models(frame, classes).items()}
 
+
 def information_gains(frame: pd.DataFrame, classes: tuple = (-1, 0, 1)) -> pd.DataFrame:  # (n, models)
     "Gains of each model's log probabilities over constant ones, base rates of each symbol taken out, by row."
-    codes, symbols = _codes(frame["y_true"], classes, "y_true"), frame["symbol"].to_numpy()
-    less_mean = lambda x: x - pd.DataFrame(x).groupby(symbols).transform("mean").to_numpy()
+    codes, symbols = class_codes(frame["y_true"], classes, "y_true"), frame["symbol"].to_numpy()
+
+    def less_mean(x):
+        return x - pd.DataFrame(x).groupby(symbols).transform("mean").to_numpy()
+
     outcome, eps = less_mean(np.eye(len(classes))[codes]), np.finfo(float).eps
-    gain = lambda p: (outcome * less_mean(np.log(np.maximum(p, eps)))).sum(1)
+
+    def gain(p):
+        return (outcome * less_mean(np.log(np.maximum(p, eps)))).sum(1)
+
     return pd.DataFrame({m: gain(p) for m, p in stacked_models(frame, classes).items()})
+
 
 def prior_gains(
     frame: pd.DataFrame,  # a stacked table
@@ -538,7 +621,7 @@ def prior_gains(
     classes: tuple = (-1, 0, 1),
 ) -> pd.DataFrame:  # (n, models)
     "Log loss that each model saves against the class shares of train, by row."
-    codes = _codes(frame["y_true"], classes, "y_true")
+    codes = class_codes(frame["y_true"], classes, "y_true")
     prior = -np.log(np.maximum(np.asarray(train_shares, float), np.finfo(float).eps))[codes]
     return row_losses(frame, classes=classes).rsub(prior, axis=0)
 
@@ -550,7 +633,7 @@ def significance_summary(
     daily: dict | None = None,  # model -> `Backtest.daily` with net, hold, constant; None: no prices
     trials: int | None = None,  # all that was tried on this task, these models included; None: these models
     classes: tuple = (-1, 0, 1),
-    alpha: float = .05,  # level of each claim
+    alpha: float = 0.05,  # level of each claim
     days_per_year: float = 252,
     predictions: dict | None = None,  # model -> (n,) class values; None: the most probable ones
 ) -> dict:  # see the table below
@@ -562,30 +645,38 @@ def significance_summary(
     signed = np.sign(frame["y_true"].to_numpy()) != 0
     n_blocks = effective_blocks(numbers, frame["symbol"], horizon)
     summary = dict(n_models=len(models), n_samples=len(frame), n_blocks=n_blocks, trials=trials)
-    if n_blocks < MIN_BLOCKS: why["direction"] = why["log_loss"] = _too_few(n_blocks)
-    if not has_direction(classes) or not signed.any(): why["direction"] = "these labels have no direction"
+    if n_blocks < MIN_BLOCKS:
+        why["direction"] = why["log_loss"] = _too_few(n_blocks)
+    if not has_direction(classes) or not signed.any():
+        why["direction"] = "these labels have no direction"
     elif (blocks := effective_blocks(numbers, frame["symbol"], horizon, signed)) < MIN_BLOCKS:
         why["direction"] = _too_few(blocks)
     p_direction = None
-    if "direction" not in why: p_direction = _spa(frame, direction_gains(frame, classes, predictions), horizon, trials)
-    p_log_loss = None if "log_loss" in why else _p_log_loss(frame, horizon, train_shares, trials, classes)
+    if "direction" not in why:
+        p_direction = _spa(frame, direction_gains(frame, classes, predictions), horizon, trials)
+    p_log_loss = None if "log_loss" in why else log_loss_p_value(frame, horizon, train_shares, trials, classes)
     profit = profit_claims(daily or {}, trials, days_per_year)
     for reason, claim in (("why", "profit"), ("why_overfitting", "overfitting")):
-        if reason in profit: why[claim] = profit.pop(reason)
+        if reason in profit:
+            why[claim] = profit.pop(reason)
     summary |= dict(p_direction=p_direction, p_log_loss=p_log_loss) | profit
     for claim in ("direction", "log_loss", "profit"):
         p = summary[f"p_{claim}"]
         summary[f"{claim}_significant"] = bool(p is not None and p <= alpha)
     summary |= _best_by_log_loss(frame, horizon, classes, alpha, n_blocks)
     losses, any_skill, keys = summary.pop("losses"), summary["direction_significant"], frame[LABELLED_ROW]
-    claims = {m: direction_claim(keys.assign(prediction=y_pred), horizon, trials, alpha, classes)
-              for m, y_pred in predictions.items()}
+    claims = {
+        m: direction_claim(keys.assign(prediction=y_pred), horizon, trials, alpha, classes)
+        for m, y_pred in predictions.items()
+    }
     rows = {m: _of_model(claim, any_skill) | dict(log_loss=losses[m]) for m, claim in claims.items()}
     return summary | dict(models=rows, claims=claims, why=why)
+
 
 def _too_few(blocks):
     text = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"
     return f"too few rows to say: {text}, at least {MIN_BLOCKS} are needed"
+
 
 def _spa(frame, gains, horizon, trials, slow=False, benchmarks=1):
     sums, overlap = timestamp_sums(frame, gains, horizon)
@@ -593,21 +684,25 @@ def _spa(frame, gains, horizon, trials, slow=False, benchmarks=1):
     p = spa_test(sums, overlap, mean_block=block, benchmarks=benchmarks)["consistent"]
     return adjust_for_trials(p, sums.shape[1] // benchmarks, trials)
 
-def _p_log_loss(frame, horizon, train_shares, trials, classes):
+
+def log_loss_p_value(frame, horizon, train_shares, trials, classes):
     "P-value of the best model that beats the class shares of train and has information on single rows."
     gains = pd.concat([prior_gains(frame, train_shares, classes), information_gains(frame, classes)], axis=1)
     return _spa(frame, gains, horizon, trials, slow=True, benchmarks=2)
 
+
 def _of_model(claim, any_skill):
     values = dict(directional_accuracy=claim.accuracy, direction_significant=claim.significant and any_skill)
     return claim.metrics() | values | dict(direction_verdict=claim.verdict, n_blocks=claim.n_blocks)
+
 
 def _best_by_log_loss(frame, horizon, classes, alpha, n_blocks):
     "The best model, those not significantly worse, and each mean loss."
     losses = row_losses(frame, classes=classes)
     mean = losses.mean()
     values = dict(best=mean.idxmin(), not_worse=None, losses=mean.to_dict())
-    if len(mean) < 2 or n_blocks < MIN_BLOCKS: return values
+    if len(mean) < 2 or n_blocks < MIN_BLOCKS:
+        return values
     table = mean_differences(losses, frame, horizon, level=1 - alpha)
     return values | dict(not_worse=[m for m in table.index[table.not_worse] if m != values["best"]])
 
@@ -618,22 +713,40 @@ def profit_claims(
     days_per_year: float = 252,
 ) -> dict:  # p_profit and its three parts, best_sharpe_model, sharpe_net, deflated_sharpe, overfitting; None: see why
     "Claims on the profit after cost of many strategies over the same days."
-    names = ("p_profit", "p_profit_cash", "p_profit_hold", "p_profit_constant", "best_sharpe_model", "sharpe_net",
-             "deflated_sharpe", "overfitting")
+    names = (
+        "p_profit",
+        "p_profit_cash",
+        "p_profit_hold",
+        "p_profit_constant",
+        "best_sharpe_model",
+        "sharpe_net",
+        "deflated_sharpe",
+        "overfitting",
+    )
     values = dict.fromkeys(names)
     daily = {m: t for m, t in daily.items() if t is not None and "net" in t and t["net"].notna().all()}
-    if not daily: return values | dict(why="no prices: labels alone give no Sharpe ratio")
+    if not daily:
+        return values | dict(why="no prices: labels alone give no Sharpe ratio")
     if any("hold" not in table or "constant" not in table for table in daily.values()):
         return values | dict(why="scored by an earlier version: run `modelfactory rescore`")
-    column = lambda name: pd.DataFrame({m: table[name] for m, table in daily.items()}).fillna(0.)
+
+    def column(name):
+        return pd.DataFrame({m: table[name] for m, table in daily.items()}).fillna(0.0)
+
     net = column("net")
     values |= _sharpe_figures(net, trials, days_per_year)
-    if len(net) < MIN_DAYS: return values | dict(why=f"too few days to say: {len(net)}, at least {MIN_DAYS} are needed")
-    if not net.to_numpy().any(): return values | dict(why="nothing was traded")
+    if len(net) < MIN_DAYS:
+        return values | dict(why=f"too few days to say: {len(net)}, at least {MIN_DAYS} are needed")
+    if not net.to_numpy().any():
+        return values | dict(why="nothing was traded")
     gains = dict(p_profit_cash=net, p_profit_hold=net - column("hold"), p_profit_constant=net - column("constant"))
-    p = lambda x, n=1: adjust_for_trials(spa_test(x.to_numpy(), benchmarks=n)["consistent"], net.shape[1], trials)
+
+    def p(x, n=1):
+        return adjust_for_trials(spa_test(x.to_numpy(), benchmarks=n)["consistent"], net.shape[1], trials)
+
     together = pd.concat(gains.values(), axis=1)
     return values | {k: p(g) for k, g in gains.items()} | dict(p_profit=p(together, len(gains)))
+
 
 def _sharpe_figures(net, trials, days_per_year):
     pnl = net.to_numpy().T
@@ -643,45 +756,56 @@ def _sharpe_figures(net, trials, days_per_year):
     with contextlib.suppress(SignificanceError):
         deflated = deflated_sharpe(pnl, max(trials, len(pnl)), trading_days=days_per_year)
         figures["deflated_sharpe"] = _number(deflated[best])
-    try: figures["overfitting"] = backtest_overfitting(pnl, trading_days=days_per_year).probability
-    except SignificanceError as e: figures["why_overfitting"] = str(e)
+    try:
+        figures["overfitting"] = backtest_overfitting(pnl, trading_days=days_per_year).probability
+    except SignificanceError as e:
+        figures["why_overfitting"] = str(e)
     return figures
 
-def _number(x): return float(x) if math.isfinite(x) else None
+
+def _number(x):
+    return float(x) if math.isfinite(x) else None
 
 # %% ../../nbs/evaluation/06_significance.ipynb #c6c445ef
 def critical_difference(
     n_models: int,
     n_folds: int,
-    alpha: float = .05,
+    alpha: float = 0.05,
 ) -> float:  # ranks
     "Difference of mean ranks that two of `n_models` need over `n_folds`."
     from scipy.stats import studentized_range
+
     if n_models < 2 or n_folds < 2:
         raise SignificanceError(f"{n_models} models over {n_folds} folds: expected at least 2 of each")
-    q = studentized_range.ppf(1 - alpha, n_models, np.inf) / 2 ** .5
-    return float(q * (n_models * (n_models + 1) / (6 * n_folds)) ** .5)
+    q = studentized_range.ppf(1 - alpha, n_models, np.inf) / 2**0.5
+    return float(q * (n_models * (n_models + 1) / (6 * n_folds)) ** 0.5)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #b82bf482
 @dataclass
 class Ranks:
     "Ranks of models over folds, 1 the best; ties share the mean of their ranks."
+
     table: pd.DataFrame  # folds x models, best mean rank first
     cd: float  # critical difference of mean ranks
     p: float  # of Friedman's test that no model differs
 
     mean = property(lambda self: self.table.mean(), doc="Mean rank of each model, best first.")
+
     def __repr__(self):
-        return (f"Ranks: {self.table.shape[1]} models over {len(self.table)} folds, Friedman p = {self.p:.3g}, "
-                f"critical difference {self.cd:.1f} ranks\n{self.mean.round(2).to_dict()}")
+        return (
+            f"Ranks: {self.table.shape[1]} models over {len(self.table)} folds, Friedman p = {self.p:.3g}, "
+            f"critical difference {self.cd:.1f} ranks\n{self.mean.round(2).to_dict()}"
+        )
+
 
 def rank_models(
     scores: pd.DataFrame,  # folds x models
     metric: str,  # name in `METRICS`, which says what is better
-    alpha: float = .05,
+    alpha: float = 0.05,
 ) -> Ranks:
     "Ranks the models on each fold; folds are taken for independent and have to be apart in time."
     from scipy.stats import friedmanchisquare
+
     if scores.isna().any(axis=None):
         raise SignificanceError(f"{int(scores.isna().any(axis=1).sum())} folds lack the {metric} of a model")
     ranks = scores.rank(axis=1, ascending=metric_sign(metric) < 0)
@@ -693,16 +817,17 @@ def rank_models(
 def plot_ranks(ranks: Ranks) -> Figure:
     "A strip of ranks for each model, its mean, and the critical difference as a bar."
     from matplotlib import pyplot as plt
+
     k, folds = ranks.table.shape[1], len(ranks.table)
-    size = 6, .27 * k + 1.3
+    size = 6, 0.27 * k + 1.3
     fig, ax = plt.subplots(figsize=size, dpi=100, facecolor="white", layout="constrained")
     for i, m in enumerate(ranks.table):
-        heights = i + np.linspace(-.22, .22, folds)
-        ax.plot(ranks.table[m], heights, "o", color="#0072B2", alpha=.35, ms=3.5, mew=0)
+        heights = i + np.linspace(-0.22, 0.22, folds)
+        ax.plot(ranks.table[m], heights, "o", color="#0072B2", alpha=0.35, ms=3.5, mew=0)
         ax.plot(ranks.mean[m], i, "D", color="#D55E00", ms=6)
     best = ranks.mean.iloc[0]
-    ax.plot([best, min(best + ranks.cd, k + .3)], [-.65, -.65], color="black", lw=2)
-    ax.set(ylim=(k - .4, -1), xlim=(.7, k + .3))
+    ax.plot([best, min(best + ranks.cd, k + 0.3)], [-0.65, -0.65], color="black", lw=2)
+    ax.set(ylim=(k - 0.4, -1), xlim=(0.7, k + 0.3))
     ax.set_yticks(range(k), ranks.table.columns, fontsize=9)
     text = f"bar: critical difference, {ranks.cd:.1f} ranks; Friedman p = {ranks.p:.2g}"
     ax.set_xlabel(f"rank over {folds} folds\n{text}", fontsize=9)
@@ -721,23 +846,24 @@ def cliques(mean: np.ndarray, cd: float) -> list[tuple[int, int]]:
 def plot_critical_difference(ranks: Ranks) -> Figure:
     "Critical-difference diagram: mean ranks on a line, models joined that are not significantly different."
     from matplotlib import pyplot as plt
+
     mean, k = ranks.mean, len(ranks.mean)
     groups, left = cliques(mean.to_numpy(), ranks.cd), (k + 1) // 2
-    size = 7, .3 * left + .16 * len(groups) + 1.1
+    size = 7, 0.3 * left + 0.16 * len(groups) + 1.1
     fig, ax = plt.subplots(figsize=size, dpi=100, facecolor="white", layout="constrained")
     ax.plot([1, k], [0, 0], color="black", lw=1)
     for r in range(1, k + 1):
-        ax.plot([r, r], [0, .15], color="black", lw=1)
-        ax.text(r, .3, r, ha="center", fontsize=8)
+        ax.plot([r, r], [0, 0.15], color="black", lw=1)
+        ax.text(r, 0.3, r, ha="center", fontsize=8)
     ax.plot([1, 1 + ranks.cd], [1.1, 1.1], color="black", lw=2)
     ax.text(1, 1.25, f"CD = {ranks.cd:.2f}", fontsize=8)
     for i, (m, r) in enumerate(mean.items()):
-        first, depth = i < left, -.5 * len(groups) - 1 - .8 * (i if i < left else k - 1 - i)
-        edge, side = (1 - .04 * k, "right") if first else (k + .04 * k, "left")
-        ax.plot([r, r, edge], [0, depth, depth], color="#7f7f7f", lw=.8)
+        first, depth = i < left, -0.5 * len(groups) - 1 - 0.8 * (i if i < left else k - 1 - i)
+        edge, side = (1 - 0.04 * k, "right") if first else (k + 0.04 * k, "left")
+        ax.plot([r, r, edge], [0, depth, depth], color="#7f7f7f", lw=0.8)
         ax.text(edge, depth, f" {m} {r:.2f} ", ha=side, va="center", fontsize=9)
     for g, (i, j) in enumerate(groups):
-        ends, height = [mean.iloc[i] - .04, mean.iloc[j] + .04], -.5 * (g + 1)
+        ends, height = [mean.iloc[i] - 0.04, mean.iloc[j] + 0.04], -0.5 * (g + 1)
         ax.plot(ends, [height] * 2, color="#0072B2", lw=3, solid_capstyle="round")
     ax.axis("off")
     return fig

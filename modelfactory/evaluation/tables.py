@@ -25,13 +25,17 @@ def format_metric(
 ) -> str:
     "`0.388 [0.367, 0.409]`: value and interval, or the value alone, or a dash where there is none."
     value, ends = metrics.get(name), [metrics.get(f"{name}_ci_{side}") for side in ("low", "high")]
-    if isinstance(value, str): return value
-    if value is None or np.isnan(value): return "–"
+    if isinstance(value, str):
+        return value
+    if value is None or np.isnan(value):
+        return "–"
     interval = "" if None in ends or np.isnan(ends).any() else f" [{_number(ends[0])}, {_number(ends[1])}]"
     return _number(value) + interval
 
+
 def _number(value):
-    if isinstance(value, int): return f"{value:,}"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 # %% ../../nbs/evaluation/08_tables.ipynb #06e88eae
@@ -42,17 +46,20 @@ def ci_beats(
 ) -> bool:
     "Whether the whole interval of a metric lies on the better side of `value`."
     low, high, sign = metrics.get(f"{name}_ci_low"), metrics.get(f"{name}_ci_high"), metric_sign(name)
-    if None in (low, high) or not isinstance(value, (int, float)): return False
+    if None in (low, high) or not isinstance(value, (int, float)):
+        return False
     return bool(low > value if sign > 0 else high < value if sign < 0 else False)
 
 # %% ../../nbs/evaluation/08_tables.ipynb #b1c0fd60
 _CELL = "padding:2px 14px 2px 0;text-align:{};border:none;{}"
+
 
 def _row(cells, tag="td", bold=False):
     grey = "color:#7f7f7f;"
     styles = [("left", ""), ("right", "font-weight:bold;" if bold else ""), ("right", grey), ("left", grey)]
     parts = [f"<{tag} style='{_CELL.format(*style)}'>{escape(str(c))}</{tag}>" for c, style in zip(cells, styles)]
     return f"<tr style='background:none'>{''.join(parts)}</tr>"
+
 
 def metrics_table(
     metrics: dict,  # from `compute_all_metrics`
@@ -62,7 +69,8 @@ def metrics_table(
     "Value, interval, baseline and meaning of each metric; bold where the interval beats the baseline."
     base, rows = baseline or {}, []
     for n in names or tuple(METRICS):
-        if n not in metrics and n in METRICS: continue
+        if n not in metrics and n in METRICS:
+            continue
         value = format_metric({n: base.get(n)}, n) if baseline else ""
         cells = n, format_metric(metrics, n), value, METRICS.get(n, "")
         rows.append(_row(cells, bold=ci_beats(metrics, n, base.get(n))))
@@ -73,7 +81,10 @@ def metrics_table(
 # %% ../../nbs/evaluation/08_tables.ipynb #87b201df
 class Metrics(dict):
     "Metrics by name; shown as a table of values, intervals and meanings."
-    def _repr_html_(self): return metrics_table(self)
+
+    def _repr_html_(self):
+        return metrics_table(self)
+
     def __repr__(self):
         return "\n".join(f"{n:30} {format_metric(self, n):34} {METRICS[n]}" for n in metric_names() if n in self)
 
@@ -88,12 +99,15 @@ def header_card(
 ) -> str:  # HTML
     "Model, horizon, data and claim in a box."
     seconds = metrics.get("fit_seconds")
-    facts |= dict(rows=f"{metrics['n_samples']:,}" if "n_samples" in metrics else None,
-                  fit=f"{seconds:.1f} s" if seconds and seconds == seconds else None)
+    facts |= dict(
+        rows=f"{metrics['n_samples']:,}" if "n_samples" in metrics else None,
+        fit=f"{seconds:.1f} s" if seconds and seconds == seconds else None,
+    )
     line = " · ".join(f"{escape(str(k))} <b>{escape(str(v))}</b>" for k, v in facts.items() if v is not None)
     sentences = [claim.sentence if claim else "Direction: no claim was computed.", *notes]
     text = "".join(f"<div>{escape(s)}</div>" for s in sentences)
-    style = ("border-left:4px solid #0072B2;padding:6px 12px;margin:6px 0;font-size:13px;"
-             "font-variant-numeric:tabular-nums")
+    style = (
+        "border-left:4px solid #0072B2;padding:6px 12px;margin:6px 0;font-size:13px;font-variant-numeric:tabular-nums"
+    )
     title = f"<div style='font-size:17px'><b>{escape(model)}</b>, horizon {horizon}</div>"
     return f"<div style='{style}'>{title}<div>{line}</div>{text}</div>"

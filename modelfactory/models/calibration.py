@@ -4,6 +4,7 @@
 
 # %% ../../nbs/models/10_calibration.ipynb #26e18ada
 from __future__ import annotations
+
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,22 +12,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import BaseModel, NotFittedError, _column_weights, check_metadata, check_X, check_y, to_output
-from .persistence import CheckpointError, reading
+from .base import BaseModel, check_metadata, check_X, check_y, column_weights, to_output
+from .errors import NotFittedError
+from .persistence import CheckpointError, checkpoint_errors
 
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
-__all__ = ['KINDS', 'LEAST', 'FILE', 'Calibration', 'fit_calibration', 'label_spans', 'purged_holdout', 'HoldoutError',
-           'WrappedModel', 'StopsOnTail', 'CalibrationError', 'Calibrated', 'wrapped']
+__all__ = ['CALIBRATION_METHODS', 'MIN_HOLDOUT_ROWS', 'CALIBRATION_FILE', 'Calibration', 'fit_calibration', 'label_spans',
+           'purged_holdout', 'HoldoutError', 'WrappedModel', 'part_rows', 'TailEarlyStopping', 'CalibrationError',
+           'CalibratedModel', 'wrap_model']
 
 # %% ../../nbs/models/10_calibration.ipynb #cd0b4801
-KINDS = ("temperature", "isotonic")
+CALIBRATION_METHODS = ("temperature", "isotonic")
+
 
 @dataclass
 class Calibration:
     "A map from probabilities to probabilities, as plain data."
-    kind: str  # one of `KINDS`
+
+    kind: str  # one of `CALIBRATION_METHODS`
     temperature: float = 1.0  # above 1: less sure than the model
     curves: tuple = ()  # for each class: probabilities said, and shares that happened, both rising
     rows: int = 0  # that it was learnt from
@@ -43,27 +49,35 @@ class Calibration:
 
 # %% ../../nbs/models/10_calibration.ipynb #ae07a4fd
 def fit_calibration(
-    kind: str,  # one of `KINDS`
+    kind: str,  # one of `CALIBRATION_METHODS`
     p: np.ndarray,  # (n, K) probabilities of rows that the model has not learnt from
     y: np.ndarray,  # (n,) class codes
     weight: np.ndarray | None = None,  # (n,) how much each row counts
 ) -> Calibration:
     "Learns from predictions and what happened."
     p = np.asarray(p, float)
-    if kind == "isotonic": return Calibration(kind, curves=tuple(_rising(p[:, k], y == k, weight) for k in range(p.shape[1])), rows=len(y))
+    if kind == "isotonic":
+        return Calibration(kind, curves=tuple(_rising(p[:, k], y == k, weight) for k in range(p.shape[1])), rows=len(y))
     from scipy.optimize import minimize_scalar
-    loss = lambda log_t: -np.average(np.log(Calibration(kind, np.exp(log_t))(p)[np.arange(len(y)), y]), weights=weight)
+
+    def loss(log_t):
+        return -np.average(np.log(Calibration(kind, np.exp(log_t))(p)[np.arange(len(y)), y]), weights=weight)
+
     return Calibration(kind, float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)), rows=len(y))
+
 
 def _rising(said, happened, weight):
     from sklearn.isotonic import IsotonicRegression
+
     curve = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(said, happened, weight)
     return curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist()
 
 # %% ../../nbs/models/10_calibration.ipynb #7fc2881f
 def label_spans(
     metadata: pd.DataFrame,  # n rows: datetime, symbol, horizon, and label_bars where it is known
-) -> tuple[np.ndarray, np.ndarray, int]:  # (n,) number of the timestamp of each row, and of that at which its label is decided; and how many there are
+) -> tuple[
+    np.ndarray, np.ndarray, int
+]:  # (n,) number of the timestamp of each row, and of that at which its label is decided; and how many there are
     "When each label starts and ends, in timestamps; one that is decided after the last row of its symbol ends with the data."
     stamps, stamp = np.unique(metadata["datetime"].to_numpy(), return_inverse=True)
     order = np.lexsort((stamp, symbol := np.unique(metadata["symbol"].to_numpy().astype(str), return_inverse=True)[1]))
@@ -73,6 +87,7 @@ def label_spans(
     end = np.empty(len(order), int)
     end[order] = np.where(known, stamp[order][within], len(stamps) - 1)
     return stamp, end, len(stamps)
+
 
 def purged_holdout(
     metadata: pd.DataFrame,  # as for `label_spans`
@@ -84,67 +99,101 @@ def purged_holdout(
     return np.flatnonzero((stamp < cut) & (end < cut)), np.flatnonzero(stamp >= cut)
 
 # %% ../../nbs/models/10_calibration.ipynb #f2f0081a
-LEAST = 10  # rows in each of the two parts
+MIN_HOLDOUT_ROWS = 10  # rows in each of the two parts
 
-class HoldoutError(ValueError): "The end of train holds too few rows to be held out."
+
+class HoldoutError(ValueError):
+    "The end of train holds too few rows to be held out."
+
 
 class WrappedModel(BaseModel):
     "A model around another one, with its name, config and callbacks."
+
     def __init__(self, model: BaseModel):  # unfitted
         self.model = model
-        delegated = ("name", "family", "requires", "lacks", "history_length", "stops_early", "accepts_nan", "Config")
-        for name in delegated: setattr(self, name, getattr(model, name))
+        delegated = ("name", "family", "requires", "unavailable_reason", "history_length", "stops_early", "accepts_nan", "Config")
+        for name in delegated:
+            setattr(self, name, getattr(model, name))
 
     config, horizon, classes, feature_columns = (
-        property(lambda self, k=k: getattr(self.model, k)) for k in ("config", "horizon", "classes", "feature_columns"))
+        property(lambda self, k=k: getattr(self.model, k)) for k in ("config", "horizon", "classes", "feature_columns")
+    )
     fitted = property(lambda self: self.model.fitted)
-    callbacks = property(lambda self: self.model.callbacks,
-                         lambda self, callbacks: setattr(self.model, "callbacks", callbacks))
+    callbacks = property(
+        lambda self: self.model.callbacks, lambda self, callbacks: setattr(self.model, "callbacks", callbacks)
+    )
 
     def __getattr__(self, name):
-        if "model" not in self.__dict__: raise AttributeError(name)
+        if "model" not in self.__dict__:
+            raise AttributeError(name)
         return getattr(self.__dict__["model"], name)
 
-    def predict(self, X, metadata): return self.model.predict(X, metadata)
-    def save(self, path): self.model.save(path)
-    def load(self, path): self.model.load(path)
-    def feature_importance(self): return self.model.feature_importance()
-    def __repr__(self): return repr(self.model)
+    def predict(self, X, metadata):
+        return self.model.predict(X, metadata)
+
+    def save(self, path):
+        self.model.save(path)
+
+    def load(self, path):
+        self.model.load(path)
+
+    def feature_importance(self):
+        return self.model.feature_importance()
+
+    def __repr__(self):
+        return repr(self.model)
+
 
 def _split_train(model, X, y, metadata, share, key, error=HoldoutError):
     "Class codes, and positions of the earlier part of train and of its end; raises `error`."
     codes = check_y(model, y, len(check_X(model, X)))
     if metadata is None:
-        raise ValueError(f"{model.name}: {key} holds out the end of train and needs metadata_train "
-                         "with datetime, symbol, horizon; found None")
+        raise ValueError(
+            f"{model.name}: {key} holds out the end of train and needs metadata_train "
+            "with datetime, symbol, horizon; found None"
+        )
     first, end = purged_holdout(check_metadata(model, metadata, len(codes)), share)
-    if len(end) < LEAST or len(first) < LEAST:
-        raise error(f"{model.name}: {key} {share:g} leaves {len(first)} rows to learn from and {len(end)} "
-                    f"held out, expected at least {LEAST} of each; change {key}, or give more rows")
+    if len(end) < MIN_HOLDOUT_ROWS or len(first) < MIN_HOLDOUT_ROWS:
+        raise error(
+            f"{model.name}: {key} {share:g} leaves {len(first)} rows to learn from and {len(end)} "
+            f"held out, expected at least {MIN_HOLDOUT_ROWS} of each; change {key}, or give more rows"
+        )
     return codes, first, end
 
-def _rows_of(metadata, rows): return metadata.iloc[rows].reset_index(drop=True)
 
-def _part(X, y, rows): return X.subset(rows) if hasattr(X, "subset") else np.asarray(X)[rows], y[rows]
+def _rows_of(metadata, rows):
+    return metadata.iloc[rows].reset_index(drop=True)
+
+
+def part_rows(X, y, rows):
+    return X.subset(rows) if hasattr(X, "subset") else np.asarray(X)[rows], y[rows]
 
 # %% ../../nbs/models/10_calibration.ipynb #06ed2986
-class StopsOnTail(WrappedModel):
+class TailEarlyStopping(WrappedModel):
     "A model whose early stopping sees the end of train; validation takes no part in its fit."
+
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         if not self.stops_early(vars(self.config)):
             return self.model.fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
         _, first, end = _split_train(self.model, X_train, y_train, metadata_train, self.config.stop_share, "stop_share")
         y = np.asarray(y_train)
-        return self.model.fit(*_part(X_train, y, first), *_part(X_train, y, end),
-                              *(_rows_of(metadata_train, rows) for rows in (first, end)))
+        return self.model.fit(
+            *part_rows(X_train, y, first),
+            *part_rows(X_train, y, end),
+            *(_rows_of(metadata_train, rows) for rows in (first, end)),
+        )
 
-    def __repr__(self): return f"{self.model!r}, stops on the end of train"
+    def __repr__(self):
+        return f"{self.model!r}, stops on the end of train"
 
 # %% ../../nbs/models/10_calibration.ipynb #290ea3e9
-class CalibrationError(HoldoutError): "The end of train cannot calibrate every class."
+class CalibrationError(HoldoutError):
+    "The end of train cannot calibrate every class."
 
-class Calibrated(WrappedModel):
+
+class CalibratedModel(WrappedModel):
     "A model with a map of its probabilities that was fitted on the end of train."
+
     def __init__(self, model: BaseModel):  # unfitted, its config says which calibration
         super().__init__(model)
         self.calibration = None
@@ -157,37 +206,50 @@ class Calibrated(WrappedModel):
         codes, first, end = _split_train(self.model, *train, share, "calibration_share", CalibrationError)
         _check_classes(self, codes, first, end)
         of_first, of_end = (_rows_of(metadata_train, rows) for rows in (first, end))
-        weight = _column_weights(self.model, of_end) if self.config.sample_weight == "column" else None
-        history = self.model.fit(*_part(X_train, np.asarray(y_train), first), X_val, y_val, of_first, metadata_val)
-        X_end, of = _part(X_train, codes, end)
-        self.calibration = fit_calibration(self.config.calibration, self.model.predict(X_end, of_end).probabilities, of, weight)
+        weight = column_weights(self.model, of_end) if self.config.sample_weight == "column" else None
+        history = self.model.fit(*part_rows(X_train, np.asarray(y_train), first), X_val, y_val, of_first, metadata_val)
+        X_end, of = part_rows(X_train, codes, end)
+        self.calibration = fit_calibration(
+            self.config.calibration, self.model.predict(X_end, of_end).probabilities, of, weight
+        )
         return history
 
     def predict(self, X, metadata):
-        if not self.fitted: raise NotFittedError(f"{self.name}: predict before fit or load")
+        if not self.fitted:
+            raise NotFittedError(f"{self.name}: predict before fit or load")
         return to_output(self.calibration(self.model.predict(X, metadata).probabilities), metadata, self.classes)
 
     def save(self, path):
-        if not self.fitted: raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
+        if not self.fitted:
+            raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         self.model.save(path)
-        (Path(path) / FILE).write_text(json.dumps(asdict(self.calibration)))
+        (Path(path) / CALIBRATION_FILE).write_text(json.dumps(asdict(self.calibration)))
 
     def load(self, path):
         self.calibration = None
         self.model.load(path)
-        with reading(Path(path) / FILE, "a calibration") as file: self.calibration = _read(json.loads(file.read_text()), len(self.classes))
+        with checkpoint_errors(Path(path) / CALIBRATION_FILE, "a calibration") as file:
+            self.calibration = _read(json.loads(file.read_text()), len(self.classes))
 
-    def __repr__(self): return f"{self.model!r}, {self.config.calibration} calibration" + (f" {self.calibration.temperature:.2f}" if self.calibration and self.calibration.kind == "temperature" else "")
+    def __repr__(self):
+        return f"{self.model!r}, {self.config.calibration} calibration" + (
+            f" {self.calibration.temperature:.2f}"
+            if self.calibration and self.calibration.kind == "temperature"
+            else ""
+        )
 
-FILE = "calibration.json"
+
+CALIBRATION_FILE = "calibration.json"
 
 # %% ../../nbs/models/10_calibration.ipynb #800ef626
-def wrapped(
+def wrap_model(
     model: BaseModel,  # unfitted
 ) -> BaseModel:
     "The model with what its config asks for around it."
-    if model.config.stop_on == "train_tail": model = StopsOnTail(model)
-    return Calibrated(model) if model.config.calibration else model
+    if model.config.stop_on == "train_tail":
+        model = TailEarlyStopping(model)
+    return CalibratedModel(model) if model.config.calibration else model
+
 
 def _check_classes(model, codes, first, end):
     "Raises `CalibrationError` where the end of train lacks a class that the earlier part has."
@@ -196,12 +258,24 @@ def _check_classes(model, codes, first, end):
         raise CalibrationError(
             f"{model.name}: calibration_share {model.config.calibration_share:g} holds out {len(end)} rows without "
             f"class {', '.join(map(str, absent))}, expected every class that the model learns; "
-            "raise it, or set calibration to null")
+            "raise it, or set calibration to null"
+        )
+
 
 def _read(values, n_classes):
     "A calibration from plain data, with every number looked at."
     found = Calibration(**values)
     curves = [np.asarray(c, float) for curve in found.curves for c in curve]
-    whole = found.kind in KINDS and 0 < found.temperature < np.inf and found.rows >= 0 and all(c.ndim == 1 and c.size and c.min() >= 0 and c.max() <= 1 and (np.diff(c) >= 0).all() for c in curves)
-    if not whole or len(curves) != (2 * n_classes if found.kind == "isotonic" else 0) or any(len(x) != len(y) for x, y in found.curves): raise CheckpointError("its numbers are not those of a calibration")
+    whole = (
+        found.kind in CALIBRATION_METHODS
+        and 0 < found.temperature < np.inf
+        and found.rows >= 0
+        and all(c.ndim == 1 and c.size and c.min() >= 0 and c.max() <= 1 and (np.diff(c) >= 0).all() for c in curves)
+    )
+    if (
+        not whole
+        or len(curves) != (2 * n_classes if found.kind == "isotonic" else 0)
+        or any(len(x) != len(y) for x, y in found.curves)
+    ):
+        raise CheckpointError("its numbers are not those of a calibration")
     return found

@@ -4,23 +4,33 @@
 
 # %% ../../nbs/models/03_callbacks.ipynb #9a494a46
 from __future__ import annotations
-import json, os, shutil, time
+
+import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 from ..progress import Progress
 
 # %% auto #0
-__all__ = ['Callback', 'notify', 'ShowProgress', 'EarlyStopping', 'Live', 'Checkpoint']
+__all__ = ['Callback', 'run_callbacks', 'ShowProgress', 'EarlyStopping', 'ProgressFile', 'Checkpoint']
 
 # %% ../../nbs/models/03_callbacks.ipynb #434e660b
 class Callback:
     "Looks on while a model is fitted. Every method may be left out."
-    def on_fit_start(self, model, n_rounds): "Before the first of at most `n_rounds` rounds or epochs."
-    def on_epoch_end(self, model, epoch, logs): "After round `epoch` (from 0); `logs` holds its losses; a true value stops the fit."
-    def on_fit_end(self, model, history): "When the fit is over."
+
+    def on_fit_start(self, model, n_rounds):
+        "Before the first of at most `n_rounds` rounds or epochs."
+
+    def on_epoch_end(self, model, epoch, logs):
+        "After round `epoch` (from 0); `logs` holds its losses; a true value stops the fit."
+
+    def on_fit_end(self, model, history):
+        "When the fit is over."
 
 # %% ../../nbs/models/03_callbacks.ipynb #6d3eaf18
-def notify(
+def run_callbacks(
     model,  # whose `callbacks` are told
     moment: str,  # on_fit_start, on_epoch_end or on_fit_end
     *args,
@@ -32,51 +42,83 @@ def notify(
 # %% ../../nbs/models/03_callbacks.ipynb #c263ab8f
 class ShowProgress(Callback):
     "A progress line with the latest losses."
-    def on_fit_start(self, model, n_rounds): self.bar = Progress(n_rounds, model.name)
-    def on_epoch_end(self, model, epoch, logs): self.bar.update(epoch + 1, ", ".join(f"{k} {v:.4f}" for k, v in logs.items()))
-    def on_fit_end(self, model, history): self.bar.close()
+
+    def on_fit_start(self, model, n_rounds):
+        self.bar = Progress(n_rounds, model.name)
+
+    def on_epoch_end(self, model, epoch, logs):
+        self.bar.update(epoch + 1, ", ".join(f"{k} {v:.4f}" for k, v in logs.items()))
+
+    def on_fit_end(self, model, history):
+        self.bar.close()
 
 # %% ../../nbs/models/03_callbacks.ipynb #7bb9ad16
-def _so_far(model):
+def _latest_losses(model):
     "Validation losses of the rounds before this fit."
     losses = model.training.losses["val_loss"] if getattr(model, "training", None) else []
     return [_or_inf(loss) for loss in losses]
+
 
 def _or_inf(loss):
     "A loss that can be compared: infinity for NaN."
     return float("inf") if loss != loss else loss
 
+
 class EarlyStopping(Callback):
     "Stops when the validation loss has not fallen for `patience` rounds."
-    def __init__(self, patience: int = 10): self.patience = patience
-    def on_fit_start(self, model, n_rounds): self.losses = _so_far(model)
+
+    def __init__(self, patience: int = 10):
+        self.patience = patience
+
+    def on_fit_start(self, model, n_rounds):
+        self.losses = _latest_losses(model)
+
     def on_epoch_end(self, model, epoch, logs):
         self.losses.append(_or_inf(logs["val_loss"]))
         return epoch - self.losses.index(min(self.losses)) >= self.patience
 
 # %% ../../nbs/models/03_callbacks.ipynb #9f4c5042
-class Live(Callback):
+class ProgressFile(Callback):
     "Keeps `progress.json` in `folder`: the round, how many there can be, seconds, losses."
-    def __init__(self, folder: Path): self.file = Path(folder) / "progress.json"
-    def on_fit_start(self, model, n_rounds): self.start, self.n, self.written = time.monotonic(), n_rounds, -9.; self._write(0, {})
+
+    def __init__(self, folder: Path):
+        self.file = Path(folder) / "progress.json"
+
+    def on_fit_start(self, model, n_rounds):
+        self.start, self.n, self.written = time.monotonic(), n_rounds, -9.0
+        self._write(0, {})
+
     def on_epoch_end(self, model, epoch, logs):
-        if time.monotonic() - self.written > 1: self._write(epoch + 1, logs)
+        if time.monotonic() - self.written > 1:
+            self._write(epoch + 1, logs)
 
     def _write(self, done, logs):
         self.written = time.monotonic()
         aside = self.file.with_suffix(".partial")
-        aside.write_text(json.dumps(dict(done=done, of=self.n, seconds=round(self.written - self.start, 1), losses={k: float(v) for k, v in logs.items()})))
+        aside.write_text(
+            json.dumps(
+                dict(
+                    done=done,
+                    of=self.n,
+                    seconds=round(self.written - self.start, 1),
+                    losses={k: float(v) for k, v in logs.items()},
+                )
+            )
+        )
         aside.replace(self.file)
 
 # %% ../../nbs/models/03_callbacks.ipynb #b102bd8b
 class Checkpoint(Callback):
     "Saves the model under `folder` as `round_<n>`, for models that can be saved while they are fitted."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: Path,  # holds the latest checkpoint
         every: int = 50,  # rounds or epochs
         best: bool = False,  # only when the validation loss was never lower
         resume: bool = False,  # start from the checkpoint that is there
-    ): self.folder, self.every, self.best, self.resume = Path(folder), every, best, resume
+    ):
+        self.folder, self.every, self.best, self.resume = Path(folder), every, best, resume
 
     def latest(self) -> Path | None:
         "The newest checkpoint."
@@ -84,16 +126,21 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, model, n_rounds):
         if self.resume and (last := self.latest()):
-            if not hasattr(model, "resume"): raise ValueError(f"{model.name}: Checkpoint(resume=True): this model cannot go on with a fit; leave resume away")
+            if not hasattr(model, "resume"):
+                raise ValueError(
+                    f"{model.name}: Checkpoint(resume=True): this model cannot go on with a fit; leave resume away"
+                )
             model.resume(last)
-        self.losses = _so_far(model)
+        self.losses = _latest_losses(model)
 
     def on_epoch_end(self, model, epoch, logs):
-        self.losses.append(_or_inf(logs.get("val_loss", 0.)))
-        if (epoch + 1) % self.every or (self.best and self.losses[-1] > min(self.losses)): return
+        self.losses.append(_or_inf(logs.get("val_loss", 0.0)))
+        if (epoch + 1) % self.every or (self.best and self.losses[-1] > min(self.losses)):
+            return
         older, aside = list(self.folder.glob("round_*")), self.folder / f".{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         model.save(aside)
         aside.rename(self.folder / f"round_{epoch + 1}")
-        for folder in older: shutil.rmtree(folder, ignore_errors=True)
+        for folder in older:
+            shutil.rmtree(folder, ignore_errors=True)

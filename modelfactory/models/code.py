@@ -4,20 +4,22 @@
 
 # %% ../../nbs/models/12_code.ipynb #54cb6ad4
 from __future__ import annotations
+
 import ast
 import hashlib
 import inspect
 import sys
 import textwrap
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import modelfactory
-from .registry import ModelRegistry, _source
-from ..settings import plugin_files
+from ..configuration import plugin_files
+from .registry import ModelRegistry, class_source
 
 # %% auto #0
-__all__ = ['TRAINER', 'PLUGINS', 'DECIDES_NOTHING', 'without_docstrings', 'imported_names', 'imported_code', 'code_version']
+__all__ = ['TRAINER_MODULE', 'PLUGIN_PREFIX', 'UNHASHED_MODULES', 'without_docstrings', 'imported_names', 'imported_code',
+           'code_version']
 
 # %% ../../nbs/models/12_code.ipynb #3a2a995b
 def without_docstrings(
@@ -38,47 +40,51 @@ def imported_names(
     is_package: bool = False,  # whether it is an `__init__`
 ) -> set[str]:  # full names; what is imported from a module may be a module itself, and is among them
     "Names of the modules that a module imports, wherever in it the statement stands."
-    parts = module.split(".")[:None if is_package else -1]
+    parts = module.split(".")[: None if is_package else -1]
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = parts[:len(parts) - node.level + 1] if node.level else []
+            above = parts[: len(parts) - node.level + 1] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return {".".join(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 2)}
 
 # %% ../../nbs/models/12_code.ipynb #254f5aaf
-TRAINER = "modelfactory.training.trainer"
-PLUGINS = "modelfactory_plugins."
-DECIDES_NOTHING = (
+TRAINER_MODULE = "modelfactory.training.trainer"
+PLUGIN_PREFIX = "modelfactory_plugins."
+UNHASHED_MODULES = (
     "modelfactory.evaluation",  # scores: has a version of its own
     "modelfactory.runs",
-    "modelfactory.training.plots",
+    "modelfactory.figures",
     "modelfactory.training.test_set",
     "modelfactory.data.bundled",  # what it builds is in the fingerprint of the data
-    "modelfactory.settings",  # what it gives is in the resolved config
+    "modelfactory.configuration",  # what it gives is in the resolved config
     "modelfactory.builtin",
     "modelfactory.progress",
 )  # modules that are imported to fit and predict, and do not change a prediction
 
 
 def _is_left_out(name):
-    return name == "modelfactory" or any(name == n or name.startswith(f"{n}.") for n in DECIDES_NOTHING)
+    return name == "modelfactory" or any(name == n or name.startswith(f"{n}.") for n in UNHASHED_MODULES)
 
 
 def _plugin_file(name):
     loaded = getattr(sys.modules.get(name), "__file__", None)
-    if loaded: return Path(loaded)
-    return next((Path(file) for file in plugin_files() if Path(file).stem == name.removeprefix(PLUGINS)), None)
+    if loaded:
+        return Path(loaded)
+    return next((Path(file) for file in plugin_files() if Path(file).stem == name.removeprefix(PLUGIN_PREFIX)), None)
 
 
 def _module_file(name, folder):
     "The file of a module of this package, of a plugin, or in `folder`; None where there is none."
-    if name.startswith(PLUGINS): return _plugin_file(name)
-    if name.split(".")[0] == "modelfactory": folder = Path(modelfactory.__file__).resolve().parents[1]
-    if folder is None: return None
+    if name.startswith(PLUGIN_PREFIX):
+        return _plugin_file(name)
+    if name.split(".")[0] == "modelfactory":
+        folder = Path(modelfactory.__file__).resolve().parents[1]
+    if folder is None:
+        return None
     file = folder / name.replace(".", "/")
     places = (file / "__init__.py", file.with_name(f"{file.name}.py"))
     return next((place for place in places if place.is_file()), None)
@@ -87,27 +93,31 @@ def _module_file(name, folder):
 def _own_folder(module):
     "The folder in which the user's own package with this module lies; None for a notebook."
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module == "__main__": return None
+    if file is None or module == "__main__":
+        return None
     return Path(file).resolve().parents[module.count(".") + (Path(file).name == "__init__.py")]
 
 # %% ../../nbs/models/12_code.ipynb #9bf7d134
-@lru_cache(maxsize=None)
+@cache
 def _read_module(file, name, state):
     "Hash of the syntax tree, and what is imported; `state` is that of the file. What is no Python stands for itself."
-    source = _source(file)
+    source = class_source(file)
     try:
         return _hash(without_docstrings(source)), imported_names(source, name, file.name == "__init__.py")
     except SyntaxError:
         return _hash(source), set()
 
 
-def _hash(text): return hashlib.blake2b(text.encode("utf8", "surrogateescape"), digest_size=8).hexdigest()
+def _hash(text):
+    return hashlib.blake2b(text.encode("utf8", "surrogateescape"), digest_size=8).hexdigest()
 
 
 def _class_code(cls):
     "Hash of a class that was written in a notebook."
-    try: return _hash(without_docstrings(textwrap.dedent(inspect.getsource(cls))))
-    except (OSError, TypeError, SyntaxError): return ""
+    try:
+        return _hash(without_docstrings(textwrap.dedent(inspect.getsource(cls))))
+    except (OSError, TypeError, SyntaxError):
+        return ""
 
 
 def imported_code(
@@ -116,21 +126,26 @@ def imported_code(
     "Everything of this package, of plugins and of the model's own code that is imported to fit and predict a model."
     cls = ModelRegistry.get(model)
     top, folder = cls.__module__.split(".")[0], _own_folder(cls.__module__)
-    is_own = lambda name: name.split(".")[0] in (top, "modelfactory", "modelfactory_plugins")
+
+    def is_own(name):
+        return name.split(".")[0] in (top, "modelfactory", "modelfactory_plugins")
+
     bases = [base for base in cls.__mro__ if is_own(base.__module__)]
     code = {f"__main__.{base.__name__}": _class_code(base) for base in bases if base.__module__ == "__main__"}
-    todo, seen = [TRAINER, *(base.__module__ for base in bases)], set()
+    todo, seen = [TRAINER_MODULE, *(base.__module__ for base in bases)], set()
     beside = {}  # module -> the folder of the plugin that imports it
     while todo:
         name = todo.pop()
-        if name in seen or _is_left_out(name): continue
+        if name in seen or _is_left_out(name):
+            continue
         seen.add(name)
         file = _module_file(name, beside.get(name) or (folder if is_own(name) else None))
-        if file is None: continue
+        if file is None:
+            continue
         state = file.stat()
         code[name], names = _read_module(file, name, (state.st_mtime_ns, state.st_size))
-        if name.startswith(PLUGINS) or name in beside:
-            beside |= dict.fromkeys(names, file.parent if name.startswith(PLUGINS) else beside.get(name))
+        if name.startswith(PLUGIN_PREFIX) or name in beside:
+            beside |= dict.fromkeys(names, file.parent if name.startswith(PLUGIN_PREFIX) else beside.get(name))
         todo += names
     return code
 

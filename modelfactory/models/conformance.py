@@ -4,34 +4,43 @@
 
 # %% ../../nbs/models/06_conformance.ipynb #5eed3b50
 from __future__ import annotations
-import inspect, os, subprocess, sys, tempfile, time
+
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..configuration import ConfigError
 from ..data.dataset import Windows
-from .base import FeatureMismatch, NotFittedError, PredictionOutput
+from .base import PredictionOutput
+from .errors import FeatureMismatch, NotFittedError
+from .loading import load_model
 from .params import read_params
-from .persistence import code_in, load_model
+from .persistence import find_unsafe_files
 from .registry import ModelRegistry
-from ..settings import ConfigError
 
 # %% auto #0
-__all__ = ['CHECKS', 'NETWORK_CHECKS', 'FRESH', 'FRESH_SECONDS', 'Task', 'planted', 'ConformanceError', 'check', 'network_check',
-           'Subject', 'require', 'output_is_whole', 'no_row_is_no_error', 'history_is_plain', 'rows_are_independent',
-           'predicting_twice_is_the_same', 'seed_decides', 'windows_or_arrays', 'unfitted_refuses',
-           'wrong_shapes_refused', 'unknown_config_refused', 'nan_policy', 'predict_in_fresh_process',
-           'saves_data_only', 'loads_in_a_fresh_process', 'load_restores_everything', 'other_features_refused',
-           'any_class_count', 'any_width', 'window_lengths', 'learns_what_is_there', 'learns_nothing_from_nothing',
-           'weights_count', 'window_task', 'reach', 'whole_window_counts', 'learns_levels_trends_and_orders', 'Report',
-           'check_model']
+__all__ = ['CHECKS', 'NETWORK_CHECKS', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECONDS', 'SampleTask', 'planted_task',
+           'ConformanceError', 'register_check', 'register_network_check', 'ModelFixture', 'require',
+           'output_shape_and_types', 'empty_input', 'plain_history', 'row_independence', 'repeated_prediction',
+           'seed_reproducibility', 'windows_equal_arrays', 'unfitted_errors', 'shape_errors', 'config_errors',
+           'nan_policy', 'predict_in_new_process', 'saves_data_only', 'loads_in_new_process', 'load_restores_state',
+           'feature_mismatch_errors', 'class_counts', 'feature_counts', 'window_lengths', 'learns_planted_signal',
+           'no_skill_on_noise', 'weights_change_fit', 'window_task', 'input_gradient', 'uses_every_step_and_feature',
+           'learns_levels_trends_order', 'ConformanceReport', 'check_model']
 
 # %% ../../nbs/models/06_conformance.ipynb #9dec540d
 @dataclass
-class Task:
+class SampleTask:
     "A small task: train, validation and their metadata."
+
     X: Windows  # (n, T, F) or (n, F)
     y: np.ndarray  # (n,) class values
     X_val: Windows
@@ -41,133 +50,195 @@ class Task:
     features: list  # F names
 
 # %% ../../nbs/models/06_conformance.ipynb #17ae5f7a
-def planted(
+def planted_task(
     n: int = 900,  # samples of train; a third of that for validation
     F: int = 5,  # features
     seq_len: int = 1,  # rows in a window
     classes: tuple = (-1, 0, 1),
     signal: bool = True,  # False: labels are shuffled
     seed: int = 0,
-) -> Task:
+) -> SampleTask:
     "Labels that follow the level of the first feature at the end of the window."
     rng, sizes = np.random.default_rng(seed), (n, n // 3)
     parts = [_planted_part(rng, size, F, seq_len, classes, signal) for size in sizes]
     (X, y), (X_val, y_val) = parts
-    return Task(X, y, X_val, y_val, _metadata(len(y), "2024-01-01"), _metadata(len(y_val), "2024-06-01"), [f"feature_{j}" for j in range(F)])
+    return SampleTask(
+        X,
+        y,
+        X_val,
+        y_val,
+        _metadata(len(y), "2024-01-01"),
+        _metadata(len(y_val), "2024-06-01"),
+        [f"feature_{j}" for j in range(F)],
+    )
+
 
 def _planted_part(rng, n, F, seq_len, classes, signal):
     base = rng.normal(size=(n + seq_len - 1, F)).astype(np.float32)
     ends = np.arange(seq_len - 1, len(base))
-    level = base[ends, 0] + .3 * rng.normal(size=n)
+    level = base[ends, 0] + 0.3 * rng.normal(size=n)
     y = np.asarray(classes)[np.argsort(np.argsort(level)) * len(classes) // n]
     X = Windows(base, ends, seq_len)
     return (X[:] if seq_len == 1 else X), (y if signal else rng.permutation(y)).astype(np.int8)
 
-def _metadata(n, start): return pd.DataFrame(dict(datetime=pd.date_range(start, periods=n, freq="5min"), symbol="AAA", horizon=5, sample_weight=1.))
+
+def _metadata(n, start):
+    return pd.DataFrame(
+        dict(datetime=pd.date_range(start, periods=n, freq="5min"), symbol="AAA", horizon=5, sample_weight=1.0)
+    )
 
 # %% ../../nbs/models/06_conformance.ipynb #0576fd5e
 class ConformanceError(AssertionError):
     "A model that breaks a promise of the interface."
 
+
 CHECKS, NETWORK_CHECKS = {}, {}
 
-def check(f):
+
+def register_check(f):
     "Registers a check of every model; its docstring is the promise."
     CHECKS[f.__name__] = f
     return f
 
-def network_check(f):
+
+def register_network_check(f):
     "Registers a check of networks that see the whole window."
     NETWORK_CHECKS[f.__name__] = f
     return f
 
 # %% ../../nbs/models/06_conformance.ipynb #1059ffde
-class Subject:
+class ModelFixture:
     "The model under test: makes fresh ones, and holds one that is fitted on the planted task."
-    def __init__(self,
+
+    def __init__(
+        self,
         name: str,  # in the registry
         config: dict,  # overrides that make it small
         seq_len: int,  # rows in a window
     ):
         self.name, self.seq_len = name, seq_len
-        self.config, self.is_network = config | dict(sequence_length=seq_len), hasattr(ModelRegistry.get(name), "backbone")
+        self.config, self.is_network = (
+            config | dict(sequence_length=seq_len),
+            hasattr(ModelRegistry.get(name), "backbone"),
+        )
         self.glance = dict(max_epochs=1) if self.is_network else {}  # where only shapes matter
-        self.task = planted(seq_len=seq_len)
+        self.task = planted_task(seq_len=seq_len)
         self.model = self.fitted(self.task)
 
-    def new(self, task, **config): return ModelRegistry.create(self.name, self.config | config, 5, task.features)
+    def new(self, task, **config):
+        return ModelRegistry.create(self.name, self.config | config, 5, task.features)
 
     def fitted(self, task, **config):
         model = self.new(task, **config)
         model.history = model.fit(task.X, task.y, task.X_val, task.y_val, task.meta, task.meta_val)
         return model
 
-    def probabilities(self, X=None, model=None): return self.predict(X, model).probabilities
+    def probabilities(self, X=None, model=None):
+        return self.predict(X, model).probabilities
+
     def predict(self, X=None, model=None):
         X = self.task.X_val if X is None else X
-        return (model or self.model).predict(X, self.task.meta_val[:len(X)])
+        return (model or self.model).predict(X, self.task.meta_val[: len(X)])
 
     def raises(self, error, f, *args):
         "The message of the error `f` raises; a `ConformanceError` when it raises none or another."
-        try: f(*args)
-        except error as e: return str(e)
-        except Exception as e: raise ConformanceError(f"raised {type(e).__name__}: {e}; expected {getattr(error, '__name__', error)}") from None
+        try:
+            f(*args)
+        except error as e:
+            return str(e)
+        except Exception as e:
+            raise ConformanceError(
+                f"raised {type(e).__name__}: {e}; expected {getattr(error, '__name__', error)}"
+            ) from None
         raise ConformanceError(f"raised nothing, expected {getattr(error, '__name__', error)}")
+
 
 def require(condition: bool, problem: str):
     "Raises `ConformanceError` unless the condition holds."
-    if not condition: raise ConformanceError(problem)
+    if not condition:
+        raise ConformanceError(problem)
 
 # %% ../../nbs/models/06_conformance.ipynb #99c1320d
-@check
-def output_is_whole(s):
+@register_check
+def output_shape_and_types(s):
     "Rows in = rows out; int8 classes, float32 probabilities that sum to 1, keys as given"
     out, n = s.predict(), len(s.task.y_val)
     require(isinstance(out, PredictionOutput) and len(out) == n, f"{type(out).__name__} of {len(out)} rows for {n}")
-    require(out.predictions.dtype == np.int8 and out.probabilities.dtype == np.float32, f"dtypes {out.predictions.dtype}, {out.probabilities.dtype}")
-    require(out.probabilities.shape == (n, 3) and np.allclose(out.probabilities.sum(1), 1, atol=1e-5) and (out.probabilities >= 0).all(), "probabilities are not (n, 3) shares of 1")
-    require(np.array_equal(np.array([-1, 0, 1])[out.probabilities.argmax(1)], out.predictions), "predictions are not the most probable class")
-    require(list(out.timestamps) == list(s.task.meta_val.datetime) and set(out.symbols) == {"AAA"} and set(out.horizons) == {5}, "keys differ from the metadata")
+    require(
+        out.predictions.dtype == np.int8 and out.probabilities.dtype == np.float32,
+        f"dtypes {out.predictions.dtype}, {out.probabilities.dtype}",
+    )
+    require(
+        out.probabilities.shape == (n, 3)
+        and np.allclose(out.probabilities.sum(1), 1, atol=1e-5)
+        and (out.probabilities >= 0).all(),
+        "probabilities are not (n, 3) shares of 1",
+    )
+    require(
+        np.array_equal(np.array([-1, 0, 1])[out.probabilities.argmax(1)], out.predictions),
+        "predictions are not the most probable class",
+    )
+    require(
+        list(out.timestamps) == list(s.task.meta_val.datetime)
+        and set(out.symbols) == {"AAA"}
+        and set(out.horizons) == {5},
+        "keys differ from the metadata",
+    )
 
-@check
-def no_row_is_no_error(s):
+
+@register_check
+def empty_input(s):
     "No rows in, no rows out"
     require(len(s.predict(s.task.X_val[:0])) == 0, "rows came out of none")
 
-@check
-def history_is_plain(s):
+
+@register_check
+def plain_history(s):
     "`fit` returns a dict of numbers and lists"
-    require(isinstance(s.model.history, dict) and all(isinstance(v, (list, int, float, str, type(None))) for v in s.model.history.values()), f"history is {s.model.history!r}"[:200])
+    require(
+        isinstance(s.model.history, dict)
+        and all(isinstance(v, (list, int, float, str, type(None))) for v in s.model.history.values()),
+        f"history is {s.model.history!r}"[:200],
+    )
 
 # %% ../../nbs/models/06_conformance.ipynb #88fc3e95
-@check
-def rows_are_independent(s):
+@register_check
+def row_independence(s):
     "A row's prediction does not depend on its batch mates, their order or the batch size (1e-5)"
     p, X = s.probabilities(), s.task.X_val[:]
     order = np.random.default_rng(0).permutation(len(X))
     require(np.abs(s.probabilities(X[order]) - p[order]).max() < 1e-5, "order of rows changes predictions")
     require(np.abs(s.probabilities(X[:1]) - p[:1]).max() < 1e-5, "a row alone is predicted otherwise than among others")
-    extreme = X.copy(); extreme[1:] = 1e3
+    extreme = X.copy()
+    extreme[1:] = 1e3
     require(np.abs(s.probabilities(extreme)[:1] - p[:1]).max() < 1e-5, "other rows' values change a row's prediction")
 
-@check
-def predicting_twice_is_the_same(s):
+
+@register_check
+def repeated_prediction(s):
     "Two predictions are equal"
     require(np.array_equal(s.probabilities(), s.probabilities()), "a second call gives other numbers")
 
-@check
-def seed_decides(s):
-    "Same data, same seed: bit-identical predictions"
-    require(np.array_equal(s.probabilities(model=s.fitted(s.task)), s.probabilities()), "a second fit gives other numbers")
 
-@check
-def windows_or_arrays(s):
+@register_check
+def seed_reproducibility(s):
+    "Same data, same seed: bit-identical predictions"
+    require(
+        np.array_equal(s.probabilities(model=s.fitted(s.task)), s.probabilities()), "a second fit gives other numbers"
+    )
+
+
+@register_check
+def windows_equal_arrays(s):
     "Windows and the array they stand for are the same"
-    require(np.array_equal(s.probabilities(s.task.X_val[:]), s.probabilities(s.task.X_val)), "an array is predicted otherwise than its windows")
+    require(
+        np.array_equal(s.probabilities(s.task.X_val[:]), s.probabilities(s.task.X_val)),
+        "an array is predicted otherwise than its windows",
+    )
 
 # %% ../../nbs/models/06_conformance.ipynb #500c75e7
-@check
-def unfitted_refuses(s):
+@register_check
+def unfitted_errors(s):
     "`predict` and `save` before `fit` raise NotFittedError"
     model = s.new(s.task)
     s.raises(NotFittedError, model.predict, s.task.X_val, s.task.meta_val)
@@ -175,8 +246,9 @@ def unfitted_refuses(s):
         s.raises(NotFittedError, model.save, Path(d))
         require(not any(Path(d).iterdir()), "a refused save left files behind")
 
-@check
-def wrong_shapes_refused(s):
+
+@register_check
+def shape_errors(s):
     "Wrong F, T or dtype raise ValueError with both shapes; so do labels and metadata that do not match"
     X, t = s.task.X_val[:], s.task
     for wrong in (X[..., :-1], X[:, None], X.astype(np.float64)):
@@ -186,66 +258,85 @@ def wrong_shapes_refused(s):
     s.raises(ValueError, s.new(t).fit, t.X, t.y[:-1], t.X_val, t.y_val)
     s.raises(ValueError, s.new(t).fit, t.X, np.full_like(t.y, 7), t.X_val, t.y_val)
 
-@check
-def unknown_config_refused(s):
-    "An unknown config key raises ConfigError that names the nearest"
-    require("random_seed" in s.raises(ConfigError, ModelRegistry.create, s.name, {"random_sed": 1}, 5, s.task.features), "the message does not name the nearest key")
 
-@check
+@register_check
+def config_errors(s):
+    "An unknown config key raises ConfigError that names the nearest"
+    require(
+        "random_seed" in s.raises(ConfigError, ModelRegistry.create, s.name, {"random_sed": 1}, 5, s.task.features),
+        "the message does not name the nearest key",
+    )
+
+
+@register_check
 def nan_policy(s):
     "NaN is learnt from where the model says it accepts it, and refused where it does not"
-    X = np.array(s.task.X); X[::7, ..., 1] = np.nan
+    X = np.array(s.task.X)
+    X[::7, ..., 1] = np.nan
     model, rest = s.new(s.task, **s.glance), (s.task.y, s.task.X_val, s.task.y_val, s.task.meta, s.task.meta_val)
-    if not model.accepts_nan: return require("NaN" in s.raises(ValueError, model.fit, X, *rest), "the message does not speak of NaN")
+    if not model.accepts_nan:
+        return require("NaN" in s.raises(ValueError, model.fit, X, *rest), "the message does not speak of NaN")
     model.fit(X, *rest)
     require(np.isfinite(s.probabilities(model=model)).all(), "NaN in, NaN out")
 
 # %% ../../nbs/models/06_conformance.ipynb #8d5da37d
-FRESH = """
+NEW_PROCESS_SCRIPT = """
 import sys, numpy as np, pandas as pd
-from modelfactory.models.persistence import load_model
+from modelfactory.models.loading import load_model
 X, meta, out = np.load(sys.argv[2]), pd.read_parquet(sys.argv[3]), sys.argv[4]
 np.save(out, load_model(sys.argv[1]).predict(X, meta).probabilities)
 """
 
-FRESH_SECONDS = 600  # after which a fresh process counts as one that hangs
+NEW_PROCESS_SECONDS = 600  # after which a fresh process counts as one that hangs
 
-def predict_in_fresh_process(folder: Path, X: np.ndarray, metadata: pd.DataFrame) -> np.ndarray:
+
+def predict_in_new_process(folder: Path, X: np.ndarray, metadata: pd.DataFrame) -> np.ndarray:
     "Probabilities made by a new interpreter from the model saved in `folder`."
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         np.save(d / "X.npy", X), metadata.to_parquet(d / "meta.parquet")
-        command = [sys.executable, "-c", FRESH, folder, d / "X.npy", d / "meta.parquet", d / "p.npy"]
-        options = dict(capture_output=True, text=True, timeout=FRESH_SECONDS, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-        try: done = subprocess.run([str(word) for word in command], **options)
+        command = [sys.executable, "-c", NEW_PROCESS_SCRIPT, folder, d / "X.npy", d / "meta.parquet", d / "p.npy"]
+        options = dict(
+            capture_output=True, text=True, timeout=NEW_PROCESS_SECONDS, env=os.environ | {"PYTHONWARNINGS": "ignore"}
+        )
+        try:
+            done = subprocess.run([str(word) for word in command], **options)
         except subprocess.TimeoutExpired:
-            raise ConformanceError(f"a fresh process that loads it does not end within {FRESH_SECONDS} s") from None
+            raise ConformanceError(
+                f"a fresh process that loads it does not end within {NEW_PROCESS_SECONDS} s"
+            ) from None
         require(done.returncode == 0, f"a fresh process cannot load it: {done.stderr.strip().splitlines()[-1:]}")
         return np.load(d / "p.npy")
 
 # %% ../../nbs/models/06_conformance.ipynb #a4a951f9
-@check
+@register_check
 def saves_data_only(s):
     "The saved folder holds data: no pickle, no unknown kind of file"
     with tempfile.TemporaryDirectory() as d:
         s.model.save(Path(d))
-        require(not code_in(d), "; ".join(code_in(d)))
+        require(not find_unsafe_files(d), "; ".join(find_unsafe_files(d)))
 
-@check
-def loads_in_a_fresh_process(s):
+
+@register_check
+def loads_in_new_process(s):
     "Save, load in a fresh process, predict: equal to 1e-6"
-    if ModelRegistry.get(s.name).__module__ == "__main__" and not _exported(s.name): return "not run: defined in this session only; put it in a plugin file to have it checked"
+    if ModelRegistry.get(s.name).__module__ == "__main__" and not _exported(s.name):
+        return "not run: defined in this session only; put it in a plugin file to have it checked"
     with tempfile.TemporaryDirectory() as d:
         s.model.save(Path(d))
-        p = predict_in_fresh_process(Path(d), s.task.X_val[:], s.task.meta_val)
+        p = predict_in_new_process(Path(d), s.task.X_val[:], s.task.meta_val)
         require(np.abs(p - s.probabilities()).max() <= 1e-6, "a loaded model predicts otherwise")
+
 
 def _exported(name):
     code = f"from modelfactory.models.registry import ModelRegistry; ModelRegistry.get({name!r})"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=FRESH_SECONDS).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=NEW_PROCESS_SECONDS).returncode == 0
+    )
 
-@check
-def load_restores_everything(s):
+
+@register_check
+def load_restores_state(s):
     "Loading restores config, window and classes, and importance if there is one"
     with tempfile.TemporaryDirectory() as d:
         s.model.save(Path(d))
@@ -253,73 +344,108 @@ def load_restores_everything(s):
         require(again.config == s.model.config and again.classes == s.model.classes, "config differs after loading")
         require(again.feature_importance() == s.model.feature_importance(), "importance differs after loading")
 
-@check
-def other_features_refused(s):
+
+@register_check
+def feature_mismatch_errors(s):
     "A saved model refuses other feature columns, by name, and the same ones in another order"
     with tempfile.TemporaryDirectory() as d:
         s.model.save(Path(d))
         names = s.task.features
         for wrong in (names[:-1] + ["volume"], names[::-1]):
             other = ModelRegistry.create(s.name, s.config, 5, wrong)
-            require(any(f in s.raises(FeatureMismatch, other.load, Path(d)) for f in names), "the message names no feature")
+            require(
+                any(f in s.raises(FeatureMismatch, other.load, Path(d)) for f in names), "the message names no feature"
+            )
 
 # %% ../../nbs/models/06_conformance.ipynb #f854757b
-@check
-def any_class_count(s):
+@register_check
+def class_counts(s):
     "2 and 9 classes are learnt; a class absent from train keeps its column"
     for classes in ((0, 1), tuple(range(9))):
-        task = planted(classes=classes, seq_len=s.seq_len)
+        task = planted_task(classes=classes, seq_len=s.seq_len)
         p = s.fitted(task, classes=classes).predict(task.X_val, task.meta_val)
         require(p.probabilities.shape[1] == len(classes), f"{p.probabilities.shape} for {len(classes)} classes")
         require((p.predictions == task.y_val).mean() > 1.5 / len(classes), f"{len(classes)} classes are not learnt")
     t, keep = s.task, s.task.y != 0
-    model = s.new(t, **s.glance); model.fit(t.X[keep], t.y[keep], t.X_val, t.y_val, t.meta[keep], t.meta_val)
+    model = s.new(t, **s.glance)
+    model.fit(t.X[keep], t.y[keep], t.X_val, t.y_val, t.meta[keep], t.meta_val)
     require(s.probabilities(model=model).shape[1] == 3, "the absent class lost its column")
 
-@check
-def any_width(s):
-    "F = 1 and a constant feature work"
-    for task in (planted(F=1, seq_len=s.seq_len), planted(F=3, seq_len=s.seq_len)):
-        X, X_val = task.X[:], task.X_val[:]
-        X[..., 1:2] = X_val[..., 1:2] = 3.
-        model = s.new(task, **s.glance); model.fit(X, task.y, X_val, task.y_val, task.meta, task.meta_val)
-        require(np.isfinite(model.predict(X_val, task.meta_val).probabilities).all(), f"F = {len(task.features)}: probabilities are not finite")
 
-@check
+@register_check
+def feature_counts(s):
+    "F = 1 and a constant feature work"
+    for task in (planted_task(F=1, seq_len=s.seq_len), planted_task(F=3, seq_len=s.seq_len)):
+        X, X_val = task.X[:], task.X_val[:]
+        X[..., 1:2] = X_val[..., 1:2] = 3.0
+        model = s.new(task, **s.glance)
+        model.fit(X, task.y, X_val, task.y_val, task.meta, task.meta_val)
+        require(
+            np.isfinite(model.predict(X_val, task.meta_val).probabilities).all(),
+            f"F = {len(task.features)}: probabilities are not finite",
+        )
+
+
+@register_check
 def window_lengths(s):
     "Other window lengths work, or are refused with a reason"
     for T in {8, 60, 200} - {s.seq_len} if s.is_network else {8, 3} - {s.seq_len}:
-        task = planted(n=90, seq_len=T)
-        try: out = s.fitted(task, sequence_length=T, **s.glance).predict(task.X_val, task.meta_val)
-        except ValueError as e: require(str(T) in str(e), f"refused without a reason: {e}"); continue
+        task = planted_task(n=90, seq_len=T)
+        try:
+            out = s.fitted(task, sequence_length=T, **s.glance).predict(task.X_val, task.meta_val)
+        except ValueError as e:
+            require(str(T) in str(e), f"refused without a reason: {e}")
+            continue
         require(len(out) == len(task.y_val), f"seq_len {T}: {len(out)} rows")
 
 # %% ../../nbs/models/06_conformance.ipynb #3b86326f
-@check
-def learns_what_is_there(s):
+@register_check
+def learns_planted_signal(s):
     "A planted level is learnt well above chance"
     accuracy = (s.predict().predictions == s.task.y_val).mean()
-    require(accuracy > .6, f"accuracy {accuracy:.2f} on a task where .8 is easy and .33 is chance")
+    require(accuracy > 0.6, f"accuracy {accuracy:.2f} on a task where .8 is easy and .33 is chance")
 
-@check
-def learns_nothing_from_nothing(s):
+
+@register_check
+def no_skill_on_noise(s):
     "On shuffled labels the score stays at chance"
-    task = planted(signal=False, seq_len=s.seq_len, seed=5)
+    task = planted_task(signal=False, seq_len=s.seq_len, seed=5)
     accuracy = (s.fitted(task).predict(task.X_val, task.meta_val).predictions == task.y_val).mean()
-    require(abs(accuracy - 1 / 3) < 4 * (2 / 9 / len(task.y_val)) ** .5, f"accuracy {accuracy:.2f} on shuffled labels, chance is .33")
+    require(
+        abs(accuracy - 1 / 3) < 4 * (2 / 9 / len(task.y_val)) ** 0.5,
+        f"accuracy {accuracy:.2f} on shuffled labels, chance is .33",
+    )
 
-@check
-def weights_count(s):
+
+@register_check
+def weights_change_fit(s):
     "Sample weights and balanced classes change what is learnt; bad weights are refused"
     t = s.task
-    meta = t.meta.assign(sample_weight=np.where(t.y == 1, 1e-3, 1.))
-    model = s.new(t, sample_weight="column"); model.fit(t.X, t.y, t.X_val, t.y_val, meta, t.meta_val)
-    require(s.probabilities(model=model)[:, 2].mean() < s.probabilities()[:, 2].mean() - .05, "rows of weight 0.001 count as others do")
-    s.raises(ValueError, s.new(t, sample_weight="column").fit, t.X, t.y, t.X_val, t.y_val, t.meta.drop(columns="sample_weight"), t.meta_val)
+    meta = t.meta.assign(sample_weight=np.where(t.y == 1, 1e-3, 1.0))
+    model = s.new(t, sample_weight="column")
+    model.fit(t.X, t.y, t.X_val, t.y_val, meta, t.meta_val)
+    require(
+        s.probabilities(model=model)[:, 2].mean() < s.probabilities()[:, 2].mean() - 0.05,
+        "rows of weight 0.001 count as others do",
+    )
+    s.raises(
+        ValueError,
+        s.new(t, sample_weight="column").fit,
+        t.X,
+        t.y,
+        t.X_val,
+        t.y_val,
+        t.meta.drop(columns="sample_weight"),
+        t.meta_val,
+    )
     rare = (t.y != 1) | (np.arange(len(t.y)) % 8 == 0)
     plain, balanced = s.new(t, early_stopping=False), s.new(t, early_stopping=False, class_weight="balanced")
-    for m in (plain, balanced): m.fit(t.X[rare], t.y[rare], t.X_val, t.y_val, t.meta[rare], t.meta_val)
-    require(s.probabilities(model=balanced)[:, 2].mean() > s.probabilities(model=plain)[:, 2].mean(), "class_weight='balanced' changes nothing")
+    for m in (plain, balanced):
+        m.fit(t.X[rare], t.y[rare], t.X_val, t.y_val, t.meta[rare], t.meta_val)
+    require(
+        s.probabilities(model=balanced)[:, 2].mean() > s.probabilities(model=plain)[:, 2].mean(),
+        "class_weight='balanced' changes nothing",
+    )
 
 # %% ../../nbs/models/06_conformance.ipynb #d6a664f2
 def window_task(
@@ -328,17 +454,28 @@ def window_task(
     F: int = 5,  # features, two of which may matter
     seq_len: int = 16,  # rows in a window
     seed: int = 0,
-) -> Task:
+) -> SampleTask:
     "Windows that share no row; the label is the tercile of a level or a slope, or the order of two events."
     rng = np.random.default_rng(seed)
     (X, y), (X_val, y_val) = [_window_part(rng, kind, size, F, seq_len) for size in (n, n // 3)]
-    return Task(X, y, X_val, y_val, _metadata(len(y), "2024-01-01"), _metadata(len(y_val), "2024-06-01"), [f"feature_{j}" for j in range(F)])
+    return SampleTask(
+        X,
+        y,
+        X_val,
+        y_val,
+        _metadata(len(y), "2024-01-01"),
+        _metadata(len(y_val), "2024-06-01"),
+        [f"feature_{j}" for j in range(F)],
+    )
+
 
 def _window_part(rng, kind, n, F, T):
-    x, time = rng.normal(0, .5, (n, T, F)).astype(np.float32), np.linspace(-1, 1, T)
+    x, time = rng.normal(0, 0.5, (n, T, F)).astype(np.float32), np.linspace(-1, 1, T)
     score = rng.normal(size=n)
-    if kind == "level": x[..., 0] += score[:, None]
-    elif kind == "trend": x[..., 0] += score[:, None] * time + rng.normal(size=(n, 1))
+    if kind == "level":
+        x[..., 0] += score[:, None]
+    elif kind == "trend":
+        x[..., 0] += score[:, None] * time + rng.normal(size=(n, 1))
     else:
         first, second = np.sort(np.argsort(rng.random((n, T)), 1)[:, :2], 1).T
         which = rng.integers(0, 3, n)  # 0: event of feature 0 first, 2: last, 1: one of them is missing
@@ -346,14 +483,17 @@ def _window_part(rng, kind, n, F, T):
         keep = which != 1
         x[np.arange(n)[keep], second[keep], np.where(which == 2, 0, 1)[keep]] += 4
         return Windows(x.reshape(-1, F), np.arange(1, n + 1) * T - 1, T), (which - 1).astype(np.int8)
-    return Windows(x.reshape(-1, F), np.arange(1, n + 1) * T - 1, T), (np.argsort(np.argsort(score)) * 3 // n - 1).astype(np.int8)
+    return Windows(x.reshape(-1, F), np.arange(1, n + 1) * T - 1, T), (
+        np.argsort(np.argsort(score)) * 3 // n - 1
+    ).astype(np.int8)
 
 # %% ../../nbs/models/06_conformance.ipynb #a018d462
-def reach(
+def input_gradient(
     model,  # of `SequenceClassifier`
 ) -> np.ndarray:  # (T, F)
     "Mean absolute gradient of the logits by step and feature, over 32 random windows."
     import torch
+
     T, F = model.config.sequence_length, len(model.feature_columns)
     x = torch.randn(32, T, F, generator=torch.Generator().manual_seed(0)).to(model.device).requires_grad_()
     model.net.eval()
@@ -361,48 +501,74 @@ def reach(
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)).sum().backward()
     return x.grad.abs().mean(0).cpu().numpy()
 
-@network_check
-def whole_window_counts(s):
+
+@register_network_check
+def uses_every_step_and_feature(s):
     "The gradient of the logits reaches every step and every feature, at this window and at 60 rows"
     wide = s.new(s.task, sequence_length=60)
     wide.build()
     for model in (s.model, wide):
-        r = reach(model)
+        r = input_gradient(model)
         dead = np.argwhere(r <= 1e-6 * r.max())
-        require(not len(dead), f"{len(dead)} of {r.size} inputs have no gradient at T={r.shape[0]}, first step {dead[0][0] if len(dead) else ''} feature {dead[0][1] if len(dead) else ''}")
+        require(
+            not len(dead),
+            f"{len(dead)} of {r.size} inputs have no gradient at T={r.shape[0]}, first step {dead[0][0] if len(dead) else ''} feature {dead[0][1] if len(dead) else ''}",
+        )
 
-@network_check
-def learns_levels_trends_and_orders(s):
+
+@register_network_check
+def learns_levels_trends_order(s):
     "Level, trend and order of events in a window are learnt well above chance"
     for kind in ("level", "trend", "order"):
         task = window_task(kind, seq_len=s.seq_len)
         accuracy = (s.fitted(task).predict(task.X_val, task.meta_val).predictions == task.y_val).mean()
-        require(accuracy > .55, f"{kind}: accuracy {accuracy:.2f}, chance is .33")
+        require(accuracy > 0.55, f"{kind}: accuracy {accuracy:.2f}, chance is .33")
 
 # %% ../../nbs/models/06_conformance.ipynb #61e6934a
-class Report(list):
-    "Dicts `check, promise, result, seconds`."
-    def to_frame(self): return pd.DataFrame(self)
-    def __repr__(self): return f"{sum(r['result'] == 'ok' for r in self)} of {len(self)} promises kept in {sum(r['seconds'] for r in self):.1f} s" + "".join(f"\n  {r['check']}: {r['result']}" for r in self if r["result"] != "ok")
-    def _repr_html_(self): return f"<p>{repr(self)}</p><details><summary>all checks</summary>{self.to_frame().to_html(index=False, border=0)}</details>"
+class ConformanceReport(list):
+    "Dicts `register_check, promise, result, seconds`."
+
+    def to_frame(self):
+        return pd.DataFrame(self)
+
+    def __repr__(self):
+        return (
+            f"{sum(r['result'] == 'ok' for r in self)} of {len(self)} promises kept in {sum(r['seconds'] for r in self):.1f} s"
+            + "".join(f"\n  {r['check']}: {r['result']}" for r in self if r["result"] != "ok")
+        )
+
+    def _repr_html_(self):
+        return f"<p>{repr(self)}</p><details><summary>all checks</summary>{self.to_frame().to_html(index=False, border=0)}</details>"
 
 # %% ../../nbs/models/06_conformance.ipynb #c60b777c
 def _run(f, subject):
     start = time.perf_counter()
-    try: result = f(subject) or "ok"
-    except Exception as e: result = f"FAILED: {'' if isinstance(e, ConformanceError) else type(e).__name__ + ': '}{e}"
-    return dict(check=f.__name__, promise=inspect.getdoc(f), result=result, seconds=round(time.perf_counter() - start, 3))
+    try:
+        result = f(subject) or "ok"
+    except Exception as e:
+        result = f"FAILED: {'' if isinstance(e, ConformanceError) else type(e).__name__ + ': '}{e}"
+    return dict(
+        check=f.__name__, promise=inspect.getdoc(f), result=result, seconds=round(time.perf_counter() - start, 3)
+    )
 
 # %% ../../nbs/models/06_conformance.ipynb #0ecbfade
 def check_model(
     name: str,  # of any registered model
     config: dict | None = None,  # overrides that make it small enough to fit many times
     seq_len: int | None = None,  # rows in a window; None: 1 for tabular models, 16 for others
-) -> Report:
+) -> ConformanceReport:
     "Runs every check on a plugin, with its YAML's preset `tiny` where there is one; raises `ConformanceError` that names the promises it breaks."
     default = ModelRegistry.get(name).Config().sequence_length
-    subject = Subject(name, read_params(name).presets.get("tiny", {}) | (config or {}), seq_len or min(default, 16))
-    report = Report(_run(f, subject) for f in (CHECKS | (NETWORK_CHECKS if getattr(subject.model, "reads_window", False) else {})).values())
+    subject = ModelFixture(
+        name, read_params(name).presets.get("tiny", {}) | (config or {}), seq_len or min(default, 16)
+    )
+    report = ConformanceReport(
+        _run(f, subject)
+        for f in (CHECKS | (NETWORK_CHECKS if getattr(subject.model, "uses_full_window", False) else {})).values()
+    )
     if broken := [r for r in report if r["result"].startswith("FAILED")]:
-        raise ConformanceError(f"{name} breaks {len(broken)} of {len(report)} promises:\n" + "\n".join(f"  {r['check']}: {r['result'][8:]}" for r in broken))
+        raise ConformanceError(
+            f"{name} breaks {len(broken)} of {len(report)} promises:\n"
+            + "\n".join(f"  {r['check']}: {r['result'][8:]}" for r in broken)
+        )
     return report

@@ -4,12 +4,13 @@
 
 # %% ../../nbs/models/04_params.ipynb #10f527a7
 from __future__ import annotations
+
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..builtin import params_file
+from ..configuration import ConfigError, build_config, did_you_mean, read_yaml
 from .registry import ModelRegistry
-from ..settings import ConfigError, build_config, did_you_mean, read_yaml
 
 # %% auto #0
 __all__ = ['TASK_KEYS', 'ModelParams', 'read_params', 'resolve_config']
@@ -18,6 +19,7 @@ __all__ = ['TASK_KEYS', 'ModelParams', 'read_params', 'resolve_config']
 @dataclass
 class ModelParams:
     "What `params/models/<name>.yaml` says."
+
     config: dict = field(default_factory=dict)  # overrides of the config's defaults
     presets: dict = field(default_factory=dict)  # name -> further overrides
     resources: dict = field(default_factory=dict)  # cpus and gpus of one run
@@ -41,15 +43,19 @@ def read_params(
     "Reads a model's YAML, empty when there is none; raises `ConfigError` on a key that is not the model's."
     model = ModelRegistry.get(name)
     file = Path(folder) / f"{model.name}.yaml" if folder else params_file(f"models/{model.name}.yaml")
-    if file is None or not file.is_file(): return ModelParams()
+    if file is None or not file.is_file():
+        return ModelParams()
     values = read_yaml(file)
     parts = {k: _mapping(values.pop(k, None), f"{file}: {k}") for k in ("presets", "resources", "search", "about")}
     for key, own in [("model_name", model.name), ("model_family", model.family)]:
-        if values.pop(key, own) != own: raise ConfigError(f"{file}: {key} is not {own!r}, which this file is about")
+        if values.pop(key, own) != own:
+            raise ConfigError(f"{file}: {key} is not {own!r}, which this file is about")
     params = ModelParams(values, **parts)
     _check_keys(values, model, str(file))
-    for preset, overrides in params.presets.items(): _check_keys(overrides, model, f"{file}: presets: {preset}")
-    for key in params.search: _check_search_key(key, model, f"{file}: search")
+    for preset, overrides in params.presets.items():
+        _check_keys(overrides, model, f"{file}: presets: {preset}")
+    for key in params.search:
+        _check_search_key(key, model, f"{file}: search")
     return params
 
 
@@ -61,17 +67,20 @@ def _mapping(part, where):
 
 def _check_keys(values, model, where):
     build_config(model.Config, values, where)
-    for key in values: _refuse_task_key(key, where)
+    for key in values:
+        _refuse_task_key(key, where)
 
 
 def _check_search_key(key, model, where):
     keys = asdict(model.Config())
-    if key not in keys: raise ConfigError(f"{where}: unknown key {key!r}, {did_you_mean(key, keys)}")
+    if key not in keys:
+        raise ConfigError(f"{where}: unknown key {key!r}, {did_you_mean(key, keys)}")
     _refuse_task_key(key, where)
 
 
 def _refuse_task_key(key, where):
-    if key in TASK_KEYS: raise ConfigError(f"{where}: {key} belongs to the task; remove it here, use {TASK_KEYS[key]}")
+    if key in TASK_KEYS:
+        raise ConfigError(f"{where}: {key} belongs to the task; remove it here, use {TASK_KEYS[key]}")
 
 # %% ../../nbs/models/04_params.ipynb #daa261ee
 def resolve_config(
@@ -104,8 +113,12 @@ def _unknown_preset(name, preset, presets):
 def _refuse_decided(overrides, decided, model):
     "Raises `ConfigError` on a key whose value would be ignored."
     for key in overrides.keys() & decided.keys():
-        read = lambda value: getattr(build_config(model.Config, {key: value}, model.name), key)
+
+        def read(value):
+            return getattr(build_config(model.Config, {key: value}, model.name), key)
+
         wanted, value = read(overrides[key]), read(decided[key])
-        if wanted == value: continue
+        if wanted == value:
+            continue
         option = TASK_KEYS.get(key, f"{key} of the ensemble")
         raise ConfigError(f"{model.name}: {key} = {wanted!r} would be ignored, {value!r} holds here; use {option}")

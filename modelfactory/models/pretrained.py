@@ -4,24 +4,28 @@
 
 # %% ../../nbs/models/09_pretrained.ipynb #1af99bc3
 from __future__ import annotations
-import functools, os
+
+import functools
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from .base import ModelUnavailable
+from .errors import ModelUnavailable
 from .persistence import CheckpointError, file_hash
 
 # %% auto #0
-__all__ = ['hub_cache', 'lacking', 'locate', 'file_hashes', 'same_checkpoint', 'identified', 'lacks_checkpoint', 'asleep',
-           'load_pretrained', 'tiny_checkpoint', 'RowCache', 'batch_from_memory']
+__all__ = ['hub_cache', 'missing_reason', 'find_checkpoint', 'checkpoint_hashes', 'check_same_files', 'resolve_pinned',
+           'checkpoint_unavailable_reason', 'freeze', 'load_pretrained', 'tiny_checkpoint', 'RowCache',
+           'batch_size_for_memory']
 
 # %% ../../nbs/models/09_pretrained.ipynb #4759e60c
 def hub_cache() -> Path:
     "The cache of the Hugging Face hub, by the variables that move it."
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(name): return Path(os.environ[name]).expanduser()
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser()
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(home).expanduser() / "hub"
 
@@ -32,82 +36,120 @@ def _snapshot(checkpoint, revision):
     ref = repo / "refs" / revision
     return repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
 
-def lacking(
+
+def missing_reason(
     checkpoint: str,  # a local folder, or the id of a model on the hub
     revision: str = "main",  # branch, tag or commit on the hub
 ) -> str:  # one line; empty when it is there
     "Why a checkpoint cannot be loaded here, and how to get it."
     folder = Path(checkpoint).expanduser()
-    if folder.is_dir(): return _incomplete(folder, checkpoint)
-    if os.path.isabs(folder) or checkpoint[:1] in ".~" or checkpoint.count("/") > 1: return f"{checkpoint}: no such folder; set checkpoint to the folder that holds config.json and the weights"
-    if reason := _incomplete(_snapshot(checkpoint, revision), checkpoint): return f"{reason}; get it with `hf download {checkpoint}{'' if revision == 'main' else f' --revision {revision}'}`, or set checkpoint to a local folder"
+    if folder.is_dir():
+        return _incomplete(folder, checkpoint)
+    if os.path.isabs(folder) or checkpoint[:1] in ".~" or checkpoint.count("/") > 1:
+        return f"{checkpoint}: no such folder; set checkpoint to the folder that holds config.json and the weights"
+    if reason := _incomplete(_snapshot(checkpoint, revision), checkpoint):
+        return f"{reason}; get it with `hf download {checkpoint}{'' if revision == 'main' else f' --revision {revision}'}`, or set checkpoint to a local folder"
     return ""
 
 # %% ../../nbs/models/09_pretrained.ipynb #c08597dd
 def _incomplete(folder, checkpoint):
-    if not folder.is_dir(): return f"checkpoint {checkpoint} is not on this machine"
-    if not (folder / "config.json").is_file(): return f"checkpoint {checkpoint} has no config.json"
+    if not folder.is_dir():
+        return f"checkpoint {checkpoint} is not on this machine"
+    if not (folder / "config.json").is_file():
+        return f"checkpoint {checkpoint} has no config.json"
     return "" if any(folder.glob("*.safetensors")) else f"checkpoint {checkpoint} has no weights in safetensors"
 
-def locate(checkpoint: str, revision: str = "main") -> Path:
+
+def find_checkpoint(checkpoint: str, revision: str = "main") -> Path:
     "The folder of a checkpoint; raises `ModelUnavailable` with the reason."
-    if reason := lacking(checkpoint, revision): raise ModelUnavailable(reason)
+    if reason := missing_reason(checkpoint, revision):
+        raise ModelUnavailable(reason)
     folder = Path(checkpoint).expanduser()
     return folder if folder.is_dir() else _snapshot(checkpoint, revision)
 
 # %% ../../nbs/models/09_pretrained.ipynb #778324bc
-def file_hashes(folder: Path) -> dict[str, str]:  # file name -> sha256
+def checkpoint_hashes(folder: Path) -> dict[str, str]:  # file name -> sha256
     "Hashes of the files that decide what a checkpoint computes."
     files = sorted(f for f in Path(folder).iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
     return {f.name: _hash_of(f.resolve(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
 
-@functools.cache
-def _hash_of(file, mtime, size): return file_hash(file)
 
-def same_checkpoint(said: dict, found: dict, checkpoint: str):
+@functools.cache
+def _hash_of(file, mtime, size):
+    return file_hash(file)
+
+
+def check_same_files(said: dict, found: dict, checkpoint: str):
     "Raises `CheckpointError` naming the first file that differs."
-    if other := [name for name in said if found.get(name) != said[name]]: raise CheckpointError(f"{checkpoint}: {other[0]} is not the file that the model was trained on; point checkpoint to the one that was")
+    if other := [name for name in said if found.get(name) != said[name]]:
+        raise CheckpointError(
+            f"{checkpoint}: {other[0]} is not the file that the model was trained on; point checkpoint to the one that was"
+        )
 
 # %% ../../nbs/models/09_pretrained.ipynb #084b7191
-def identified(
+def resolve_pinned(
     config,  # with `checkpoint` and `revision`
     known: dict | None = None,  # which it has to be, as from an earlier call
 ) -> tuple[Path, dict]:  # folder; checkpoint, revision (None of a local folder), sha256 by file
     "Where a model's checkpoint is and which it is; raises `ModelUnavailable`, or `CheckpointError` when its files are not the known ones."
-    folder = locate(config.checkpoint, config.revision)
-    found = dict(checkpoint=config.checkpoint, revision=folder.name if folder.parent.name == "snapshots" else None, sha256=file_hashes(folder))
-    if known: same_checkpoint(known["sha256"], found["sha256"], config.checkpoint)
+    folder = find_checkpoint(config.checkpoint, config.revision)
+    found = dict(
+        checkpoint=config.checkpoint,
+        revision=folder.name if folder.parent.name == "snapshots" else None,
+        sha256=checkpoint_hashes(folder),
+    )
+    if known:
+        check_same_files(known["sha256"], found["sha256"], config.checkpoint)
     return folder, found
 
-def lacks_checkpoint(cls, config: dict) -> str:
-    "`lacks` of a model whose config has `checkpoint` and `revision`."
-    return lacking(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
+
+def checkpoint_unavailable_reason(cls, config: dict) -> str:
+    "`unavailable_reason` of a model whose config has `checkpoint` and `revision`."
+    return missing_reason(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
 
 # %% ../../nbs/models/09_pretrained.ipynb #65ea3484
-def asleep(module):  # -> the module
+def freeze(module):  # -> the module
     "Freezes a module: no gradient, and `.train()` leaves it in evaluation."
     module.requires_grad_(False).eval()
     module.train = lambda mode=True: module
     return module
 
+
 @contextmanager
 def _quietly():
     from transformers.utils import logging
+
     level = logging.get_verbosity()
     logging.set_verbosity_error(), logging.disable_progress_bar()
-    try: yield
-    finally: logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
 
 def load_pretrained(
     cls,  # class of transformers with `from_pretrained`
-    folder: Path,  # see `locate`
+    folder: Path,  # see `find_checkpoint`
     **overrides,  # keys of its config
 ):  # -> torch module, float32, asleep
     "Loads a checkpoint whole; raises `CheckpointError` when a weight is missing. No code of the checkpoint is run."
     import torch
-    with _quietly(): model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **overrides)
-    if lost := sorted(k for k in info["missing_keys"] if "pooler" not in k): raise CheckpointError(f"{folder}: {len(lost)} weights of {cls.__name__} are not in it, {lost[0]} first; it is another kind of model")
-    return asleep(model)
+
+    with _quietly():
+        model, info = cls.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **overrides,
+        )
+    if lost := sorted(k for k in info["missing_keys"] if "pooler" not in k):
+        raise CheckpointError(
+            f"{folder}: {len(lost)} weights of {cls.__name__} are not in it, {lost[0]} first; it is another kind of model"
+        )
+    return freeze(model)
 
 # %% ../../nbs/models/09_pretrained.ipynb #46a16e5e
 def tiny_checkpoint(
@@ -118,24 +160,42 @@ def tiny_checkpoint(
     "Writes a small checkpoint with random weights: for tests, without any knowledge."
     import torch
     from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, TimesFmConfig, TimesFmModelForPrediction
+
     small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    words = dict(vocab_size=len(_train_tokenizer(folder, kind)), max_position_embeddings=256) if kind != "timesfm" else {}
-    make = dict(timesfm=lambda: TimesFmModelForPrediction(TimesFmConfig(**small | dict(head_dim=16, patch_length=8, context_length=64, horizon_length=32) | config)),
-                gpt2=lambda: AutoModel.from_config(GPT2Config(**dict(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=words.get("vocab_size")) | config)),
-                bert=lambda: AutoModel.from_config(BertConfig(**small | words | config)), llama=lambda: AutoModel.from_config(LlamaConfig(**small | words | config)))
+    words = (
+        dict(vocab_size=len(_train_tokenizer(folder, kind)), max_position_embeddings=256) if kind != "timesfm" else {}
+    )
+    make = dict(
+        timesfm=lambda: TimesFmModelForPrediction(
+            TimesFmConfig(**small | dict(head_dim=16, patch_length=8, context_length=64, horizon_length=32) | config)
+        ),
+        gpt2=lambda: AutoModel.from_config(
+            GPT2Config(
+                **dict(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=words.get("vocab_size")) | config
+            )
+        ),
+        bert=lambda: AutoModel.from_config(BertConfig(**small | words | config)),
+        llama=lambda: AutoModel.from_config(LlamaConfig(**small | words | config)),
+    )
     with torch.random.fork_rng(), _quietly():
         torch.manual_seed(0)
         make[kind]().save_pretrained(folder)
     return Path(folder)
 
+
 def _train_tokenizer(folder, kind):
     "A tokenizer of single words, beside the checkpoint."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    if kind == "timesfm": return {}
+
+    if kind == "timesfm":
+        return {}
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(["bars of a market up down neither within of the first barrier features"] + [str(i) for i in range(100)], trainers.WordLevelTrainer(special_tokens=["[UNK]"]))
+    tokenizer.train_from_iterator(
+        ["bars of a market up down neither within of the first barrier features"] + [str(i) for i in range(100)],
+        trainers.WordLevelTrainer(special_tokens=["[UNK]"]),
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
     fast.save_pretrained(folder)
     return fast
@@ -143,24 +203,30 @@ def _train_tokenizer(folder, kind):
 # %% ../../nbs/models/09_pretrained.ipynb #338bf410
 class RowCache:
     "Rows of numbers in `folder`, computed when first asked for; a folder of None keeps nothing."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: Path | None,  # of this data and checkpoint alone
         width: int,  # numbers a row
         block: int = 1024,  # rows a file
     ):
         self.folder, self.width, self.block = folder and Path(folder), width, block
 
-    def get(self,
+    def get(
+        self,
         rows: np.ndarray,  # (n,) row numbers
         compute,  # (m,) row numbers -> (m, width) float32
         told=lambda done, total: None,  # called after each block with the rows that are there
     ) -> np.ndarray:  # (n, width) float32
         "Values of `rows`; those that are not kept are computed."
         wanted, where = np.unique(rows, return_inverse=True)
-        if self.folder is None: return self._in_blocks(wanted, lambda number, part: compute(part), told)[where]
+        if self.folder is None:
+            return self._in_blocks(wanted, lambda number, part: compute(part), told)[where]
         from filelock import FileLock
+
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "lock"): return self._in_blocks(wanted, lambda number, part: self._block(number, part, compute), told)[where]
+        with FileLock(self.folder / "lock"):
+            return self._in_blocks(wanted, lambda number, part: self._block(number, part, compute), told)[where]
 
     def _in_blocks(self, wanted, values, told):
         out, numbers = np.empty((len(wanted), self.width), np.float32), wanted // self.block
@@ -176,12 +242,13 @@ class RowCache:
         new = np.isnan(kept[places, 0])
         if new.any():
             kept[places[new]] = compute(rows[new])
-            with open(aside := file.with_suffix(".partial"), "wb") as f: np.save(f, kept)
+            with open(aside := file.with_suffix(".partial"), "wb") as f:
+                np.save(f, kept)
             aside.replace(file)
         return kept[places]
 
 # %% ../../nbs/models/09_pretrained.ipynb #72219946
-def batch_from_memory(
+def batch_size_for_memory(
     bytes_a_row: float,  # what one row needs at the peak
     device: str = "cpu",  # cpu or cuda
     most: int = 64,  # rows at once that are enough to keep a processor busy
@@ -189,8 +256,10 @@ def batch_from_memory(
     "The largest power of two, at most `most`, that fits a quarter of the free memory."
     if device == "cpu":
         import psutil
+
         free = psutil.virtual_memory().available
     else:
         import torch
+
         free = torch.cuda.mem_get_info()[0]
     return 2 ** int(np.clip(np.log2(max(free / 4 / bytes_a_row, 1)), 0, np.log2(most)))

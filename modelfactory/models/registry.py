@@ -4,31 +4,46 @@
 
 # %% ../../nbs/models/01_registry.ipynb #4933b169
 from __future__ import annotations
-import importlib, importlib.util, json, pkgutil, re, sys, types
+
+import importlib
+import importlib.util
+import json
+import pkgutil
+import re
+import sys
+import types
 from pathlib import Path
 
 import modelfactory.models
-from .base import BaseModel, ModelUnavailable
 from ..builtin import params_file
+from ..configuration import ConfigError, did_you_mean, plugin_files, read_yaml, refused_settings
 from ..files import print_escaped, printable
-from ..settings import ConfigError, did_you_mean, plugin_files, read_yaml, refused_settings
+from .base import BaseModel
+from .errors import ModelUnavailable
 
 # %% auto #0
-__all__ = ['UnknownModel', 'check_name', 'load_plugin', 'ModelList', 'ModelRegistry']
+__all__ = ['UnknownModel', 'check_name', 'class_source', 'load_plugin', 'ModelList', 'ModelRegistry']
 
 # %% ../../nbs/models/01_registry.ipynb #c7884e9a
 class UnknownModel(KeyError):
     "No model of that name is registered."
-    def __str__(self): return printable(self.args[0])
+
+    def __str__(self):
+        return printable(self.args[0])
+
 
 def check_name(name: str) -> str:
     "Returns a model or family name; raises `ValueError` unless it is a plain lower-case word."
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(name)): raise ValueError(f"model or family name {name!r}: expected lower-case letters, digits and _, starting with a letter")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(name)):
+        raise ValueError(
+            f"model or family name {name!r}: expected lower-case letters, digits and _, starting with a letter"
+        )
     return name
 
 # %% ../../nbs/models/01_registry.ipynb #4251a213
-def _source(file):
-    if file.suffix != ".ipynb": return file.read_text()
+def class_source(file):
+    if file.suffix != ".ipynb":
+        return file.read_text()
     cells = ["".join(c["source"]) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
     return "\n\n".join(c for c in cells if re.match(r"#\|\s*export\b", c))
 
@@ -38,40 +53,62 @@ def load_plugin(
 ) -> types.ModuleType:
     "Runs a plugin once as module `modelfactory_plugins.<stem>`, so that its classes can be found again in another process."
     name = f"modelfactory_plugins.{Path(file).stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(file): return sys.modules[name]
+    if name in sys.modules and sys.modules[name].__file__ == str(file):
+        return sys.modules[name]
     module = types.ModuleType(name)
     module.__file__ = str(file)
-    code = compile(_source(Path(file)), str(file), "exec")
+    code = compile(class_source(Path(file)), str(file), "exec")
     sys.modules[name] = module
-    try: exec(code, module.__dict__)
-    except BaseException: del sys.modules[name]; raise
+    try:
+        exec(code, module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 # %% ../../nbs/models/01_registry.ipynb #5581a741
 class ModelList(list):
     "Dicts `name, family, summary, available, reason`."
+
     def to_frame(self):
         "The list as a DataFrame."
         import pandas as pd
+
         return pd.DataFrame(self, columns=["name", "family", "summary", "available", "reason"])
-    def __repr__(self): return self.to_frame().to_string(index=False)
-    def _repr_html_(self): return self.to_frame().to_html(index=False, border=0)
+
+    def __repr__(self):
+        return self.to_frame().to_string(index=False)
+
+    def _repr_html_(self):
+        return self.to_frame().to_html(index=False, border=0)
 
 # %% ../../nbs/models/01_registry.ipynb #63377667
 def _missing(cls):
     absent = [lib for lib in cls.requires if importlib.util.find_spec(lib) is None]
     return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}" if absent else ""
 
+
 def _own_config(cls):
     "What the model's YAML says, read without checking it: listing has to be cheap."
-    if cls.lacks.__func__ is BaseModel.lacks.__func__: return {}
-    if (file := params_file(f"models/{cls.name}.yaml")) is None: return {}
-    try: return read_yaml(file)
-    except ConfigError: return {}
+    if cls.unavailable_reason.__func__ is BaseModel.unavailable_reason.__func__:
+        return {}
+    if (file := params_file(f"models/{cls.name}.yaml")) is None:
+        return {}
+    try:
+        return read_yaml(file)
+    except ConfigError:
+        return {}
+
 
 def _describe(cls):
-    reason = _missing(cls) or cls.lacks(_own_config(cls))
-    return dict(name=cls.name, family=cls.family, summary=(cls.__doc__ or "").strip().split("\n")[0], available=not reason, reason=reason)
+    reason = _missing(cls) or cls.unavailable_reason(_own_config(cls))
+    return dict(
+        name=cls.name,
+        family=cls.family,
+        summary=(cls.__doc__ or "").strip().split("\n")[0],
+        available=not reason,
+        reason=reason,
+    )
 
 # %% ../../nbs/models/01_registry.ipynb #39c88111
 def _conflict(old, new):
@@ -82,22 +119,31 @@ def _conflict(old, new):
 # %% ../../nbs/models/01_registry.ipynb #45a3eeb2
 class ModelRegistry:
     "All models by name."
+
     _models, _broken, _found = {}, {}, False
 
     @classmethod
-    def register(cls,
+    def register(
+        cls,
         name: str,  # what it is called everywhere
         family: str,  # boosting, classical, neural, ... or your own
     ):
         "Class decorator; raises `TypeError` when it is no `BaseModel` and `ValueError` on a name that is taken."
         check_name(name), check_name(family)
+
         def decorate(model):
-            if not (isinstance(model, type) and issubclass(model, BaseModel)): raise TypeError(f"register({name!r}): {model!r} is not a subclass of BaseModel")
+            if not (isinstance(model, type) and issubclass(model, BaseModel)):
+                raise TypeError(f"register({name!r}): {model!r} is not a subclass of BaseModel")
             old = cls._models.get(name)
-            if old and _conflict(old, model): raise ValueError(f"model name {name!r} is taken: {old.__module__}.{old.__qualname__} and {model.__module__}.{model.__qualname__}; rename one")
+            if old and _conflict(old, model):
+                raise ValueError(
+                    f"model name {name!r} is taken: {old.__module__}.{old.__qualname__} and {model.__module__}.{model.__qualname__}; rename one"
+                )
             model.name, model.family = name, family
-            if not (old and old.__module__ == "__main__" and model.__module__ != "__main__"): cls._models[name] = model
+            if not (old and old.__module__ == "__main__" and model.__module__ != "__main__"):
+                cls._models[name] = model
             return model
+
         return decorate
 
     @classmethod
@@ -106,46 +152,61 @@ class ModelRegistry:
         cls.discover()
         family, _, short = str(name).rpartition(":")
         model = cls._models.get(short)
-        if model and family in ("", model.family): return model
-        if short in cls._broken: raise UnknownModel(f"model {short!r} cannot be loaded: {cls._broken[short]}")
+        if model and family in ("", model.family):
+            return model
+        if short in cls._broken:
+            raise UnknownModel(f"model {short!r} cannot be loaded: {cls._broken[short]}")
         raise UnknownModel(f"unknown model {name!r}: {did_you_mean(short, cls._models)}")
 
     @classmethod
     def reason(cls, name: str, config: dict) -> str:
         "Why the model cannot work here with this config, in one line; empty when it can."
         model = cls.get(name)
-        return _missing(model) or model.lacks(config)
+        return _missing(model) or model.unavailable_reason(config)
 
     @classmethod
     def create(cls, model_name: str, config: dict, horizon: int, feature_columns: list) -> BaseModel:
         "A new, unfitted model; raises `ModelUnavailable` when a library or a checkpoint it needs is missing."
         model = cls.get(model_name)(config, horizon, feature_columns)
-        if reason := cls.reason(model.name, vars(model.config)): raise ModelUnavailable(f"{model.name}: {reason}")
-        if model.config.stop_on == "val" and not model.config.calibration: return model
-        from modelfactory.models.calibration import wrapped
-        return wrapped(model)
+        if reason := cls.reason(model.name, vars(model.config)):
+            raise ModelUnavailable(f"{model.name}: {reason}")
+        if model.config.stop_on == "val" and not model.config.calibration:
+            return model
+        from modelfactory.models.calibration import wrap_model
+
+        return wrap_model(model)
 
     @classmethod
     def list_models(cls, family: str | None = None) -> ModelList:
         "All models, or those of a family, sorted by family and name."
         cls.discover()
-        rows = [_describe(m) for m in cls._models.values()] + [dict(name=n, family="", summary="", available=False, reason=r) for n, r in cls._broken.items()]
-        return ModelList(sorted((r for r in rows if family in (None, r["family"])), key=lambda r: (r["family"], r["name"])))
+        rows = [_describe(m) for m in cls._models.values()] + [
+            dict(name=n, family="", summary="", available=False, reason=r) for n, r in cls._broken.items()
+        ]
+        return ModelList(
+            sorted((r for r in rows if family in (None, r["family"])), key=lambda r: (r["family"], r["name"]))
+        )
 
     @classmethod
     def discover(cls):
         "Imports every module that may register a model: the package's families, entry points, plugins."
         if not cls._found:
             cls._found = True
-            for m in _family_modules(): importlib.import_module(m)
-            for point in _entry_points(): cls._try(point.name, point.load)
+            for m in _family_modules():
+                importlib.import_module(m)
+            for point in _entry_points():
+                cls._try(point.name, point.load)
         _report(refused_settings())
-        for file in plugin_files(): cls._try(file.stem, lambda: load_plugin(file))
+        for file in plugin_files():
+            cls._try(file.stem, lambda: load_plugin(file))
 
     @classmethod
     def _try(cls, name, load):
-        try: load(); cls._broken.pop(name, None)
-        except Exception as e: cls._broken[name] = f"{type(e).__name__}: {e}"
+        try:
+            load()
+            cls._broken.pop(name, None)
+        except Exception as e:
+            cls._broken[name] = f"{type(e).__name__}: {e}"
 
 # %% ../../nbs/models/01_registry.ipynb #5d2047ed
 def _family_modules():
@@ -154,12 +215,17 @@ def _family_modules():
             folder = Path(modelfactory.models.__path__[0]) / package.name.rsplit(".", 1)[1]
             yield from (m.name for m in pkgutil.iter_modules([str(folder)], package.name + "."))
 
+
 _reported = set()  # lines that this process has printed
 
+
 def _report(line):
-    if line and line not in _reported: print_escaped(line, file=sys.stderr)
+    if line and line not in _reported:
+        print_escaped(line, file=sys.stderr)
     _reported.add(line)
+
 
 def _entry_points():
     from importlib.metadata import entry_points
+
     return entry_points(group="modelfactory.models")

@@ -4,7 +4,11 @@
 
 # %% ../../nbs/models/08_sequence.ipynb #a534729d
 from __future__ import annotations
-import ctypes, json, types, zlib
+
+import ctypes
+import json
+import types
+import zlib
 from abc import abstractmethod
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,43 +18,67 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from .base import (
-    BaseModel, DivergedError, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, diverged,
-    refuse_nan, to_output, training_weights)
-from .callbacks import EarlyStopping, notify
-from .persistence import HEADER, CheckpointError, load_header, reading, save_header
+from ..configuration import NonNegativeInt, PositiveFloat, PositiveInt, settings
+from modelfactory.models.base import (
+    BaseModel,
+    ModelConfig,
+    check_metadata,
+    check_two_classes,
+    check_X,
+    check_y,
+    divergence_message,
+    raise_on_nan,
+    to_output,
+    training_weights,
+)
+from .callbacks import EarlyStopping, run_callbacks
+from .errors import DivergedError, NotFittedError
+from .persistence import HEADER_FILE, CheckpointError, checkpoint_errors, load_header, save_header
 from .tabular import n_threads
-from ..settings import NonNegative, Positive, Rate, settings
 
-if TYPE_CHECKING: from modelfactory.data.dataset import Windows
+if TYPE_CHECKING:
+    from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['LIMIT', 'Batches', 'epoch_order', 'SequenceConfig', 'network', 'last_and_mean', 'covered', 'as_windows',
-           'column_stats', 'standardised', 'keep_freed_memory', 'own_threads_and_seed', 'pick_device', 'weighted_loss',
-           'forward', 'all_logits', 'own_state', 'load_own_state', 'Training', 'write_training', 'read_training',
-           'NetworkModel', 'SequenceClassifier']
+__all__ = ['CLIP_SIGMA', 'Batches', 'epoch_order', 'SequenceConfig', 'functional_module', 'last_and_mean', 'used_rows',
+           'as_windows', 'feature_mean_std', 'standardise_windows', 'tune_malloc', 'isolated_torch_state',
+           'pick_device', 'weighted_loss', 'forward_logits', 'predict_logits', 'trainable_state_dict',
+           'load_trainable_state_dict', 'Training', 'write_training', 'read_training', 'NetworkModel',
+           'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #76c5e1ad
 class Batches:
     "Windows as (b, T, F) tensors on `device`; on a CPU the next batch overwrites the last."
-    def __init__(self,
+
+    def __init__(
+        self,
         windows: Windows,
         device: str = "cpu",  # cpu or cuda
         batch_size: int = 256,  # most windows in a batch
     ):
         import torch
-        self.windows, self.device, self.shape = windows, device, (windows.seq_len, windows.base.shape[1])
-        if device == "cpu": self.buffer = np.empty((batch_size, *self.shape), np.float32)
-        else: self.base, self.steps, self.ends = (torch.as_tensor(a, device=device) for a in (windows.base, windows._steps, windows.ends))
 
-    def __len__(self): return len(self.windows)
-    def arrays(self): return self.windows.base, self.windows.ends  # what decides the batches
+        self.windows, self.device, self.shape = windows, device, (windows.seq_len, windows.base.shape[1])
+        if device == "cpu":
+            self.buffer = np.empty((batch_size, *self.shape), np.float32)
+        else:
+            self.base, self.steps, self.ends = (
+                torch.as_tensor(a, device=device) for a in (windows.base, windows._steps, windows.ends)
+            )
+
+    def __len__(self):
+        return len(self.windows)
+
+    def arrays(self):
+        return self.windows.base, self.windows.ends  # what decides the batches
 
     def take(self, idx: np.ndarray):  # -> (b, T, F) float32 tensor
         "Gathers the windows `idx`."
         import torch
-        if self.device != "cpu": return self.base[self.ends[torch.as_tensor(idx, device=self.device)][:, None] + self.steps]
-        out = self.buffer[:len(idx)]
+
+        if self.device != "cpu":
+            return self.base[self.ends[torch.as_tensor(idx, device=self.device)][:, None] + self.steps]
+        out = self.buffer[: len(idx)]
         self.windows.take(idx, out[:, 0] if self.shape[0] == 1 else out)
         return torch.from_numpy(out)
 
@@ -69,31 +97,35 @@ def epoch_order(
 @dataclass
 class SequenceConfig(ModelConfig):
     "Keys of every sequence model."
-    sequence_length: Positive = field(default_factory=lambda: settings().sequence_length)  # rows in a window
-    max_epochs: Positive = 30  # most passes over train
-    batch_size: Positive = 256  # windows in a step
-    learning_rate: Rate = 1e-3  # highest rate of the one cycle
-    warmup: Annotated[float, Interval(gt=0, lt=1)] = 0.3  # share of the cycle in which the rate rises
+
+    sequence_length: PositiveInt = field(default_factory=lambda: settings().sequence_length)  # rows in a window
+    max_epochs: PositiveInt = 30  # most passes over train
+    batch_size: PositiveInt = 256  # windows in a step
+    learning_rate: PositiveFloat = 1e-3  # highest rate of the one cycle
+    warmup_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.3  # share of the cycle in which the rate rises
     weight_decay: Annotated[float, Ge(0)] = 1e-2  # of AdamW
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1  # share of activations left out while training
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # share of the target spread over all classes
-    clip: Annotated[float, Gt(0)] = 1.0  # greatest length of the gradient
-    patience: Positive = 6  # epochs without a lower validation loss before stopping
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0  # greatest length of the gradient
+    patience: PositiveInt = 6  # epochs without a lower validation loss before stopping
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
-    threads: NonNegative = 0  # threads of a CPU; 0: OMP_NUM_THREADS, else all cores
+    threads: NonNegativeInt = 0  # threads of a CPU; 0: OMP_NUM_THREADS, else all cores
     compile: bool = False  # torch.compile the network
 
 # %% ../../nbs/models/08_sequence.ipynb #d4e7b061
-def network(
+def functional_module(
     forward,  # function of (the network, x (B, T, F)); its parts are the network's attributes
     **parts,  # modules, buffers (tensors), plain values
 ):  # -> nn.Module
     "A module whose children are `parts` and whose forward is a plain function."
     from torch import Tensor, nn
+
     net = nn.Module()
     for name, part in parts.items():
-        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter): net.register_buffer(name, part)
-        else: setattr(net, name, part)
+        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+            net.register_buffer(name, part)
+        else:
+            setattr(net, name, part)
     net.forward = types.MethodType(forward, net)
     return net
 
@@ -103,10 +135,11 @@ def last_and_mean(
 ):  # -> (B, 2H)
     "The last state joined with the mean state."
     import torch
+
     return torch.cat([states[:, -1], states.mean(1)], 1)
 
 # %% ../../nbs/models/08_sequence.ipynb #d052d100
-def covered(
+def used_rows(
     windows: Windows,
 ) -> np.ndarray:  # (N,) mask of the base matrix
     "Rows that at least one window contains."
@@ -118,52 +151,66 @@ def covered(
 def as_windows(X) -> Windows:
     "Windows, or an array (n, T, F) or (n, F) as windows."
     from modelfactory.data.dataset import Windows
-    if isinstance(X, Windows): return X
+
+    if isinstance(X, Windows):
+        return X
     X = np.asarray(X)
     T = X.shape[1] if X.ndim == 3 else 1
     return Windows(X.reshape(-1, X.shape[-1]), np.arange(1, len(X) + 1) * T - 1, T)
 
 # %% ../../nbs/models/08_sequence.ipynb #694f8696
-LIMIT = 10.  # deviations at which a standardised feature is cut
+CLIP_SIGMA = 10.0  # deviations at which a standardised feature is cut
 
-def column_stats(
+
+def feature_mean_std(
     windows: Windows,
 ) -> tuple[np.ndarray, np.ndarray]:  # (F,) mean and deviation, float32
     "Mean and deviation of each feature over the rows that are seen; a constant feature keeps deviation 1."
-    rows = windows.base[covered(windows)]
+    rows = windows.base[used_rows(windows)]
     mean, std = rows.mean(0, np.float64), rows.std(0, dtype=np.float64)
     return mean.astype(np.float32), np.where(std > 1e-7 * abs(mean), std, 1).astype(np.float32)
 
-def standardised(windows: Windows, mean: np.ndarray, scale: np.ndarray) -> Windows:
+
+def standardise_windows(windows: Windows, mean: np.ndarray, scale: np.ndarray) -> Windows:
     "Windows over a standardised copy of the base matrix."
     from modelfactory.data.dataset import Windows
+
     base = windows.base - mean
     base /= scale
-    return Windows(np.clip(base, -LIMIT, LIMIT, out=base), windows.ends, windows.seq_len)
+    return Windows(np.clip(base, -CLIP_SIGMA, CLIP_SIGMA, out=base), windows.ends, windows.seq_len)
 
 # %% ../../nbs/models/08_sequence.ipynb #4cadbb0e
-def keep_freed_memory():
+def tune_malloc():
     "Sets glibc's thresholds to 32 MB (a block of its own) and 64 MB (kept at the top); nothing where there is no glibc."
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
     mallopt(-3, 1 << 25), mallopt(-1, 1 << 26)
 
+
 @contextmanager
-def own_threads_and_seed(config: SequenceConfig):
+def isolated_torch_state(config: SequenceConfig):
     "Threads of the config, and a generator that leaves the caller's where it was."
     import torch
+
     before = torch.get_num_threads()
-    keep_freed_memory(), torch.set_num_threads(n_threads(config))
+    tune_malloc(), torch.set_num_threads(n_threads(config))
     with torch.random.fork_rng():
-        try: yield
-        finally: torch.set_num_threads(before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
 
 def pick_device(
     wanted: str,  # auto, cpu or cuda
 ) -> str:
     "cpu or cuda; raises `ValueError` when there is no GPU to be had."
     import torch
-    if wanted == "cuda" and not torch.cuda.is_available(): raise ValueError("device: cuda, but torch sees no GPU; set device to auto or cpu")
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda, but torch sees no GPU; set device to auto or cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 # %% ../../nbs/models/08_sequence.ipynb #af817f63
@@ -171,75 +218,98 @@ def weighted_loss(
     logits,  # (b, K)
     codes,  # (b,) class codes
     weight=None,  # (b,) with mean 1 over train
-    smoothing: float = 0.,  # share of the target spread over all classes
+    smoothing: float = 0.0,  # share of the target spread over all classes
 ):  # -> scalar
     "Cross entropy in float32, rows weighed."
     from torch.nn.functional import cross_entropy
-    if weight is None: return cross_entropy(logits.float(), codes, label_smoothing=smoothing)
+
+    if weight is None:
+        return cross_entropy(logits.float(), codes, label_smoothing=smoothing)
     return (cross_entropy(logits.float(), codes, label_smoothing=smoothing, reduction="none") * weight).mean()
 
 # %% ../../nbs/models/08_sequence.ipynb #12449d3d
-def forward(
+def forward_logits(
     net,
     x,  # (B, T, F) standardised
 ):  # -> logits (B, n_classes)
     "What the network says; in bfloat16 on a GPU."
     import torch
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda): return net(x)
 
-def all_logits(
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        return net(x)
+
+
+def predict_logits(
     net,
     batches: Batches,
     batch_size: int,
 ):  # -> (n, n_classes) float32
     "Logits of all windows in their order, without gradients, dropout off."
     import torch
+
     net.eval()
-    with torch.no_grad(): return torch.cat([forward(net, batches.take(idx)).float() for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // batch_size))])
+    with torch.no_grad():
+        return torch.cat(
+            [
+                forward_logits(net, batches.take(idx)).float()
+                for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // batch_size))
+            ]
+        )
 
 # %% ../../nbs/models/08_sequence.ipynb #576fbbf4
-def own_state(net) -> dict:  # name -> tensor on the CPU
+def trainable_state_dict(net) -> dict:  # name -> tensor on the CPU
     "A copy of the network's state, parameters that are frozen left out."
     frozen = _frozen(net)
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in net.state_dict().items() if k not in frozen}
 
-def _frozen(net): return {k for k, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
-def load_own_state(net, state: dict):
+def _frozen(net):
+    return {k for k, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def load_trainable_state_dict(net, state: dict):
     "The reverse; raises `ValueError` when names differ."
     missing, unknown = net.load_state_dict(state, strict=False)
     lost = [*unknown, *(set(missing) - _frozen(net))]
-    if lost: raise ValueError(f"{len(lost)} tensors are missing or unknown, {lost[0]} first")
+    if lost:
+        raise ValueError(f"{len(lost)} tensors are missing or unknown, {lost[0]} first")
 
 # %% ../../nbs/models/08_sequence.ipynb #b0419125
 class Training:
     "A training under way."
-    def __init__(self,
+
+    def __init__(
+        self,
         net,  # module (B, T, F) -> logits
         config: SequenceConfig,
         n_steps: int,  # steps of the whole cycle
     ):
         import torch
+
         self.net, self.config, self.losses, self.best = net, config, dict(train_loss=[], val_loss=[]), None
         self.run = torch.compile(net) if config.compile else net
         self.optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         n = max(n_steps, 4)  # the library divides by nothing where a phase is shorter than a step and a half
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, config.learning_rate, n, pct_start=min(max(config.warmup, 1.5 / n), 1 - 1.5 / n))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, config.learning_rate, n, pct_start=min(max(config.warmup_fraction, 1.5 / n), 1 - 1.5 / n)
+        )
 
     def step(self, x, y, w=None):  # -> loss
         "One step on a batch."
         import torch
+
         self.optimiser.zero_grad(set_to_none=True)
-        loss = weighted_loss(forward(self.run, x), y, w, self.config.label_smoothing)
+        loss = weighted_loss(forward_logits(self.run, x), y, w, self.config.label_smoothing)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm)
         self.optimiser.step(), self.schedule.step()
         return loss.detach()
 
     def epoch(self, number, batches, y, w=None) -> float:  # mean loss
         "Every window once; order and generator depend on seed and number alone."
         import torch
-        c, total = self.config, 0.
+
+        c, total = self.config, 0.0
         torch.manual_seed(c.random_seed + 7919 * (number + 1))
         self.net.train()
         for idx in epoch_order(len(batches), c.batch_size, c.random_seed, number):
@@ -250,7 +320,8 @@ class Training:
     def record(self, train_loss: float, val_loss: float):
         "Appends an epoch's losses; keeps the state when validation was never lower; NaN is never the lowest."
         self.losses["train_loss"].append(train_loss), self.losses["val_loss"].append(val_loss)
-        if np.isfinite(val_loss) and val_loss <= np.nanmin(self.losses["val_loss"]): self.best = own_state(self.net)
+        if np.isfinite(val_loss) and val_loss <= np.nanmin(self.losses["val_loss"]):
+            self.best = trainable_state_dict(self.net)
 
     @property
     def has_diverged(self) -> bool:
@@ -261,24 +332,41 @@ class Training:
 def write_training(t: Training, folder: Path, key: dict):
     "Writes `training.safetensors` and `training.json`; `key` says whose training it is."
     from safetensors.torch import save_file
+
     opt = t.optimiser.state_dict()
     moments = {f"moments.{i}.{k}": v for i, s in opt["state"].items() for k, v in s.items()}
-    nets = {f"{part}.{k}": v for part, state in [("net", own_state(t.net)), ("best", t.best or {})] for k, v in state.items()}
+    nets = {
+        f"{part}.{k}": v
+        for part, state in [("net", trainable_state_dict(t.net)), ("best", t.best or {})]
+        for k, v in state.items()
+    }
     save_file(nets | {k: v.cpu().contiguous() for k, v in moments.items()}, folder / "training.safetensors")
-    (folder / "training.json").write_text(json.dumps(dict(key=key, losses=t.losses, groups=opt["param_groups"], schedule=t.schedule.state_dict())))
+    (folder / "training.json").write_text(
+        json.dumps(dict(key=key, losses=t.losses, groups=opt["param_groups"], schedule=t.schedule.state_dict()))
+    )
 
 # %% ../../nbs/models/08_sequence.ipynb #497746ad
 def read_training(t: Training, folder: Path, key: dict):
     "Lets `t` go on where the written one was; raises `CheckpointError` when that was another training."
     from safetensors.torch import load_file
-    with reading(folder / "training.json", "the state of a training") as file: said = json.loads(file.read_text())
+
+    with checkpoint_errors(folder / "training.json", "the state of a training") as file:
+        said = json.loads(file.read_text())
     other = [k for k in key if said["key"].get(k) != key[k]]
-    if other: raise CheckpointError(f"{folder}: holds a training with other {', '.join(other)}; remove the folder or give another one")
-    with reading(folder / "training.safetensors", "the state of a training") as file: parts = _by_part(load_file(file))
+    if other:
+        raise CheckpointError(
+            f"{folder}: holds a training with other {', '.join(other)}; remove the folder or give another one"
+        )
+    with checkpoint_errors(folder / "training.safetensors", "the state of a training") as file:
+        parts = _by_part(load_file(file))
     moments = {int(i): v for i, v in _by_part(parts["moments"]).items()}
-    load_own_state(t.net, parts["net"])
-    t.optimiser.load_state_dict(dict(state=moments, param_groups=said["groups"])), t.schedule.load_state_dict(said["schedule"])
+    load_trainable_state_dict(t.net, parts["net"])
+    (
+        t.optimiser.load_state_dict(dict(state=moments, param_groups=said["groups"])),
+        t.schedule.load_state_dict(said["schedule"]),
+    )
     t.losses, t.best = said["losses"], parts.get("best")
+
 
 def _by_part(tensors):
     parts = {}
@@ -290,106 +378,144 @@ def _by_part(tensors):
 # %% ../../nbs/models/08_sequence.ipynb #0ec0f75e
 class NetworkModel(BaseModel):
     "A classifier of windows by a torch network."
+
     Config, requires = SequenceConfig, ("torch", "safetensors")
     training = None  # a `Training` while `fit` runs
-    reads_window = True  # whether the network sees every step of the window and every feature
+    uses_full_window = True  # whether the network sees every step of the window and every feature
 
     @abstractmethod
-    def backbone(self, T: int, F: int, n_classes: int, c: SequenceConfig): "A module (B, T, F) -> logits (B, n_classes)."
+    def backbone(self, T: int, F: int, n_classes: int, c: SequenceConfig):
+        "A module (B, T, F) -> logits (B, n_classes)."
 
     def build(self):
         "The network on its device, its weights decided by the seed."
         import torch
+
         torch.manual_seed(self.config.random_seed)
         self.device = pick_device(self.config.device)
-        self.net = self.backbone(self.config.sequence_length, len(self.feature_columns), len(self.classes), self.config).to(self.device)
+        self.net = self.backbone(
+            self.config.sequence_length, len(self.feature_columns), len(self.classes), self.config
+        ).to(self.device)
 
     def n_parameters(self) -> int:
         "Trainable parameters of the network."
         return sum(p.numel() for p in self.net.parameters() if p.requires_grad)
 
-    def facts(self) -> dict: "What else `load` needs to build the network, as plain data."; return {}
-    def take_facts(self, facts: dict): "Takes what `facts` gave."
+    def get_extra_state(self) -> dict:
+        "What else `load` needs to build the network, as plain data."
+        return {}
+
+    def set_extra_state(self, facts: dict):
+        "Takes what `get_extra_state` gave."
 
     def batches(self, X) -> Batches:
         "Standardised windows on the device; raises `ValueError` on NaN."
         windows = as_windows(X)
-        if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[covered(windows)]).any(): refuse_nan(self)
-        return Batches(standardised(windows, self.mean, self.scale), self.device, self.config.batch_size)
+        if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[used_rows(windows)]).any():
+            raise_on_nan(self)
+        return Batches(standardise_windows(windows, self.mean, self.scale), self.device, self.config.batch_size)
 
     def predict(self, X, metadata):
-        if not self.fitted: raise NotFittedError(f"{self.name}: predict before fit or load")
+        if not self.fitted:
+            raise NotFittedError(f"{self.name}: predict before fit or load")
         n = len(check_X(self, X))
         check_metadata(self, metadata, n)
-        if n == 0: return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
-        with own_threads_and_seed(self.config): logits = all_logits(self.net, self.batches(X), self.config.batch_size)
+        if n == 0:
+            return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
+        with isolated_torch_state(self.config):
+            logits = predict_logits(self.net, self.batches(X), self.config.batch_size)
         return to_output(logits.double().softmax(1).cpu().numpy(), metadata, self.classes)
 
     def save(self, path):
         from safetensors.torch import save_file
-        if not self.fitted: raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
-        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), facts=self.facts())
-        save_file(own_state(self.net), Path(path) / "network.safetensors")
-        if self.training: write_training(self.training, Path(path), self.key)
+
+        if not self.fitted:
+            raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
+        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), facts=self.get_extra_state())
+        save_file(trainable_state_dict(self.net), Path(path) / "network.safetensors")
+        if self.training:
+            write_training(self.training, Path(path), self.key)
 
     def load(self, path):
         from safetensors.torch import load_file
+
         header = load_header(self, path)
-        with reading(Path(path) / HEADER, "the header of a network"):
-            self.mean, self.scale = (np.asarray(header[k], np.float32).reshape(len(self.feature_columns)) for k in ("mean", "scale"))
-            self.take_facts(header["facts"])
-        with own_threads_and_seed(self.config): self.build()
-        with reading(Path(path) / "network.safetensors", "the weights of this network") as file: load_own_state(self.net, load_file(file))
+        with checkpoint_errors(Path(path) / HEADER_FILE, "the header of a network"):
+            self.mean, self.scale = (
+                np.asarray(header[k], np.float32).reshape(len(self.feature_columns)) for k in ("mean", "scale")
+            )
+            self.set_extra_state(header["facts"])
+        with isolated_torch_state(self.config):
+            self.build()
+        with checkpoint_errors(Path(path) / "network.safetensors", "the weights of this network") as file:
+            load_trainable_state_dict(self.net, load_file(file))
 
 # %% ../../nbs/models/08_sequence.ipynb #614acf4a
 class SequenceClassifier(NetworkModel):
     "A network trained by the loop above: subclasses implement `backbone`."
+
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         codes, codes_val = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
-        weights, weights_val = training_weights(self, codes, metadata_train), training_weights(self, codes_val, metadata_val)
+        weights, weights_val = (
+            training_weights(self, codes, metadata_train),
+            training_weights(self, codes_val, metadata_val),
+        )
         check_two_classes(self, codes)
-        self.mean, self.scale = column_stats(as_windows(X_train))
-        with own_threads_and_seed(self.config):
+        self.mean, self.scale = feature_mean_std(as_windows(X_train))
+        with isolated_torch_state(self.config):
             self.build()
-            return self._train((self.batches(X_train), *self._on_device(codes, weights)), (self.batches(X_val), *self._on_device(codes_val, weights_val)))
+            return self._train(
+                (self.batches(X_train), *self._on_device(codes, weights)),
+                (self.batches(X_val), *self._on_device(codes_val, weights_val)),
+            )
 
     def _on_device(self, *arrays):
         import torch
+
         return [None if a is None else torch.as_tensor(a, device=self.device) for a in arrays]
 
     def _train(self, train, val):
         c = self.config
         self.training = t = Training(self.net, c, c.max_epochs * -(-len(train[0]) // c.batch_size))
-        self.key = dict(config=json.loads(json.dumps(asdict(c))), features=self.feature_columns, data=_digest(train, val))
+        self.key = dict(
+            config=json.loads(json.dumps(asdict(c))), features=self.feature_columns, data=_digest(train, val)
+        )
         watching = [*self.callbacks, *([EarlyStopping(c.patience)] if c.early_stopping else [])]
         try:
-            notify(self, "on_fit_start", c.max_epochs, to=watching)
+            run_callbacks(self, "on_fit_start", c.max_epochs, to=watching)
             self._epochs(t, train, val, watching)
-        finally: self.training = None
+        finally:
+            self.training = None
         losses = np.asarray(t.losses["val_loss"])
-        if t.best is None: raise DivergedError(diverged(self, len(losses)))
+        if t.best is None:
+            raise DivergedError(divergence_message(self, len(losses)))
         keep_best = c.early_stopping or t.has_diverged
-        if keep_best: load_own_state(self.net, t.best)
+        if keep_best:
+            load_trainable_state_dict(self.net, t.best)
         history = t.losses | dict(best_round=int(np.nanargmin(losses)) if keep_best else len(losses) - 1)
-        notify(self, "on_fit_end", history, to=watching)
+        run_callbacks(self, "on_fit_end", history, to=watching)
         return history
 
     def _epochs(self, t, train, val, watching):
         for number in range(len(t.losses["val_loss"]), self.config.max_epochs):
             train_loss = t.epoch(number, *train)
-            t.record(train_loss, float(weighted_loss(all_logits(t.run, val[0], self.config.batch_size), *val[1:])))
+            t.record(train_loss, float(weighted_loss(predict_logits(t.run, val[0], self.config.batch_size), *val[1:])))
             if not np.isfinite([train_loss, t.losses["val_loss"][-1]]).all() and t.has_diverged:
-                if t.best is None: raise DivergedError(diverged(self, number + 1))
+                if t.best is None:
+                    raise DivergedError(divergence_message(self, number + 1))
                 break
             self.fitted = True
-            if notify(self, "on_epoch_end", number, {k: v[-1] for k, v in t.losses.items()}, to=watching): break
+            if run_callbacks(self, "on_epoch_end", number, {k: v[-1] for k, v in t.losses.items()}, to=watching):
+                break
 
     def resume(self, path):
         "Goes on with the training that was saved in `path` while it ran; called at the start of a fit."
         read_training(self.training, Path(path), self.key)
 
+
 def _digest(*parts):
     crc = 0
     for batches, y, w in parts:
-        for a in (*batches.arrays(), y.cpu().numpy(), *([] if w is None else [w.cpu().numpy()])): crc = zlib.crc32(np.ascontiguousarray(a), crc)
+        for a in (*batches.arrays(), y.cpu().numpy(), *([] if w is None else [w.cpu().numpy()])):
+            crc = zlib.crc32(np.ascontiguousarray(a), crc)
     return crc

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/models/05_tabular.ipynb #a4dae07c
 from __future__ import annotations
+
 import os
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -11,18 +12,32 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import BaseModel, ModelConfig, NotFittedError, check_metadata, check_two_classes, check_X, check_y, refuse_nan, to_output, training_weights
+from ..configuration import NonNegativeInt
+from modelfactory.models.base import (
+    BaseModel,
+    ModelConfig,
+    check_metadata,
+    check_two_classes,
+    check_X,
+    check_y,
+    raise_on_nan,
+    to_output,
+    training_weights,
+)
+from .errors import NotFittedError
 from .persistence import load_header, save_header
-from ..settings import NonNegative
 
 # %% auto #0
-__all__ = ['ROWS_PER_LEAF', 'TabularConfig', 'n_threads', 'Rows', 'leaf_size', 'flatten', 'TabularModel', 'SklearnModel']
+__all__ = ['ROWS_PER_LEAF', 'TabularConfig', 'n_threads', 'FlatRows', 'leaf_size', 'flatten_windows', 'TabularModel',
+           'SklearnModel']
 
 # %% ../../nbs/models/05_tabular.ipynb #6a83adb7
 @dataclass
 class TabularConfig(ModelConfig):
     "Keys of every tabular model."
-    threads: NonNegative = 0  # threads of the library; 0: OMP_NUM_THREADS, else all cores
+
+    threads: NonNegativeInt = 0  # threads of the library; 0: OMP_NUM_THREADS, else all cores
+
 
 def n_threads(config: TabularConfig) -> int:
     "Threads a fit may use."
@@ -30,13 +45,16 @@ def n_threads(config: TabularConfig) -> int:
 
 # %% ../../nbs/models/05_tabular.ipynb #09cbf9ec
 @dataclass
-class Rows:
+class FlatRows:
     "What a library is given: `n` flat rows."
+
     X: np.ndarray  # (n, T*F) float32
     y: np.ndarray  # (n,) int64 class codes
     weight: np.ndarray | None  # (n,) float32, mean 1
 
+
 ROWS_PER_LEAF = 20  # leaves of the default size that a class of average size fills at least
+
 
 def leaf_size(
     model: BaseModel,
@@ -48,7 +66,8 @@ def leaf_size(
     few = max(1, n // (ROWS_PER_LEAF * len(model.classes)))
     return type(value)(min(value, few)) if value == default else value
 
-def flatten(X) -> np.ndarray:  # (n, T*F) float32
+
+def flatten_windows(X) -> np.ndarray:  # (n, T*F) float32
     "Windows or an array as flat rows."
     X = np.asarray(X)
     return X.reshape(len(X), -1)
@@ -56,17 +75,25 @@ def flatten(X) -> np.ndarray:  # (n, T*F) float32
 # %% ../../nbs/models/05_tabular.ipynb #c1680f0d
 class TabularModel(BaseModel):
     "A model of flat rows: subclasses implement `fit_rows`, `predict_rows`, `write`, `read`."
+
     Config = TabularConfig
     rows_at_once = 65_536
 
     @abstractmethod
-    def fit_rows(self, train: Rows, val: Rows) -> dict: "Fits; returns the history."
+    def fit_rows(self, train: FlatRows, val: FlatRows) -> dict:
+        "Fits; returns the history."
+
     @abstractmethod
-    def predict_rows(self, X: np.ndarray) -> np.ndarray: "Probabilities (n, n_classes) in class order."
+    def predict_rows(self, X: np.ndarray) -> np.ndarray:
+        "Probabilities (n, n_classes) in class order."
+
     @abstractmethod
-    def write(self, folder: Path) -> None: "Writes the library's own file."
+    def write(self, folder: Path) -> None:
+        "Writes the library's own file."
+
     @abstractmethod
-    def read(self, folder: Path) -> None: "Reads it; the config is loaded already."
+    def read(self, folder: Path) -> None:
+        "Reads it; the config is loaded already."
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         train = self._rows(X_train, y_train, metadata_train)
@@ -77,19 +104,20 @@ class TabularModel(BaseModel):
 
     def _rows(self, X, y, metadata):
         codes = check_y(self, y, len(check_X(self, X)))
-        return Rows(self._flat(X), codes, training_weights(self, codes, metadata))
+        return FlatRows(self._flat(X), codes, training_weights(self, codes, metadata))
 
     def _flat(self, X):
-        flat = flatten(X)
+        flat = flatten_windows(X)
         if not self.accepts_nan and not np.isfinite(flat.sum(dtype=np.float64)) and np.isnan(flat).any():
-            refuse_nan(self)
+            raise_on_nan(self)
         return flat
 
     def predict(self, X, metadata):
-        if not self.fitted: raise NotFittedError(f"{self.name}: predict before fit or load")
+        if not self.fitted:
+            raise NotFittedError(f"{self.name}: predict before fit or load")
         n = len(check_X(self, X))
         check_metadata(self, metadata, n)
-        parts = [self.predict_rows(self._flat(X[i:i + self.rows_at_once])) for i in range(0, n, self.rows_at_once)]
+        parts = [self.predict_rows(self._flat(X[i : i + self.rows_at_once])) for i in range(0, n, self.rows_at_once)]
         return to_output(np.concatenate(parts) if parts else np.empty((0, len(self.classes))), metadata, self.classes)
 
     def save(self, path):
@@ -109,15 +137,18 @@ class TabularModel(BaseModel):
 # %% ../../nbs/models/05_tabular.ipynb #6efea3b1
 class SklearnModel(TabularModel):
     "A scikit-learn classifier: subclasses implement `estimator`, and list types to trust beyond skops' own."
+
     requires = ("sklearn", "skops")
     trusted = ()  # qualified names of types that the saved estimator holds
     weight_key = "sample_weight"  # where the estimator's `fit` takes weights
 
     @classmethod
-    def stops_early(cls, config): return False
+    def stops_early(cls, config):
+        return False
 
     @abstractmethod
-    def estimator(self, n: int): "The unfitted estimator for `n` training rows."
+    def estimator(self, n: int):
+        "The unfitted estimator for `n` training rows."
 
     def fit_rows(self, train, val):
         weights = {} if train.weight is None else {self.weight_key: train.weight}
@@ -131,11 +162,14 @@ class SklearnModel(TabularModel):
 
     def write(self, folder):
         from skops.io import dump
+
         dump(self.fitted_estimator, folder / "estimator.skops")
 
     def read(self, folder):
         from skops.io import load
-        from modelfactory.models.persistence import check_archive, reading
-        with reading(folder / "estimator.skops", "a scikit-learn estimator of trusted types") as file:
+
+        from modelfactory.models.persistence import check_archive, checkpoint_errors
+
+        with checkpoint_errors(folder / "estimator.skops", "a scikit-learn estimator of trusted types") as file:
             check_archive(file)
             self.fitted_estimator = load(file, trusted=list(self.trusted))

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/models/07_template.ipynb #eb072273
 from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -14,22 +15,33 @@ __all__ = ['CELLS', 'YAML', 'new_model']
 
 # %% ../../nbs/models/07_template.ipynb #e84bf589
 CELLS = [
-("markdown", """# {name}
+    (
+        "markdown",
+        """# {name}
 > The nearest class mean: a model small enough to be replaced by yours.
 
-Change the config, `fit_rows` and `predict_rows`; `check_model` says whether every promise still holds."""),
-("code", "#| default_exp models.{family}.{name}"),
-("code", """#| export
+Change the config, `fit_rows` and `predict_rows`; `check_model` says whether every promise still holds.""",
+    ),
+    ("code", "#| default_exp models.{family}.{name}"),
+    (
+        "code",
+        """#| export
 from dataclasses import dataclass
 import numpy as np
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.models.tabular import TabularConfig, TabularModel"""),
-("code", """#| export
+from modelfactory.models.tabular import TabularConfig, TabularModel""",
+    ),
+    (
+        "code",
+        """#| export
 @dataclass
 class {Class}Config(TabularConfig):
     "Keys of {name}."
-    sharpness: float = 1.0  # how fast probability falls with distance"""),
-("code", """#| export
+    sharpness: float = 1.0  # how fast probability falls with distance""",
+    ),
+    (
+        "code",
+        """#| export
 @ModelRegistry.register("{name}", family="{family}")
 class {Class}(TabularModel):
     "The class whose mean is nearest, weighed by its share."
@@ -48,10 +60,14 @@ class {Class}(TabularModel):
     def write(self, folder): np.savez(folder / "means.npz", means=self.means, share=self.share)
 
     def read(self, folder):
-        with np.load(folder / "means.npz") as saved: self.means, self.share = saved["means"], saved["share"]"""),
-("markdown", "## Proof"),
-("code", """from modelfactory.models.conformance import check_model
-check_model("{name}")"""),
+        with np.load(folder / "means.npz") as saved: self.means, self.share = saved["means"], saved["share"]""",
+    ),
+    ("markdown", "## Proof"),
+    (
+        "code",
+        """from modelfactory.models.conformance import check_model
+check_model("{name}")""",
+    ),
 ]
 
 YAML = """# {name}: what differs from the defaults in {name}.ipynb
@@ -72,10 +88,22 @@ about:
 # %% ../../nbs/models/07_template.ipynb #b93460bb
 def _notebook(name, family):
     words = dict(name=name, family=family, Class="".join(w.capitalize() for w in name.split("_")))
-    cells = [dict(cell_type=kind, id=f"{name}-{i}"[:60], metadata={}, source=source.format(**words)) for i, (kind, source) in enumerate(CELLS)]
+    cells = [
+        dict(cell_type=kind, id=f"{name}-{i}"[:60], metadata={}, source=source.format(**words))
+        for i, (kind, source) in enumerate(CELLS)
+    ]
     for c in cells:
-        if c["cell_type"] == "code": c |= dict(outputs=[], execution_count=None)
-    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name="Python 3", language="python", name="python3")), nbformat=4, nbformat_minor=5), indent=1)
+        if c["cell_type"] == "code":
+            c |= dict(outputs=[], execution_count=None)
+    return json.dumps(
+        dict(
+            cells=cells,
+            metadata=dict(kernelspec=dict(display_name="Python 3", language="python", name="python3")),
+            nbformat=4,
+            nbformat_minor=5,
+        ),
+        indent=1,
+    )
 
 # %% ../../nbs/models/07_template.ipynb #726da938
 def new_model(
@@ -85,10 +113,17 @@ def new_model(
 ) -> list[Path]:  # the files that were written
     "Writes notebook and YAML of a working model, and a `settings.ini` that names it where there is none; overwrites nothing."
     check_name(name), check_name(family)
-    if name in {m["name"] for m in ModelRegistry.list_models()}: raise ValueError(f"model name {name!r} is taken by {ModelRegistry.get(name).__module__}; choose another")
+    if name in {m["name"] for m in ModelRegistry.list_models()}:
+        raise ValueError(f"model name {name!r} is taken by {ModelRegistry.get(name).__module__}; choose another")
     folder = Path(folder)
-    files = {folder / f"{name}.ipynb": _notebook(name, family), folder / f"params/models/{name}.yaml": YAML.format(name=name, family=family)}
-    if not (folder / "settings.ini").exists(): files[folder / "settings.ini"] = f"[modelfactory]\nplugins = {name}.ipynb\n"
-    if there := [f for f in files if f.exists()]: raise FileExistsError(f"{there[0]} exists already; nothing was written")
-    for file, text in files.items(): file.parent.mkdir(parents=True, exist_ok=True), file.write_text(text)
+    files = {
+        folder / f"{name}.ipynb": _notebook(name, family),
+        folder / f"params/models/{name}.yaml": YAML.format(name=name, family=family),
+    }
+    if not (folder / "settings.ini").exists():
+        files[folder / "settings.ini"] = f"[modelfactory]\nplugins = {name}.ipynb\n"
+    if there := [f for f in files if f.exists()]:
+        raise FileExistsError(f"{there[0]} exists already; nothing was written")
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True), file.write_text(text)
     return list(files)

@@ -4,13 +4,14 @@
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #4c06f359
 from __future__ import annotations
+
 from dataclasses import dataclass
 
-from ..callbacks import notify
-from ..persistence import reading
+from ...configuration import Fraction, PositiveFloat, PositiveInt
+from ..callbacks import run_callbacks
+from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
 from ..tabular import TabularConfig, TabularModel, n_threads
-from ...settings import Fraction, Positive, Rate
 
 # %% auto #0
 __all__ = ['CatBoostConfig', 'CatBoostModel']
@@ -19,53 +20,90 @@ __all__ = ['CatBoostConfig', 'CatBoostModel']
 @dataclass
 class CatBoostConfig(TabularConfig):
     "Keys of catboost, in the library's own names."
-    n_rounds: Positive = 500  # most boosting rounds
-    learning_rate: Rate = 0.05  # weight of each tree
-    depth: Positive = 6  # depth of a tree
+
+    n_rounds: PositiveInt = 500  # most boosting rounds
+    learning_rate: PositiveFloat = 0.05  # weight of each tree
+    depth: PositiveInt = 6  # depth of a tree
     l2_leaf_reg: float = 3.0  # L2 on leaf values
     subsample: Fraction = 0.8  # share of rows a tree sees
     rsm: Fraction = 0.5  # share of features a split sees
-    border_count: Positive = 128  # histogram borders a feature
-    patience: Positive = 30  # rounds without a lower validation loss before stopping
+    border_count: PositiveInt = 128  # histogram borders a feature
+    patience: PositiveInt = 30  # rounds without a lower validation loss before stopping
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #8a335e46
 @ModelRegistry.register("catboost", family="boosting")
 class CatBoostModel(TabularModel):
     "Gradient boosted symmetric trees, stopped early on validation log loss."
+
     Config, requires, accepts_nan = CatBoostConfig, ("catboost",), True
 
     def parameters(self) -> dict:
         "What the library is given."
         c = self.config
         own = {k: getattr(c, k) for k in ("learning_rate", "depth", "l2_leaf_reg", "subsample", "rsm", "border_count")}
-        return own | dict(iterations=c.n_rounds, loss_function="MultiClass", classes_count=len(c.classes), bootstrap_type="Bernoulli", random_seed=c.random_seed,
-                          thread_count=n_threads(c), allow_writing_files=False, verbose=False)
+        return own | dict(
+            iterations=c.n_rounds,
+            loss_function="MultiClass",
+            classes_count=len(c.classes),
+            bootstrap_type="Bernoulli",
+            random_seed=c.random_seed,
+            thread_count=n_threads(c),
+            allow_writing_files=False,
+            verbose=False,
+        )
 
     def fit_rows(self, train, val):
         from catboost import CatBoostClassifier, Pool
+
         from modelfactory.models.callbacks import Checkpoint
-        if any(isinstance(cb, Checkpoint) for cb in self.callbacks): raise ValueError("catboost: Checkpoint: the library hands no model out while it is fitted; leave the callback away")
+
+        if any(isinstance(cb, Checkpoint) for cb in self.callbacks):
+            raise ValueError(
+                "catboost: Checkpoint: the library hands no model out while it is fitted; leave the callback away"
+            )
         c, stop = self.config, dict(early_stopping_rounds=self.config.patience) if self.config.early_stopping else {}
-        notify(self, "on_fit_start", c.n_rounds)
+        run_callbacks(self, "on_fit_start", c.n_rounds)
         self.booster = CatBoostClassifier(**self.parameters())
-        self.booster.fit(Pool(train.X, train.y, weight=train.weight), eval_set=Pool(val.X, val.y, weight=val.weight), use_best_model=c.early_stopping, callbacks=[_Adapter(self)], **stop)
+        self.booster.fit(
+            Pool(train.X, train.y, weight=train.weight),
+            eval_set=Pool(val.X, val.y, weight=val.weight),
+            use_best_model=c.early_stopping,
+            callbacks=[_Adapter(self)],
+            **stop,
+        )
         losses = self.booster.evals_result_
-        history = dict(train_loss=losses["learn"]["MultiClass"], val_loss=losses["validation"]["MultiClass"], best_round=self.booster.tree_count_ - 1)
-        notify(self, "on_fit_end", history)
+        history = dict(
+            train_loss=losses["learn"]["MultiClass"],
+            val_loss=losses["validation"]["MultiClass"],
+            best_round=self.booster.tree_count_ - 1,
+        )
+        run_callbacks(self, "on_fit_end", history)
         return history
 
-    def predict_rows(self, X): return self.booster.predict_proba(X, thread_count=n_threads(self.config))
-    def write(self, folder): self.booster.save_model(folder / "model.cbm")
+    def predict_rows(self, X):
+        return self.booster.predict_proba(X, thread_count=n_threads(self.config))
+
+    def write(self, folder):
+        self.booster.save_model(folder / "model.cbm")
 
     def read(self, folder):
         from catboost import CatBoostClassifier
-        with reading(folder / "model.cbm", "a catboost model") as file: self.booster = CatBoostClassifier().load_model(file)
 
-    def feature_importance(self): return self.by_feature(self.booster.get_feature_importance())
+        with checkpoint_errors(folder / "model.cbm", "a catboost model") as file:
+            self.booster = CatBoostClassifier().load_model(file)
+
+    def feature_importance(self):
+        return self.by_feature(self.booster.get_feature_importance())
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #3d07649c
 class _Adapter:
-    def __init__(self, model): self.model = model
+    def __init__(self, model):
+        self.model = model
+
     def after_iteration(self, info):
-        logs = {f"{ours}_loss": info.metrics[theirs]["MultiClass"][-1] for ours, theirs in [("train", "learn"), ("val", "validation")] if theirs in info.metrics}
-        return not notify(self.model, "on_epoch_end", info.iteration - 1, logs)
+        logs = {
+            f"{ours}_loss": info.metrics[theirs]["MultiClass"][-1]
+            for ours, theirs in [("train", "learn"), ("val", "validation")]
+            if theirs in info.metrics
+        }
+        return not run_callbacks(self.model, "on_epoch_end", info.iteration - 1, logs)

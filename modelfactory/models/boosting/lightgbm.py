@@ -4,14 +4,15 @@
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #72bbb871
 from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 
-from ..callbacks import notify
-from ..persistence import reading
+from ...configuration import Fraction, PositiveFloat, PositiveInt
+from ..callbacks import run_callbacks
+from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
 from ..tabular import TabularConfig, TabularModel, leaf_size, n_threads
-from ...settings import Fraction, Positive, Rate
 
 # %% auto #0
 __all__ = ['LightGBMConfig', 'LightGBMModel']
@@ -20,67 +21,115 @@ __all__ = ['LightGBMConfig', 'LightGBMModel']
 @dataclass
 class LightGBMConfig(TabularConfig):
     "Keys of lightgbm, in the library's own names."
-    n_rounds: Positive = 500  # most boosting rounds
-    learning_rate: Rate = 0.05  # weight of each tree
-    num_leaves: Positive = 31  # leaves of a tree
-    min_data_in_leaf: Positive = 50  # least rows in a leaf; 50 is lowered to rows // (20 * classes) where that is less
+
+    n_rounds: PositiveInt = 500  # most boosting rounds
+    learning_rate: PositiveFloat = 0.05  # weight of each tree
+    num_leaves: PositiveInt = 31  # leaves of a tree
+    min_data_in_leaf: PositiveInt = (
+        50  # least rows in a leaf; 50 is lowered to rows // (20 * classes) where that is less
+    )
     bagging_fraction: Fraction = 0.8  # share of rows a tree sees
     feature_fraction: Fraction = 0.8  # share of features a tree sees
     lambda_l2: float = 1.0  # L2 on leaf values
-    max_bin: Positive = 255  # histogram bins a feature
-    patience: Positive = 30  # rounds without a lower validation loss before stopping
+    max_bin: PositiveInt = 255  # histogram bins a feature
+    patience: PositiveInt = 30  # rounds without a lower validation loss before stopping
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #9bb199d9
 @ModelRegistry.register("lightgbm", family="boosting")
 class LightGBMModel(TabularModel):
     "Gradient boosted trees grown leaf by leaf, stopped early on validation log loss."
+
     Config, requires, accepts_nan = LightGBMConfig, ("lightgbm",), True
 
     def parameters(self) -> dict:
         "What the library is given."
         c = self.config
-        own = {k: getattr(c, k) for k in ("learning_rate", "num_leaves", "min_data_in_leaf", "bagging_fraction", "feature_fraction", "lambda_l2", "max_bin")}
-        return own | dict(objective="multiclass", num_class=len(c.classes), metric="multi_logloss", bagging_freq=1, seed=c.random_seed,
-                          num_threads=n_threads(c), deterministic=True, force_row_wise=True, verbosity=-1)
+        own = {
+            k: getattr(c, k)
+            for k in (
+                "learning_rate",
+                "num_leaves",
+                "min_data_in_leaf",
+                "bagging_fraction",
+                "feature_fraction",
+                "lambda_l2",
+                "max_bin",
+            )
+        }
+        return own | dict(
+            objective="multiclass",
+            num_class=len(c.classes),
+            metric="multi_logloss",
+            bagging_freq=1,
+            seed=c.random_seed,
+            num_threads=n_threads(c),
+            deterministic=True,
+            force_row_wise=True,
+            verbosity=-1,
+        )
 
     def fit_rows(self, train, val):
         import lightgbm as lgb
+
         c, losses = self.config, {}
         least = dict(min_data_in_leaf=leaf_size(self, "min_data_in_leaf", len(train.X)))
         parameters = self.parameters() | least
-        notify(self, "on_fit_start", c.n_rounds)
+        run_callbacks(self, "on_fit_start", c.n_rounds)
         data = lgb.Dataset(train.X, train.y, weight=train.weight, params=parameters)
         held = lgb.Dataset(val.X, val.y, weight=val.weight, reference=data)
         stop = [lgb.early_stopping(c.patience, verbose=False)] if c.early_stopping else []
-        self.booster = lgb.train(parameters, data, c.n_rounds, [data, held], ["train", "val"], callbacks=[lgb.record_evaluation(losses), _adapter(self), *stop])
+        self.booster = lgb.train(
+            parameters,
+            data,
+            c.n_rounds,
+            [data, held],
+            ["train", "val"],
+            callbacks=[lgb.record_evaluation(losses), _adapter(self), *stop],
+        )
         best = self.booster.best_iteration if c.early_stopping else c.n_rounds
-        history = {f"{k}_loss": v["multi_logloss"] for k, v in losses.items()} | dict(best_round=max(1, best) - 1) | least
-        notify(self, "on_fit_end", history)
+        history = (
+            {f"{k}_loss": v["multi_logloss"] for k, v in losses.items()} | dict(best_round=max(1, best) - 1) | least
+        )
+        run_callbacks(self, "on_fit_end", history)
         return history
 
-    def predict_rows(self, X): return self.booster.predict(X, num_threads=n_threads(self.config))
-    def write(self, folder): self.booster.save_model(folder / "model.txt")
+    def predict_rows(self, X):
+        return self.booster.predict(X, num_threads=n_threads(self.config))
+
+    def write(self, folder):
+        self.booster.save_model(folder / "model.txt")
 
     def read(self, folder):
         import lightgbm as lgb
-        with reading(folder / "model.txt", "a lightgbm model") as file:
+
+        with checkpoint_errors(folder / "model.txt", "a lightgbm model") as file:
             text = file.read_text()
-            if not _is_whole(text): raise ValueError("no whole lightgbm text")
+            if not _is_whole(text):
+                raise ValueError("no whole lightgbm text")
             self.booster = lgb.Booster(model_str=text)
 
-    def feature_importance(self): return self.by_feature(self.booster.feature_importance("gain"))
+    def feature_importance(self):
+        return self.by_feature(self.booster.feature_importance("gain"))
+
 
 def _is_whole(text):
     "Whether the trees are as long as the text says: lightgbm ends the process when they are not."
     sizes = re.search(r"^tree_sizes=(.*)$", text, re.M)
-    return text.startswith("tree\n") and bool(sizes) and sum(map(int, sizes[1].split())) == text.find("\nend of trees\n") - text.find("\nTree=0\n")
+    return (
+        text.startswith("tree\n")
+        and bool(sizes)
+        and sum(map(int, sizes[1].split())) == text.find("\nend of trees\n") - text.find("\nTree=0\n")
+    )
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #ea47558b
 def _adapter(model):
     from lightgbm.callback import EarlyStopException
+
     def after_round(env):
         model.booster, model.fitted = env.model, True
         logs = {f"{data}_loss": loss for data, _, loss, *_ in env.evaluation_result_list}
-        if notify(model, "on_epoch_end", env.iteration, logs): raise EarlyStopException(env.iteration, env.evaluation_result_list)
+        if run_callbacks(model, "on_epoch_end", env.iteration, logs):
+            raise EarlyStopException(env.iteration, env.evaluation_result_list)
+
     after_round.order = 5
     return after_round

@@ -4,13 +4,14 @@
 
 # %% ../../../nbs/models/boosting/xgboost.ipynb #23abe6ba
 from __future__ import annotations
+
 from dataclasses import dataclass
 
-from ..callbacks import notify
-from ..persistence import reading
+from ...configuration import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from ..callbacks import run_callbacks
+from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
 from ..tabular import TabularConfig, TabularModel, leaf_size, n_threads
-from ...settings import Fraction, NonNegative, Positive, Rate
 
 # %% auto #0
 __all__ = ['XGBoostConfig', 'XGBoostModel']
@@ -19,58 +20,103 @@ __all__ = ['XGBoostConfig', 'XGBoostModel']
 @dataclass
 class XGBoostConfig(TabularConfig):
     "Keys of xgboost, in the library's own names."
-    n_rounds: Positive = 500  # most boosting rounds
-    learning_rate: Rate = 0.05  # weight of each tree
-    max_depth: Positive = 6  # depth of a tree
-    min_child_weight: float = 20.0  # least hessian in a leaf; 20 is lowered to rows // (20 * classes) where that is less
+
+    n_rounds: PositiveInt = 500  # most boosting rounds
+    learning_rate: PositiveFloat = 0.05  # weight of each tree
+    max_depth: PositiveInt = 6  # depth of a tree
+    min_child_weight: float = (
+        20.0  # least hessian in a leaf; 20 is lowered to rows // (20 * classes) where that is less
+    )
     subsample: Fraction = 0.8  # share of rows a tree sees
     colsample_bytree: Fraction = 0.8  # share of features a tree sees
     reg_lambda: float = 1.0  # L2 on leaf values
-    max_bin: Positive = 256  # histogram bins a feature
+    max_bin: PositiveInt = 256  # histogram bins a feature
     device: str = "cpu"  # cpu or cuda
-    patience: NonNegative = 30  # rounds without a lower validation loss before stopping
+    patience: NonNegativeInt = 30  # rounds without a lower validation loss before stopping
 
 # %% ../../../nbs/models/boosting/xgboost.ipynb #f6e9fbf0
 @ModelRegistry.register("xgboost", family="boosting")
 class XGBoostModel(TabularModel):
     "Gradient boosted trees on histograms, stopped early on validation log loss."
+
     Config, requires, accepts_nan = XGBoostConfig, ("xgboost",), True
 
     def parameters(self) -> dict:
         "What the library is given."
         c = self.config
-        own = {k: getattr(c, k) for k in ("learning_rate", "max_depth", "min_child_weight", "subsample", "colsample_bytree", "reg_lambda", "max_bin", "device")}
-        return own | dict(objective="multi:softprob", num_class=len(c.classes), eval_metric="mlogloss", tree_method="hist", seed=c.random_seed, nthread=n_threads(c))
+        own = {
+            k: getattr(c, k)
+            for k in (
+                "learning_rate",
+                "max_depth",
+                "min_child_weight",
+                "subsample",
+                "colsample_bytree",
+                "reg_lambda",
+                "max_bin",
+                "device",
+            )
+        }
+        return own | dict(
+            objective="multi:softprob",
+            num_class=len(c.classes),
+            eval_metric="mlogloss",
+            tree_method="hist",
+            seed=c.random_seed,
+            nthread=n_threads(c),
+        )
 
     def fit_rows(self, train, val):
         import xgboost as xgb
+
         c, losses = self.config, {}
         least = dict(min_child_weight=leaf_size(self, "min_child_weight", len(train.X)))
-        notify(self, "on_fit_start", c.n_rounds)
+        run_callbacks(self, "on_fit_start", c.n_rounds)
         data = xgb.QuantileDMatrix(train.X, train.y, weight=train.weight, max_bin=c.max_bin, nthread=n_threads(c))
         held = xgb.QuantileDMatrix(val.X, val.y, weight=val.weight, ref=data, max_bin=c.max_bin, nthread=n_threads(c))
         stop = [xgb.callback.EarlyStopping(rounds=c.patience, save_best=True)] if c.early_stopping else []
-        self.booster = xgb.train(self.parameters() | least, data, c.n_rounds, evals=[(data, "train"), (held, "val")], evals_result=losses, verbose_eval=False, callbacks=[_adapter(self), *stop])
-        history = {f"{k}_loss": v["mlogloss"] for k, v in losses.items()} | dict(best_round=self.booster.num_boosted_rounds() - 1) | least
-        notify(self, "on_fit_end", history)
+        self.booster = xgb.train(
+            self.parameters() | least,
+            data,
+            c.n_rounds,
+            evals=[(data, "train"), (held, "val")],
+            evals_result=losses,
+            verbose_eval=False,
+            callbacks=[_adapter(self), *stop],
+        )
+        history = (
+            {f"{k}_loss": v["mlogloss"] for k, v in losses.items()}
+            | dict(best_round=self.booster.num_boosted_rounds() - 1)
+            | least
+        )
+        run_callbacks(self, "on_fit_end", history)
         return history
 
-    def predict_rows(self, X): return self.booster.inplace_predict(X)
-    def write(self, folder): self.booster.save_model(folder / "model.ubj")
+    def predict_rows(self, X):
+        return self.booster.inplace_predict(X)
+
+    def write(self, folder):
+        self.booster.save_model(folder / "model.ubj")
 
     def read(self, folder):
         import xgboost as xgb
-        with reading(folder / "model.ubj", "an xgboost model") as file: self.booster = xgb.Booster({"nthread": n_threads(self.config)}, model_file=file)
+
+        with checkpoint_errors(folder / "model.ubj", "an xgboost model") as file:
+            self.booster = xgb.Booster({"nthread": n_threads(self.config)}, model_file=file)
 
     def feature_importance(self):
         gain = self.booster.get_score(importance_type="total_gain")
-        return self.by_feature([gain.get(f"f{i}", 0.) for i in range(self.booster.num_features())])
+        return self.by_feature([gain.get(f"f{i}", 0.0) for i in range(self.booster.num_features())])
 
 # %% ../../../nbs/models/boosting/xgboost.ipynb #abeb2315
 def _adapter(ours):
     import xgboost as xgb
+
     class Adapter(xgb.callback.TrainingCallback):
         def after_iteration(self, model, epoch, evals_log):
             ours.booster, ours.fitted = model, True
-            return notify(ours, "on_epoch_end", epoch, {f"{k}_loss": v["mlogloss"][-1] for k, v in evals_log.items()})
+            return run_callbacks(
+                ours, "on_epoch_end", epoch, {f"{k}_loss": v["mlogloss"][-1] for k, v in evals_log.items()}
+            )
+
     return Adapter()

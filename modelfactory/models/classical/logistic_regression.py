@@ -4,13 +4,14 @@
 
 # %% ../../../nbs/models/classical/logistic_regression.ipynb #14ecb7ec
 from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
 
+from ...configuration import PositiveFloat, PositiveInt
 from ..registry import ModelRegistry
 from ..tabular import SklearnModel, TabularConfig
-from ...settings import Positive, Rate
 
 # %% auto #0
 __all__ = ['LogisticRegressionConfig', 'LogisticRegressionModel']
@@ -19,20 +20,26 @@ __all__ = ['LogisticRegressionConfig', 'LogisticRegressionModel']
 @dataclass
 class LogisticRegressionConfig(TabularConfig):
     "Keys of the multinomial logistic regression."
-    C: Rate = 0.01  # inverse strength of the L2 penalty, for standardised features
-    max_iter: Positive = 300  # most iterations of the solver
+
+    C: PositiveFloat = 0.01  # inverse strength of the L2 penalty, for standardised features
+    max_iter: PositiveInt = 300  # most iterations of the solver
 
 # %% ../../../nbs/models/classical/logistic_regression.ipynb #9c2343ee
 @ModelRegistry.register("logistic_regression", family="classical")
 class LogisticRegressionModel(SklearnModel):
     "Multinomial logistic regression on standardised features."
+
     Config, weight_key = LogisticRegressionConfig, "logisticregression__sample_weight"
 
     def estimator(self, n):
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
-        c = self.config
-        return make_pipeline(StandardScaler(), LogisticRegression(C=c.C, max_iter=c.max_iter, random_state=c.random_seed))
 
-    def feature_importance(self): return self.by_feature(np.abs(self.fitted_estimator[-1].coef_).mean(0))
+        c = self.config
+        return make_pipeline(
+            StandardScaler(), LogisticRegression(C=c.C, max_iter=c.max_iter, random_state=c.random_seed)
+        )
+
+    def feature_importance(self):
+        return self.by_feature(np.abs(self.fitted_estimator[-1].coef_).mean(0))

@@ -4,12 +4,13 @@
 
 # %% ../../../nbs/models/classical/random_forest.ipynb #1e5eff07
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Literal
 
+from ...configuration import Fraction, PositiveInt
 from ..registry import ModelRegistry
 from ..tabular import SklearnModel, TabularConfig, leaf_size, n_threads
-from ...settings import Fraction, Positive
 
 # %% auto #0
 __all__ = ['RandomForestConfig', 'RandomForestModel']
@@ -18,9 +19,12 @@ __all__ = ['RandomForestConfig', 'RandomForestModel']
 @dataclass
 class RandomForestConfig(TabularConfig):
     "Keys of the forest, in scikit-learn's own names."
-    n_estimators: Positive = 300  # trees
-    max_depth: Positive = 10  # depth of a tree: what bounds its size on disk
-    min_samples_leaf: Positive = 20  # least rows in a leaf; 20 is lowered to rows // (20 * classes) where that is less
+
+    n_estimators: PositiveInt = 300  # trees
+    max_depth: PositiveInt = 10  # depth of a tree: what bounds its size on disk
+    min_samples_leaf: PositiveInt = (
+        20  # least rows in a leaf; 20 is lowered to rows // (20 * classes) where that is less
+    )
     max_features: Literal["sqrt", "log2"] | Fraction = "sqrt"  # features a split may choose from
     max_samples: Fraction = 0.7  # share of rows a tree sees
 
@@ -28,10 +32,12 @@ class RandomForestConfig(TabularConfig):
 @ModelRegistry.register("random_forest", family="classical")
 class RandomForestModel(SklearnModel):
     "Bagged trees of limited depth, averaged probabilities."
+
     Config, trusted = RandomForestConfig, ("sklearn.tree._tree.Tree",)
 
     def estimator(self, n):
         from sklearn.ensemble import RandomForestClassifier
+
         c = self.config
         own = {k: getattr(c, k) for k in ("n_estimators", "max_depth", "max_features", "max_samples")}
         least = leaf_size(self, "min_samples_leaf", n)
@@ -41,4 +47,5 @@ class RandomForestModel(SklearnModel):
         super().fit_rows(train, val)
         return dict(min_samples_leaf=self.fitted_estimator.min_samples_leaf)
 
-    def feature_importance(self): return self.by_feature(self.fitted_estimator.feature_importances_)
+    def feature_importance(self):
+        return self.by_feature(self.fitted_estimator.feature_importances_)

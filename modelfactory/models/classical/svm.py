@@ -4,14 +4,15 @@
 
 # %% ../../../nbs/models/classical/svm.ipynb #479edef0
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from ...configuration import PositiveFloat, PositiveInt
 from ..registry import ModelRegistry
 from ..tabular import SklearnModel, TabularConfig
-from ...settings import Positive, Rate
 
 # %% auto #0
 __all__ = ['SVMConfig', 'SVMModel']
@@ -20,42 +21,62 @@ __all__ = ['SVMConfig', 'SVMModel']
 @dataclass
 class SVMConfig(TabularConfig):
     "Keys of the support vector machine."
+
     kernel: Literal["linear", "rbf"] = "linear"  # rbf: Nystroem features in front of the linear machine
-    C: Rate = 0.01  # inverse strength of the penalty, for standardised features
-    n_components: Positive = 300  # Nystroem features
-    gamma: Rate | None = None  # width of the rbf kernel; None: 1 / features
+    C: PositiveFloat = 0.01  # inverse strength of the penalty, for standardised features
+    n_components: PositiveInt = 300  # Nystroem features
+    gamma: PositiveFloat | None = None  # width of the rbf kernel; None: 1 / features
     exact: bool = False  # an exact kernel SVC, quadratic in rows
-    max_exact_rows: Positive = 10_000  # rows above which `exact` is refused
-    calibration_folds: Positive = 3  # contiguous folds of train that the probabilities are fitted on
+    max_exact_rows: PositiveInt = 10_000  # rows above which `exact` is refused
+    calibration_folds: PositiveInt = 3  # contiguous folds of train that the probabilities are fitted on
 
 # %% ../../../nbs/models/classical/svm.ipynb #b1efc2ab
 @ModelRegistry.register("svm", family="classical")
 class SVMModel(SklearnModel):
     "Linear (or Nystroem) support vector machine with calibrated probabilities."
+
     Config, weight_key = SVMConfig, "calibratedclassifiercv__sample_weight"
-    trusted = ("sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration", "sklearn.model_selection._split.StratifiedKFold")
+    trusted = (
+        "sklearn.calibration._CalibratedClassifier",
+        "sklearn.calibration._SigmoidCalibration",
+        "sklearn.model_selection._split.StratifiedKFold",
+    )
 
     def estimator(self, n):
         from sklearn.calibration import CalibratedClassifierCV
         from sklearn.model_selection import StratifiedKFold
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
+
         folds = StratifiedKFold(max(2, self.config.calibration_folds))
-        return make_pipeline(StandardScaler(), *self._features(n), CalibratedClassifierCV(self._machine(n), cv=folds, ensemble=False))
+        return make_pipeline(
+            StandardScaler(), *self._features(n), CalibratedClassifierCV(self._machine(n), cv=folds, ensemble=False)
+        )
 
     def _features(self, n):
         from sklearn.kernel_approximation import Nystroem
+
         c = self.config
-        if c.kernel == "linear" or c.exact: return []
+        if c.kernel == "linear" or c.exact:
+            return []
         return [Nystroem(gamma=c.gamma, n_components=min(c.n_components, n), random_state=c.random_seed)]
 
     def _machine(self, n):
         from sklearn.svm import SVC, LinearSVC
+
         c = self.config
-        if not c.exact: return LinearSVC(C=c.C, dual=False, random_state=c.random_seed)
-        if n > c.max_exact_rows: raise ValueError(f"svm: exact=true for {n:,} rows, at most {c.max_exact_rows:,}: its cost grows with the square of the rows; set exact: false or raise max_exact_rows")
+        if not c.exact:
+            return LinearSVC(C=c.C, dual=False, random_state=c.random_seed)
+        if n > c.max_exact_rows:
+            raise ValueError(
+                f"svm: exact=true for {n:,} rows, at most {c.max_exact_rows:,}: its cost grows with the square of the rows; set exact: false or raise max_exact_rows"
+            )
         return SVC(C=c.C, kernel=c.kernel, gamma=c.gamma or "auto", random_state=c.random_seed)
 
     def feature_importance(self):
         machine = self.fitted_estimator[-1].calibrated_classifiers_[0].estimator
-        return self.by_feature(np.abs(machine.coef_).mean(0)) if len(self.fitted_estimator) == 2 and hasattr(machine, "coef_") else None
+        return (
+            self.by_feature(np.abs(machine.coef_).mean(0))
+            if len(self.fitted_estimator) == 2 and hasattr(machine, "coef_")
+            else None
+        )

@@ -8,12 +8,16 @@ __all__ = ['AverageModel']
 # %% ../../../nbs/models/ensemble/average.ipynb #b2761a9f
 import numpy as np
 
-from ..ensembles import EnsembleModel
+from ..ensemble_base import EnsembleModel
 from ..registry import ModelRegistry
 
 # %% ../../../nbs/models/ensemble/average.ipynb #3f7073dc
 @ModelRegistry.register("average", family="ensemble")
 class AverageModel(EnsembleModel):
     "Mean of the members' probabilities."
-    def weigh(self, X, y, codes, metadata): pass
-    def combine(self, members): return np.mean(list(members.values()), axis=0)
+
+    def fit_weights(self, X, y, codes, metadata):
+        pass
+
+    def combine(self, members):
+        return np.mean(list(members.values()), axis=0)

@@ -4,55 +4,63 @@
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #73aea2ec
 from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from ...configuration import NonNegativeInt, PositiveInt
 from ..base import check_X, check_y
 from ..persistence import CheckpointError
-from ..pretrained import asleep, identified, lacks_checkpoint, load_pretrained
+from ..pretrained import checkpoint_unavailable_reason, freeze, load_pretrained, resolve_pinned
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ...settings import NonNegative, Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
 # %% auto #0
-__all__ = ['TimeLLMConfig', 'patches', 'reprogrammed', 'read_by_llm', 'language_model', 'spread_words', 'TimeLLMModel']
+__all__ = ['TimeLLMConfig', 'feature_patches', 'reprogram', 'encode_with_llm', 'language_model', 'sample_words', 'TimeLLMModel']
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #c041f668
 @dataclass
 class TimeLLMConfig(SequenceConfig):
     "Keys of TimeLLM."
+
     checkpoint: str = "openai-community/gpt2"  # id on the hub, or a local folder: of GPT-2, BERT or LLaMA type
     revision: str = "main"  # branch, tag or commit on the hub
     control: Literal["none", "no_llm", "random_llm"] = "none"  # leave the language model out, or its knowledge
-    llm_layers: NonNegative = 0  # first layers that are used; 0: all
+    llm_layers: NonNegativeInt = 0  # first layers that are used; 0: all
     prompt: str = ""  # what else the language model should know of these data
-    patch_length: Positive = 16  # rows in a patch
-    stride: Positive = 8  # rows between patches
-    d_model: Positive = 32  # width of a patch's embedding
-    n_heads: Positive = 8  # of the reprogramming attention
-    d_ff: Positive = 128  # width of a head, and states of the language model that are read
-    words: Positive = 2048  # words of the vocabulary that prototypes are made of
-    prototypes: Positive = 256  # text prototypes
+    patch_length: PositiveInt = 16  # rows in a patch
+    stride: PositiveInt = 8  # rows between patches
+    d_model: PositiveInt = 32  # width of a patch's embedding
+    n_heads: PositiveInt = 8  # of the reprogramming attention
+    d_ff: PositiveInt = 128  # width of a head, and states of the language model that are read
+    words: PositiveInt = 2048  # words of the vocabulary that prototypes are made of
+    prototypes: PositiveInt = 256  # text prototypes
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #613ccb40
-def patches(net, x):  # (B, T, F) -> (B, P, patch * F)
+def feature_patches(net, x):  # (B, T, F) -> (B, P, patch * F)
     "Patches of all features, the last step repeated once more a stride."
     windows = net.pad(x.transpose(1, 2)).unfold(-1, net.length, net.stride)
     return windows.permute(0, 2, 3, 1).flatten(2)
 
-def reprogrammed(net, x):  # (B, T, F) -> (B, P, d_llm)
+
+def reprogram(net, x):  # (B, T, F) -> (B, P, d_llm)
     "Patches in the space of words."
     prototypes = net.mapping(net.words.T).T
-    return net.reprogram(net.dropout(net.embed(patches(net, x))), prototypes, prototypes)
+    return net.reprogram(net.dropout(net.embed(feature_patches(net, x))), prototypes, prototypes)
 
-def read_by_llm(net, x):
+
+def encode_with_llm(net, x):
     import torch
-    z = reprogrammed(net, x)
-    if net.llm is not None: z = net.llm(inputs_embeds=torch.cat([net.prompt.expand(len(x), -1, -1), z], 1)).last_hidden_state[:, -z.shape[1]:]
-    return net.head(net.dropout(net.norm(z[..., :net.d_ff].flatten(1))))
+
+    z = reprogram(net, x)
+    if net.llm is not None:
+        z = net.llm(inputs_embeds=torch.cat([net.prompt.expand(len(x), -1, -1), z], 1)).last_hidden_state[
+            :, -z.shape[1] :
+        ]
+    return net.head(net.dropout(net.norm(z[..., : net.d_ff].flatten(1))))
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #f6d784e6
 def language_model(
@@ -62,27 +70,32 @@ def language_model(
 ):  # -> module, asleep
     "A language model in single precision, without a cache of what it has read."
     from transformers import AutoConfig, AutoModel
+
     few = dict(num_hidden_layers=layers) if layers else {}
-    if random: llm = asleep(AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True, **few)).float())
-    else: llm = load_pretrained(AutoModel, folder, **few)
+    if random:
+        llm = freeze(AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True, **few)).float())
+    else:
+        llm = load_pretrained(AutoModel, folder, **few)
     llm.config.use_cache = False
     return llm
 
-def spread_words(
+
+def sample_words(
     embeddings,  # (V, d)
     n: int,
 ):  # -> (at most n, d)
     "Every so many words of a vocabulary, which is ordered by how common they are."
-    return embeddings[::-(-len(embeddings) // n)].detach().clone()
+    return embeddings[:: -(-len(embeddings) // n)].detach().clone()
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #729c2471
 @ModelRegistry.register("timellm", family="foundation")
 class TimeLLMModel(SequenceClassifier):
     "TimeLLM: patches attend to text prototypes, and a frozen language model reads them."
+
     Config, requires = TimeLLMConfig, ("torch", "safetensors", "transformers", "neuralforecast")
     pretrained, prompt = None, ""
 
-    lacks = classmethod(lacks_checkpoint)
+    unavailable_reason = classmethod(checkpoint_unavailable_reason)
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
         self.prompt = self.describe(check_y(self, y_train, len(check_X(self, X_train))))
@@ -96,40 +109,65 @@ class TimeLLMModel(SequenceClassifier):
 
     def checkpoint(self):
         "Folder of the language model, by the hashes it had when this was trained: `pretrained`."
-        folder, found = identified(self.config, self.pretrained)
+        folder, found = resolve_pinned(self.config, self.pretrained)
         self.pretrained = found | dict(random=(self.pretrained or {}).get("random"))
         return folder
 
     def backbone(self, T, F, n_classes, c):
         from neuralforecast.models.timellm import ReplicationPad1d, ReprogrammingLayer, TokenEmbedding
         from torch import nn
+
         folder, length = self.checkpoint(), min(c.patch_length, T)
         llm = language_model(folder, c.llm_layers, c.control == "random_llm")
-        if c.control == "random_llm": self._same_random(llm)
+        if c.control == "random_llm":
+            self._same_random(llm)
         table = llm.get_input_embeddings().weight
         n_patches, d_llm = (T + c.stride - length) // c.stride + 1, table.shape[1]
-        d_ff, words, prompt = min(c.d_ff, d_llm), spread_words(table, c.words), self._prompt(folder, table)
+        d_ff, words, prompt = min(c.d_ff, d_llm), sample_words(table, c.words), self._prompt(folder, table)
         self._check_length(llm, len(prompt[0]) + n_patches, T)
-        return network(read_by_llm, llm=None if c.control == "no_llm" else llm, prompt=prompt, words=words, length=length, stride=c.stride, d_ff=d_ff,
-                       pad=ReplicationPad1d((0, c.stride)), embed=TokenEmbedding(length * F, c.d_model), mapping=nn.Linear(len(words), c.prototypes), dropout=nn.Dropout(c.dropout),
-                       reprogram=ReprogrammingLayer(c.d_model, c.n_heads, c.d_ff, d_llm, attention_dropout=c.dropout), norm=nn.LayerNorm(n_patches * d_ff), head=nn.Linear(n_patches * d_ff, n_classes))
+        return functional_module(
+            encode_with_llm,
+            llm=None if c.control == "no_llm" else llm,
+            prompt=prompt,
+            words=words,
+            length=length,
+            stride=c.stride,
+            d_ff=d_ff,
+            pad=ReplicationPad1d((0, c.stride)),
+            embed=TokenEmbedding(length * F, c.d_model),
+            mapping=nn.Linear(len(words), c.prototypes),
+            dropout=nn.Dropout(c.dropout),
+            reprogram=ReprogrammingLayer(c.d_model, c.n_heads, c.d_ff, d_llm, attention_dropout=c.dropout),
+            norm=nn.LayerNorm(n_patches * d_ff),
+            head=nn.Linear(n_patches * d_ff, n_classes),
+        )
 
     def _same_random(self, llm):
         "Random weights are not saved either: the seed makes them again, and this says whether it did."
         digest = hashlib.blake2b(b"".join(p.numpy().tobytes() for p in llm.parameters()), digest_size=16).hexdigest()
-        if self.pretrained["random"] not in (None, digest): raise CheckpointError(f"{self.name}: this version of torch makes other random weights of seed {self.config.random_seed} than the one it was trained with; train it again")
+        if self.pretrained["random"] not in (None, digest):
+            raise CheckpointError(
+                f"{self.name}: this version of torch makes other random weights of seed {self.config.random_seed} than the one it was trained with; train it again"
+            )
         self.pretrained["random"] = digest
 
     def _prompt(self, folder, table):  # -> (1, S, d_llm)
         "The prompt in the model's word embeddings."
         import torch
         from transformers import AutoTokenizer
+
         ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(self.prompt or "market").input_ids
         return table[torch.as_tensor(ids)][None].detach().clone()
 
     def _check_length(self, llm, n, T):
         most = getattr(llm.config, "max_position_embeddings", n)
-        if n > most: raise ValueError(f"{self.name}: prompt and patches of {T} rows are {n} tokens, the language model reads {most}; raise stride, or shorten prompt")
+        if n > most:
+            raise ValueError(
+                f"{self.name}: prompt and patches of {T} rows are {n} tokens, the language model reads {most}; raise stride, or shorten prompt"
+            )
 
-    def facts(self): return dict(pretrained=self.pretrained, prompt=self.prompt)
-    def take_facts(self, facts): self.pretrained, self.prompt = facts["pretrained"], facts["prompt"]
+    def get_extra_state(self):
+        return dict(pretrained=self.pretrained, prompt=self.prompt)
+
+    def set_extra_state(self, facts):
+        self.pretrained, self.prompt = facts["pretrained"], facts["prompt"]

@@ -4,50 +4,72 @@
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #5ad1b066
 from __future__ import annotations
-import hashlib, json
+
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from ..base import check_metadata, check_X, check_y, refuse_nan, to_output
+from ...configuration import NonNegativeInt, PositiveFloat, PositiveInt, settings
+from ..base import check_metadata, check_X, check_y, raise_on_nan, to_output
 from ..persistence import load_header, read_header, save_header
-from ..pretrained import RowCache, batch_from_memory, identified, lacks_checkpoint, load_pretrained
+from modelfactory.models.pretrained import (
+    RowCache,
+    batch_size_for_memory,
+    checkpoint_unavailable_reason,
+    load_pretrained,
+    resolve_pinned,
+)
 from ..registry import ModelRegistry
-from ..sequence import Batches, SequenceClassifier, SequenceConfig, as_windows, covered, network, own_threads_and_seed, pick_device, standardised
+from modelfactory.models.sequence import (
+    Batches,
+    SequenceClassifier,
+    SequenceConfig,
+    as_windows,
+    functional_module,
+    isolated_torch_state,
+    pick_device,
+    standardise_windows,
+    used_rows,
+)
 from ...progress import Progress
-from ...settings import NonNegative, Positive, Rate, settings
 
 # %% auto #0
-__all__ = ['CONTEXT', 'PATCH', 'ATR_ROWS', 'TimesFMConfig', 'context_of', 'see', 'quantiles_at', 'Reader', 'score_of',
-           'volatility', 'estimated_width', 'atr_of', 'phase_1_widths', 'Barriers', 'ContextBatches', 'tuned',
-           'TimesFMModel', 'teach']
+__all__ = ['MAX_CONTEXT', 'PATCH_POINTS', 'ATR_ROWS', 'TimesFMConfig', 'forecast_context', 'encode', 'read_quantiles',
+           'TimesFMEncoder', 'barrier_score', 'volatility_scale', 'estimate_width', 'window_atr', 'phase_1_widths',
+           'BarrierDistances', 'ContextBatches', 'finetuned_forward', 'TimesFMModel', 'pretrain']
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #0a39e80c
 @dataclass
 class TimesFMConfig(SequenceConfig):
     "Keys of TimesFM; those of training count for `finetune`."
+
     checkpoint: str = "google/timesfm-2.0-500m-pytorch"  # id on the hub, or a local folder
     revision: str = "main"  # branch, tag or commit on the hub
-    mode: Literal["zero_shot", "probe", "finetune"] = "probe"  # ask its forecast, a linear head on its states, or train its last layers
+    mode: Literal["zero_shot", "probe", "finetune"] = (
+        "probe"  # ask its forecast, a linear head on its states, or train its last layers
+    )
     series: str = "close"  # raw column whose logarithm is the context, or a feature whose window is
-    context_length: Positive = 512  # bars of context
+    context_length: PositiveInt = 512  # bars of context
     frequency: Literal[0, 1, 2] = 0  # up to daily, weekly or monthly, quarterly or yearly
-    barrier_up: Rate | None = None  # ATR(14) above the close; None: from the folder, or estimated on train
-    barrier_down: Rate | None = None  # ATR(14) below the close
+    barrier_up: PositiveFloat | None = None  # ATR(14) above the close; None: from the folder, or estimated on train
+    barrier_down: PositiveFloat | None = None  # ATR(14) below the close
     barrier_folder: str | None = None  # with Phase 1's {SYMBOL}_ga_h{H}_best.json
-    C: Rate = 0.01  # inverse strength of the penalty of the head of `zero_shot` and `probe`
-    unfrozen: Positive = 2  # last layers that `finetune` trains
-    forecast_batch: NonNegative = 0  # windows through the network at once; 0: what memory allows
+    C: PositiveFloat = 0.01  # inverse strength of the penalty of the head of `zero_shot` and `probe`
+    unfrozen: PositiveInt = 2  # last layers that `finetune` trains
+    forecast_batch: NonNegativeInt = 0  # windows through the network at once; 0: what memory allows
     cache: bool = True  # keep embeddings on disk
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #bdd80ea0
-CONTEXT = 2048  # points that the network was trained on at most
-PATCH = 32  # points of a patch
+MAX_CONTEXT = 2048  # points that the network was trained on at most
+PATCH_POINTS = 32  # points of a patch
 ATR_ROWS = 256  # bars after which Wilder's average of 14 bars differs by less than 1e-8 from one over all bars
 
-def context_of(
+
+def forecast_context(
     windows,  # `Windows`
     series: str,
     features: list,  # F names
@@ -55,78 +77,122 @@ def context_of(
 ):  # -> Windows (n, length, 2): value, padding
     "The series that is to be forecast; raises `ValueError` when the windows carry no such column."
     import pandas as pd
-    from modelfactory.data.dataset import Windows, history_windows
-    if series in features: return _of_feature(windows, features.index(series), length)
-    if windows.history is None: raise ValueError(f"series={series!r} is no feature, and an array carries no raw column: give the windows of a TimeSeriesDataset, or name one of {', '.join(features[:5])}")
+
+    from modelfactory.data.dataset import history_windows
+
+    if series in features:
+        return _of_feature(windows, features.index(series), length)
+    if windows.history is None:
+        raise ValueError(
+            f"series={series!r} is no feature, and an array carries no raw column: give the windows of a TimeSeriesDataset, or name one of {', '.join(features[:5])}"
+        )
     values = windows.history[series]
-    if (values <= 0).any(): raise ValueError(f"series={series!r} holds {values[values <= 0][0]:g}; expected positive prices, whose logarithm is forecast")
+    if (values <= 0).any():
+        raise ValueError(
+            f"series={series!r} holds {values[values <= 0][0]:g}; expected positive prices, whose logarithm is forecast"
+        )
     values = np.log(values)
     first = pd.Series(values).groupby(windows.history.codes).transform("first").to_numpy()
     return history_windows(windows, values - first, length)
 
+
 def _of_feature(windows, j, length):
     from modelfactory.data.dataset import Windows
+
     T = min(windows.seq_len, length)
     padded = np.zeros((len(windows), length, 2), np.float32)
     padded[:, :-T, 1] = 1
-    for i in range(T): padded[:, length - T + i, 0] = windows.base[windows.ends - T + 1 + i, j]
+    for i in range(T):
+        padded[:, length - T + i, 0] = windows.base[windows.ends - T + 1 + i, j]
     return Windows(padded.reshape(-1, 2), np.arange(1, len(windows) + 1) * length - 1, length)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #3cc9f772
-def see(
+def encode(
     model,  # TimesFmModelForPrediction
     x,  # (b, L, 2): value, padding
     frequency: int = 0,
 ):  # -> (b, D + 2): last state, location, scale
     "The decoder's last state, and the units it works in."
     import torch
-    out = model.decoder(past_values=x[..., 0].contiguous(), past_values_padding=x[..., 1].contiguous(), freq=torch.full((len(x), 1), frequency, dtype=torch.int32, device=x.device))
+
+    out = model.decoder(
+        past_values=x[..., 0].contiguous(),
+        past_values_padding=x[..., 1].contiguous(),
+        freq=torch.full((len(x), 1), frequency, dtype=torch.int32, device=x.device),
+    )
     return torch.cat([out.last_hidden_state[:, -1], out.loc[:, None], out.scale[:, None]], 1)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #30bda4dd
-def quantiles_at(
+def read_quantiles(
     model,
-    seen,  # (n, D + 2) of `see`
+    seen,  # (n, D + 2) of `encode`
     horizon: int,  # bars ahead of the context's end
 ):  # -> (n, Q) in units of the context
     "Quantile forecasts, in order."
     c = model.config
-    if horizon > c.horizon_length: raise ValueError(f"horizon {horizon}: the checkpoint forecasts {c.horizon_length} bars; use mode probe or finetune")
+    if horizon > c.horizon_length:
+        raise ValueError(
+            f"horizon {horizon}: the checkpoint forecasts {c.horizon_length} bars; use mode probe or finetune"
+        )
     steps = model.horizon_ff_layer(seen[:, :-2]).view(len(seen), c.horizon_length, -1)[:, horizon - 1, 1:]
     return (steps * seen[:, -1:] + seen[:, -2:-1]).sort(1).values
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f2008754
-class Reader:
+class TimesFMEncoder:
     "A pretrained TimesFM, asleep, and how it reads windows; raises `CheckpointError` when the files are not those of `pretrained`."
-    def __init__(self,
+
+    def __init__(
+        self,
         config: TimesFMConfig,
         features: list,  # F names
         pretrained: dict | None = None,  # which checkpoint it has to be
     ):
         from transformers import TimesFmModelForPrediction
-        folder, self.pretrained = identified(config, pretrained)
-        self.config, self.features, self.device = config, features, pick_device(config.device)
-        self.timesfm = load_pretrained(TimesFmModelForPrediction, folder, context_length=CONTEXT).to(self.device)
-        assert self.timesfm.context_len == CONTEXT, f"{config.checkpoint}: context of {self.timesfm.context_len}, expected {CONTEXT}"
-        patch, most = self.timesfm.config.patch_length, config.sequence_length if config.series in features else CONTEXT
-        self.length = -(-min(config.context_length, most, CONTEXT) // patch) * patch
 
-    def past(self, windows): return context_of(windows, self.config.series, self.features, self.length)  # -> Windows (n, length, 2)
+        folder, self.pretrained = resolve_pinned(config, pretrained)
+        self.config, self.features, self.device = config, features, pick_device(config.device)
+        self.timesfm = load_pretrained(TimesFmModelForPrediction, folder, context_length=MAX_CONTEXT).to(self.device)
+        assert self.timesfm.context_len == MAX_CONTEXT, (
+            f"{config.checkpoint}: context of {self.timesfm.context_len}, expected {MAX_CONTEXT}"
+        )
+        patch, most = (
+            self.timesfm.config.patch_length,
+            config.sequence_length if config.series in features else MAX_CONTEXT,
+        )
+        self.length = -(-min(config.context_length, most, MAX_CONTEXT) // patch) * patch
+
+    def past(self, windows):
+        return forecast_context(windows, self.config.series, self.features, self.length)  # -> Windows (n, length, 2)
 
     def seen(self, past) -> np.ndarray:  # (n, D + 2)
         "Last state, location and scale of every context, computed once where a cache is kept."
         net, c = self.timesfm.config, self.config
         per_row = 4 * (self.length // net.patch_length) * (8 * net.hidden_size + 2 * net.intermediate_size)
-        at_once = c.forecast_batch or batch_from_memory(per_row, self.device)
-        cache, bar = RowCache(self._folder(past) if c.cache else None, net.hidden_size + 2), Progress(len(np.unique(past.ends)), "timesfm")
-        rows = cache.get(past.ends, lambda rows: self._compute(past, rows, at_once), lambda done, total: bar.update(done) if c.cache else None)
-        if c.cache: bar.close()
+        at_once = c.forecast_batch or batch_size_for_memory(per_row, self.device)
+        cache, bar = (
+            RowCache(self._folder(past) if c.cache else None, net.hidden_size + 2),
+            Progress(len(np.unique(past.ends)), "timesfm"),
+        )
+        rows = cache.get(
+            past.ends,
+            lambda rows: self._compute(past, rows, at_once),
+            lambda done, total: bar.update(done) if c.cache else None,
+        )
+        if c.cache:
+            bar.close()
         return rows
 
     def _compute(self, past, rows, at_once):
         import torch
+
         batches = Batches(type(past)(past.base, rows, past.seq_len), self.device, at_once)
-        with torch.no_grad(): return np.concatenate([see(self.timesfm, batches.take(idx), self.config.frequency).cpu().numpy() for idx in np.array_split(np.arange(len(rows)), -(-len(rows) // at_once))])
+        with torch.no_grad():
+            return np.concatenate(
+                [
+                    encode(self.timesfm, batches.take(idx), self.config.frequency).cpu().numpy()
+                    for idx in np.array_split(np.arange(len(rows)), -(-len(rows) // at_once))
+                ]
+            )
 
     def _folder(self, past):
         key = hashlib.blake2b(past.base.tobytes(), digest_size=12)
@@ -136,131 +202,173 @@ class Reader:
     def quantiles(self, past, seen, horizon: int) -> np.ndarray:  # (n, Q), from the last value of the context
         "Quantile forecasts as changes."
         import torch
-        with torch.no_grad(): found = quantiles_at(self.timesfm, torch.from_numpy(seen).to(self.device), horizon).cpu().numpy()
+
+        with torch.no_grad():
+            found = read_quantiles(self.timesfm, torch.from_numpy(seen).to(self.device), horizon).cpu().numpy()
         return found.astype(np.float64) - past.base[past.ends, :1]
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #c569d998
-def score_of(
+def barrier_score(
     barrier: np.ndarray,  # (n,) in units of the quantiles
     quantiles: np.ndarray,  # (n, Q), in order
     levels: list,  # Q
 ) -> np.ndarray:  # (n,) z, where P(end <= barrier) = Phi(z)
     "Normal score of a barrier among quantile forecasts, cut at 8."
     from scipy.stats import norm
+
     rows, z = np.arange(len(quantiles)), norm.ppf(levels)
     k = np.clip((quantiles < barrier[:, None]).sum(1) - 1, 0, len(levels) - 2)
     low, high = quantiles[rows, k], quantiles[rows, k + 1]
     return np.clip(z[k] + (barrier - low) * (z[k + 1] - z[k]) / np.maximum(high - low, 1e-9), -8, 8)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f8c559c7
-def volatility(
+def volatility_scale(
     past,  # context, (n, L, 2)
     horizon: int,  # bars
     n: int = 64,  # last changes that count
 ) -> np.ndarray:  # (n,)
     "Root mean square of the last one-bar changes times the root of the horizon."
     from modelfactory.data.dataset import Windows
+
     last = Windows(past.base, past.ends, min(n + 1, past.seq_len))[:]
     known = (last[:, 1:, 1] + last[:, :-1, 1]) == 0
     squares = np.where(known, np.diff(last[..., 0], axis=1), 0).astype(np.float64) ** 2
     return np.sqrt(horizon * squares.sum(1) / np.maximum(known.sum(1), 1)) + 1e-9
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #65b700f8
-def estimated_width(
+def estimate_width(
     share: float,  # of train's labels beyond this barrier
     beyond,  # width -> (n,) probability of ending beyond it
 ) -> float:  # in units of volatility
     "The width at which the mean probability is `share`; 0 or 20 where none is."
     from scipy.optimize import brentq
-    excess = lambda width: float(beyond(width).mean()) - share
-    return 0. if excess(0.) <= 0 else 20. if excess(20.) >= 0 else brentq(excess, 0., 20., xtol=1e-3)
+
+    def excess(width):
+        return float(beyond(width).mean()) - share
+
+    return 0.0 if excess(0.0) <= 0 else 20.0 if excess(20.0) >= 0 else brentq(excess, 0.0, 20.0, xtol=1e-3)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #64c625b8
-def atr_of(windows) -> np.ndarray:  # (n,) ATR(14) at each window's end, as a share of the close
+def window_atr(windows) -> np.ndarray:  # (n,) ATR(14) at each window's end, as a share of the close
     "Average true range from the raw high, low and close beside the windows; raises `ValueError` when they are not there."
     import pandas as pd
-    from modelfactory.data.bars import atr, true_range
-    try: bars = pd.DataFrame({c: windows.history[c] for c in ("high", "low", "close")}).assign(symbol=windows.history.codes, datetime=lambda d: range(len(d)))
-    except (KeyError, TypeError) as e: raise ValueError(f"barriers in ATR need raw high, low and close in the splits ({e}); leave barrier_up, barrier_down and barrier_folder out to have them estimated") from None
+
+    from modelfactory.data.features import atr, true_range
+
+    try:
+        bars = pd.DataFrame({c: windows.history[c] for c in ("high", "low", "close")}).assign(
+            symbol=windows.history.codes, datetime=lambda d: range(len(d))
+        )
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f"barriers in ATR need raw high, low and close in the splits ({e}); leave barrier_up, barrier_down and barrier_folder out to have them estimated"
+        ) from None
     average = atr(bars)
     return (np.where(np.isnan(average), true_range(bars), average) / bars["close"].to_numpy())[windows.ends]
+
 
 def phase_1_widths(folder: Path, symbol: str, horizon: int) -> tuple:  # up, down
     "Barrier widths in ATR(14) from Phase 1's file of a symbol; raises `ValueError` that names the file."
     file = Path(folder) / f"{symbol}_ga_h{horizon}_best.json"
-    try: said = json.loads(file.read_text()); return float(said["best_k_up"]), float(said["best_k_down"])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{file}: expected JSON with best_k_up and best_k_down ({type(e).__name__}: {e})") from None
+    try:
+        said = json.loads(file.read_text())
+        return float(said["best_k_up"]), float(said["best_k_down"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file}: expected JSON with best_k_up and best_k_down ({type(e).__name__}: {e})") from None
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #78bc7431
-class Barriers:
+class BarrierDistances:
     "Distances of the barriers: given in ATR(14), or estimated in units of volatility."
+
     def __init__(self, config: TimesFMConfig, horizon: int, widths: list | None = None):
-        if (config.barrier_up is None) != (config.barrier_down is None): raise ValueError("barrier_up and barrier_down: found one of them, expected both or none")
+        if (config.barrier_up is None) != (config.barrier_down is None):
+            raise ValueError("barrier_up and barrier_down: found one of them, expected both or none")
         self.horizon, self.widths, self.folder = horizon, widths, config.barrier_folder
         self.given = config.barrier_up and (config.barrier_up, config.barrier_down)
 
-    def unit(self, windows, past): return atr_of(windows) if self.folder or self.given else volatility(past, self.horizon)
+    def unit(self, windows, past):
+        return window_atr(windows) if self.folder or self.given else volatility_scale(past, self.horizon)
 
     def estimate(self, unit, quantiles, levels, down: float, up: float):
         "Widths at which the forecasts put as much beyond the barriers as train's labels do: shares `down` and `up`."
-        if self.folder or self.given: return
-        beyond = lambda side: lambda width: _phi(-side * score_of(side * width * unit, quantiles, levels))
-        self.widths = [estimated_width(up, beyond(1)), estimated_width(down, beyond(-1))]
+        if self.folder or self.given:
+            return
+
+        def beyond(side):
+            return lambda width: _phi(-side * barrier_score(side * width * unit, quantiles, levels))
+
+        self.widths = [estimate_width(up, beyond(1)), estimate_width(down, beyond(-1))]
 
     def distances(self, unit, metadata) -> tuple:  # (n,) up and down
-        if not self.folder: return tuple(width * unit for width in self.given or self.widths)
-        if metadata is None: raise ValueError("barrier_folder needs the metadata, whose symbols name the files")
+        if not self.folder:
+            return tuple(width * unit for width in self.given or self.widths)
+        if metadata is None:
+            raise ValueError("barrier_folder needs the metadata, whose symbols name the files")
         by_symbol = {s: phase_1_widths(self.folder, s, self.horizon) for s in metadata["symbol"].unique()}
         return tuple(np.array([by_symbol[s] for s in metadata["symbol"]]).T * unit)
 
+
 def _phi(z):
     from scipy.stats import norm
+
     return norm.cdf(z)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #90156fcd
 class ContextBatches:
     "Contexts and last bars, flat: (b, 2 L + F)."
-    def __init__(self, context: Batches, last: Batches): self.context, self.last = context, last
-    def __len__(self): return len(self.context)
-    def arrays(self): return *self.context.arrays(), *self.last.arrays()
+
+    def __init__(self, context: Batches, last: Batches):
+        self.context, self.last = context, last
+
+    def __len__(self):
+        return len(self.context)
+
+    def arrays(self):
+        return *self.context.arrays(), *self.last.arrays()
+
     def take(self, idx):
         import torch
+
         return torch.cat([b.take(idx).flatten(1) for b in (self.context, self.last)], 1)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #2f61545d
-def tuned(net, x):  # x (B, 2 L + F)
+def finetuned_forward(net, x):  # x (B, 2 L + F)
     import torch
+
     context, last = x.split([2 * net.length, x.shape[1] - 2 * net.length], 1)
-    state = see(net.timesfm, context.view(len(x), net.length, 2), net.frequency)[:, :-2]
+    state = encode(net.timesfm, context.view(len(x), net.length, 2), net.frequency)[:, :-2]
     return net.head(net.dropout(torch.cat([net.norm(state), last], 1)))
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #269377b9
 @ModelRegistry.register("timesfm", family="foundation")
 class TimesFMModel(SequenceClassifier):
     "Google's pretrained TimesFM 2.0 on the log close: its forecast, its embedding, or its last layers trained."
+
     Config, requires = TimesFMConfig, ("torch", "safetensors", "transformers", "sklearn", "skops")
-    reads_window = False  # but a longer past of one series, and the last bar
+    uses_full_window = False  # but a longer past of one series, and the last bar
     pretrained, widths = None, None  # which checkpoint, by hash; estimated distances of the barriers
 
-    lacks = classmethod(lacks_checkpoint)
+    unavailable_reason = classmethod(checkpoint_unavailable_reason)
 
     @classmethod
     def history_length(cls, config):
         "Rows of the context in whole patches, and enough for the average range to forget where it started."
-        return max(config["sequence_length"], config["context_length"] + PATCH, ATR_ROWS)
+        return max(config["sequence_length"], config["context_length"] + PATCH_POINTS, ATR_ROWS)
 
     @classmethod
-    def stops_early(cls, config): return config["mode"] == "finetune" and super().stops_early(config)
+    def stops_early(cls, config):
+        return config["mode"] == "finetune" and super().stops_early(config)
 
     def read(self):
         "Loads the checkpoint: `reader`, `pretrained`."
-        self.reader = Reader(self.config, self.feature_columns, self.pretrained)
+        self.reader = TimesFMEncoder(self.config, self.feature_columns, self.pretrained)
         self.pretrained, self.device = self.reader.pretrained, self.reader.device
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
-        if self.config.mode == "finetune": return super().fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
+        if self.config.mode == "finetune":
+            return super().fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
         codes, _ = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
-        with own_threads_and_seed(self.config):
+        with isolated_torch_state(self.config):
             self.read()
             Z, Z_val = self._columns(X_train, metadata_train, codes), self._columns(X_val, metadata_val)
         self.head = self._new_head()
@@ -269,10 +377,13 @@ class TimesFMModel(SequenceClassifier):
         return {}
 
     def predict(self, X, metadata):
-        if self.config.mode == "finetune" or not self.fitted: return super().predict(X, metadata)
+        if self.config.mode == "finetune" or not self.fitted:
+            return super().predict(X, metadata)
         check_metadata(self, metadata, n := len(check_X(self, X)))
-        if n == 0: return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
-        with own_threads_and_seed(self.config): Z = self._columns(X, metadata)
+        if n == 0:
+            return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
+        with isolated_torch_state(self.config):
+            Z = self._columns(X, metadata)
         return self.head.predict(Z, metadata)
 
     def _columns(self, X, metadata, codes=None):
@@ -280,59 +391,106 @@ class TimesFMModel(SequenceClassifier):
         windows = as_windows(X)
         past = self.reader.past(windows)
         seen = self.reader.seen(past)
-        if self.config.mode == "zero_shot": return self._scores(windows, past, seen, metadata, codes)
+        if self.config.mode == "zero_shot":
+            return self._scores(windows, past, seen, metadata, codes)
         last = windows.base[windows.ends]
-        if np.isnan(last).any(): refuse_nan(self)
+        if np.isnan(last).any():
+            raise_on_nan(self)
         return np.concatenate([seen[:, :-2], last], 1)
 
     def _scores(self, windows, past, seen, metadata, codes):
-        barriers, levels = Barriers(self.config, self.horizon, self.widths), list(self.reader.timesfm.config.quantiles)
+        barriers, levels = (
+            BarrierDistances(self.config, self.horizon, self.widths),
+            list(self.reader.timesfm.config.quantiles),
+        )
         unit, quantiles = barriers.unit(windows, past), self.reader.quantiles(past, seen, self.horizon)
-        if codes is not None: barriers.estimate(unit, quantiles, levels, (codes == 0).mean(), (codes == len(self.classes) - 1).mean())
+        if codes is not None:
+            barriers.estimate(unit, quantiles, levels, (codes == 0).mean(), (codes == len(self.classes) - 1).mean())
         self.widths, (up, down) = barriers.widths, barriers.distances(unit, metadata)
-        return np.stack([-score_of(up, quantiles, levels), score_of(-down, quantiles, levels)], 1).astype(np.float32)
+        return np.stack([-barrier_score(up, quantiles, levels), barrier_score(-down, quantiles, levels)], 1).astype(
+            np.float32
+        )
 
     def _new_head(self):
-        c, columns = self.config, ["down", "up"] if self.config.mode == "zero_shot" else [f"timesfm_{i}" for i in range(self.reader.timesfm.config.hidden_size)] + self.feature_columns
-        return ModelRegistry.create("logistic_regression", dict(C=c.C, classes=c.classes, class_weight=c.class_weight, sample_weight=c.sample_weight, random_seed=c.random_seed), self.horizon, columns)
+        c, columns = (
+            self.config,
+            ["down", "up"]
+            if self.config.mode == "zero_shot"
+            else [f"timesfm_{i}" for i in range(self.reader.timesfm.config.hidden_size)] + self.feature_columns,
+        )
+        return ModelRegistry.create(
+            "logistic_regression",
+            dict(
+                C=c.C,
+                classes=c.classes,
+                class_weight=c.class_weight,
+                sample_weight=c.sample_weight,
+                random_seed=c.random_seed,
+            ),
+            self.horizon,
+            columns,
+        )
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
+
         self.read()
         model, D = self.reader.timesfm, self.reader.timesfm.config.hidden_size
-        if c.unfrozen > len(model.decoder.layers): raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has {len(model.decoder.layers)} layers")
-        for layer in model.decoder.layers[-c.unfrozen:]: layer.requires_grad_(True)
-        return network(tuned, timesfm=model, norm=nn.LayerNorm(D), dropout=nn.Dropout(c.dropout), head=nn.Linear(D + F, n_classes), length=self.reader.length, frequency=c.frequency)
+        if c.unfrozen > len(model.decoder.layers):
+            raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has {len(model.decoder.layers)} layers")
+        for layer in model.decoder.layers[-c.unfrozen :]:
+            layer.requires_grad_(True)
+        return functional_module(
+            finetuned_forward,
+            timesfm=model,
+            norm=nn.LayerNorm(D),
+            dropout=nn.Dropout(c.dropout),
+            head=nn.Linear(D + F, n_classes),
+            length=self.reader.length,
+            frequency=c.frequency,
+        )
 
     def batches(self, X):
         windows = as_windows(X)
         last = type(windows)(windows.base, windows.ends, 1)
-        if np.isnan(windows.base[covered(last)]).any(): refuse_nan(self)
-        return ContextBatches(*(Batches(w, self.device, self.config.batch_size) for w in (self.reader.past(windows), standardised(last, self.mean, self.scale))))
+        if np.isnan(windows.base[used_rows(last)]).any():
+            raise_on_nan(self)
+        return ContextBatches(
+            *(
+                Batches(w, self.device, self.config.batch_size)
+                for w in (self.reader.past(windows), standardise_windows(last, self.mean, self.scale))
+            )
+        )
 
-    def facts(self): return dict(pretrained=self.pretrained, widths=self.widths)
-    def take_facts(self, facts): self.pretrained, self.widths = facts["pretrained"], facts["widths"]
+    def get_extra_state(self):
+        return dict(pretrained=self.pretrained, widths=self.widths)
+
+    def set_extra_state(self, facts):
+        self.pretrained, self.widths = facts["pretrained"], facts["widths"]
 
     def save(self, path):
-        if self.config.mode == "finetune" or not self.fitted: return super().save(path)
-        save_header(self, path, facts=self.facts())
+        if self.config.mode == "finetune" or not self.fitted:
+            return super().save(path)
+        save_header(self, path, facts=self.get_extra_state())
         self.head.save(Path(path) / "head")
 
     def load(self, path):
-        if read_header(path)["config"].get("mode") == "finetune": return super().load(path)
-        self.take_facts(load_header(self, path)["facts"])
+        if read_header(path)["config"].get("mode") == "finetune":
+            return super().load(path)
+        self.set_extra_state(load_header(self, path)["facts"])
         self.read()
         self.head = self._new_head()
         self.head.load(Path(path) / "head")
 
     def feature_importance(self):
-        if self.config.mode != "probe": return None
+        if self.config.mode != "probe":
+            return None
         shares = self.head.feature_importance()
         own = {f: shares[f] for f in self.feature_columns}
         return dict(sorted((own | {"timesfm": 1 - sum(own.values())}).items(), key=lambda kv: -kv[1]))
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f224ed15
-def teach(
+def pretrain(
     checkpoint: Path,  # folder of a TimesFM checkpoint
     series: np.ndarray,  # (n, context + horizon_length) float32
     folder: Path,  # of the new checkpoint
@@ -343,13 +501,16 @@ def teach(
     "Trains a checkpoint's forecasts on series, every weight, and writes the result."
     import torch
     from transformers import TimesFmModelForPrediction
+
     model = TimesFmModelForPrediction.from_pretrained(checkpoint, local_files_only=True, use_safetensors=True).train()
     L = series.shape[1] - model.config.horizon_length
     optimiser = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps)
     for step in range(steps):
         batch = torch.from_numpy(series[np.random.default_rng(step).integers(0, len(series), batch_size)])
-        loss = model(past_values=list(batch[:, :L]), freq=[0] * batch_size, forecast_context_len=L, future_values=batch[:, L:]).loss
+        loss = model(
+            past_values=list(batch[:, :L]), freq=[0] * batch_size, forecast_context_len=L, future_values=batch[:, L:]
+        ).loss
         optimiser.zero_grad(), loss.backward(), optimiser.step(), schedule.step()
     model.save_pretrained(folder)
     return loss.item()

@@ -16,8 +16,10 @@ __all__ = ['GRUModel']
 @ModelRegistry.register("gru", family="neural")
 class GRUModel(SequenceClassifier):
     "GRU over the window, last state joined with the mean state, linear head."
+
     Config = RecurrentConfig
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
+
         return recurrent(nn.GRU, F, n_classes, c)

@@ -4,26 +4,29 @@
 
 # %% ../../../nbs/models/neural/lstm.ipynb #38d52182
 from __future__ import annotations
+
 from dataclasses import dataclass
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, last_and_mean, network
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module, last_and_mean
 
 # %% auto #0
-__all__ = ['RecurrentConfig', 'read_window', 'recurrent', 'LSTMModel']
+__all__ = ['RecurrentConfig', 'window_logits', 'recurrent', 'LSTMModel']
 
 # %% ../../../nbs/models/neural/lstm.ipynb #5cfaf82e
 @dataclass
 class RecurrentConfig(SequenceConfig):
     "Keys of LSTM and GRU."
-    hidden_size: Positive = 128  # width of the state
-    n_layers: Positive = 2  # stacked layers
+
+    hidden_size: PositiveInt = 128  # width of the state
+    n_layers: PositiveInt = 2  # stacked layers
 
 # %% ../../../nbs/models/neural/lstm.ipynb #6824b75d
-def read_window(net, x):  # (B, T, F) -> (B, n_classes)
+def window_logits(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the last state joined with the mean state."
     return net.head(net.drop(last_and_mean(net.rnn(x)[0])))
+
 
 def recurrent(
     cell,  # torch.nn.LSTM or torch.nn.GRU
@@ -33,15 +36,20 @@ def recurrent(
 ):  # -> nn.Module
     "A recurrent network over the window with a linear head."
     from torch import nn
-    rnn = cell(F, c.hidden_size, c.n_layers, batch_first=True, dropout=c.dropout if c.n_layers > 1 else 0.)
-    return network(read_window, rnn=rnn, drop=nn.Dropout(c.dropout), head=nn.Linear(2 * c.hidden_size, n_classes))
+
+    rnn = cell(F, c.hidden_size, c.n_layers, batch_first=True, dropout=c.dropout if c.n_layers > 1 else 0.0)
+    return functional_module(
+        window_logits, rnn=rnn, drop=nn.Dropout(c.dropout), head=nn.Linear(2 * c.hidden_size, n_classes)
+    )
 
 # %% ../../../nbs/models/neural/lstm.ipynb #643a0408
 @ModelRegistry.register("lstm", family="neural")
 class LSTMModel(SequenceClassifier):
     "LSTM over the window, last state joined with the mean state, linear head."
+
     Config = RecurrentConfig
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
+
         return recurrent(nn.LSTM, F, n_classes, c)

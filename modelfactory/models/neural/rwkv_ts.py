@@ -4,61 +4,82 @@
 
 # %% ../../../nbs/models/neural/rwkv_ts.ipynb #abfb4bdd
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ..timeseries.patchtst import n_missing, repeat_first
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
+from ..timeseries.patchtst import n_padding, repeat_first
 
 # %% auto #0
-__all__ = ['RWKVTSConfig', 'patches', 'recur', 'rwkv', 'RWKVTSModel']
+__all__ = ['RWKVTSConfig', 'cut_patches', 'recurrent_logits', 'rwkv', 'RWKVTSModel']
 
 # %% ../../../nbs/models/neural/rwkv_ts.ipynb #a7c51bf8
 @dataclass
 class RWKVTSConfig(SequenceConfig):
     "Keys of RWKV-TS."
-    patch_length: Positive = 16  # steps in a patch
-    stride: Positive = 8  # steps between two patches' starts
+
+    patch_length: PositiveInt = 16  # steps in a patch
+    stride: PositiveInt = 8  # steps between two patches' starts
     d_model: Annotated[int, Ge(2)] = 128  # width of a patch's state
     n_layers: Annotated[int, Ge(2)] = 2  # blocks; the library's first weights need two
 
 # %% ../../../nbs/models/neural/rwkv_ts.ipynb #0add5ea4
-def patches(x, length: int, stride: int):  # (B, T, F) -> (B, N, F * length)
+def cut_patches(x, length: int, stride: int):  # (B, T, F) -> (B, N, F * length)
     "Steps cut into patches that hold all features."
     return x.unfold(1, length, stride).flatten(2)
 
-def recur(net, x):  # (B, T, F) -> (B, n_classes)
+
+def recurrent_logits(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the states of all patches."
-    tokens = net.drop(net.embed(patches(repeat_first(x, net.missing), net.length, net.stride)))
+    tokens = net.drop(net.embed(cut_patches(repeat_first(x, net.missing), net.length, net.stride)))
     states = net.rwkv(inputs_embeds=tokens, use_cache=False).last_hidden_state
     return net.head(net.drop(net.norm(states.flatten(1))))
 
 # %% ../../../nbs/models/neural/rwkv_ts.ipynb #5185b67f
 def rwkv(c: RWKVTSConfig):  # -> transformers.RwkvModel
     "RWKV blocks on embedded patches."
-    import math, torch
+    import math
     from unittest.mock import patch
+
+    import torch
     from transformers import RwkvConfig, RwkvModel
     from transformers.models.rwkv import modeling_rwkv
-    config = RwkvConfig(vocab_size=1, hidden_size=c.d_model, num_hidden_layers=c.n_layers, rescale_every=0, use_cache=False)
-    with patch.object(modeling_rwkv, "is_ninja_available", lambda: False): net = RwkvModel(config)
+
+    config = RwkvConfig(
+        vocab_size=1, hidden_size=c.d_model, num_hidden_layers=c.n_layers, rescale_every=0, use_cache=False
+    )
+    with patch.object(modeling_rwkv, "is_ninja_available", lambda: False):
+        net = RwkvModel(config)
     net.embeddings = torch.nn.Identity()
-    for block in net.blocks: block.attention.time_first.data = math.log(.3) + .5 * ((torch.arange(c.d_model) + 1) % 3 - 1)
+    for block in net.blocks:
+        block.attention.time_first.data = math.log(0.3) + 0.5 * ((torch.arange(c.d_model) + 1) % 3 - 1)
     return net
 
 # %% ../../../nbs/models/neural/rwkv_ts.ipynb #5119b939
 @ModelRegistry.register("rwkv_ts", family="neural")
 class RWKVTSModel(SequenceClassifier):
     "RWKV over patches of all features: attention that fades, as a recurrence; linear head on all states."
+
     Config, requires = RWKVTSConfig, ("torch", "safetensors", "transformers")
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
-        missing = n_missing(T, c.patch_length, c.stride)
+
+        missing = n_padding(T, c.patch_length, c.stride)
         width = c.d_model * ((T + missing - c.patch_length) // c.stride + 1)
-        return network(recur, missing=missing, length=c.patch_length, stride=c.stride, embed=nn.Linear(F * c.patch_length, c.d_model), rwkv=rwkv(c),
-                       drop=nn.Dropout(c.dropout), norm=nn.LayerNorm(width), head=nn.Linear(width, n_classes))
+        return functional_module(
+            recurrent_logits,
+            missing=missing,
+            length=c.patch_length,
+            stride=c.stride,
+            embed=nn.Linear(F * c.patch_length, c.d_model),
+            rwkv=rwkv(c),
+            drop=nn.Dropout(c.dropout),
+            norm=nn.LayerNorm(width),
+            head=nn.Linear(width, n_classes),
+        )

@@ -4,26 +4,28 @@
 
 # %% ../../../nbs/models/neural/transformer.ipynb #cd715bc7
 from __future__ import annotations
+
 from dataclasses import dataclass
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
 # %% auto #0
-__all__ = ['TransformerConfig', 'attend', 'encoder', 'TransformerModel']
+__all__ = ['TransformerConfig', 'attention_logits', 'encoder', 'TransformerModel']
 
 # %% ../../../nbs/models/neural/transformer.ipynb #59969b4f
 @dataclass
 class TransformerConfig(SequenceConfig):
     "Keys of the Transformer."
-    d_model: Positive = 128  # width of a step's state, a multiple of `n_heads`
-    n_heads: Positive = 16  # attention heads
-    n_layers: Positive = 3  # encoder layers
-    ffn_size: Positive = 256  # hidden width of the feed-forward part
+
+    d_model: PositiveInt = 128  # width of a step's state, a multiple of `n_heads`
+    n_heads: PositiveInt = 16  # attention heads
+    n_layers: PositiveInt = 3  # encoder layers
+    ffn_size: PositiveInt = 256  # hidden width of the feed-forward part
 
 # %% ../../../nbs/models/neural/transformer.ipynb #71418454
-def attend(net, x):  # (B, T, F) -> (B, n_classes)
+def attention_logits(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the states of all steps."
     z = net.encoder(net.drop(net.embed(x) + net.positions.weight))
     return net.head(net.drop(z.flatten(1)))
@@ -32,21 +34,35 @@ def attend(net, x):  # (B, T, F) -> (B, n_classes)
 def encoder(c: TransformerConfig):  # -> nn.Module (B, T, d_model) -> (B, T, d_model)
     "Pre-norm encoder layers; raises `ValueError` when the heads do not divide the width."
     from torch import nn
-    if c.d_model % c.n_heads: raise ValueError(f"d_model {c.d_model}: expected a multiple of n_heads {c.n_heads}; change one of the two")
-    layer = nn.TransformerEncoderLayer(c.d_model, c.n_heads, c.ffn_size, c.dropout, "gelu", batch_first=True, norm_first=True)
+
+    if c.d_model % c.n_heads:
+        raise ValueError(f"d_model {c.d_model}: expected a multiple of n_heads {c.n_heads}; change one of the two")
+    layer = nn.TransformerEncoderLayer(
+        c.d_model, c.n_heads, c.ffn_size, c.dropout, "gelu", batch_first=True, norm_first=True
+    )
     stack = nn.TransformerEncoder(layer, c.n_layers, nn.LayerNorm(c.d_model), enable_nested_tensor=False)
     for p in stack.parameters():
-        if p.dim() > 1: nn.init.xavier_uniform_(p)
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
     return stack
 
 # %% ../../../nbs/models/neural/transformer.ipynb #0637926b
 @ModelRegistry.register("transformer", family="neural")
 class TransformerModel(SequenceClassifier):
     "Self-attention over all steps of the window, learned positions, linear head on all states."
+
     Config = TransformerConfig
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
+
         positions = nn.Embedding(T, c.d_model)
-        nn.init.uniform_(positions.weight, -.02, .02)
-        return network(attend, embed=nn.Linear(F, c.d_model), positions=positions, encoder=encoder(c), drop=nn.Dropout(c.dropout), head=nn.Linear(T * c.d_model, n_classes))
+        nn.init.uniform_(positions.weight, -0.02, 0.02)
+        return functional_module(
+            attention_logits,
+            embed=nn.Linear(F, c.d_model),
+            positions=positions,
+            encoder=encoder(c),
+            drop=nn.Dropout(c.dropout),
+            head=nn.Linear(T * c.d_model, n_classes),
+        )

@@ -4,43 +4,55 @@
 
 # %% ../../../nbs/models/timeseries/autoformer.ipynb #12f55266
 from __future__ import annotations
+
 from dataclasses import dataclass
 from math import log
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 from .informer import check_heads, embedding
-from ...settings import Positive
 
 # %% auto #0
-__all__ = ['AutoformerConfig', 'check_window', 'trend_steps', 'in_float32', 'autoformer', 'AutoformerModel']
+__all__ = ['AutoformerConfig', 'check_window', 'trend_steps', 'float32_correlation', 'autoformer', 'AutoformerModel']
 
 # %% ../../../nbs/models/timeseries/autoformer.ipynb #8e2af09d
 @dataclass
 class AutoformerConfig(SequenceConfig):
     "Keys of Autoformer."
-    hidden_size: Positive = 128  # width of a state
-    n_heads: Positive = 8  # heads of auto-correlation
-    n_layers: Positive = 3  # layers of the encoder
-    ff_size: Positive = 256  # width of the feed-forward part
-    factor: Positive = 1  # c: delays that are averaged, in units of ln T
-    moving_average: Positive = 25  # steps of the trend, an odd number; fewer in a shorter window
+
+    hidden_size: PositiveInt = 128  # width of a state
+    n_heads: PositiveInt = 8  # heads of auto-correlation
+    n_layers: PositiveInt = 3  # layers of the encoder
+    ff_size: PositiveInt = 256  # width of the feed-forward part
+    factor: PositiveInt = 1  # c: delays that are averaged, in units of ln T
+    moving_average: PositiveInt = 25  # steps of the trend, an odd number; fewer in a shorter window
 
 # %% ../../../nbs/models/timeseries/autoformer.ipynb #97971a6b
 def check_window(T: int, factor: int, moving_average: int):
     "Raises `ValueError` when a window of `T` steps has too few delays, or the moving average is even."
-    if not 1 <= int(factor * log(T)) <= T: raise ValueError(f"autoformer: sequence_length {T}: factor {factor} asks for {int(factor * log(T))} delays, expected 1 to {T}; take a longer window or another factor")
-    if moving_average % 2 == 0: raise ValueError(f"autoformer: moving_average {moving_average}: expected an odd number; take {moving_average + 1}")
+    if not 1 <= int(factor * log(T)) <= T:
+        raise ValueError(
+            f"autoformer: sequence_length {T}: factor {factor} asks for {int(factor * log(T))} delays, expected 1 to {T}; take a longer window or another factor"
+        )
+    if moving_average % 2 == 0:
+        raise ValueError(
+            f"autoformer: moving_average {moving_average}: expected an odd number; take {moving_average + 1}"
+        )
+
 
 def trend_steps(T: int, moving_average: int) -> int:
     "The moving average's steps, at most the greatest odd number below `T`."
     return min(moving_average, T - 1 - T % 2)
 
 # %% ../../../nbs/models/timeseries/autoformer.ipynb #460e6912
-def in_float32(net, queries, keys, values, attn_mask):
+def float32_correlation(net, queries, keys, values, attn_mask):
     "Auto-correlation outside autocast."
     import torch
-    with torch.autocast(values.device.type, enabled=False): return net.correlation(queries.float(), keys.float(), values.float(), attn_mask)
+
+    with torch.autocast(values.device.type, enabled=False):
+        return net.correlation(queries.float(), keys.float(), values.float(), attn_mask)
+
 
 def autoformer(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the seasonal part plus the trend."
@@ -52,15 +64,35 @@ def autoformer(net, x):  # (B, T, F) -> (B, n_classes)
 @ModelRegistry.register("autoformer", family="timeseries")
 class AutoformerModel(SequenceClassifier):
     "Auto-correlation over delays with the trend taken out and joined again, flattened states, linear head."
+
     Config, requires = AutoformerConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
         from neuralforecast.common._modules import SeriesDecomp
-        from neuralforecast.models.autoformer import AutoCorrelation, AutoCorrelationLayer, Encoder, EncoderLayer, LayerNorm
+        from neuralforecast.models.autoformer import (
+            AutoCorrelation,
+            AutoCorrelationLayer,
+            Encoder,
+            EncoderLayer,
+            LayerNorm,
+        )
         from torch import nn
+
         check_window(T, c.factor, c.moving_average), check_heads(d := c.hidden_size, c.n_heads)
-        def correlation(): return AutoCorrelationLayer(network(in_float32, correlation=AutoCorrelation(False, c.factor)), d, c.n_heads)
+
+        def correlation():
+            return AutoCorrelationLayer(
+                functional_module(float32_correlation, correlation=AutoCorrelation(False, c.factor)), d, c.n_heads
+            )
+
         steps = trend_steps(T, c.moving_average)
         layers = [EncoderLayer(correlation(), d, c.ff_size, steps, c.dropout, "gelu") for _ in range(c.n_layers)]
-        return network(autoformer, embed=embedding(T, F, d, c.dropout), encoder=Encoder(layers, norm_layer=LayerNorm(d)), decompose=SeriesDecomp(steps),
-                       act=nn.GELU(), drop=nn.Dropout(c.dropout), head=nn.Linear(T * d, n_classes))
+        return functional_module(
+            autoformer,
+            embed=embedding(T, F, d, c.dropout),
+            encoder=Encoder(layers, norm_layer=LayerNorm(d)),
+            decompose=SeriesDecomp(steps),
+            act=nn.GELU(),
+            drop=nn.Dropout(c.dropout),
+            head=nn.Linear(T * d, n_classes),
+        )

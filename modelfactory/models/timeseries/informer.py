@@ -4,28 +4,31 @@
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #585db19c
 from __future__ import annotations
+
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
 # %% auto #0
-__all__ = ['SHORTEST', 'InformerConfig', 'embedding', 'check_heads', 'distilled', 'same_draw', 'informer', 'InformerModel']
+__all__ = ['MIN_DISTIL_STEPS', 'InformerConfig', 'embedding', 'check_heads', 'distilled_lengths', 'fixed_cpu_seed', 'informer',
+           'InformerModel']
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #cb6eee1f
 @dataclass
 class InformerConfig(SequenceConfig):
     "Keys of Informer."
-    hidden_size: Positive = 128  # width of a state
+
+    hidden_size: PositiveInt = 128  # width of a state
     n_heads: Annotated[int, Ge(2)] = 8  # heads of attention, at least two
-    n_layers: Positive = 3  # layers of the encoder
-    ff_size: Positive = 256  # width of the feed-forward part
-    factor: Positive = 5  # c: queries that attend, in units of ln T
+    n_layers: PositiveInt = 3  # layers of the encoder
+    ff_size: PositiveInt = 256  # width of the feed-forward part
+    factor: PositiveInt = 5  # c: queries that attend, in units of ln T
     distil: bool = True  # halve the window between layers
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #1022ee0a
@@ -37,57 +40,86 @@ def embedding(
 ):  # -> nn.Module, (B, T, F) -> (B, T, d)
     "A convolution over three steps plus sines of the position; raises `ValueError` when `d` is odd."
     from neuralforecast.common._modules import DataEmbedding, PositionalEmbedding
-    if d % 2: raise ValueError(f"hidden_size {d}: expected an even number, as sines and cosines of the position share it; take {d + 1}")
+
+    if d % 2:
+        raise ValueError(
+            f"hidden_size {d}: expected an even number, as sines and cosines of the position share it; take {d + 1}"
+        )
     embed = DataEmbedding(F, 0, d, dropout=dropout)
     embed.position_embedding = PositionalEmbedding(d, T)
     return embed
 
+
 def check_heads(d: int, n_heads: int):
     "Raises `ValueError` unless the width is a multiple of the heads."
-    if d % n_heads: raise ValueError(f"hidden_size {d}: expected a multiple of n_heads {n_heads}; take {(d // n_heads + 1) * n_heads}")
+    if d % n_heads:
+        raise ValueError(
+            f"hidden_size {d}: expected a multiple of n_heads {n_heads}; take {(d // n_heads + 1) * n_heads}"
+        )
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #0550612e
-SHORTEST = 8  # steps that are still distilled
+MIN_DISTIL_STEPS = 8  # steps that are still distilled
 
-def distilled(
+
+def distilled_lengths(
     T: int,  # steps of the window
     n_layers: int,
 ) -> list[int]:
     "Steps that each layer sees."
     steps = [T]
-    while len(steps) < n_layers: steps.append((steps[-1] + 1) // 2 + 1 if steps[-1] >= SHORTEST else steps[-1])
+    while len(steps) < n_layers:
+        steps.append((steps[-1] + 1) // 2 + 1 if steps[-1] >= MIN_DISTIL_STEPS else steps[-1])
     return steps
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #43795419
 @contextmanager
-def same_draw(training: bool):  # in training each step draws other keys
+def fixed_cpu_seed(training: bool):  # in training each step draws other keys
     "Inside, the generator of the CPU starts from the same seed, unless a training runs."
     import torch
+
     with torch.random.fork_rng(devices=[], enabled=not training):
-        if not training: torch.default_generator.manual_seed(0)
+        if not training:
+            torch.default_generator.manual_seed(0)
         yield
+
 
 def informer(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the flattened states of the encoder."
-    if len(x) == 1: return informer(net, x.expand(2, -1, -1))[:1]
-    with same_draw(net.training): states = net.encoder(net.embed(x))[0]
+    if len(x) == 1:
+        return informer(net, x.expand(2, -1, -1))[:1]
+    with fixed_cpu_seed(net.training):
+        states = net.encoder(net.embed(x))[0]
     return net.head(net.drop(net.act(states)).flatten(1))
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #9e627645
 @ModelRegistry.register("informer", family="timeseries")
 class InformerModel(SequenceClassifier):
     "Sparse attention with distilling between layers, flattened states, linear head."
+
     Config, requires = InformerConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
         from neuralforecast.common._modules import AttentionLayer, TransEncoder, TransEncoderLayer
         from neuralforecast.models.informer import ConvLayer, ProbAttention
         from torch import nn
-        if T < 3: raise ValueError(f"informer: sequence_length {T}: expected at least 3 steps, of which some can be chosen; take a longer window")
+
+        if T < 3:
+            raise ValueError(
+                f"informer: sequence_length {T}: expected at least 3 steps, of which some can be chosen; take a longer window"
+            )
         check_heads(d := c.hidden_size, c.n_heads)
-        def attention(): return AttentionLayer(ProbAttention(False, c.factor, attention_dropout=c.dropout), d, c.n_heads)
-        steps = distilled(T, c.n_layers) if c.distil else [T] * c.n_layers
+
+        def attention():
+            return AttentionLayer(ProbAttention(False, c.factor, attention_dropout=c.dropout), d, c.n_heads)
+
+        steps = distilled_lengths(T, c.n_layers) if c.distil else [T] * c.n_layers
         layers = [TransEncoderLayer(attention(), d, c.ff_size, c.dropout, "gelu") for _ in steps]
         between = [ConvLayer(d) if after < before else nn.Identity() for before, after in zip(steps, steps[1:])]
-        return network(informer, embed=embedding(T, F, d, c.dropout), encoder=TransEncoder(layers, between, nn.LayerNorm(d)),
-                       act=nn.GELU(), drop=nn.Dropout(c.dropout), head=nn.Linear(steps[-1] * d, n_classes))
+        return functional_module(
+            informer,
+            embed=embedding(T, F, d, c.dropout),
+            encoder=TransEncoder(layers, between, nn.LayerNorm(d)),
+            act=nn.GELU(),
+            drop=nn.Dropout(c.dropout),
+            head=nn.Linear(steps[-1] * d, n_classes),
+        )

@@ -4,7 +4,10 @@
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #1ea0e111
 from __future__ import annotations
-import logging, os, random
+
+import logging
+import os
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,35 +15,42 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge, Interval, Len
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
 # %% auto #0
-__all__ = ['NHITSConfig', 'undisturbed', 'library_nhits', 'forecast', 'nhits', 'NHITSModel']
+__all__ = ['NHITSConfig', 'isolated_library_state', 'library_nhits', 'sum_forecasts', 'nhits', 'NHITSModel']
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #477b06fc
 @dataclass
 class NHITSConfig(SequenceConfig):
     "Keys of N-HiTS."
-    steps: Positive = 5  # forecast horizon of the blocks
+
+    steps: PositiveInt = 5  # forecast horizon of the blocks
     n_quantiles: Annotated[int, Ge(2)] = 8  # values forecast for each step
-    pooling: Annotated[tuple[Positive, ...], Len(1)] = (8, 4, 1)  # kernel of each block; at most the window is used
-    downsampling: tuple[Positive, ...] = (4, 2, 1)  # steps for each knot, block by block
-    hidden_size: Positive = 512  # width of the perceptrons
-    n_layers: Positive = 2  # hidden layers of a perceptron
+    pooling: Annotated[tuple[PositiveInt, ...], Len(1)] = (8, 4, 1)  # kernel of each block; at most the window is used
+    downsampling: tuple[PositiveInt, ...] = (4, 2, 1)  # steps for each knot, block by block
+    hidden_size: PositiveInt = 512  # width of the perceptrons
+    n_layers: PositiveInt = 2  # hidden layers of a perceptron
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.5  # share of activations left out while training
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #9ee26c83
 @contextmanager
-def undisturbed():
+def isolated_library_state():
     "Keeps numpy's and Python's generators, the environment and the log as they are."
-    state, environment, level = (np.random.get_state(), random.getstate()), dict(os.environ), logging.root.manager.disable
+    state, environment, level = (
+        (np.random.get_state(), random.getstate()),
+        dict(os.environ),
+        logging.root.manager.disable,
+    )
     logging.disable(logging.INFO)
-    try: yield
+    try:
+        yield
     finally:
         np.random.set_state(state[0]), random.setstate(state[1]), logging.disable(level)
-        for name in set(os.environ) - set(environment): del os.environ[name]
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
         os.environ.update(environment)
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #968ffb28
@@ -52,15 +62,30 @@ def library_nhits(
     "neuralforecast's own model of these sizes."
     from neuralforecast.losses.pytorch import MQLoss
     from neuralforecast.models import NHITS
+
     n, q = len(c.pooling), c.n_quantiles
-    if len(c.downsampling) != n: raise ValueError(f"nhits: {n} kernels in pooling and {len(c.downsampling)} rates in downsampling, expected as many; give one of each for every block")
-    with undisturbed():
-        return NHITS(h=c.steps, input_size=T, hist_exog_list=[f"x{j}" for j in range(1, F)] or None, loss=MQLoss(quantiles=[(i + .5) / q for i in range(q)]),
-                     stack_types=n * ["identity"], n_blocks=n * [1], mlp_units=c.n_layers * [[c.hidden_size, c.hidden_size]], n_freq_downsample=list(c.downsampling),
-                     n_pool_kernel_size=[min(k, T) for k in c.pooling], pooling_mode="AvgPool1d", dropout_prob_theta=c.dropout, random_seed=c.random_seed)
+    if len(c.downsampling) != n:
+        raise ValueError(
+            f"nhits: {n} kernels in pooling and {len(c.downsampling)} rates in downsampling, expected as many; give one of each for every block"
+        )
+    with isolated_library_state():
+        return NHITS(
+            h=c.steps,
+            input_size=T,
+            hist_exog_list=[f"x{j}" for j in range(1, F)] or None,
+            loss=MQLoss(quantiles=[(i + 0.5) / q for i in range(q)]),
+            stack_types=n * ["identity"],
+            n_blocks=n * [1],
+            mlp_units=c.n_layers * [[c.hidden_size, c.hidden_size]],
+            n_freq_downsample=list(c.downsampling),
+            n_pool_kernel_size=[min(k, T) for k in c.pooling],
+            pooling_mode="AvgPool1d",
+            dropout_prob_theta=c.dropout,
+            random_seed=c.random_seed,
+        )
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #41b5157d
-def forecast(blocks, x):  # (B, T, F) -> (B, steps, n_quantiles)
+def sum_forecasts(blocks, x):  # (B, T, F) -> (B, steps, n_quantiles)
     "The last value of the first feature and what every block adds to it."
     y, total = x[..., 0].flip(-1), x[:, -1:, :1]
     for block in blocks:
@@ -68,17 +93,26 @@ def forecast(blocks, x):  # (B, T, F) -> (B, steps, n_quantiles)
         y, total = y - backcast, total + more
     return total
 
+
 def nhits(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the normalised forecast."
-    return net.head(net.drop(net.norm(forecast(net.blocks, x).flatten(1))))
+    return net.head(net.drop(net.norm(sum_forecasts(net.blocks, x).flatten(1))))
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #4e18b782
 @ModelRegistry.register("nhits", family="timeseries")
 class NHITSModel(SequenceClassifier):
     "Perceptrons on the window pooled at several resolutions, their quantile forecasts as features."
+
     Config, requires = NHITSConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
+
         width = c.steps * c.n_quantiles
-        return network(nhits, blocks=library_nhits(T, F, c).blocks, norm=nn.LayerNorm(width), drop=nn.Dropout(c.dropout), head=nn.Linear(width, n_classes))
+        return functional_module(
+            nhits,
+            blocks=library_nhits(T, F, c).blocks,
+            norm=nn.LayerNorm(width),
+            drop=nn.Dropout(c.dropout),
+            head=nn.Linear(width, n_classes),
+        )

@@ -4,32 +4,34 @@
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #855e7a09
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Interval
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
 # %% auto #0
-__all__ = ['PatchTSTConfig', 'n_missing', 'repeat_first', 'classify', 'patchtst', 'PatchTSTModel']
+__all__ = ['PatchTSTConfig', 'n_padding', 'repeat_first', 'patchtst_logits', 'patchtst', 'PatchTSTModel']
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #31a2978a
 @dataclass
 class PatchTSTConfig(SequenceConfig):
     "Keys of PatchTST."
-    patch_length: Positive = 16  # steps in a patch
-    stride: Positive = 8  # steps between two patches' starts
-    d_model: Positive = 128  # width of a patch's state, a multiple of `n_heads`
-    n_heads: Positive = 16  # attention heads
-    n_layers: Positive = 3  # encoder layers
-    ffn_size: Positive = 256  # hidden width of the feed-forward part
+
+    patch_length: PositiveInt = 16  # steps in a patch
+    stride: PositiveInt = 8  # steps between two patches' starts
+    d_model: PositiveInt = 128  # width of a patch's state, a multiple of `n_heads`
+    n_heads: PositiveInt = 16  # attention heads
+    n_layers: PositiveInt = 3  # encoder layers
+    ffn_size: PositiveInt = 256  # hidden width of the feed-forward part
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.2  # share of activations left out while training
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #37c50668
-def n_missing(
+def n_padding(
     T: int,  # steps of the window
     patch_length: int,
     stride: int,
@@ -38,34 +40,53 @@ def n_missing(
     longer = max(T, patch_length + stride)
     return longer + (patch_length - longer) % stride - T
 
+
 def repeat_first(x, n: int):  # (B, T, F) -> (B, n + T, F)
     "The window with its first step repeated `n` times in front."
     import torch
+
     return torch.cat([x[:, :1].expand(-1, n, -1), x], 1)
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #982a196d
-def classify(net, x):  # (B, T, F) -> (B, n_classes)
+def patchtst_logits(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits of the library's classifier on the filled window."
     return net.patchtst(repeat_first(x, net.missing)).prediction_logits
+
 
 def patchtst(T: int, F: int, n_classes: int, c: PatchTSTConfig):  # -> transformers.PatchTSTForClassification
     "The library's network with learned positions; raises `ValueError` when the heads do not divide the width."
     import transformers
-    if c.d_model % c.n_heads: raise ValueError(f"d_model {c.d_model}: expected a multiple of n_heads {c.n_heads}; change one of the two")
-    sizes = dict(context_length=T, patch_length=c.patch_length, patch_stride=c.stride, num_input_channels=F, num_targets=n_classes,
-                 d_model=c.d_model, num_attention_heads=c.n_heads, num_hidden_layers=c.n_layers, ffn_dim=c.ffn_size)
-    drop = dict.fromkeys(["attention_dropout", "positional_dropout", "path_dropout", "ff_dropout", "head_dropout"], c.dropout)
-    as_published = dict(scaling=None, do_mask_input=False, norm_type="layernorm", pre_norm=False, positional_encoding_type="random")
+
+    if c.d_model % c.n_heads:
+        raise ValueError(f"d_model {c.d_model}: expected a multiple of n_heads {c.n_heads}; change one of the two")
+    sizes = dict(
+        context_length=T,
+        patch_length=c.patch_length,
+        patch_stride=c.stride,
+        num_input_channels=F,
+        num_targets=n_classes,
+        d_model=c.d_model,
+        num_attention_heads=c.n_heads,
+        num_hidden_layers=c.n_layers,
+        ffn_dim=c.ffn_size,
+    )
+    drop = dict.fromkeys(
+        ["attention_dropout", "positional_dropout", "path_dropout", "ff_dropout", "head_dropout"], c.dropout
+    )
+    as_published = dict(
+        scaling=None, do_mask_input=False, norm_type="layernorm", pre_norm=False, positional_encoding_type="random"
+    )
     net = transformers.PatchTSTForClassification(transformers.PatchTSTConfig(**sizes, **drop, **as_published))
-    net.model.encoder.positional_encoder.position_enc.data *= .02
+    net.model.encoder.positional_encoder.position_enc.data *= 0.02
     return net
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #b8583792
 @ModelRegistry.register("patchtst", family="timeseries")
 class PatchTSTModel(SequenceClassifier):
     "Patches of each feature as tokens of one shared Transformer encoder, features joined at the head."
+
     Config, requires = PatchTSTConfig, ("torch", "safetensors", "transformers")
 
     def backbone(self, T, F, n_classes, c):
-        missing = n_missing(T, c.patch_length, c.stride)
-        return network(classify, patchtst=patchtst(T + missing, F, n_classes, c), missing=missing)
+        missing = n_padding(T, c.patch_length, c.stride)
+        return functional_module(patchtst_logits, patchtst=patchtst(T + missing, F, n_classes, c), missing=missing)

@@ -4,14 +4,15 @@
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #041e9284
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, last_and_mean, network
-from ...settings import Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module, last_and_mean
 
 # %% auto #0
 __all__ = ['dilations', 'TCNConfig', 'residual', 'tcn', 'TCNModel']
@@ -24,20 +25,23 @@ def dilations(
 ) -> list[int]:
     "Doubling dilations, as few as see all `T` steps."
     d = [1]
-    while 1 + convs * (kernel_size - 1) * sum(d) < T: d.append(2 * d[-1])
+    while 1 + convs * (kernel_size - 1) * sum(d) < T:
+        d.append(2 * d[-1])
     return d
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #3eacf1cb
 @dataclass
 class TCNConfig(SequenceConfig):
     "Keys of TCN."
-    hidden_size: Positive = 128  # channels of every convolution
+
+    hidden_size: PositiveInt = 128  # channels of every convolution
     kernel_size: Annotated[int, Ge(2)] = 3  # taps of a convolution
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #8822c123
 def residual(net, x):  # (B, T, C_in) -> (B, T, C)
     "A block: two dilated causal convolutions beside a shortcut."
     return (net.drop(net.convs(x)) + net.shortcut(x)).relu()
+
 
 def tcn(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the states of the last block."
@@ -47,13 +51,22 @@ def tcn(net, x):  # (B, T, F) -> (B, n_classes)
 @ModelRegistry.register("tcn", family="timeseries")
 class TCNModel(SequenceClassifier):
     "Residual blocks of dilated causal convolutions that see the whole window."
+
     Config, requires = TCNConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
         from neuralforecast.common._modules import TemporalConvolutionEncoder
         from torch import nn
+
         def block(width, d):
-            return network(residual, convs=TemporalConvolutionEncoder(width, c.hidden_size, c.kernel_size, [d, d]), drop=nn.Dropout(c.dropout),
-                           shortcut=nn.Identity() if width == c.hidden_size else nn.Linear(width, c.hidden_size))
+            return functional_module(
+                residual,
+                convs=TemporalConvolutionEncoder(width, c.hidden_size, c.kernel_size, [d, d]),
+                drop=nn.Dropout(c.dropout),
+                shortcut=nn.Identity() if width == c.hidden_size else nn.Linear(width, c.hidden_size),
+            )
+
         blocks = [block(c.hidden_size if i else F, d) for i, d in enumerate(dilations(T, c.kernel_size, convs=2))]
-        return network(tcn, blocks=nn.Sequential(*blocks), drop=nn.Dropout(c.dropout), head=nn.Linear(2 * c.hidden_size, n_classes))
+        return functional_module(
+            tcn, blocks=nn.Sequential(*blocks), drop=nn.Dropout(c.dropout), head=nn.Linear(2 * c.hidden_size, n_classes)
+        )

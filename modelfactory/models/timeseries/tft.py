@@ -4,70 +4,98 @@
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #805570f1
 from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Interval
 
+from ...configuration import NonNegativeInt, PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
-from ...settings import NonNegative, Positive
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
 # %% auto #0
-__all__ = ['TFTConfig', 'decoding_one_step', 'on_device_of', 'look', 'tft', 'fusion_transformer', 'TFTModel']
+__all__ = ['TFTConfig', 'decoding_one_step', 'on_device_of', 'tft_outputs', 'tft', 'fusion_transformer', 'TFTModel']
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #fd6904c6
 @dataclass
 class TFTConfig(SequenceConfig):
     "Keys of TFT."
-    hidden_size: Positive = 160  # width of every stage
-    n_variables: NonNegative = 16  # mixtures of features to select from; 0: every feature is a variable, for GPUs
-    n_heads: Positive = 1  # attention heads
-    n_layers: Positive = 1  # stacked LSTM layers
+
+    hidden_size: PositiveInt = 160  # width of every stage
+    n_variables: NonNegativeInt = 16  # mixtures of features to select from; 0: every feature is a variable, for GPUs
+    n_heads: PositiveInt = 1  # attention heads
+    n_layers: PositiveInt = 1  # stacked LSTM layers
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.3  # share of activations left out while training
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #87ece73b
 def decoding_one_step(v):  # (B, T, n_variables) -> dict
     "The input of pytorch_forecasting's networks for windows followed by one unknown step."
     import torch
+
     B, T, _ = v.shape
     nothing, lengths = v.new_zeros(B, T, 0), torch.tensor([[T], [1]], device=v.device).expand(2, B)
-    return dict(encoder_cont=v, decoder_cont=torch.zeros_like(v[:, :1]), encoder_cat=nothing, decoder_cat=nothing[:, :1],
-                encoder_lengths=lengths[0], decoder_lengths=lengths[1], target_scale=v.new_zeros(B, 2))
+    return dict(
+        encoder_cont=v,
+        decoder_cont=torch.zeros_like(v[:, :1]),
+        encoder_cat=nothing,
+        decoder_cat=nothing[:, :1],
+        encoder_lengths=lengths[0],
+        decoder_lengths=lengths[1],
+        target_scale=v.new_zeros(B, 2),
+    )
+
 
 def on_device_of(x, module):  # -> module
     "The LightningModule, aware that it is where `x` is."
     return module if module.device == x.device else module.to(x.device)
 
-def look(net, x):  # (B, T, F) -> the library's named tuple
+
+def tft_outputs(net, x):  # (B, T, F) -> the library's named tuple
     "All that the network has to say: prediction, and the weights of steps and variables behind it."
     return on_device_of(x, net.tft)(decoding_one_step(net.variables(x)))
 
+
 def tft(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits at the step after the window."
-    return look(net, x).prediction[:, 0]
+    return tft_outputs(net, x).prediction[:, 0]
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #9eee4514
 def fusion_transformer(n_variables: int, n_classes: int, c: TFTConfig):  # -> LightningModule
     "The library's network without its dataset, its metrics and its warnings."
     from torch import nn
+
     names = [f"variable_{j}" for j in range(n_variables)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pytorch_forecasting import TemporalFusionTransformer
         from pytorch_forecasting.metrics import CrossEntropy
+
         return TemporalFusionTransformer(
-            hidden_size=c.hidden_size, attention_head_size=c.n_heads, lstm_layers=c.n_layers, dropout=c.dropout, output_size=n_classes, x_reals=names,
-            time_varying_reals_encoder=names, loss=CrossEntropy(), logging_metrics=nn.ModuleList(), output_transformer=lambda out: out["prediction"])
+            hidden_size=c.hidden_size,
+            attention_head_size=c.n_heads,
+            lstm_layers=c.n_layers,
+            dropout=c.dropout,
+            output_size=n_classes,
+            x_reals=names,
+            time_varying_reals_encoder=names,
+            loss=CrossEntropy(),
+            logging_metrics=nn.ModuleList(),
+            output_transformer=lambda out: out["prediction"],
+        )
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #dbc81bb7
 @ModelRegistry.register("tft", family="timeseries")
 class TFTModel(SequenceClassifier):
     "Temporal Fusion Transformer: weighed variables, an LSTM, and attention from the step after the window."
+
     Config, requires = TFTConfig, ("torch", "safetensors", "pytorch_forecasting")
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
+
         n = c.n_variables or F
-        return network(tft, variables=nn.Linear(F, n) if c.n_variables else nn.Identity(), tft=fusion_transformer(n, n_classes, c))
+        return functional_module(
+            tft, variables=nn.Linear(F, n) if c.n_variables else nn.Identity(), tft=fusion_transformer(n, n_classes, c)
+        )

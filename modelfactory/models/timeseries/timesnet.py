@@ -4,70 +4,95 @@
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #56747d9b
 from __future__ import annotations
+
 from dataclasses import dataclass
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, network
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 from .informer import embedding
-from ...settings import Positive
 
 # %% auto #0
-__all__ = ['MOMENTUM', 'TimesNetConfig', 'folded', 'times_block', 'timesnet', 'TimesNetModel']
+__all__ = ['MOMENTUM', 'TimesNetConfig', 'fold_convolve', 'times_block', 'timesnet', 'TimesNetModel']
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #43f947b4
 @dataclass
 class TimesNetConfig(SequenceConfig):
     "Keys of TimesNet."
-    hidden_size: Positive = 64  # width of a state
-    ff_size: Positive = 64  # width between the two convolutions of a block
-    n_layers: Positive = 2  # blocks
-    top_k: Positive = 3  # periods of a block, at most half the window's steps
-    n_kernels: Positive = 6  # square kernels of an inception: 1, 3, 5, ...
+
+    hidden_size: PositiveInt = 64  # width of a state
+    ff_size: PositiveInt = 64  # width between the two convolutions of a block
+    n_layers: PositiveInt = 2  # blocks
+    top_k: PositiveInt = 3  # periods of a block, at most half the window's steps
+    n_kernels: PositiveInt = 6  # square kernels of an inception: 1, 3, 5, ...
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #f1fa18f0
-def folded(
+def fold_convolve(
     conv,  # (B, d, rows, period) -> the same shape
     x,  # (B, T, d)
     period: int,
 ):  # -> (B, T, d)
     "Convolves `x` in rows of one period each."
     from torch.nn.functional import pad
+
     B, T, d = x.shape
     picture = pad(x, (0, 0, 0, -T % period)).reshape(B, -1, period, d).permute(0, 3, 1, 2)
     return conv(picture).permute(0, 2, 3, 1).reshape(B, -1, d)[:, :T]
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #cfd554be
-MOMENTUM = .1  # share by which a batch moves the kept spectrum
+MOMENTUM = 0.1  # share by which a batch moves the kept spectrum
+
 
 def times_block(net, x):  # (B, T, d) -> (B, T, d)
     "Reads the window at its strongest periods."
     import torch
+
     amplitude = torch.fft.rfft(x.float(), dim=1).abs().mean(2)[:, 1:]
     spectrum = amplitude.detach().mean(0) if net.training else net.spectrum
-    if net.training: net.spectrum.lerp_(spectrum, MOMENTUM)
+    if net.training:
+        net.spectrum.lerp_(spectrum, MOMENTUM)
     top = spectrum.topk(net.k).indices
     periods = [x.shape[1] // (f + 1) for f in top.tolist()]
     weights = amplitude[:, top].softmax(1)[..., None, None]
-    return x + sum(weights[:, i] * folded(net.conv, x, p) for i, p in enumerate(periods))
+    return x + sum(weights[:, i] * fold_convolve(net.conv, x, p) for i, p in enumerate(periods))
+
 
 def timesnet(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the flattened states of the last block."
     x = net.embed(x)
-    for block in net.blocks: x = net.norm(block(x))
+    for block in net.blocks:
+        x = net.norm(block(x))
     return net.head(net.drop(net.act(x)).flatten(1))
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #523c5021
 @ModelRegistry.register("timesnet", family="timeseries")
 class TimesNetModel(SequenceClassifier):
     "2D convolutions over the window folded at its strongest periods, flattened states, linear head."
+
     Config, requires = TimesNetConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
         import torch
         from neuralforecast.models.timesnet import TimesBlock
         from torch import nn
-        if T < 2: raise ValueError(f"timesnet: sequence_length {T}: expected at least 2 steps, as one has no period; take a longer window")
+
+        if T < 2:
+            raise ValueError(
+                f"timesnet: sequence_length {T}: expected at least 2 steps, as one has no period; take a longer window"
+            )
         d, k = c.hidden_size, min(c.top_k, T // 2)
-        def block(): return network(times_block, conv=TimesBlock(T, 0, k, d, c.ff_size, c.n_kernels).conv, spectrum=torch.zeros(T // 2), k=k)
-        return network(timesnet, embed=embedding(T, F, d, c.dropout), blocks=nn.ModuleList(block() for _ in range(c.n_layers)), norm=nn.LayerNorm(d),
-                       act=nn.GELU(), drop=nn.Dropout(c.dropout), head=nn.Linear(T * d, n_classes))
+
+        def block():
+            return functional_module(
+                times_block, conv=TimesBlock(T, 0, k, d, c.ff_size, c.n_kernels).conv, spectrum=torch.zeros(T // 2), k=k
+            )
+
+        return functional_module(
+            timesnet,
+            embed=embedding(T, F, d, c.dropout),
+            blocks=nn.ModuleList(block() for _ in range(c.n_layers)),
+            norm=nn.LayerNorm(d),
+            act=nn.GELU(),
+            drop=nn.Dropout(c.dropout),
+            head=nn.Linear(T * d, n_classes),
+        )

@@ -4,31 +4,34 @@
 
 # %% ../../../nbs/models/timeseries/wavenet.ipynb #36e9db82
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge
 
+from ...configuration import PositiveInt
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, last_and_mean, network
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module, last_and_mean
 from .tcn import dilations
-from ...settings import Positive
 
 # %% auto #0
-__all__ = ['WaveNetConfig', 'gated', 'wavenet', 'WaveNetModel']
+__all__ = ['WaveNetConfig', 'gated_layer', 'wavenet', 'WaveNetModel']
 
 # %% ../../../nbs/models/timeseries/wavenet.ipynb #53e7b772
 @dataclass
 class WaveNetConfig(SequenceConfig):
     "Keys of WaveNet."
-    residual_channels: Positive = 64  # width of what goes from layer to layer
-    skip_channels: Positive = 128  # width of what the answer is made of
+
+    residual_channels: PositiveInt = 64  # width of what goes from layer to layer
+    skip_channels: PositiveInt = 128  # width of what the answer is made of
     kernel_size: Annotated[int, Ge(2)] = 2  # taps of a convolution
 
 # %% ../../../nbs/models/timeseries/wavenet.ipynb #41487bb2
-def gated(net, x):  # (B, C, T) -> (B, C, T)
+def gated_layer(net, x):  # (B, C, T) -> (B, C, T)
     "What a layer found: a filter, as far as its gate lets it through."
     return net.filter(x) * net.gate(x)
+
 
 def wavenet(net, x):  # (B, T, F) -> (B, n_classes)
     "Logits from the sum of what all layers say."
@@ -36,22 +39,40 @@ def wavenet(net, x):  # (B, T, F) -> (B, n_classes)
     for i, layer in enumerate(net.layers):
         z = layer(x)
         said = said + net.skips[i](z)
-        if i < len(net.residuals): x = x + net.residuals[i](z)
+        if i < len(net.residuals):
+            x = x + net.residuals[i](z)
     return net.head(net.drop(last_and_mean(net.mix(said.relu()).relu().mT)))
 
 # %% ../../../nbs/models/timeseries/wavenet.ipynb #96048bb4
 @ModelRegistry.register("wavenet", family="timeseries")
 class WaveNetModel(SequenceClassifier):
     "Gated dilated causal convolutions with residual and skip connections."
+
     Config, requires = WaveNetConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
         from neuralforecast.common._modules import CausalConv1d
         from torch import nn
+
         C, S, k = c.residual_channels, c.skip_channels, c.kernel_size
         ds = dilations(T, k)
-        def causal(d, activation): return CausalConv1d(C, C, k, padding=(k - 1) * d, dilation=d, activation=activation)
-        def pointwise(width, out, n=1): return nn.ModuleList(nn.Conv1d(width, out, 1) for _ in range(n))
-        layers = nn.ModuleList(network(gated, filter=causal(d, "Tanh"), gate=causal(d, "Sigmoid")) for d in ds)
-        return network(wavenet, start=nn.Conv1d(F, C, 1), layers=layers, residuals=pointwise(C, C, len(ds) - 1), skips=pointwise(C, S, len(ds)),
-                       mix=nn.Conv1d(S, S, 1), drop=nn.Dropout(c.dropout), head=nn.Linear(2 * S, n_classes))
+
+        def causal(d, activation):
+            return CausalConv1d(C, C, k, padding=(k - 1) * d, dilation=d, activation=activation)
+
+        def pointwise(width, out, n=1):
+            return nn.ModuleList(nn.Conv1d(width, out, 1) for _ in range(n))
+
+        layers = nn.ModuleList(
+            functional_module(gated_layer, filter=causal(d, "Tanh"), gate=causal(d, "Sigmoid")) for d in ds
+        )
+        return functional_module(
+            wavenet,
+            start=nn.Conv1d(F, C, 1),
+            layers=layers,
+            residuals=pointwise(C, C, len(ds) - 1),
+            skips=pointwise(C, S, len(ds)),
+            mix=nn.Conv1d(S, S, 1),
+            drop=nn.Dropout(c.dropout),
+            head=nn.Linear(2 * S, n_classes),
+        )
