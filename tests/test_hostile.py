@@ -492,7 +492,7 @@ sys.path.insert(0, sys.argv[3])
 from modelfactory.models.loading import load_model
 from modelfactory.models.persistence import CheckpointError
 from modelfactory.files import FileError
-from modelfactory.models.base import FeatureMismatch, ModelUnavailable
+from modelfactory.models.errors import FeatureMismatch, ModelUnavailable
 from modelfactory.models.registry import UnknownModel
 from modelfactory.configuration import ConfigError
 from test_hostile import MODELS, flip, flips
