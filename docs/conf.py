@@ -1,4 +1,7 @@
-"The documentation site: `make docs` writes its pages by pages.py, then docs/_build/html by Sphinx. Nothing is executed, nothing is loaded from outside."
+"""The site: `make docs` writes its pages by pages.py, then docs/_build/html by Sphinx.
+
+Nothing is executed, and nothing is loaded from outside.
+"""
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert

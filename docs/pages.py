@@ -1,6 +1,6 @@
-"""The site's pages: notebooks as they are stored, with the signature of what a cell exports in front of it and its source folded away.
+"""The pages of the site: the stored notebooks, with the signature of exported names above each cell and its source folded.
 
-python docs/pages.py    # writes docs/_build/pages, with the same folders as the project, so that links between notebooks hold
+python docs/pages.py    # writes docs/_build/pages with the folders of the project, so that links between notebooks work
 """
 
 import ast
@@ -13,7 +13,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/_build/pages"
-LINKED = ("settings.ini", "CONTRIBUTING.md", "SECURITY.md")  # what pages link to besides each other
+LINKED = ("settings.ini", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")  # files that pages link to
 
 
 def write_pages(pages=PAGES):
@@ -30,7 +30,7 @@ def write_pages(pages=PAGES):
 
 
 def processed(nb, tables=False):
-    "The notebook without its directives, each exported name documented; of a page of tables, what makes them is folded away."
+    "The notebook without directives and with documented names; of a page of tables, the code that makes them is folded."
     level, cells = 1, []
     for cell in nb.cells:
         directives, source = split(cell.source) if cell.cell_type == "code" else ([], cell.source)
@@ -62,7 +62,7 @@ def split(source):
 
 
 def documented(source, marks):
-    "Markdown for each public function and class that a cell defines: a heading, the signature with its comments, the docstring; of a class its fields and methods, too."
+    "Heading, signature with comments and docstring of each public function and class, fields and methods included."
     for node in public(ast.parse(source).body):
         text = entry(source, node, f"{marks} {node.name}")
         if isinstance(node, ast.ClassDef):
