@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONDONTWRITEBYTECODE :=  # each run is a process that imports the package: it is compiled once
 
-.PHONY: setup demo test soak browser lab edit hooks bench readme picture docs
+.PHONY: setup demo check test soak browser lab edit hooks bench readme picture docs
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ setup: .venv/.done
 
 demo: setup  # train six models on three data sets, compare them, say what it means
 	$(BIN)/modelfactory demo
+
+check: setup  # lint, export, types of the public surface, units, one model of each kind: two minutes on two cores
+	$(BIN)/ruff check . && $(BIN)/ruff format --check -q . && $(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not network and not faults"
 
 # Notebooks that export nothing are run cell by cell; pytest runs the cells of the others over the module they export. Many tests wait for processes: three workers keep two cores busy.
 test: setup  # every notebook's own cells, then processes, faults and all models at once, at least 90% of the package's lines

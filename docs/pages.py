@@ -13,7 +13,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/_build/pages"
-LINKED = ("settings.ini", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")  # files that pages link to
+LINKED = ("settings.ini", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/licences.md")  # files that pages link to
 
 
 def write_pages(pages=PAGES):
@@ -30,7 +30,7 @@ def write_pages(pages=PAGES):
 
 
 def processed(nb, tables=False):
-    "The notebook without directives and with documented names; of a page of tables, the code that makes them is folded."
+    "The notebook without directives and with documented names; code that makes tables of a reference page is folded."
     level, cells = 1, []
     for cell in nb.cells:
         directives, source = split(cell.source) if cell.cell_type == "code" else ([], cell.source)
@@ -62,7 +62,7 @@ def split(source):
 
 
 def documented(source, marks):
-    "Heading, signature with comments and docstring of each public function and class, fields and methods included."
+    "Heading, signature and docstring of each public function and class, fields and methods included."
     for node in public(ast.parse(source).body):
         text = entry(source, node, f"{marks} {node.name}")
         if isinstance(node, ast.ClassDef):
