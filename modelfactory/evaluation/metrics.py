@@ -332,12 +332,12 @@ def sums_per_timestamp(
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #a0c22b6b
 def safe_ratio(
-    numerator: np.ndarray,
-    denominator: np.ndarray,  # of the same shape
+    part: np.ndarray,
+    whole: np.ndarray,  # of the same shape
 ) -> np.ndarray:
-    "Ratio, NaN where the denominator is not positive."
+    "Ratio, NaN where `whole` is not positive."
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(denominator > 0, numerator / denominator, np.nan)
+        return np.where(whole > 0, part / whole, np.nan)
 
 
 def _direction_stats(cells, classes):
