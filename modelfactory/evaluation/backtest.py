@@ -26,7 +26,7 @@ class BacktestError(ValueError):
     "Predictions or prices that cannot be traded."
 
 
-GAP_0_NOTE = "gap 0: the close the model saw is the close it trades at"
+GAP_0_NOTE = "gap 0: positions trade at the close of the last feature bar"
 NO_PRICES_NOTE = "labels without prices: no Sharpe ratio"
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #569c40d3

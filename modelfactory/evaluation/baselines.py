@@ -60,7 +60,7 @@ def last_known_labels(
 
 
 def _newest_decided(symbols, label_bars, gap):
-    "For each row, the newest row of its symbol whose label is decided `gap` rows before it; -1 if none is."
+    "For each row, the newest row of its symbol whose label is decided `gap` rows before it; -1 if no label is."
     rows = np.arange(len(symbols))
     starts = np.searchsorted(symbols, symbols)
     decided_at = rows + np.asarray(label_bars, int) + gap

@@ -50,11 +50,15 @@ METRICS = {
         Metric("brier", -1, "0 to 2", "class", "mean squared error of the probabilities, summed over classes"),
         Metric("ece", -1, "0 to 1", "class", "mean gap between confidence and accuracy over 15 bins of equal count"),
         Metric(
-            "ece_null", 0, "0 to 1", "class", "ECE that sampling noise alone gives perfectly calibrated probabilities"
+            "ece_null", 0, "0 to 1", "class", "ECE of perfectly calibrated probabilities, from sampling noise alone"
         ),
         Metric("mcc", 1, "-1 to 1", "class", "Matthews correlation of prediction and truth"),
         Metric(
-            "directional_accuracy", 1, "0 to 1", "direction", "share of equal signs where prediction and truth have one"
+            "directional_accuracy",
+            1,
+            "0 to 1",
+            "direction",
+            "share of equal signs where prediction and truth both have a sign",
         ),
         Metric("coverage", 0, "0 to 1", "direction", "share of rows with a prediction other than flat"),
         Metric(
@@ -62,7 +66,7 @@ METRICS = {
             1,
             "-1 to 1",
             "direction",
-            "covariance of predicted and true sign within each symbol, where both have one; 0 for constant calls",
+            "covariance of predicted and true sign within each symbol; 0 for constant calls",
         ),
         Metric(
             "directional_accuracy_constant",
@@ -87,7 +91,7 @@ METRICS = {
         Metric("turnover", -1, "share of capital a day", "trading", "capital traded"),
         Metric("n_trades", 0, "tranches", "trading", "tranches opened"),
         Metric("exposure", 0, "share of capital, 0 to 1", "trading", "mean absolute position"),
-        Metric("days_per_year", 0, "days", "trading", "trading days a year that annual figures use"),
+        Metric("days_per_year", 0, "days", "trading", "trading days a year, for annualisation"),
         Metric("n_samples", 0, "rows", "run", "rows scored"),
         Metric("returns_source", 0, "", "run", "where returns come from: close, file or label"),
         Metric("fit_seconds", -1, "seconds", "run", "wall time of fitting"),
@@ -97,24 +101,24 @@ METRICS = {
             -1,
             "0 to 1",
             "permutation",
-            "share of shifts in time at which the same predictions have as much directional skill",
+            "p-value of the shift test: share of time shifts with at least the same directional skill",
         ),
         Metric(
             "log_loss_p_shift",
             -1,
             "0 to 1",
             "permutation",
-            "share of shifts in time at which the same predictions have as low a log loss",
+            "p-value of the shift test: share of time shifts with at most the same log loss",
         ),
         Metric(
             "sharpe_net_p_shift",
             -1,
             "0 to 1",
             "permutation",
-            "share of shifts in time at which the same predictions have as high a net Sharpe ratio",
+            "p-value of the shift test: share of time shifts with at least the same net Sharpe ratio",
         ),
         Metric("f1_null", 0, "0 to 1", "permutation", "macro F1 of the predictions with their direction shuffled"),
-        Metric("f1_skill", 1, "-1 to 1", "permutation", "macro F1 above f1_null"),
+        Metric("f1_skill", 1, "-1 to 1", "permutation", "macro F1 minus f1_null"),
     )
 }
 
@@ -283,7 +287,7 @@ def _sum_by(x, codes, n):
     cells = (np.asarray(codes)[:, None] * width + np.arange(width)).ravel()
     return np.bincount(cells, np.ravel(x), n * width).reshape(n, *x.shape[1:])
 
-
+# %% ../../nbs/evaluation/00_metrics.ipynb #f733cb9c
 def directional_skill(
     y: np.ndarray,  # (n,) labels
     prediction: np.ndarray,  # (n,) predicted labels

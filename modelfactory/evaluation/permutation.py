@@ -103,7 +103,7 @@ def held_positions(
 
     return held, symbol, bar_returns(bars, symbol), day, days
 
-
+# %% ../../nbs/evaluation/04_permutation.ipynb #2ed40fe1
 def profit_by_day(
     predictions: PredictionOutput | Mapping,  # as for `tranche_backtest`
     prices: pd.DataFrame,  # datetime, symbol, close

@@ -86,7 +86,7 @@ def by_slice(
     table.attrs["slice_level"] = level
     return table
 
-
+# %% ../../nbs/evaluation/07_robustness.ipynb #3b7ac388
 def _direction_figures(evaluator, predictions, y, mask):
     "Directional accuracy, that of the better constant call, and directional skill; NaN ends with too few blocks."
     gains, scored = _slice_gains(predictions, y, mask)
@@ -117,7 +117,7 @@ def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowes
     low, high = np.clip(ends, lowest, 1).tolist() if enough else (np.nan, np.nan)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
-
+# %% ../../nbs/evaluation/07_robustness.ipynb #eb7a22f6
 def _constant_accuracy(predictions, y, mask):
     "Directional accuracy of the better constant call on a slice, or of its only call."
     called, truth = np.sign(predictions.predictions), np.sign(np.asarray(y))
@@ -249,7 +249,7 @@ def threshold_sweep(
     table.attrs["threshold_level"] = level
     return table
 
-
+# %% ../../nbs/evaluation/07_robustness.ipynb #18a1c71b
 def _threshold_row(evaluator, predictions, y, prices, mask):
     "Precision, direction and profit of the calls of `mask`."
     gains, scored = _slice_gains(predictions, y, mask)
@@ -309,8 +309,8 @@ class Robustness:
 
     def _profit_note(self):
         months, best = self.months.attrs, self.months.attrs["share_of_best"]
-        of_best = "" if np.isnan(best) else f", the best of them {best:.0%} of the whole"
-        share = f"{months['share_with_profit']:.0%} of {len(self.months)} months earned{of_best}"
+        of_best = "" if np.isnan(best) else f", the best month has {best:.0%} of the profit"
+        share = f"{months['share_with_profit']:.0%} of {len(self.months)} months have a profit{of_best}"
         return f"breaks even at {self.costs.attrs['break_even']:.1f} bp; {share}"
 
     def _headings(self):
@@ -332,7 +332,7 @@ class Robustness:
             parts.append(f"<p style='margin:8px 0 2px'><b>{headings[name]}</b></p>{html}")
         return f"<p>{self._notes()}</p>" + "".join(parts)
 
-
+# %% ../../nbs/evaluation/07_robustness.ipynb #55c5add3
 def _cells_as_text(table):
     "The table as text, with a number and its interval in one cell."
     names = [c for c in table if c.endswith(("_low", "_high"))]

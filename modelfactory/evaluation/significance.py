@@ -511,7 +511,7 @@ def mean_differences(
     table = table.assign(not_worse=(table.low <= 0) & (table.high >= 0))
     return table.sort_values("value", ascending=metric_sign(metric) < 0, kind="stable")
 
-
+# %% ../../nbs/evaluation/06_significance.ipynb #40f22615
 def _max_normal_quantile(sums, i, j, overlap, level, n_draws, seed):
     "Quantile of the largest |normal|, where normals are correlated like the differences of columns i and j."
     transforms = cosine_transforms(sums, max_frequencies(len(sums), overlap))
@@ -632,7 +632,7 @@ def most_probable(
     "Most probable class of each model on each row of a stacked table."
     return {m: np.asarray(classes)[p.argmax(1)] for m, p in stacked_models(frame, classes).items()}
 
-
+# %% ../../nbs/evaluation/06_significance.ipynb #f607dcd5
 def information_gains(
     frame: pd.DataFrame,  # a stacked table
     classes: tuple = (-1, 0, 1),
@@ -708,7 +708,7 @@ def significance_summary(
         rows[model] = _model_figures(claim, any_skill) | dict(log_loss=losses[model])
     return summary | dict(models=rows, claims=claims, why=why)
 
-
+# %% ../../nbs/evaluation/06_significance.ipynb #4e345314
 def _too_few_blocks(blocks):
     text = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"
     return f"too few rows to say: {text}, at least {MIN_BLOCKS} are needed"
@@ -733,7 +733,7 @@ def log_loss_p_value(
     gains = pd.concat([prior_gains(frame, train_shares, classes), information_gains(frame, classes)], axis=1)
     return _spa_p_value(frame, gains, horizon, trials, slow=True, benchmarks=2)
 
-
+# %% ../../nbs/evaluation/06_significance.ipynb #54ba176c
 def _model_figures(claim, any_skill):
     "Figures of one model; its direction is significant only where the test of all models is."
     values = dict(directional_accuracy=claim.accuracy, direction_significant=claim.significant and any_skill)
@@ -791,7 +791,7 @@ def profit_claims(
     joint = pd.concat(gains.values(), axis=1)
     return values | {k: p_value(g) for k, g in gains.items()} | dict(p_profit=p_value(joint, len(gains)))
 
-
+# %% ../../nbs/evaluation/06_significance.ipynb #286b9145
 def _sharpe_figures(net, trials, days_per_year):
     "The best Sharpe ratio, its deflated ratio and the probability of overfitting, of daily profit (days, models)."
     pnl = net.to_numpy().T
