@@ -1,4 +1,4 @@
-"Shifted predictions on simulated markets: size and power of the test, sparse symbols, base rates, symbols kept together."
+"The shift test on simulated markets: size, power, sparse symbols, base rates, joint shifts of symbols."
 
 from dataclasses import replace
 
@@ -20,112 +20,99 @@ from modelfactory.evaluation.permutation import (
 )
 from modelfactory.models.base import to_output
 
-pytestmark = (
-    pytest.mark.no_cover
-)  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+# Coverage would slow these thousands of small calls by half, and the notebooks run the same lines.
+pytestmark = pytest.mark.no_cover
 
 
 def market(bars=700, horizon=5, skill=0.0, seed=0, symbols=2, shared=0.7):
-    "Symbols that move together in part, labels that overlap, and a model with slow opinions that it shares over symbols, right as far as `skill` goes."
+    """Predictions, labels and prices of correlated symbols with overlapping labels.
+
+    The model has a persistent signal that is correlated over symbols; the true move has weight `skill` in it.
+    """
     rng = np.random.default_rng(seed)
 
-    def slow(k):
-        return np.stack(
-            [
-                np.convolve(x, np.ones(k) / k**0.5, "same")
-                for x in shared * rng.normal(size=bars) + (1 - shared**2) ** 0.5 * rng.normal(size=(symbols, bars))
-            ]
-        )
+    def correlated_noise():
+        return shared * rng.normal(size=bars) + (1 - shared**2) ** 0.5 * rng.normal(size=(symbols, bars))
 
-    returns = 1e-3 * (shared * rng.normal(size=bars) + (1 - shared**2) ** 0.5 * rng.normal(size=(symbols, bars)))
-    ahead = (
-        np.stack([np.convolve(r, np.ones(horizon))[horizon:] for r in np.pad(returns, [(0, 0), (0, 1)])])
-        / horizon**0.5
-        * 1e3
-    )
-    opinion = skill * ahead + slow(3 * horizon)
-    p = np.exp(np.stack([-opinion, 0 * opinion + 0.3, opinion], -1)).reshape(-1, 3)
-    meta = pd.DataFrame(
-        dict(
-            datetime=np.tile(pd.date_range("2024-01-02", periods=bars, freq="h"), symbols),
-            symbol=np.repeat([f"S{i}" for i in range(symbols)], bars),
-            horizon=horizon,
-        )
-    )
-    return (
-        to_output(p, meta, (-1, 0, 1)),
-        np.digitize(ahead, [-0.4, 0.4]).ravel() - 1,
-        meta.assign(close=100 * np.exp(returns.cumsum(1)).ravel()),
-    )
+    def smoothed_noise(k):
+        return np.stack([np.convolve(x, np.ones(k) / k**0.5, "same") for x in correlated_noise()])
+
+    returns = 1e-3 * correlated_noise()
+    padded = np.pad(returns, [(0, 0), (0, 1)])
+    ahead = np.stack([np.convolve(r, np.ones(horizon))[horizon:] for r in padded]) / horizon**0.5 * 1e3
+    signal = skill * ahead + smoothed_noise(3 * horizon)
+    p = np.exp(np.stack([-signal, 0 * signal + 0.3, signal], -1)).reshape(-1, 3)
+    times = np.tile(pd.date_range("2024-01-02", periods=bars, freq="h"), symbols)
+    names = np.repeat([f"S{i}" for i in range(symbols)], bars)
+    meta = pd.DataFrame(dict(datetime=times, symbol=names, horizon=horizon))
+    y = np.digitize(ahead, [-0.4, 0.4]).ravel() - 1
+    return to_output(p, meta, (-1, 0, 1)), y, meta.assign(close=100 * np.exp(returns.cumsum(1)).ravel())
+
+
+FIELDS = ("predictions", "probabilities", "timestamps", "symbols", "horizons")
 
 
 def rows_of(predictions, keep):
-    return replace(
-        predictions,
-        **{
-            k: getattr(predictions, k)[keep]
-            for k in ("predictions", "probabilities", "timestamps", "symbols", "horizons")
-        },
-    )
+    "The rows `keep` of predictions."
+    return replace(predictions, **{k: getattr(predictions, k)[keep] for k in FIELDS})
 
 
 def p_values(n, **kw):
-    return pd.DataFrame(
-        [shift_test(*market(seed=s, **kw), kw.get("horizon", 5), n_draws=99, seed=s).p_values for s in range(n)]
-    )
+    "P-values of the shift test on `n` markets, a row each."
+    horizon = kw.get("horizon", 5)
+    tests = [shift_test(*market(seed=s, **kw), horizon, n_draws=99, seed=s) for s in range(n)]
+    return pd.DataFrame([test.p_values for test in tests])
 
 
 @pytest.mark.parametrize("horizon, symbols", [(5, 2), (20, 2), (5, 4)])
-def test_without_skill_a_p_value_of_5_percent_comes_up_5_percent_of_the_time(horizon, symbols):
+def test_p_values_have_their_size_without_skill(horizon, symbols):
     p = p_values(100, horizon=horizon, symbols=symbols)
-    assert ((p <= 0.05).mean() <= 0.1).all() and (abs((p <= 0.5).mean() - 0.5) < 0.16).all()
+    assert ((p <= 0.05).mean() <= 0.1).all()
+    assert (abs((p <= 0.5).mean() - 0.5) < 0.16).all()
 
 
-def test_shifts_of_less_than_a_horizon_count():
+def test_shifts_of_less_than_a_horizon_count_in_the_p_value():
     predictions, y, prices = market(skill=1.0)
     test = shift_test(predictions, y, prices, 5, n_draws=99)
     assert np.isclose(test.p_values["log_loss"], 9 / 700 + (1 - 9 / 700) / 100)
     assert np.isclose(shift_test(predictions, y, prices, 5, step=7).excluded_fraction, 1 / 100)
 
 
-def test_a_planted_skill_is_found():
+def test_the_shift_test_detects_planted_skill():
     assert ((p_values(40, skill=0.25) <= 0.05).mean() > 0.8).all()
 
 
-def test_a_shift_of_symbols_together_is_a_shift_of_the_frame():
+def test_a_draw_equals_the_backtest_of_shifted_predictions():
     predictions, y, prices = market()
     keep = np.sort(np.random.default_rng(0).permutation(len(y))[:1200])
-    some = rows_of(predictions, keep)
-    test = shift_test(some, y[keep], prices, 5, n_draws=5)
-    stamps = np.unique(some.timestamps)
+    sample = rows_of(predictions, keep)
+    test = shift_test(sample, y[keep], prices, 5, n_draws=5)
+    timestamps = np.unique(sample.timestamps)
+    names = ["datetime", "symbol", "prediction"]
     for k in test.draws.index:
-        source = pd.DataFrame(dict(datetime=some.timestamps, symbol=some.symbols, prediction=some.predictions))
-        wide = source.pivot(index="datetime", columns="symbol", values="prediction").reindex(stamps)
-        wide = pd.concat([wide, wide]).ffill().iloc[len(stamps) :]
-        moved = (
-            pd.DataFrame(np.roll(wide.to_numpy(), k, 0), stamps, wide.columns)
-            .stack()
-            .rename("prediction")
-            .reset_index()
-            .set_axis(["datetime", "symbol", "prediction"], axis=1)
-        )
-        asked = source[["datetime", "symbol"]].merge(moved, on=["datetime", "symbol"])
-        assert len(asked) == len(keep)
-        slow = tranche_backtest(asked, prices, 5)
-        assert np.isclose(slow.metrics()["sharpe_net"], test.draws.sharpe_net[k])
-        assert np.allclose(slow.daily.net, test.pnl[k])
+        columns = sample.timestamps, sample.symbols, sample.predictions
+        source = pd.DataFrame(dict(zip(names, columns, strict=True)))
+        wide = source.pivot(index="datetime", columns="symbol", values="prediction").reindex(timestamps)
+        wide = pd.concat([wide, wide]).ffill().iloc[len(timestamps) :]
+        shifted = pd.DataFrame(np.roll(wide.to_numpy(), k, 0), timestamps, wide.columns)
+        shifted = shifted.stack().rename("prediction").reset_index().set_axis(names, axis=1)
+        shifted = source[["datetime", "symbol"]].merge(shifted, on=["datetime", "symbol"])
+        assert len(shifted) == len(keep)
+        backtest = tranche_backtest(shifted, prices, 5)
+        assert np.isclose(backtest.metrics()["sharpe_net"], test.draws.sharpe_net[k])
+        assert np.allclose(backtest.daily.net, test.pnl[k])
 
 
-def test_the_order_of_rows_changes_nothing():
+def test_the_order_of_rows_does_not_change_the_result():
     predictions, y, prices = market()
     order = np.random.default_rng(1).permutation(len(y))
-    a, b = shift_test(predictions, y, prices, 5, 50), shift_test(rows_of(predictions, order), y[order], prices, 5, 50)
-    assert np.allclose(a.draws.loc[b.draws.index], b.draws) and all(
-        np.isclose(a.observed[k], b.observed[k]) for k in a.observed
-    )
+    a = shift_test(predictions, y, prices, 5, 50)
+    b = shift_test(rows_of(predictions, order), y[order], prices, 5, 50)
+    assert np.allclose(a.draws.loc[b.draws.index], b.draws)
+    assert all(np.isclose(a.observed[k], b.observed[k]) for k in a.observed)
 
 
-def test_observed_scores_are_those_of_the_evaluator():
+def test_observed_scores_equal_those_of_the_evaluator():
     for horizon, cost in [(1, 0.0), (5, 2.0), (20, 1.0)]:
         predictions, y, prices = market(horizon=horizon)
         for close in (prices, None):
@@ -136,78 +123,74 @@ def test_observed_scores_are_those_of_the_evaluator():
             assert np.isnan(observed["sharpe_net"]) == (close is None)
 
 
-def test_every_row_has_a_source_whatever_is_missing():
+def test_ffill_index_finds_the_last_row_of_each_symbol_with_missing_bars():
     rng = np.random.default_rng(0)
     for _ in range(20):
         T, S = rng.integers(2, 30), rng.integers(1, 5)
-        there = rng.random((T, S)) < 0.5
-        there[:, 0], there[rng.integers(T), :] = True, True
-        stamps, symbols = np.nonzero(there)
-        table = ffill_index(stamps, symbols)
-        for u, s in np.ndindex(table.shape):
-            back = next(k for k in range(T) if there[(u - k) % T, s])
-            assert stamps[table[u, s]] == (u - back) % T and symbols[table[u, s]] == s
+        has_bar = rng.random((T, S)) < 0.5
+        has_bar[:, 0], has_bar[rng.integers(T), :] = True, True
+        timestamps, symbols = np.nonzero(has_bar)
+        table = ffill_index(timestamps, symbols)
+        for t, s in np.ndindex(table.shape):
+            age = next(k for k in range(T) if has_bar[(t - k) % T, s])
+            assert timestamps[table[t, s]] == (t - age) % T and symbols[table[t, s]] == s
 
 
-def test_the_floor_holds_what_shuffling_gives_and_no_direction_stays_on_it():
-    above = [f1_null_interval(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
-    missed = np.mean([not f["f1_skill_ci_low"] <= 0 <= f["f1_skill_ci_high"] for f in above])
+def test_the_interval_of_f1_skill_has_its_coverage_and_power():
+    null = [f1_null_interval(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
+    missed = np.mean([not f["f1_skill_ci_low"] <= 0 <= f["f1_skill_ci_high"] for f in null])
     assert missed < 0.11
-    assert (
-        np.mean(
-            [f1_null_interval(*market(seed=s, skill=0.25)[:2], n_boot=300)["f1_skill_ci_low"] > 0 for s in range(30)]
-        )
-        > 0.8
-    )
+    skilled = [f1_null_interval(*market(seed=s, skill=0.25)[:2], n_boot=300) for s in range(30)]
+    assert np.mean([f["f1_skill_ci_low"] > 0 for f in skilled]) > 0.8
 
 
-def test_persistence_pays_where_labels_persist_and_never_looks_ahead():
+def test_the_persistence_baseline_uses_no_future_labels():
     rng, n = np.random.default_rng(0), 2000
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=n, freq="h"), symbol="A", horizon=5))
-    slow = np.digitize(np.convolve(rng.normal(size=n + 299), np.ones(300), "valid"), [-7, 7]) - 1
-    said = persistence_predictions(slow[:1000], meta[:1000], slow[1000:], meta[1000:])
-    assert (said.predictions == slow[1000:]).mean() > 0.85
+    y = np.digitize(np.convolve(rng.normal(size=n + 299), np.ones(300), "valid"), [-7, 7]) - 1
+    original = persistence_predictions(y[:1000], meta[:1000], y[1000:], meta[1000:])
+    assert (original.predictions == y[1000:]).mean() > 0.85
     for t in rng.integers(20, 1000, 30):
-        other = slow.copy()
-        other[1000 + t - 5 :] = rng.integers(-1, 2, 1000 - t + 5)
-        again = persistence_predictions(other[:1000], meta[:1000], other[1000:], meta[1000:])
-        assert (again.predictions[: t + 1] == said.predictions[: t + 1]).all() and np.array_equal(
-            again.probabilities[: t + 1], said.probabilities[: t + 1]
-        )
+        future = y.copy()
+        future[1000 + t - 5 :] = rng.integers(-1, 2, 1000 - t + 5)
+        changed = persistence_predictions(future[:1000], meta[:1000], future[1000:], meta[1000:])
+        assert (changed.predictions[: t + 1] == original.predictions[: t + 1]).all()
+        assert np.array_equal(changed.probabilities[: t + 1], original.probabilities[: t + 1])
 
 
-def test_persistence_of_a_symbol_that_train_never_saw_is_the_most_frequent_class():
+def test_persistence_of_a_symbol_absent_from_train_is_the_most_frequent_class():
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024-01-02", periods=20, freq="h"), symbol="A", horizon=2))
-    said = persistence_predictions(np.ones(20, int), meta, -np.ones(20, int), meta.assign(symbol="B"))
-    assert said.predictions.tolist() == [1] * 3 + [-1] * 17
+    output = persistence_predictions(np.ones(20, int), meta, -np.ones(20, int), meta.assign(symbol="B"))
+    assert output.predictions.tolist() == [1] * 3 + [-1] * 17
 
 
 def joined(*parts):
-    "Predictions, labels and prices of several markets, the symbols of later ones renamed."
-    names = ("predictions", "probabilities", "timestamps", "symbols", "horizons")
-    columns = {k: np.concatenate([getattr(p, k) for p, _, _ in parts]) for k in names if k != "timestamps"}
+    "Predictions, labels and prices of several markets; the number of the market precedes the symbol."
+    columns = {k: np.concatenate([getattr(p, k) for p, _, _ in parts]) for k in FIELDS if k != "timestamps"}
     columns["symbols"] = np.concatenate([[f"{k}{s}" for s in p.symbols] for k, (p, _, _) in enumerate(parts)])
     times = pd.DatetimeIndex(np.concatenate([p.timestamps for p, _, _ in parts]))
     prices = pd.concat([t.assign(symbol=str(k) + t.symbol) for k, (_, _, t) in enumerate(parts)], ignore_index=True)
     return replace(parts[0][0], **columns, timestamps=times), np.concatenate([y for _, y, _ in parts]), prices
 
 
-def thinned(part, every):
+def thinned(part, step):
+    "Every `step`-th row of a market."
     predictions, y, prices = part
-    keep = np.arange(len(y)) % every == 0
+    keep = np.arange(len(y)) % step == 0
     return rows_of(predictions, keep), y[keep], prices[keep]
 
 
-def test_a_symbol_with_80_rows_leaves_the_p_values_of_the_others():
-    "It moved the p-value from .011 to .134: its bars are 100 timestamps apart, and so was the margin of all shifts."
-    many, few = market(bars=8000, skill=1.0), thinned(market(bars=8000, symbols=1, seed=1), 100)
-    assert len(few[1]) == 80
-    alone, both = shift_test(*many, 5, n_draws=99), shift_test(*joined(many, few), 5, n_draws=99)
+def test_a_symbol_with_80_rows_hardly_changes_the_p_values():
+    "Its bars are 100 timestamps apart. That once set the margin of all shifts and moved a p-value from .011 to .134."
+    dense, sparse = market(bars=8000, skill=1.0), thinned(market(bars=8000, symbols=1, seed=1), 100)
+    assert len(sparse[1]) == 80
+    alone = shift_test(*dense, 5, n_draws=99)
+    both = shift_test(*joined(dense, sparse), 5, n_draws=99)
     for name, p in alone.p_values.items():
         assert p < 0.012 and abs(both.p_values[name] - p) < 0.005
 
 
-def test_a_daily_symbol_beside_five_minute_symbols_leaves_a_null_distribution():
+def test_a_null_distribution_exists_for_five_minute_symbols_and_a_daily_symbol():
     predictions, y, prices = market(bars=60 * 78, horizon=20, symbols=3, skill=0.5)
     both = joined((predictions, y, prices), thinned(market(bars=60 * 78, horizon=20, symbols=1, seed=1), 78))
     metrics = null_metrics(*both, horizon=20)
@@ -216,10 +199,13 @@ def test_a_daily_symbol_beside_five_minute_symbols_leaves_a_null_distribution():
 
 
 def slow_skill(y, predictions, symbols):
-    "Mean over rows with two signs of (q - mean q)(z - mean z), means over such rows of each symbol."
+    "Mean of (q - mean q)(z - mean z) over rows with two signs; means are over such rows of each symbol."
     gains = []
     for s in np.unique(symbols):
-        pairs = [(np.sign(q), np.sign(z)) for q, z, of in zip(predictions, y, symbols) if of == s and q and z]
+        pairs = []
+        for q, z, symbol in zip(predictions, y, symbols, strict=True):
+            if symbol == s and q and z:
+                pairs.append((np.sign(q), np.sign(z)))
         if not pairs:
             continue
         mean_q, mean_z = np.mean(pairs, axis=0)
@@ -228,7 +214,7 @@ def slow_skill(y, predictions, symbols):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_directional_skill_is_the_slow_covariance(seed):
+def test_directional_skill_equals_a_loop_over_rows(seed):
     predictions, y, prices = market(bars=300, seed=seed, skill=0.3, symbols=3)
     test = shift_test(predictions, y, prices, 5, n_draws=19)
     assert np.isclose(test.observed["directional_skill"], slow_skill(y, predictions.predictions, predictions.symbols))
@@ -238,7 +224,7 @@ def test_directional_skill_is_the_slow_covariance(seed):
         assert np.isclose(test.draws.directional_skill[k], expected)
 
 
-def test_a_constant_call_has_no_directional_skill_whatever_the_base_rates():
+def test_a_constant_call_per_symbol_has_no_directional_skill():
     predictions, y, prices = market(bars=400)
     y = np.where(np.arange(len(y)) % 10 < 3, -1, 1)
     calls = np.where(predictions.symbols == "S0", 1, -1).astype(np.int8)
@@ -246,7 +232,7 @@ def test_a_constant_call_has_no_directional_skill_whatever_the_base_rates():
     assert abs(test.observed["directional_skill"]) < 1e-12 and np.isclose(test.p_values["directional_skill"], 1)
 
 
-def test_what_is_refused():
+def test_invalid_input_raises_an_error():
     predictions, y, prices = market()
     with pytest.raises(PermutationError, match="expected 19 or more"):
         shift_test(predictions, y, prices, horizon=90)

@@ -26,7 +26,7 @@ from ..models.base import PredictionOutput
 __all__ = ['SCORING_VERSION', 'ModelEvaluator']
 
 # %% ../../nbs/evaluation/05_evaluator.ipynb #80a55a5c
-SCORING_VERSION = 2  # raised when the same predictions get other scores: runs of earlier versions can be rescored
+SCORING_VERSION = 2  # increased when scores of equal predictions change; earlier runs can be rescored
 
 
 @dataclass
@@ -34,36 +34,36 @@ class ModelEvaluator:
     "Scores predictions of one horizon."
 
     horizon: int  # bars ahead of the label
-    cost_bps: float = 1.0  # cost of changing the position by 1, in hundredths of a percent
-    trading_days: float | None = None  # days in a year, None: from the bars
+    cost_bps: float = 1.0  # basis points, for a change of position by 1
+    trading_days: float | None = None  # trading days a year, None: from the bars
     classes: tuple = (-1, 0, 1)  # class values in the order of the probability columns
-    n_boot: int = 1000  # draws of the bootstrap, 0: no intervals
-    level: float = 0.95  # probability inside an interval
+    n_boot: int = 1000  # bootstrap draws, 0: no intervals
+    level: float = 0.95  # coverage of an interval
     seed: int = 42
     day_start: int = 0  # hour at which a trading day begins, in the time zone of the timestamps
-    gap: int = 1  # bars between the last one the model saw and the predicted one; 0 is noted in the backtest's title
+    gap: int = 1  # bars from the last feature bar to the predicted bar; 0 is noted in the backtest's title
 
     def backtest(
         self,
         predictions: PredictionOutput,
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        y_true: np.ndarray | None = None,  # (n,) class values, for trades where there are no prices
-        returns_source: str | None = None,  # close or file, where the prices come from
+        y_true: np.ndarray | None = None,  # (n,) class values, for trades without prices
+        returns_source: str | None = None,  # where the prices come from: close or file
     ) -> Backtest | None:  # None for classes without a sign
-        "Backtest of the sign of the predictions."
+        "Backtest of the sign of the predictions; raises `BacktestError`, `EvaluationError` without prices and labels."
         if not has_direction(self.classes):
             return None
         return self.backtest_positions(predictions, np.sign(predictions.predictions), prices, y_true, returns_source)
 
     def backtest_positions(
         self,
-        predictions: PredictionOutput,  # whose rows are traded
-        position: np.ndarray,  # (n,) wanted at each row, -1 short to 1 long
+        predictions: PredictionOutput,  # for its timestamps and symbols
+        position: np.ndarray,  # (n,) target position at each row, -1 short to 1 long
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        y_true: np.ndarray | None = None,  # (n,) class values, for trades where there are no prices
-        returns_source: str | None = None,  # close or file, where the prices come from
+        y_true: np.ndarray | None = None,  # (n,) class values, for trades without prices
+        returns_source: str | None = None,  # where the prices come from: close or file
     ) -> Backtest:
-        "Backtest of any positions on the rows of predictions."
+        "Backtest of given positions on the rows of predictions; raises `BacktestError` and `EvaluationError`."
         rows = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=np.asarray(position, float))
         rules = self.horizon, self.cost_bps, self.trading_days
         if prices is None and y_true is None:
@@ -79,19 +79,19 @@ class ModelEvaluator:
         predictions: PredictionOutput,
         y_true: np.ndarray,  # (n,) class values
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        fit_seconds: float | None = None,
-        predict_seconds: float | None = None,
-        returns_source: str | None = None,  # close or file, where the prices come from
+        fit_seconds: float | None = None,  # wall time of fitting
+        predict_seconds: float | None = None,  # wall time of predicting
+        returns_source: str | None = None,  # where the prices come from: close or file
     ) -> dict:  # name -> number; NaN where undefined
-        "All metrics with their intervals; raises `EvaluationError`, or `BacktestError` where a bar has no price."
+        "All metrics with their intervals; raises `EvaluationError`, and `BacktestError` where a bar has no price."
         scores = classification_metrics(*check_predictions(predictions, y_true, self.classes), self.classes)
-        rows = _rows(predictions, y_true)
+        rows = _claim_rows(predictions, y_true)
         claim = self._claim(rows)
         scores |= dict(directional_skill=claim.skill, directional_accuracy_constant=claim.constant)
         result = self.backtest(predictions, prices, y_true, returns_source)
         scores |= result.metrics() if result else dict.fromkeys(TRADING_METRICS, np.nan)
         scores |= dict(n_samples=len(y_true), returns_source=result.returns_source if result else None)
-        scores |= dict(fit_seconds=_seconds(fit_seconds), predict_seconds=_seconds(predict_seconds))
+        scores |= dict(fit_seconds=_float_or_nan(fit_seconds), predict_seconds=_float_or_nan(predict_seconds))
         scores = {k: v.item() if isinstance(v, np.generic) else v for k, v in scores.items()}
         return scores | self._intervals(predictions, y_true, result, claim, rows)
 
@@ -99,10 +99,10 @@ class ModelEvaluator:
         self,
         predictions: PredictionOutput,
         y_true: np.ndarray,  # (n,) class values
-        trials: int = 1,  # models that were tried
+        trials: int = 1,  # number of models tried, this one included
     ) -> DirectionClaim:
-        "What may be claimed of the direction of predictions."
-        return self._claim(_rows(predictions, y_true), trials)
+        "Directional skill of the predictions with its interval and verdict."
+        return self._claim(_claim_rows(predictions, y_true), trials)
 
     def _claim(self, rows, trials=1):
         return direction_claim(rows, self.horizon, trials, 1 - self.level, self.classes)
@@ -113,20 +113,20 @@ class ModelEvaluator:
         rules = self.horizon, self.level, self.classes, self.n_boot, self.seed
         ends = bootstrap_metrics(predictions, y_true, *rules) | claim.metrics()
         if has_direction(self.classes):
-            interval = directional_interval(rows, self.horizon, self.level)[1:]
+            _, low, high = directional_interval(rows, self.horizon, self.level)
             if claim.n_blocks < MIN_BLOCKS:
-                interval = np.nan, np.nan
-            ends |= dict(zip(("directional_accuracy_ci_low", "directional_accuracy_ci_high"), interval))
+                low = high = np.nan
+            ends |= dict(directional_accuracy_ci_low=low, directional_accuracy_ci_high=high)
         if result:
             ends |= percentile_interval(*trading_draws(result, self.n_boot, self.seed), self.level)
         return ends
 
 
-def _rows(predictions, y_true):
-    "Rows for a claim, timestamps and symbols as numbers, which sort faster."
+def _claim_rows(predictions, y_true):
+    "Table for `direction_claim`; timestamps and symbols are numbers, because those sort faster."
     times, symbols = pd.factorize(predictions.timestamps, sort=True)[0], pd.factorize(predictions.symbols)[0]
     return pd.DataFrame(dict(datetime=times, symbol=symbols, y_true=y_true, prediction=predictions.predictions))
 
 
-def _seconds(s):
-    return np.nan if s is None else float(s)
+def _float_or_nan(value):
+    return np.nan if value is None else float(value)

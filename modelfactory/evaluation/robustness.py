@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -26,40 +25,38 @@ from .evaluator import ModelEvaluator
 from .metrics import EvaluationError, directional_gains, has_direction
 from ..models.base import PredictionOutput
 
-if TYPE_CHECKING:
-    pass
-
 # %% auto #0
 __all__ = ['COST_LEVELS', 'MAX_SYMBOL_SLICES', 'cost_sweep', 'expected_sign', 'by_slice', 'symbol_masks', 'side_masks',
            'realised_volatility', 'regime_masks', 'by_month', 'compare_exit_rules', 'threshold_sweep', 'Robustness',
            'analyse_robustness']
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ba66fb99
-COST_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # hundredths of a percent of what is traded
+COST_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # basis points of the traded amount
 
 
 def cost_sweep(
     backtest: Backtest,
-    costs: tuple = COST_LEVELS,  # hundredths of a percent
-) -> pd.DataFrame:  # cost_bps, profit (share of capital), sharpe_net, max_drawdown; `.attrs["break_even"]` in bp or NaN
-    "Profit of the same trades at other costs; NaN where there are no prices."
+    costs: tuple = COST_LEVELS,  # basis points, for a change of position by 1
+) -> pd.DataFrame:  # cost_bps, profit (share of capital), sharpe_net, max_drawdown
+    "Profit of the same trades at other costs, NaN without prices; `.attrs['break_even']` is in bp, or NaN."
     daily = {k: v.to_numpy() for k, v in backtest.daily.items()}
     rows = []
     for cost_bps in costs:
         net = daily["gross"] - trading_cost(daily["turnover"], cost_bps)
         stats = trading_stats(daily | dict(net=net), backtest.trading_days)
-        of_cost = {k: float(stats[k]) for k in ("sharpe_net", "max_drawdown")}
-        rows.append(dict(cost_bps=cost_bps, profit=net.sum()) | of_cost)
-    table, at_1_bp = pd.DataFrame(rows), trading_cost(daily["turnover"], 1.0).sum()
-    table.attrs["break_even"] = float(daily["gross"].sum() / at_1_bp) if at_1_bp else np.nan
+        ratios = {k: float(stats[k]) for k in ("sharpe_net", "max_drawdown")}
+        rows.append(dict(cost_bps=cost_bps, profit=net.sum()) | ratios)
+    table = pd.DataFrame(rows)
+    cost_at_1_bp = trading_cost(daily["turnover"], 1.0).sum()
+    table.attrs["break_even"] = float(daily["gross"].sum() / cost_at_1_bp) if cost_at_1_bp else np.nan
     return table
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #fadaafbe
 def expected_sign(
     predictions: PredictionOutput,
     classes: tuple = (-1, 0, 1),
-) -> np.ndarray:  # (n,) -1 to 1
-    "Probability of the positive classes less that of the negative ones: a position that grows with confidence."
+) -> np.ndarray:  # (n,) positions from -1 to 1
+    "Probability of the positive classes minus that of the negative ones: a position that grows with confidence."
     return (predictions.probabilities @ np.sign(classes).astype(float)).clip(-1, 1)
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #2ecdc5c1
@@ -67,16 +64,21 @@ def by_slice(
     evaluator: ModelEvaluator,
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
-    prices: pd.DataFrame | None,
-    masks: dict,  # name -> (n,) bool
-) -> pd.DataFrame:  # slice, rows, calls, directional_accuracy, _constant, directional_skill, sharpe_net, gross; ends
-    "Direction and profit of some of the rows at a time, intervals at a level corrected for the number of slices."
+    prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
+    masks: dict[str, np.ndarray],  # name -> (n,) bool, the rows of the slice
+) -> pd.DataFrame:  # a row a slice
+    """Direction and profit of each slice, with intervals corrected for the number of slices.
+
+    Columns: `slice`, `rows`, `calls`; `directional_accuracy`, `directional_skill` and `sharpe_net`, each with `_low`
+    and `_high`; `directional_accuracy_constant`; `gross` (share of capital).
+    """
     position, level = np.sign(predictions.predictions), 1 - (1 - evaluator.level) / max(len(masks), 1)
     corrected, rows = replace(evaluator, level=level), []
     for name, mask in masks.items():
         size = dict(slice=str(name), rows=int(mask.sum()), calls=int((mask & (position != 0)).sum()))
-        sliced = evaluator.backtest_positions(predictions, position * mask, prices, y)
-        direction, profit = _direction(corrected, predictions, y, mask), _profit(corrected, sliced)
+        backtest = evaluator.backtest_positions(predictions, position * mask, prices, y)
+        direction = _direction_figures(corrected, predictions, y, mask)
+        profit = _profit_figures(corrected, backtest)
         if np.isnan(direction["directional_accuracy_low"]):
             profit |= dict(sharpe_net_low=np.nan, sharpe_net_high=np.nan)
         rows.append(size | direction | profit)
@@ -84,20 +86,19 @@ def by_slice(
     table.attrs["slice_level"] = level
     return table
 
-
-def _direction(evaluator, predictions, y, mask):
-    "Directional accuracy, the better constant call's, and directional skill; NaN ends with too few blocks."
-    gains, scored = _gains(predictions, y, mask)
+# %% ../../nbs/evaluation/07_robustness.ipynb #3b7ac388
+def _direction_figures(evaluator, predictions, y, mask):
+    "Directional accuracy, that of the better constant call, and directional skill; NaN ends with too few blocks."
+    gains, scored = _slice_gains(predictions, y, mask)
     agree = np.sign(predictions.predictions) == np.sign(y)
-    return (
-        _interval(evaluator, predictions, mask, "directional_accuracy", agree & scored, scored, 0)
-        | dict(directional_accuracy_constant=_constant_accuracy(predictions, y, mask))
-        | _interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1)
-    )
+    accuracy = _mean_with_interval(evaluator, predictions, mask, "directional_accuracy", agree & scored, scored, 0)
+    constant = dict(directional_accuracy_constant=_constant_accuracy(predictions, y, mask))
+    skill = _mean_with_interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1)
+    return accuracy | constant | skill
 
 
-def _gains(predictions, y, mask):
-    "Gains (n,) and scored rows (n,); base rates are those of the slice, of all rows where it has calls of one side."
+def _slice_gains(predictions, y, mask):
+    "Gains (n,) and scored rows (n,) of a slice; base rates are of the slice, or of all rows if it has one side."
     called, symbols = np.sign(predictions.predictions), np.asarray(predictions.symbols)
     within = np.where(mask, called, 0)
     one_sided = len(np.unique(within[(within != 0) & (np.sign(y) != 0)])) == 1
@@ -105,8 +106,8 @@ def _gains(predictions, y, mask):
     return np.where(mask, gains, 0.0), scored & mask
 
 
-def _interval(evaluator, predictions, mask, name, gains, scored, lowest):
-    "A mean over the scored rows of a slice with its interval: NaN below `MIN_BLOCKS` effective blocks."
+def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowest):
+    "Mean over the scored rows of a slice; the interval is NaN below `MIN_BLOCKS` effective blocks."
     if not scored.any():
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
     numbers = np.unique(predictions.timestamps[mask], return_inverse=True)[1]
@@ -116,9 +117,9 @@ def _interval(evaluator, predictions, mask, name, gains, scored, lowest):
     low, high = np.clip(ends, lowest, 1).tolist() if enough else (np.nan, np.nan)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
-
+# %% ../../nbs/evaluation/07_robustness.ipynb #eb7a22f6
 def _constant_accuracy(predictions, y, mask):
-    "Directional accuracy of the better constant call on a slice, or of the one call that a slice has."
+    "Directional accuracy of the better constant call on a slice, or of its only call."
     called, truth = np.sign(predictions.predictions), np.sign(np.asarray(y))
     both = called * truth != 0
     sides = np.unique(called[mask & both])
@@ -129,11 +130,13 @@ def _constant_accuracy(predictions, y, mask):
     return float(max(up.mean(), 1 - up.mean())) if len(up) else np.nan
 
 
-def _profit(evaluator, backtest):
-    "Net Sharpe ratio with its interval, and gross profit; NaN where nothing is traded or there are no prices."
+def _profit_figures(evaluator, backtest):
+    "Net Sharpe ratio with its interval, and gross profit; NaN without trades or prices."
     traded = not backtest.flat and backtest.has_prices
-    draws = trading_draws(backtest, evaluator.n_boot, evaluator.seed) if traded and evaluator.n_boot else None
-    ends = percentile_interval(*draws, evaluator.level) if draws else {}
+    ends = {}
+    if traded and evaluator.n_boot:
+        draws = trading_draws(backtest, evaluator.n_boot, evaluator.seed)
+        ends = percentile_interval(*draws, evaluator.level)
     return dict(
         sharpe_net=backtest.metrics()["sharpe_net"] if traded else np.nan,
         sharpe_net_low=ends.get("sharpe_net_ci_low", np.nan),
@@ -142,13 +145,13 @@ def _profit(evaluator, backtest):
     )
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ecaa0db8
-def symbol_masks(predictions: PredictionOutput) -> dict:
+def symbol_masks(predictions: PredictionOutput) -> dict[str, np.ndarray]:  # symbol -> (n,) bool
     "The rows of each symbol."
     return {s: predictions.symbols == s for s in pd.unique(predictions.symbols)}
 
 
-def side_masks(predictions: PredictionOutput) -> dict:
-    "The rows predicted up, and those predicted down."
+def side_masks(predictions: PredictionOutput) -> dict[str, np.ndarray]:  # long, short -> (n,) bool
+    "The rows predicted up and the rows predicted down."
     return dict(long=predictions.predictions > 0, short=predictions.predictions < 0)
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #8e1e456d
@@ -156,30 +159,33 @@ def realised_volatility(
     predictions: PredictionOutput,
     prices: pd.DataFrame,  # datetime, symbol, close
     window: int = 50,  # bars
-) -> np.ndarray:  # (n,) standard deviation of log returns over the bars before each row, NaN where they are fewer
-    "Realised volatility that was known at each row."
+) -> np.ndarray:  # (n,) NaN with fewer bars
+    "Standard deviation of log returns over the `window` bars before each row."
     bars = prices.assign(symbol=prices.symbol.astype(str)).sort_values(["symbol", "datetime"], ignore_index=True)
-    moves = np.log(bars.close).groupby(bars.symbol).diff()
-    bars["volatility"] = moves.groupby(bars.symbol).transform(lambda r: r.rolling(window).std().shift())
+    log_returns = np.log(bars.close).groupby(bars.symbol).diff()
+    bars["volatility"] = log_returns.groupby(bars.symbol).transform(lambda r: r.rolling(window).std().shift())
     rows = pd.DataFrame(dict(datetime=predictions.timestamps, symbol=np.asarray(predictions.symbols).astype(str)))
     columns = ["datetime", "symbol", "volatility"]
     return rows.merge(bars[columns], how="left", on=columns[:2]).volatility.to_numpy()
 
 
 def regime_masks(
-    volatility: np.ndarray,  # (n,) known at each row, NaN where unknown: such rows are in no regime
-) -> dict:  # low, mid, high volatility -> (n,) bool
+    volatility: np.ndarray,  # (n,) of `realised_volatility`; rows with NaN are in no regime
+) -> dict[str, np.ndarray]:  # low, mid, high volatility -> (n,) bool
     "Thirds of the rows by volatility."
     defined = volatility[np.isfinite(volatility)]
     low, high = np.quantile(defined, (1 / 3, 2 / 3)) if len(defined) else (np.nan, np.nan)
     thirds = volatility <= low, (volatility > low) & (volatility <= high), volatility > high
-    return {f"{name} volatility": mask for name, mask in zip(("low", "mid", "high"), thirds)}
+    return {f"{name} volatility": mask for name, mask in zip(("low", "mid", "high"), thirds, strict=True)}
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #13b7b4a8
 def by_month(
     backtest: Backtest,
-) -> pd.DataFrame:  # month, days, profit, sharpe_net; `.attrs`: share_with_profit, share_of_best
-    "Net profit by calendar month, as a share of capital; the sum is that of the backtest. NaN without prices."
+) -> pd.DataFrame:  # month, days, profit (share of capital), sharpe_net
+    """Net profit by calendar month, NaN without prices; the sum is the profit of the backtest.
+
+    `.attrs`: `share_with_profit`, of the months; `share_of_best`, the best month's share of total profit.
+    """
     net = backtest.daily.net
     months = net.groupby(net.index.tz_localize(None).to_period("M"))
     sharpe = months.apply(lambda days: float(sharpe_ratio(days.to_numpy(), backtest.trading_days)))
@@ -194,11 +200,11 @@ def by_month(
 def compare_exit_rules(
     evaluator: ModelEvaluator,
     predictions: PredictionOutput,
-    y: np.ndarray,  # (n,) class values, for trades where there are no prices
-    prices: pd.DataFrame | None,
-    bars_to_hit: np.ndarray | None = None,  # (n,) bars until the label is decided, where that is known
+    y: np.ndarray,  # (n,) class values, for trades without prices
+    prices: pd.DataFrame | None,  # datetime, symbol, close
+    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided; None: no barrier exit
 ) -> pd.DataFrame:  # strategy, sharpe, turnover, exposure, max_drawdown, n_trades, sharpe_net with _low and _high
-    "Fixed holding, positions by confidence, and exit at the barrier, side by side."
+    "Metrics of fixed holding, positions by confidence, and exit at the barrier."
     sign = np.sign(predictions.predictions).astype(float)
     positions = {"fixed": sign, "expected sign": expected_sign(predictions, evaluator.classes)}
     backtests = {k: evaluator.backtest_positions(predictions, v, prices, y) for k, v in positions.items()}
@@ -206,11 +212,13 @@ def compare_exit_rules(
         frame = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=sign)
         rules = evaluator.horizon, evaluator.cost_bps, evaluator.trading_days
         backtests["barrier"] = barrier_backtest(frame, prices, bars_to_hit, *rules, day_start=evaluator.day_start)
-    return pd.DataFrame([dict(strategy=name) | _strategy_row(evaluator, b) for name, b in backtests.items()])
+    rows = [dict(strategy=name) | _strategy_row(evaluator, b) for name, b in backtests.items()]
+    return pd.DataFrame(rows)
 
 
 def _strategy_row(evaluator, backtest):
-    metrics, profit = backtest.metrics(), _profit(evaluator, backtest)
+    "The row of one strategy in the table."
+    metrics, profit = backtest.metrics(), _profit_figures(evaluator, backtest)
     shown = {k: metrics[k] for k in ("sharpe", "turnover", "exposure", "max_drawdown", "n_trades")}
     return shown | {k: v for k, v in profit.items() if k != "gross"}
 
@@ -219,10 +227,14 @@ def threshold_sweep(
     evaluator: ModelEvaluator,
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
-    prices: pd.DataFrame | None,
-    thresholds: tuple | None = None,  # None: ten, from all calls to one call in twenty
-) -> pd.DataFrame:  # threshold, coverage, calls, precision, directional_accuracy, directional_skill, sharpe_net; ends
-    "Coverage against precision, skill and profit as fewer, more confident calls are traded; NaN without a call."
+    prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
+    thresholds: tuple | None = None,  # probabilities; None: ten, from all calls to one call in twenty
+) -> pd.DataFrame:  # a row a threshold
+    """Coverage, precision, skill and profit as fewer, more confident calls are traded; NaN without a call.
+
+    Columns: `threshold`, `coverage`, `calls`, `precision`, `directional_accuracy`, `directional_skill` with `_low` and
+    `_high`, `sharpe_net`.
+    """
     confidence, called = predictions.probabilities.max(1), np.sign(predictions.predictions) != 0
     if thresholds is None:
         quantiles = np.quantile(confidence[called], np.linspace(0.1, 0.95, 9)) if called.any() else ()
@@ -232,15 +244,16 @@ def threshold_sweep(
     for t in thresholds:
         mask = called & (confidence >= t)
         size = dict(threshold=float(t), coverage=mask.mean(), calls=int(mask.sum()))
-        rows.append(size | _of_calls(corrected, predictions, y, prices, mask))
+        rows.append(size | _threshold_row(corrected, predictions, y, prices, mask))
     table = pd.DataFrame(rows)
     table.attrs["threshold_level"] = level
     return table
 
-
-def _of_calls(evaluator, predictions, y, prices, mask):
-    gains, scored = _gains(predictions, y, mask)
-    skill = _interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1)
+# %% ../../nbs/evaluation/07_robustness.ipynb #18a1c71b
+def _threshold_row(evaluator, predictions, y, prices, mask):
+    "Precision, direction and profit of the calls of `mask`."
+    gains, scored = _slice_gains(predictions, y, mask)
+    skill = _mean_with_interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1)
     if not mask.any():
         return dict(precision=np.nan, directional_accuracy=np.nan) | skill | dict(sharpe_net=np.nan)
     called, truth = predictions.predictions[mask], y[mask]
@@ -256,15 +269,15 @@ def _of_calls(evaluator, predictions, y, prices, mask):
 # %% ../../nbs/evaluation/07_robustness.ipynb #0299b848
 @dataclass
 class Robustness:
-    "What the profit of a strategy depends on."
+    "Tables of what the profit of a strategy depends on."
 
-    costs: pd.DataFrame  # of `cost_sweep`
-    slices: pd.DataFrame  # of `by_slice`: sides, symbols, regimes
-    months: pd.DataFrame  # of `by_month`
-    strategies: pd.DataFrame  # of `compare_exit_rules`
-    thresholds: pd.DataFrame  # of `threshold_sweep`
-    has_prices: bool = True  # whether there was a profit to describe
-    gap: int = 1  # bars between the last one the model saw and the predicted one
+    costs: pd.DataFrame  # from `cost_sweep`
+    slices: pd.DataFrame  # from `by_slice`: sides, symbols, regimes
+    months: pd.DataFrame  # from `by_month`
+    strategies: pd.DataFrame  # from `compare_exit_rules`
+    thresholds: pd.DataFrame  # from `threshold_sweep`
+    has_prices: bool = True  # whether profit comes from prices
+    gap: int = 1  # bars from the last feature bar to the predicted bar
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -272,92 +285,96 @@ class Robustness:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("has_prices", "gap")}
 
     def to_dict(self) -> dict:
-        "Plain data: a list of rows for each table, and its notes; NaN as None."
+        "Plain data for JSON: a list of rows for each table, and `notes`; NaN becomes None."
 
-        def plain(t):
+        def nan_to_none(t):
             return t.astype(object).where(t.notna(), None)
 
-        notes = {k: v for t in self.tables.values() for k, v in t.attrs.items()} | self._facts()
-        notes = plain(pd.Series(notes, dtype=object)).to_dict()
-        return {name: plain(t).to_dict("records") for name, t in self.tables.items()} | dict(notes=notes)
+        notes = {k: v for t in self.tables.values() for k, v in t.attrs.items()} | self._limitations()
+        notes = nan_to_none(pd.Series(notes, dtype=object)).to_dict()
+        return {name: nan_to_none(t).to_dict("records") for name, t in self.tables.items()} | dict(notes=notes)
 
-    def _facts(self):
-        "What limits the figures."
-        facts = dict(no_prices=None if self.has_prices else NO_PRICES_NOTE, gap_0=GAP_0_NOTE if self.gap == 0 else None)
-        return {k: v for k, v in facts.items() if v}
+    def _limitations(self):
+        "Notes on what limits the figures, by name."
+        notes = {}
+        if not self.has_prices:
+            notes["no_prices"] = NO_PRICES_NOTE
+        if self.gap == 0:
+            notes["gap_0"] = GAP_0_NOTE
+        return notes
 
     def _notes(self):
-        return "; ".join([*([self._profit_note()] if self.has_prices else []), *self._facts().values()])
+        notes = [self._profit_note()] if self.has_prices else []
+        return "; ".join([*notes, *self._limitations().values()])
 
     def _profit_note(self):
         months, best = self.months.attrs, self.months.attrs["share_of_best"]
-        of_best = "" if np.isnan(best) else f", the best of them {best:.0%} of the whole"
-        share = f"{months['share_with_profit']:.0%} of {len(self.months)} months earned{of_best}"
+        of_best = "" if np.isnan(best) else f", the best month has {best:.0%} of the profit"
+        share = f"{months['share_with_profit']:.0%} of {len(self.months)} months have a profit{of_best}"
         return f"breaks even at {self.costs.attrs['break_even']:.1f} bp; {share}"
 
     def _headings(self):
         "Heading of each table, with the level of its intervals."
         levels = dict(slices=self.slices.attrs["slice_level"], thresholds=self.thresholds.attrs["threshold_level"])
         text = "{0}: intervals at {1:.2%}, corrected for {2} {0}".format
-        return {
-            name: text(name, levels[name], len(table)) if name in levels else name
-            for name, table in self.tables.items()
-        }
+        headings = {name: name for name in self.tables}
+        return headings | {name: text(name, level, len(self.tables[name])) for name, level in levels.items()}
 
     def __repr__(self):
-        parts = [f"{self._headings()[name]}\n{_text(t).to_string(index=False)}" for name, t in self.tables.items()]
+        headings = self._headings()
+        parts = [f"{headings[name]}\n{_cells_as_text(t).to_string(index=False)}" for name, t in self.tables.items()]
         return "\n\n".join([self._notes(), *parts])
 
     def _repr_html_(self):
-        heading = "<p style='margin:8px 0 2px'><b>{}</b></p>{}"
-        parts = [
-            heading.format(self._headings()[name], _text(t).to_html(index=False, border=0))
-            for name, t in self.tables.items()
-        ]
+        headings, parts = self._headings(), []
+        for name, table in self.tables.items():
+            html = _cells_as_text(table).to_html(index=False, border=0)
+            parts.append(f"<p style='margin:8px 0 2px'><b>{headings[name]}</b></p>{html}")
         return f"<p>{self._notes()}</p>" + "".join(parts)
 
-
-def _text(table):
-    "The cells as text, a number and its interval in one cell."
+# %% ../../nbs/evaluation/07_robustness.ipynb #55c5add3
+def _cells_as_text(table):
+    "The table as text, with a number and its interval in one cell."
     names = [c for c in table if c.endswith(("_low", "_high"))]
-    cells = table.drop(columns=names).astype(object).map(_cell)
+    cells = table.drop(columns=names).astype(object).map(_value_text)
     for c in {c.removesuffix("_low") for c in names if c.endswith("_low")}:
-        numbers = zip(table[c], table[f"{c}_low"], table[f"{c}_high"])
-        cells[c] += ["" if np.isnan(value) else _cost_at_zero(low, high) for value, low, high in numbers]
+        numbers = zip(table[c], table[f"{c}_low"], table[f"{c}_high"], strict=True)
+        cells[c] += ["" if np.isnan(value) else _interval_text(low, high) for value, low, high in numbers]
     return cells
 
 
-def _cost_at_zero(low, high):
-    "An interval as text; a dash where it has no ends."
-    return " [–]" if np.isnan(low) else f" [{_cell(low)}, {_cell(high)}]"
+def _interval_text(low, high):
+    "An interval as text, a dash if it has no ends."
+    return " [–]" if np.isnan(low) else f" [{_value_text(low)}, {_value_text(high)}]"
 
 
-def _cell(v):
-    if isinstance(v, str):
-        return v
-    if v != v:
+def _value_text(value):
+    "A cell as text, a dash for NaN."
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
         return "–"
-    return f"{v:,}" if isinstance(v, int) else f"{v:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ae4bd1d6
-MAX_SYMBOL_SLICES = 20  # symbols with a slice of their own: those with the most rows
+MAX_SYMBOL_SLICES = 20  # number of symbols with a slice, those with the most rows
 
 
 def analyse_robustness(
     evaluator: ModelEvaluator,
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
-    prices: pd.DataFrame | None,
-    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided
+    prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
+    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided; None: no barrier exit
 ) -> Robustness:
-    "All tables of this module; raises `EvaluationError` for classes without a direction."
+    "All tables of this module; raises `EvaluationError` for unsigned classes."
     if not has_direction(evaluator.classes):
         message = "have no direction to trade; expected negative and positive ones"
         raise EvaluationError(f"classes {tuple(evaluator.classes)} {message}")
     backtest, symbols = evaluator.backtest(predictions, prices, y), symbol_masks(predictions)
     regimes = {} if prices is None else regime_masks(realised_volatility(predictions, prices))
-    shown = sorted(symbols, key=lambda s: -symbols[s].sum())[:MAX_SYMBOL_SLICES] if len(symbols) > 1 else []
-    masks = side_masks(predictions) | {s: symbols[s] for s in shown} | regimes
+    largest = sorted(symbols, key=lambda s: -symbols[s].sum())[:MAX_SYMBOL_SLICES] if len(symbols) > 1 else []
+    masks = side_masks(predictions) | {s: symbols[s] for s in largest} | regimes
     return Robustness(
         cost_sweep(backtest),
         by_slice(evaluator, predictions, y, prices, masks),
