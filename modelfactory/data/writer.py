@@ -146,7 +146,7 @@ def _check_table(table, horizons, extra):
         raise BarsError(f"table: {invalid[0]!r} cannot be a feature: {roles.reason[invalid[0]]}; rename it")
     return names
 
-
+# %% ../../nbs/data/06_writer.ipynb #81a91c84
 def _check_split(table, split):
     "Raise `BarsError` unless each split has rows and ends before the next one starts."
     times = nanoseconds(table)
