@@ -212,7 +212,7 @@ def population_stability_index(
     order = (table["index"] / table.limit.fillna(1)).sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
 
-
+# %% ../../nbs/data/10_explore.ipynb #4fc50390
 def _index_and_outside(x, b, bars):
     "Index of one column, and its share of values outside the range of train."
     x = x[np.isfinite(x)]

@@ -172,7 +172,7 @@ def _around_the_clock(symbols, minutes):
         calendar.append((times[a - WORLD_WARMUP_BARS : c + WORLD_TAIL_BARS], _split_names(b - a, c - b)))
     return calendar
 
-
+# %% ../../nbs/data/11_null_worlds.ipynb #a8f28af9
 def _sparse(symbols, minutes):
     "Symbols with all bars, and a last symbol with few bars."
     full = {split: (WORLD_ROWS[split] - SPARSE_ROWS[split]) // (symbols - 1) for split in WORLD_ROWS}

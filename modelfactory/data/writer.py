@@ -182,7 +182,7 @@ def write_splits(
     _write_and_check(table, out, horizons, shares, embargo, scale, extra_features)
     return out
 
-
+# %% ../../nbs/data/06_writer.ipynb #74a6fad1
 def _write_and_check(table, out, horizons, shares, embargo, scale, extra_features):
     "Write the splits; returns the report of `check_splits` on the written files."
     table, names, split = _prepare_splits(table, horizons, shares, extra_features)
