@@ -1,4 +1,4 @@
-"Finished runs made in milliseconds: predictions of no model, scored by the evaluator, published as a training would."
+"Finished runs made in milliseconds: random predictions, scored by the evaluator and published like those of a model."
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from modelfactory.runs.run_folder import RESULT_FILE, start_attempt, write_json
 
 
 def bars(n=400, symbols=("A", "B"), horizon=5, shares=(1, 1, 1), seed=0, freq="h"):
-    "Labels of overlapping noise with the class shares asked for, and prices that have nothing to do with them."
+    "Labels of overlapping noise with the given class shares, and prices independent of them."
     rng = np.random.default_rng(seed)
     parts = []
     for symbol in symbols:
@@ -31,7 +31,7 @@ def bars(n=400, symbols=("A", "B"), horizon=5, shares=(1, 1, 1), seed=0, freq="h
 
 
 def probabilities(table, skill=0.0, seed=0, classes=(-1, 0, 1)):
-    "Probabilities of slow noise; with skill they lean to the true class."
+    "Probabilities from autocorrelated noise; with `skill` the true class is more likely."
     rng = np.random.default_rng(seed)
     k = len(classes)
     logits = pd.DataFrame(rng.normal(size=(len(table), k))).rolling(5, min_periods=1).mean().to_numpy()
@@ -60,9 +60,10 @@ def make_run(
     family="examples",
     n_boot=20,
 ):
-    "A run folder whose predictions of `table` have some skill; returns the `Run`. Each `data` has a fingerprint of its own."
-    of_data = "f" * 16 if str(data) == "/data/bars" else hashlib.blake2b(str(data).encode(), digest_size=8).hexdigest()
-    fingerprint = fingerprint or of_data
+    "A finished run whose predictions of `table` have the given skill; each `data` has a different fingerprint."
+    if fingerprint is None:
+        is_default = str(data) == "/data/bars"
+        fingerprint = "f" * 16 if is_default else hashlib.blake2b(str(data).encode(), digest_size=8).hexdigest()
     p = probabilities(table, skill, [noise, seed, *model.encode()], classes) if p is None else p
     meta = table[["datetime", "symbol"]].assign(horizon=horizon)
     output, y = to_output(p, meta, classes), table.y_true.to_numpy()
@@ -92,8 +93,9 @@ def make_run(
         attempt / "splits.json",
         dict(excluded=[["volume", "market", "raw"]], labels=[], warnings=[], splits=[], n_features=3),
     )
-    book = evaluator.backtest(output, closes, y) if prices and daily is None else None
-    daily = book.daily if book else daily
+    if prices and daily is None:
+        result = evaluator.backtest(output, closes, y)
+        daily = result.daily if result else None
     if daily is not None:
         daily.rename_axis("day").reset_index().to_parquet(attempt / "predictions/val_daily.parquet", index=False)
     identity = hashlib.blake2b(json.dumps([resolved, fingerprint, code]).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"Bars to splits on markets that are harder than any real one: halts, heavy tails, tiny and huge prices, no volume, missing bars."
+"Bars to splits on extreme markets: halts, heavy tails, tiny and huge prices, no volume, missing bars."
 
 import numpy as np
 import pandas as pd
@@ -9,12 +9,12 @@ from modelfactory.data.readers import check_bars
 from modelfactory.data.splits import MIN_BLOCKS, NO_LABEL, SplitsWarning, read_split, read_splits, split_blocks
 from modelfactory.data.writer import bars_to_splits
 
-pytestmark = (
-    pytest.mark.no_cover
-)  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+# Line coverage slows these thousands of small calls by half; the notebooks cover the same lines.
+pytestmark = pytest.mark.no_cover
 
 
 def one_symbol(name, rng):
+    "Bars of one symbol with halts, heavy tails and missing bars."
     n, volatility = rng.integers(700, 1200), 10.0 ** rng.uniform(-5, -1)
     returns = np.clip(rng.standard_t(2.5, n) * volatility, -0.7, 0.7)
     for start in rng.integers(0, n - 150, 4):
@@ -45,26 +45,25 @@ def bars(request):
 
 def test_features_are_finite_and_causal(bars):
     features = bar_features(bars).iloc[:, 2:]
-    warm = (bars.groupby("symbol").cumcount() >= FEATURE_WARMUP).to_numpy()
-    assert np.isfinite(features[warm]).all().all()
+    settled = (bars.groupby("symbol").cumcount() >= FEATURE_WARMUP).to_numpy()
+    assert np.isfinite(features[settled]).all().all()
     assert find_lookahead(bar_features, bars, bars.datetime.sample(2, random_state=0)) == []
 
 
 @pytest.mark.filterwarnings("ignore::modelfactory.data.splits.SplitsWarning")
-def test_no_label_reaches_the_next_split(bars, tmp_path):
-    "Against the bars themselves: the bar at which each label is decided lies before the next split begins."
+def test_no_label_is_decided_in_the_next_split(bars, tmp_path):
+    "The bar that decides a label is before the first bar of the next split, with the embargo between."
     out = bars_to_splits(bars, tmp_path / "splits", embargo=pd.Timedelta("5h"))
     read_splits(out, splits=("train", "val", "test"))
     split = {s: pd.read_parquet(out / f"{s}_scaled.parquet") for s in ("train", "val", "test")}
     for early, late in [("train", "val"), ("val", "test")]:
         first = split[late].datetime.min()
-        for symbol, rows in split[early].groupby("symbol"):
+        for symbol, part in split[early].groupby("symbol"):
             times = bars[bars.symbol == symbol].datetime.to_numpy()
             for h in (5, 20):
-                defined = rows[rows[f"label_h{h}"] != NO_LABEL]
-                decided = times[
-                    np.searchsorted(times, defined.datetime.to_numpy()) + defined[f"bars_to_hit_h{h}"].to_numpy()
-                ]
+                defined = part[part[f"label_h{h}"] != NO_LABEL]
+                rows_of_labels = np.searchsorted(times, defined.datetime.to_numpy())
+                decided = times[rows_of_labels + defined[f"bars_to_hit_h{h}"].to_numpy()]
                 assert (decided + np.timedelta64(5, "h") <= first.to_datetime64()).all()
 
 
@@ -87,41 +86,43 @@ def walk(n, symbol="A", seed=0, step="1h", drift=0.0):
     )
 
 
-def test_a_horizon_with_too_few_blocks_of_val_is_a_warning(tmp_path):
-    "400 rows of val are 20 blocks at h5 and 5 at h20."
-    with pytest.warns(SplitsWarning) as shown:
+def test_too_few_blocks_of_val_give_a_warning(tmp_path):
+    "400 rows of val are 20 blocks at horizon 5 and 5 blocks at horizon 20."
+    with pytest.warns(SplitsWarning) as caught:
         out = bars_to_splits(walk(200 + 2_667), tmp_path / "few")
-    assert [str(w.message) for w in shown] == [
-        f"label_h20: {split} holds 5 blocks of 80 bars; fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon"
+    assert [str(w.message) for w in caught] == [
+        f"label_h20: {split} holds 5 blocks of 80 bars; fewer than {MIN_BLOCKS}: "
+        "too few rows to claim skill at this horizon"
         for split in ("val", "test")
     ]
-    assert all(w.filename == __file__ for w in shown)
+    assert all(w.filename == __file__ for w in caught)
     report = read_splits(out, splits=("train", "val", "test")).report
-    assert [w for w in report.warnings if "too few rows" in w] == [str(w.message) for w in shown]
+    assert [w for w in report.warnings if "too few rows" in w] == [str(w.message) for w in caught]
     assert not [w for w in read_splits(out, splits=("train",)).report.warnings if "too few rows" in w]
 
 
-def test_enough_blocks_are_no_warning(tmp_path, recwarn):
+def test_enough_blocks_give_no_warning(tmp_path, recwarn):
     bars_to_splits(walk(200 + 7_000), tmp_path / "enough")
     assert not [w for w in recwarn if w.category is SplitsWarning]
 
 
-def test_a_sparse_symbol_does_not_decide_the_number_of_blocks():
-    "A symbol with a bar a day beside one with a bar an hour: weighted by rows it doubles a block, by its own bars it would be 24 times as long."
+def test_block_length_is_weighted_by_rows_of_symbols():
+    """A symbol with a bar a day beside a symbol with a bar an hour.
+
+    Weighted by rows it doubles a block; by its own bars a block would be 24 times as long.
+    """
     dense, sparse = walk(4_000).assign(label_h5=1, x=0.0), walk(4_000, "B").iloc[::24].assign(label_h5=1, x=0.0)
     alone, both = read_split(dense), read_split(pd.concat([dense, sparse]))
     assert split_blocks(alone, 5) == 200 and split_blocks(both, 5) > 90
 
 
-def test_the_report_says_how_often_a_constant_call_is_right(tmp_path):
-    "Barriers of 1.5 ATR down and 3 up, or a drift: always down, always up."
+def test_report_states_the_accuracy_of_the_constant_call(tmp_path):
+    "Barriers of 1.5 ATR down and 3 ATR up: always down. With a drift: always up."
     out = bars_to_splits(walk(8_000), tmp_path / "barriers", horizons=(20,), barriers={20: (3.0, 1.5)})
     splits = read_splits(out)
     share = {s.name: (s.labels[20] == -1).sum() / np.isin(s.labels[20], (-1, 1)).sum() for s in splits.values()}
-    assert (
-        splits.report.labels.constant_call.tolist() == [f"down {share[s]:.2f}" for s in ("train", "val")]
-        and share["val"] > 0.6
-    )
+    assert splits.report.labels.constant_call.tolist() == [f"down {share[s]:.2f}" for s in ("train", "val")]
+    assert share["val"] > 0.6
     calls = [f"always down would be right {round(share[s], 2):.0%} of the time in {s}" for s in ("train", "val")]
     sentence = f"label_h20: {calls[0]}, {calls[1]}; judge directional accuracy against that"
     assert sentence in splits.report.warnings and sentence in repr(splits.report)

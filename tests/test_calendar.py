@@ -1,4 +1,4 @@
-"Trading days: how many a year, at which hour they begin, and where both are set."
+"Trading days: their number a year, the hour at which they begin, and the settings of both."
 
 import json
 
@@ -16,6 +16,7 @@ ZONE = "America/New_York"
 
 
 def walk(times, seed=0, sd=0.01, drift=0.0):
+    "Closes of a random walk with random predictions."
     rng = np.random.default_rng(seed)
     close = 100 * np.exp((drift + rng.normal(0, sd, len(times))).cumsum())
     return pd.DataFrame(dict(datetime=times, symbol="A", close=close, prediction=rng.choice([-1, 1], len(times))))
@@ -25,7 +26,7 @@ def sharpe(pnl):
     return pnl.mean() / pnl.std(ddof=1)
 
 
-# days a year
+# Days a year
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def sharpe(pnl):
         ("B", 20, 365.25 * 5 / 7),
     ],
 )
-def test_days_a_year_follow_the_calendar(freq, n, expected):
+def test_days_a_year_of_long_samples(freq, n, expected):
     days = pd.date_range("2023-01-02", periods=n, freq=freq)
     assert abs(days_per_year(days) / expected - 1) < 0.005
     zoned = days.tz_localize(ZONE)
@@ -63,12 +64,12 @@ def test_days_a_year_follow_the_calendar(freq, n, expected):
         (pd.DatetimeIndex(["2024-01-02"]), 5),
     ],
 )
-def test_a_few_days_tell_the_calendar(days, expected):
-    "Three business days gave 156.5 days a year, two gave 104."
+def test_days_a_year_of_a_few_days(days, expected):
+    "An earlier version gave 156.5 days a year for three business days and 104 for two."
     assert np.isclose(days_per_year(days), expected * 365.25 / 7)
 
 
-def test_holidays_count_where_the_sample_is_long():
+def test_holidays_count_in_long_samples_only():
     from pandas.tseries.holiday import USFederalHolidayCalendar
 
     off = USFederalHolidayCalendar().holidays("2020", "2024-12-31")
@@ -80,7 +81,7 @@ def test_holidays_count_where_the_sample_is_long():
 
 @pytest.mark.parametrize("freq, n, expected", [("W-FRI", 200, 52.18), ("h", 24 * 100, 365.25), ("2h", 12 * 21, 365.25)])
 def test_a_sharpe_ratio_is_annualised_by_the_days_of_its_bars(freq, n, expected):
-    "Weekly bars had 1.47 for .72, bars around the clock 1.60 for 1.87."
+    "An earlier version gave 1.47 instead of .72 for weekly bars, and 1.60 instead of 1.87 for bars around the clock."
     table = walk(pd.date_range("2023-01-06", periods=n, freq=freq), drift=0.001)
     result = tranche_backtest(table.assign(prediction=1), table, 1)
     assert np.isclose(result.trading_days, expected, rtol=0.001)
@@ -89,28 +90,27 @@ def test_a_sharpe_ratio_is_annualised_by_the_days_of_its_bars(freq, n, expected)
     assert f"{result.trading_days:.0f} days a year from 0:00" in repr(result)
 
 
-def test_a_number_overrides_the_bars():
+def test_a_number_of_trading_days_overrides_the_calendar_of_the_bars():
     table = walk(pd.date_range("2023-01-06", periods=200, freq="W-FRI"))
     result = tranche_backtest(table, table, 1, trading_days=100)
     assert result.trading_days == result.metrics()["days_per_year"] == 100
-    assert label_backtest(table, np.sign(table.prediction), 1).metrics()["days_per_year"] == pytest.approx(
-        52.18, abs=0.01
-    )
-    assert label_backtest(table, np.sign(table.prediction), 1, trading_days=7).metrics()["days_per_year"] == 7
+    sides = np.sign(table.prediction)
+    assert label_backtest(table, sides, 1).metrics()["days_per_year"] == pytest.approx(52.18, abs=0.01)
+    assert label_backtest(table, sides, 1, trading_days=7).metrics()["days_per_year"] == 7
 
 
-# the hour at which a day begins
+# The hour at which a day begins
 
 
 def eurusd(weeks=30):
-    "Half-hourly bars from Sunday 17:00 to Friday 17:00 New York, which is what an FX week is."
+    "Half-hourly bars of FX weeks: Sunday 17:00 to Friday 17:00 New York time."
     times = pd.date_range("2024-01-07 17:00", periods=weeks * 7 * 48, freq="30min", tz=ZONE)
     week_hour = (times.dayofweek * 24 + times.hour + 24) % (7 * 24)  # from Sunday 0:00
     return walk(times[(week_hour >= 17) & (week_hour < 5 * 24 + 17)], sd=0.0005)
 
 
 def test_fx_days_that_roll_at_17_are_monday_to_friday():
-    "With days that begin at midnight, Sunday is a stub of 7 hours and Friday one of 17."
+    "With days that begin at midnight, Sunday has only 7 hours and Friday only 17."
     table = eurusd()
     rolled, midnight = (tranche_backtest(table, table, 5, day_start=hour) for hour in (17, 0))
     assert set(midnight.daily.index.day_name()) - set(rolled.daily.index.day_name()) == {"Sunday"}
@@ -122,32 +122,32 @@ def test_fx_days_that_roll_at_17_are_monday_to_friday():
     assert "from 17:00" in repr(rolled)
 
 
-def test_a_sunday_stub_does_not_lower_the_sharpe_ratio_of_fx():
-    "252 days a year for six days a week gave a Sharpe ratio 11% too low."
+def test_a_short_sunday_does_not_lower_the_sharpe_ratio_of_fx():
+    "252 days a year with six days a week would give a Sharpe ratio 11% too low."
     table = eurusd().assign(prediction=1)
-    stub, rolled = (tranche_backtest(table, table, 5, 0.0, day_start=hour).metrics()["sharpe"] for hour in (0, 17))
+    midnight, rolled = (tranche_backtest(table, table, 5, 0.0, day_start=hour).metrics()["sharpe"] for hour in (0, 17))
     at_252 = tranche_backtest(table, table, 5, 0.0, trading_days=252).metrics()["sharpe"]
-    assert abs(stub / rolled - 1) < 0.05 < 1 - at_252 / rolled
+    assert abs(midnight / rolled - 1) < 0.05 < 1 - at_252 / rolled
 
 
 @pytest.mark.parametrize("zone", [None, "UTC", ZONE, "America/Sao_Paulo"])
 @pytest.mark.parametrize("hour", [0, 9, 17, 23])
-def test_a_day_begins_at_its_hour_also_when_clocks_change(zone, hour):
+def test_a_day_begins_at_its_hour_across_clock_changes(zone, hour):
     times = pd.date_range("2018-01-01", "2018-12-31", freq="37min", tz=zone)
     days = trading_day(times, hour)
-    for t, day in zip(times[::97], days[::97]):
+    for t, day in zip(times[::97], days[::97], strict=True):
         expected = t.date() + pd.Timedelta(days=int(hour > 0 and t.hour >= hour))
         assert day.date() == pd.Timestamp(expected).date()
     assert days.tz == times.tz and days.unit == times.unit and days.is_monotonic_increasing
 
 
-def test_an_hour_that_does_not_exist_is_refused():
+def test_day_start_24_raises():
     table = walk(pd.date_range("2024-01-01", periods=50, freq="h"))
     with pytest.raises(BacktestError, match="day_start is 24, expected a whole hour from 0 to 23"):
         tranche_backtest(table, table, 1, day_start=24)
 
 
-def test_the_shift_test_has_the_same_days():
+def test_shift_test_and_evaluator_use_the_same_days():
     from test_permutation import market
 
     predictions, y, prices = market()
@@ -158,10 +158,11 @@ def test_the_shift_test_has_the_same_days():
     assert len(shift_test(predictions, y, prices, 5, 19, day_start=17).pnl) == 30
 
 
-# where both are set
+# Settings of both
 
 
-def in_folder(monkeypatch, folder, text):
+def write_settings(monkeypatch, folder, text):
+    "A folder with settings.ini as the current folder."
     (folder / "settings.ini").write_text(f"[modelfactory]\n{text}\n")
     for name in ("SETTINGS", "TRADING_DAYS", "DAY_START"):
         monkeypatch.delenv(f"MODELFACTORY_{name}", raising=False)
@@ -178,7 +179,7 @@ def in_folder(monkeypatch, folder, text):
     ],
 )
 def test_settings_of_the_calendar(monkeypatch, tmp_path, text, days, hour):
-    in_folder(monkeypatch, tmp_path, text)
+    write_settings(monkeypatch, tmp_path, text)
     assert (settings().trading_days, settings().day_start) == (days, hour)
     config = trainer_config(dict(model="logistic_regression", horizon=5, data="null"))
     assert (config.trading_days, config.day_start) == (days, hour)
@@ -187,8 +188,8 @@ def test_settings_of_the_calendar(monkeypatch, tmp_path, text, days, hour):
 
 
 @pytest.mark.parametrize("text", ["trading_days = 0", "trading_days = often", "day_start = 24", "day_start = -1"])
-def test_settings_that_are_refused(monkeypatch, tmp_path, text):
-    in_folder(monkeypatch, tmp_path, text)
+def test_invalid_settings_raise(monkeypatch, tmp_path, text):
+    write_settings(monkeypatch, tmp_path, text)
     with pytest.raises(SettingsError, match=text.split()[0]):
         settings()
 
@@ -204,11 +205,11 @@ def test_configs_of_old_runs_still_load(tmp_path):
         trainer_config(old | dict(trading_days=-1))
 
 
-def test_a_config_comes_back_from_its_own_yaml(tmp_path):
+def test_a_config_survives_its_yaml(tmp_path):
     import yaml
 
     for days in (None, 252):
         trainer = Trainer(dict(model="logistic_regression", horizon=5, data="null", trading_days=days, day_start=17))
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(trainer.resolved_config()))))
-        again = trainer_config(tmp_path / "config.yaml")
-        assert (again.trading_days, again.day_start) == (days, 17)
+        restored = trainer_config(tmp_path / "config.yaml")
+        assert (restored.trading_days, restored.day_start) == (days, 17)

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/04_features.ipynb #32048e7c
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 
 import numpy as np
@@ -12,9 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from .readers import OHLCV, symbol_spans
-from modelfactory.data.splits import (
-    column_roles,
-)
+from .splits import column_roles
 
 # %% auto #0
 __all__ = ['FEATURE_FUNCTIONS', 'FEATURE_WARMUP', 'FEATURE_GROUPS', 'true_range', 'atr', 'bar_features', 'replace_future',
@@ -24,14 +23,14 @@ __all__ = ['FEATURE_FUNCTIONS', 'FEATURE_WARMUP', 'FEATURE_GROUPS', 'true_range'
 def true_range(
     bars: pd.DataFrame,  # as from `check_bars`
 ) -> np.ndarray:  # (rows,) in price units
-    "Range of each bar, the gap from the previous close included; high - low on a symbol's first bar."
+    "Range of each bar, including the gap from the previous close; high - low on a symbol's first bar."
     high, low, previous = bars["high"].to_numpy(), bars["low"].to_numpy(), bars["close"].shift().to_numpy(copy=True)
     starts = [start for start, _ in symbol_spans(bars)]
     previous[starts] = low[starts]
     return np.maximum(high, previous) - np.minimum(low, previous)
 
 # %% ../../nbs/data/04_features.ipynb #b2562f85
-def _wilder(x, n):
+def _wilder_average(x, n):
     "Wilder's average of one symbol's values; NaN before the first `n`."
     out = np.full(len(x), np.nan)
     if len(x) >= n:
@@ -45,11 +44,11 @@ def atr(
 ) -> np.ndarray:  # (rows,) in price units; NaN on the first n - 1 bars of a symbol
     "Wilder's average true range, per symbol."
     tr = true_range(bars)
-    return np.concatenate([_wilder(tr[lo:hi], n) for lo, hi in symbol_spans(bars)])
+    return np.concatenate([_wilder_average(tr[lo:hi], n) for lo, hi in symbol_spans(bars)])
 
 # %% ../../nbs/data/04_features.ipynb #53638cbc
 class _Bars:
-    "One symbol's bars as Series, and what many features share."
+    "One symbol's bars as Series, and the series that many features share."
 
     def __init__(self, bars):
         self.times = pd.DatetimeIndex(bars["datetime"])
@@ -59,48 +58,48 @@ class _Bars:
         self.ret, self.direction = np.log(self.close).diff(), np.sign(self.close.diff())
 
     def average_range(self, n):
-        "Wilder's average of the true range, floored."
-        return pd.Series(_wilder(self.tr.to_numpy(), n)).clip(lower=1e-6 * self.close)
+        "Wilder's average of the true range, at least a millionth of the close."
+        return pd.Series(_wilder_average(self.tr.to_numpy(), n)).clip(lower=1e-6 * self.close)
 
     def in_atr(self, x):
         "A price difference in ATR."
         return x / self.atr
 
     def vol(self, n):
-        "Standard deviation of the last `n` returns, floored."
+        "Standard deviation of the last `n` returns, at least 1e-7."
         return self.ret.rolling(n).std().clip(lower=1e-7)
 
-    def place(self, n):
-        "Where the close lies between the extremes of `n` bars, in [-.5, .5]."
+    def position_in_range(self, n):
+        "Position of the close between the extremes of `n` bars, in [-.5, .5]."
         low = self.low.rolling(n).min()
-        return _rolling(self.close - low, self.high.rolling(n).max() - low) - 0.5
+        return _ratio_or_zero(self.close - low, self.high.rolling(n).max() - low) - 0.5
 
     macd = cached_property(lambda self: _ema(self.close, 12) - _ema(self.close, 26))
     day = cached_property(lambda self: pd.Series(self.times.normalize().asi8))
 
 # %% ../../nbs/data/04_features.ipynb #43044001
-def _rolling(top, bottom):
-    "`top / bottom`, and 0 where there is nothing to divide by."
-    return (top / bottom).where(bottom > 0, 0.0)
+def _ratio_or_zero(numerator, denominator):
+    "`numerator / denominator`, and 0 where the denominator is not positive."
+    return (numerator / denominator).where(denominator > 0, 0.0)
 
 
 def _ema(x, n):
     return x.ewm(span=n, adjust=False).mean()
 
 
-def _corr(x, y, n):
+def _rolling_corr(x, y, n):
     return x.rolling(n).corr(y).clip(-1, 1).fillna(0.0)
 
 
-def _by_symbol(name, windows, feature):
-    "One feature for each window."
+def _by_window(name, windows, feature):
+    "One feature for each window length."
     return {name.format(n): partial(feature, n=n) for n in windows}
 
 # %% ../../nbs/data/04_features.ipynb #9bbb0571
 FEATURE_FUNCTIONS = dict(
     returns={
-        **_by_symbol("ret_{}", (1, 2, 3, 5, 10, 20, 60), lambda b, n: b.in_atr(b.close.diff(n)) / np.sqrt(n)),
-        **_by_symbol("ret_1_lag{}", (1, 2, 3), lambda b, n: b.in_atr(b.close.diff().shift(n))),
+        **_by_window("ret_{}", (1, 2, 3, 5, 10, 20, 60), lambda b, n: b.in_atr(b.close.diff(n)) / np.sqrt(n)),
+        **_by_window("ret_1_lag{}", (1, 2, 3), lambda b, n: b.in_atr(b.close.diff().shift(n))),
         "gap": lambda b: b.in_atr(b.open - b.close.shift()),
     }
 )
@@ -110,55 +109,57 @@ def _directional(b, sign):
     "Wilder's directional indicator: up for `sign` 1, down for -1; in [0, 1]."
     up, down = b.high.diff(), -b.low.diff()
     move = (up if sign > 0 else down).where((up > down) if sign > 0 else (down > up), 0.0).clip(lower=0).fillna(0.0)
-    return b.in_atr(_wilder(move.to_numpy(), 14))
+    return b.in_atr(_wilder_average(move.to_numpy(), 14))
 
 
 def _adx(b):
     up, down = _directional(b, 1), _directional(b, -1)
-    return _ema(_rolling((up - down).abs(), up + down).fillna(0.0), 27)
+    return _ema(_ratio_or_zero((up - down).abs(), up + down).fillna(0.0), 27)
+
+
+def _efficiency(b, n):
+    return _ratio_or_zero(b.close.diff(n).abs(), b.close.diff().abs().rolling(n).sum())
 
 
 FEATURE_FUNCTIONS["trend"] = {
-    **_by_symbol("sma_gap_{}", (20, 50, 100), lambda b, n: b.in_atr(b.close - b.close.rolling(n).mean())),
-    **_by_symbol("ema_gap_{}", (8, 21, 50), lambda b, n: b.in_atr(b.close - _ema(b.close, n))),
-    **_by_symbol("sma_slope_{}", (20, 50), lambda b, n: b.in_atr(b.close.rolling(n).mean().diff(5))),
+    **_by_window("sma_gap_{}", (20, 50, 100), lambda b, n: b.in_atr(b.close - b.close.rolling(n).mean())),
+    **_by_window("ema_gap_{}", (8, 21, 50), lambda b, n: b.in_atr(b.close - _ema(b.close, n))),
+    **_by_window("sma_slope_{}", (20, 50), lambda b, n: b.in_atr(b.close.rolling(n).mean().diff(5))),
     "macd": lambda b: b.in_atr(b.macd),
     "macd_histogram": lambda b: b.in_atr(b.macd - _ema(b.macd, 9)),
     "di_plus": lambda b: _directional(b, 1),
     "di_minus": lambda b: _directional(b, -1),
     "adx": _adx,
-    **_by_symbol(
-        "efficiency_{}", (20, 60), lambda b, n: _rolling(b.close.diff(n).abs(), b.close.diff().abs().rolling(n).sum())
-    ),
+    **_by_window("efficiency_{}", (20, 60), _efficiency),
 }
 
 # %% ../../nbs/data/04_features.ipynb #07440de5
 def _rsi(b, n):
     move = b.close.diff().fillna(0.0)
-    up, down = (pd.Series(_wilder(m.to_numpy(), n)) for m in (move.clip(lower=0), -move.clip(upper=0)))
-    return _rolling(up - down, up + down) / 2
+    up, down = (pd.Series(_wilder_average(m.to_numpy(), n)) for m in (move.clip(lower=0), -move.clip(upper=0)))
+    return _ratio_or_zero(up - down, up + down) / 2
 
 
-def _run(b):
+def _run_length(b):
     "Bars in the current run of rises (positive) or falls (negative)."
-    new = (b.direction != b.direction.shift()).cumsum()
-    return b.direction.fillna(0.0) * (b.direction.groupby(new).cumcount() + 1)
+    run = (b.direction != b.direction.shift()).cumsum()
+    return b.direction.fillna(0.0) * (b.direction.groupby(run).cumcount() + 1)
 
 
 def _true_strength(b):
     move, smooth = b.close.diff().fillna(0.0), lambda x: _ema(_ema(x, 25), 13)
-    return _rolling(smooth(move), smooth(move.abs()))
+    return _ratio_or_zero(smooth(move), smooth(move.abs()))
 
 
 FEATURE_FUNCTIONS["momentum"] = {
-    **_by_symbol("rsi_{}", (7, 14, 28), _rsi),
-    "stochastic_14": lambda b: b.place(14),
-    "stochastic_14_slow": lambda b: b.place(14).rolling(3).mean(),
+    **_by_window("rsi_{}", (7, 14, 28), _rsi),
+    "stochastic_14": lambda b: b.position_in_range(14),
+    "stochastic_14_slow": lambda b: b.position_in_range(14).rolling(3).mean(),
     "true_strength": _true_strength,
-    **_by_symbol("up_share_{}", (20, 60), lambda b, n: (b.direction > 0).rolling(n).mean() - 0.5),
-    "run": _run,
+    **_by_window("up_share_{}", (20, 60), lambda b, n: (b.direction > 0).rolling(n).mean() - 0.5),
+    "run": _run_length,
     "acceleration_5": lambda b: b.in_atr(b.close.diff(5).diff(5)),
-    **_by_symbol("drift_{}", (20, 60), lambda b, n: b.ret.rolling(n).mean() / b.vol(n) * np.sqrt(n)),
+    **_by_window("drift_{}", (20, 60), lambda b, n: b.ret.rolling(n).mean() / b.vol(n) * np.sqrt(n)),
 }
 
 # %% ../../nbs/data/04_features.ipynb #9417dda4
@@ -166,178 +167,194 @@ def _log_vol(variance, n):
     return np.log(variance.rolling(n).mean().clip(lower=1e-14)) / 2
 
 
+def _parkinson(b):
+    return np.log(b.high / b.low) ** 2 / (4 * np.log(2))
+
+
 def _garman_klass(b):
     return np.log(b.high / b.low) ** 2 / 2 - (2 * np.log(2) - 1) * np.log(b.close / b.open) ** 2
+
+
+def _down_share(b, n):
+    "Share of the falls in the sum of squared returns, less 0.5."
+    falls = (b.ret.clip(upper=0) ** 2).rolling(n).sum()
+    return _ratio_or_zero(falls, (b.ret**2).rolling(n).sum()).clip(0, 1) - 0.5
 
 
 FEATURE_FUNCTIONS["volatility"] = {
     "log_atr": lambda b: np.log(b.atr / b.close),
     "atr_ratio_7_28": lambda b: np.log(b.average_range(7) / b.average_range(28)),
-    **_by_symbol("vol_{}", (5, 20, 60, 120), lambda b, n: np.log(b.vol(n))),
-    **_by_symbol("vol_ratio_5_{}", (20, 120), lambda b, n: np.log(b.vol(5) / b.vol(n))),
-    **_by_symbol("parkinson_{}", (20, 60), lambda b, n: _log_vol(np.log(b.high / b.low) ** 2 / (4 * np.log(2)), n)),
+    **_by_window("vol_{}", (5, 20, 60, 120), lambda b, n: np.log(b.vol(n))),
+    **_by_window("vol_ratio_5_{}", (20, 120), lambda b, n: np.log(b.vol(5) / b.vol(n))),
+    **_by_window("parkinson_{}", (20, 60), lambda b, n: _log_vol(_parkinson(b), n)),
     "garman_klass_20": lambda b: _log_vol(_garman_klass(b), 20),
-    **_by_symbol(
-        "down_share_{}",
-        (20, 60),
-        lambda b, n: (
-            _rolling((b.ret.clip(upper=0) ** 2).rolling(n).sum(), (b.ret**2).rolling(n).sum()).clip(0, 1) - 0.5
-        ),
-    ),
-    "range_variation_60": lambda b: _rolling(b.tr.rolling(60).std(), b.tr.rolling(60).mean()),
+    **_by_window("down_share_{}", (20, 60), _down_share),
+    "range_variation_60": lambda b: _ratio_or_zero(b.tr.rolling(60).std(), b.tr.rolling(60).mean()),
 }
 
 # %% ../../nbs/data/04_features.ipynb #592d8362
-def _upper(b):
+def _upper_shadow(b):
     return b.high - np.maximum(b.open, b.close)
 
 
-def _lower(b):
+def _lower_shadow(b):
     return np.minimum(b.open, b.close) - b.low
 
 
-def _inside(b):
+def _inside_bar(b):
     return (b.high <= b.high.shift()) & (b.low >= b.low.shift())
 
 
-def _outside(b):
+def _outside_bar(b):
     return (b.high > b.high.shift()) & (b.low < b.low.shift())
 
 
-def _close_place(b):
-    return _rolling(b.close - b.low, b.range) - 0.5 * (b.range > 0)
+def _close_in_bar(b):
+    "Position of the close in the bar, in [-.5, .5]."
+    return _ratio_or_zero(b.close - b.low, b.range) - 0.5 * (b.range > 0)
+
+
+def _shadow_balance(b):
+    return _ratio_or_zero(_lower_shadow(b) - _upper_shadow(b), b.range)
 
 
 FEATURE_FUNCTIONS["candles"] = {
     "body": lambda b: b.in_atr(b.body),
     "body_lag1": lambda b: b.in_atr(b.body.shift()),
-    "upper_shadow": lambda b: b.in_atr(_upper(b)),
-    "lower_shadow": lambda b: b.in_atr(_lower(b)),
+    "upper_shadow": lambda b: b.in_atr(_upper_shadow(b)),
+    "lower_shadow": lambda b: b.in_atr(_lower_shadow(b)),
     "true_range": lambda b: b.in_atr(b.tr),
-    "body_share": lambda b: _rolling(b.body, b.range),
-    "close_place": _close_place,
-    "close_place_5": lambda b: _close_place(b).rolling(5).mean(),
-    "shadow_balance_10": lambda b: _rolling(_lower(b) - _upper(b), b.range).rolling(10).mean(),
-    "inside_bar": _inside,
-    "outside_bar": _outside,
+    "body_share": lambda b: _ratio_or_zero(b.body, b.range),
+    "close_place": _close_in_bar,
+    "close_place_5": lambda b: _close_in_bar(b).rolling(5).mean(),
+    "shadow_balance_10": lambda b: _shadow_balance(b).rolling(10).mean(),
+    "inside_bar": _inside_bar,
+    "outside_bar": _outside_bar,
     "engulfing": lambda b: np.sign(b.body) * ((b.body * b.body.shift() < 0) & (b.body.abs() > b.body.shift().abs())),
 }
 
 # %% ../../nbs/data/04_features.ipynb #122393da
-def _traded(b, n):
+def _volume_sum(b, n):
     return b.volume.rolling(n).sum().where(b.volume.rolling(n).max() > 0, 0.0)
 
 
 def _volume_ratio(b, n):
-    return np.log1p(_rolling(b.volume * n, _traded(b, n)))
+    return np.log1p(_ratio_or_zero(b.volume * n, _volume_sum(b, n)))
 
 
-def _flow(b, n, direction):
-    return _rolling((direction * b.volume).rolling(n).sum(), _traded(b, n)).clip(-1, 1)
+def _volume_flow(b, n, direction):
+    return _ratio_or_zero((direction * b.volume).rolling(n).sum(), _volume_sum(b, n)).clip(-1, 1)
 
 
-def _typical(b):
+def _typical_price(b):
     return (b.high + b.low + b.close) / 3
 
 
 def _vwap_gap(b, n):
-    vwap = _rolling((_typical(b) * b.volume).rolling(n).sum(), _traded(b, n))
+    vwap = _ratio_or_zero((_typical_price(b) * b.volume).rolling(n).sum(), _volume_sum(b, n))
     return b.in_atr(b.close - vwap).where(vwap > 0, 0.0)
 
 
 FEATURE_FUNCTIONS["volume"] = {
-    **_by_symbol("volume_ratio_{}", (5, 20, 60), _volume_ratio),
-    "volume_trend_5_20": lambda b: np.log1p(_rolling(_traded(b, 5) * 4, _traded(b, 20))),
-    **_by_symbol("volume_flow_{}", (5, 20, 60), lambda b, n: _flow(b, n, b.direction)),
-    "money_flow_14": lambda b: _flow(b, 14, np.sign(_typical(b).diff())),
-    **_by_symbol("vwap_gap_{}", (20, 60), _vwap_gap),
-    "volume_move_corr_20": lambda b: _corr(b.volume, b.ret.abs(), 20),
-    "volume_return_corr_20": lambda b: _corr(b.volume, b.ret, 20),
+    **_by_window("volume_ratio_{}", (5, 20, 60), _volume_ratio),
+    "volume_trend_5_20": lambda b: np.log1p(_ratio_or_zero(_volume_sum(b, 5) * 4, _volume_sum(b, 20))),
+    **_by_window("volume_flow_{}", (5, 20, 60), lambda b, n: _volume_flow(b, n, b.direction)),
+    "money_flow_14": lambda b: _volume_flow(b, 14, np.sign(_typical_price(b).diff())),
+    **_by_window("vwap_gap_{}", (20, 60), _vwap_gap),
+    "volume_move_corr_20": lambda b: _rolling_corr(b.volume, b.ret.abs(), 20),
+    "volume_return_corr_20": lambda b: _rolling_corr(b.volume, b.ret, 20),
 }
 
 # %% ../../nbs/data/04_features.ipynb #db1aff8e
 def _age_of_max(x, n):
-    "Bars since the highest of the last `n`; NaN before there are `n`."
+    "Bars since the highest of the last `n`; NaN on the first n - 1 bars."
     out = np.full(len(x), np.nan)
     if len(x) >= n:
         out[n - 1 :] = np.lib.stride_tricks.sliding_window_view(x.to_numpy()[::-1], n).argmax(1)[::-1]
     return pd.Series(out)
 
 
+def _bollinger(b, n):
+    width = b.close.rolling(n).std().clip(lower=1e-7 * b.close)
+    return _ratio_or_zero(b.close - b.close.rolling(n).mean(), width)
+
+
 def _breakout(b, n):
     return (b.close > b.high.rolling(n).max().shift()) * 1.0 - (b.close < b.low.rolling(n).min().shift())
 
 
-def _day_place(b):
+def _position_in_day(b):
+    "Position of the close between the extremes of the day so far, in [-.5, .5]."
     low, high = b.low.groupby(b.day).cummin(), b.high.groupby(b.day).cummax()
-    return _rolling(b.close - low, high - low) - 0.5 * (high > low)
+    return _ratio_or_zero(b.close - low, high - low) - 0.5 * (high > low)
 
 
 FEATURE_FUNCTIONS["channel"] = {
-    **_by_symbol("donchian_{}", (20, 60, 120), lambda b, n: b.place(n)),
-    **_by_symbol("high_gap_{}", (20, 60), lambda b, n: b.in_atr(b.high.rolling(n).max() - b.close)),
-    **_by_symbol("low_gap_{}", (20, 60), lambda b, n: b.in_atr(b.close - b.low.rolling(n).min())),
-    **_by_symbol(
-        "bollinger_{}",
-        (20, 60),
-        lambda b, n: _rolling(b.close - b.close.rolling(n).mean(), b.close.rolling(n).std().clip(lower=1e-7 * b.close)),
-    ),
+    **_by_window("donchian_{}", (20, 60, 120), lambda b, n: b.position_in_range(n)),
+    **_by_window("high_gap_{}", (20, 60), lambda b, n: b.in_atr(b.high.rolling(n).max() - b.close)),
+    **_by_window("low_gap_{}", (20, 60), lambda b, n: b.in_atr(b.close - b.low.rolling(n).min())),
+    **_by_window("bollinger_{}", (20, 60), _bollinger),
     "bollinger_width_20": lambda b: b.in_atr(b.close.rolling(20).std()),
-    **_by_symbol("aroon_{}", (25, 60), lambda b, n: (_age_of_max(-b.low, n) - _age_of_max(b.high, n)) / n),
+    **_by_window("aroon_{}", (25, 60), lambda b, n: (_age_of_max(-b.low, n) - _age_of_max(b.high, n)) / n),
     "breakout_20": partial(_breakout, n=20),
     "day_move": lambda b: b.in_atr(b.close - b.open.groupby(b.day).transform("first")),
-    "day_place": _day_place,
+    "day_place": _position_in_day,
 }
 
 # %% ../../nbs/data/04_features.ipynb #daa57d65
-def _circle(share):
+def _sin_cos(share):
+    "Sine and cosine of a share of the full circle."
     return np.sin(2 * np.pi * share), np.cos(2 * np.pi * share)
 
 
-def _of_day(b):
+def _share_of_day(b):
     return pd.Series((b.times.hour * 60 + b.times.minute) / 1440)
 
 
-def _of_week(b):
-    return (pd.Series(b.times.dayofweek) + _of_day(b)) / 7
+def _share_of_week(b):
+    return (pd.Series(b.times.dayofweek) + _share_of_day(b)) / 7
 
 
-def _pause(b):
+def _log_minutes_since_last_bar(b):
     return np.log1p(pd.Series(b.times.asi8).diff() / 60e9)
 
 
 FEATURE_FUNCTIONS["calendar"] = {
-    "time_of_day_sin": lambda b: _circle(_of_day(b))[0],
-    "time_of_day_cos": lambda b: _circle(_of_day(b))[1],
-    "time_of_week_sin": lambda b: _circle(_of_week(b))[0],
-    "time_of_week_cos": lambda b: _circle(_of_week(b))[1],
+    "time_of_day_sin": lambda b: _sin_cos(_share_of_day(b))[0],
+    "time_of_day_cos": lambda b: _sin_cos(_share_of_day(b))[1],
+    "time_of_week_sin": lambda b: _sin_cos(_share_of_week(b))[0],
+    "time_of_week_cos": lambda b: _sin_cos(_share_of_week(b))[1],
     "bar_of_day": lambda b: np.log1p(b.day.groupby(b.day).cumcount()),
-    "log_pause": _pause,
+    "log_pause": _log_minutes_since_last_bar,
 }
 
 # %% ../../nbs/data/04_features.ipynb #fd0c4ff6
-def _rank(x, n):
+def _rolling_rank(x, n):
     return x.rolling(n).rank(pct=True) - 0.5
 
 
 def _variance_ratio(b, n):
     five, one = (b.ret.rolling(k).sum().rolling(n).std() for k in (5, 1))
-    return _rolling(five**2, 5 * one.clip(lower=1e-7) ** 2).clip(0, 5)
+    return _ratio_or_zero(five**2, 5 * one.clip(lower=1e-7) ** 2).clip(0, 5)
+
+
+def _largest_move(b, n):
+    return _ratio_or_zero(b.ret.abs().rolling(n).max(), b.ret.abs().rolling(n).sum()).clip(0, 1)
 
 
 FEATURE_FUNCTIONS["statistics"] = {
-    **_by_symbol("autocorr_{}", (20, 60), lambda b, n: _corr(b.ret, b.ret.shift(), n)),
-    "autocorr5_60": lambda b: _corr(b.ret, b.ret.shift(5), 60),
-    "abs_autocorr_60": lambda b: _corr(b.ret.abs(), b.ret.abs().shift(), 60),
-    **_by_symbol("skew_{}", (20, 60), lambda b, n: (1e4 * b.ret).rolling(n).skew().fillna(0.0)),
+    **_by_window("autocorr_{}", (20, 60), lambda b, n: _rolling_corr(b.ret, b.ret.shift(), n)),
+    "autocorr5_60": lambda b: _rolling_corr(b.ret, b.ret.shift(5), 60),
+    "abs_autocorr_60": lambda b: _rolling_corr(b.ret.abs(), b.ret.abs().shift(), 60),
+    **_by_window("skew_{}", (20, 60), lambda b, n: (1e4 * b.ret).rolling(n).skew().fillna(0.0)),
     "kurtosis_60": lambda b: (1e4 * b.ret).rolling(60).kurt().fillna(0.0),
-    "close_rank_60": lambda b: _rank(b.close, 60),
-    "return_rank_60": lambda b: _rank(b.ret, 60),
-    "range_rank_60": lambda b: _rank(b.tr, 60),
-    "volume_rank_60": lambda b: _rank(b.volume, 60),
+    "close_rank_60": lambda b: _rolling_rank(b.close, 60),
+    "return_rank_60": lambda b: _rolling_rank(b.ret, 60),
+    "range_rank_60": lambda b: _rolling_rank(b.tr, 60),
+    "volume_rank_60": lambda b: _rolling_rank(b.volume, 60),
     "variance_ratio_5_60": partial(_variance_ratio, n=60),
     "turns_20": lambda b: (b.direction * b.direction.shift() < 0).rolling(20).mean(),
-    "largest_move_20": lambda b: _rolling(b.ret.abs().rolling(20).max(), b.ret.abs().rolling(20).sum()).clip(0, 1),
+    "largest_move_20": partial(_largest_move, n=20),
 }
 
 # %% ../../nbs/data/04_features.ipynb #33395e90
@@ -347,7 +364,7 @@ FEATURE_GROUPS = {group: list(features) for group, features in FEATURE_FUNCTIONS
 
 def bar_features(
     bars: pd.DataFrame,  # as from `check_bars`
-) -> pd.DataFrame:  # datetime, symbol, then float32 features, aligned with bars; NaN on a symbol's first WARMUP bars
+) -> pd.DataFrame:  # datetime, symbol, then float32 features, aligned with bars; NaN on a symbol's first 200 bars
     "Causal features: row t is computed from bars up to t of its symbol."
     names = [name for group in FEATURE_GROUPS.values() for name in group]
     values = np.full((len(names), len(bars)), np.nan, np.float32)
@@ -358,38 +375,44 @@ def bar_features(
 
 
 def _symbol_features(bars):
+    "Features (features, rows) of one symbol's bars."
     b = _Bars(bars)
-    return np.stack(
-        [np.asarray(feature(b), np.float32) for group in FEATURE_FUNCTIONS.values() for feature in group.values()]
-    )
+    functions = [feature for group in FEATURE_FUNCTIONS.values() for feature in group.values()]
+    return np.stack([np.asarray(feature(b), np.float32) for feature in functions])
 
 # %% ../../nbs/data/04_features.ipynb #d462d534
-def replace_future(bars, after, rng):
-    "The same bars up to the time `after`; later ones walk elsewhere, with other ranges and volumes."
+def replace_future(
+    bars: pd.DataFrame,  # as from `check_bars`
+    after: pd.Timestamp,  # last time that stays as it is
+    rng: np.random.Generator,
+) -> pd.DataFrame:  # a copy of the bars
+    "The same bars up to the time `after`, then bars with other prices, ranges and volumes."
     bars, later = bars.copy(), (bars["datetime"] > after).to_numpy()
-    drift = np.exp(rng.normal(0, 0.05, later.sum()))
+    factor = np.exp(rng.normal(0, 0.05, later.sum()))
     for c in OHLCV[:4]:
-        bars.loc[later, c] *= drift
+        bars.loc[later, c] *= factor
     bars.loc[later, "high"] *= 1 + rng.exponential(0.01, later.sum())
     bars.loc[later, "volume"] *= rng.exponential(2, later.sum())
     return bars
 
 
 def find_lookahead(
-    compute,  # function of bars -> DataFrame aligned with them
+    compute: Callable[[pd.DataFrame], pd.DataFrame],  # function of bars; its result is aligned with them
     bars: pd.DataFrame,  # as from `check_bars`
-    times,  # after each of these the future is replaced, then cut off
-    seed: int = 0,  # of the other futures
-) -> list:  # names of columns, empty when all are causal
-    "Columns of `compute(bars)` whose past changes in any bit with the future."
-    rng, truth, caught = np.random.default_rng(seed), compute(bars), set()
+    times: Iterable,  # after each of these the future is replaced, then removed
+    seed: int = 0,  # of the replaced bars
+) -> list[str]:  # names of columns, empty when all are causal
+    "Columns of `compute(bars)` whose past values change, in any bit, when later bars change."
+    rng, reference, changed = np.random.default_rng(seed), compute(bars), set()
     for t in map(pd.Timestamp, times):
-        known = (bars["datetime"] <= t).to_numpy()
-        for other in (compute(replace_future(bars, t, rng))[known], compute(bars[known].reset_index(drop=True))):
-            caught |= {c for c in truth if not _same(truth.loc[known, c], other[c])}
-    return [c for c in truth if c in caught]
+        is_past = (bars["datetime"] <= t).to_numpy()
+        replaced = compute(replace_future(bars, t, rng))[is_past]
+        truncated = compute(bars[is_past].reset_index(drop=True))
+        for result in (replaced, truncated):
+            changed |= {c for c in reference if not _is_identical(reference.loc[is_past, c], result[c])}
+    return [c for c in reference if c in changed]
 
 
-def _same(a, b):
+def _is_identical(a, b):
     a, b = np.asarray(a), np.asarray(b)
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")

@@ -13,9 +13,7 @@ import pandas as pd
 
 from .features import atr
 from .readers import OHLCV, BarsError, symbol_spans
-from modelfactory.data.splits import (
-    NO_LABEL,
-)
+from .splits import NO_LABEL
 
 # %% auto #0
 __all__ = ['BARRIER_ATR', 'default_barriers', 'barrier_widths', 'triple_barrier', 'first_touches', 'read_barriers']
@@ -26,28 +24,36 @@ BARRIER_ATR = 0.55  # barrier in ATR at a horizon of one bar
 
 def default_barriers(
     horizon: int,  # bars ahead
-) -> tuple:  # k_up, k_down in ATR
+) -> tuple[float, float]:  # k_up, k_down in ATR
     "Symmetric barriers that grow with the square root of the horizon."
     return (round(BARRIER_ATR * float(horizon) ** 0.5, 2),) * 2
 
 # %% ../../nbs/data/05_labels.ipynb #83adc2ca
-def barrier_widths(horizon, k_up=None, k_down=None, max_bars=None):
-    "Barriers with the defaults filled in; raises `BarsError` on what cannot be one."
+def barrier_widths(
+    horizon: int,  # bars ahead of the label
+    k_up: float | None = None,  # upper barrier in ATR; None: `default_barriers`
+    k_down: float | None = None,  # lower barrier in ATR; None: `default_barriers`
+    max_bars: int | None = None,  # bars until the label is 0; None: horizon
+) -> tuple[float, float, int]:  # k_up, k_down, max_bars
+    "Barriers with the defaults filled in; raises `BarsError` for an invalid value."
     max_bars = horizon if max_bars is None else max_bars
     for name, value in dict(horizon=horizon, max_bars=max_bars).items():
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             raise BarsError(f"barriers: {name} = {value!r}, expected a whole number of bars, at least 1")
-    k_up, k_down = (default if k is None else k for k, default in zip((k_up, k_down), default_barriers(horizon)))
+    default_up, default_down = default_barriers(horizon)
+    k_up = default_up if k_up is None else k_up
+    k_down = default_down if k_down is None else k_down
     for name, value in dict(k_up=k_up, k_down=k_down).items():
         if not (isinstance(value, (int, float, np.number)) and 0 < value < np.inf):
             raise BarsError(f"barriers: {name} = {value!r}, expected a positive distance in ATR")
     return k_up, k_down, int(max_bars)
 
 # %% ../../nbs/data/05_labels.ipynb #b3ed2b23
-def _touch(op, high, low, up, down):
+def _first_touch(op, high, low, up, down):
     "Whether a bar touches a barrier, and the label it then decides; prices and barriers broadcast."
-    above, below, lead = high >= up, low <= down, abs(op - down) - abs(op - up)
-    nearer = np.sign(lead) * (abs(lead) > 1e-6 * (up - down))
+    above, below = high >= up, low <= down
+    margin = abs(op - down) - abs(op - up)  # positive if the open is nearer to the upper barrier
+    nearer = np.sign(margin) * (abs(margin) > 1e-6 * (up - down))
     return above | below, np.where(above & below, nearer, 1.0 * above - below)
 
 # %% ../../nbs/data/05_labels.ipynb #e60cb229
@@ -55,30 +61,34 @@ def triple_barrier(
     bars: pd.DataFrame,  # as from `check_bars`
     horizon: int,  # bars ahead; names the columns
     k_up: float | None = None,  # upper barrier in ATR(14); None: `default_barriers`
-    k_down: float | None = None,  # lower barrier in ATR(14)
+    k_down: float | None = None,  # lower barrier in ATR(14); None: `default_barriers`
     max_bars: int | None = None,  # bars until the label is 0; None: horizon
 ) -> pd.DataFrame:  # label_h{H} int8, bars_to_hit_h{H} int32; aligned with bars, -99 in both where undefined
-    "First touch of close +- k ATR by the highs and lows of the next `max_bars` bars."
+    "First touch of close +- k ATR by the highs and lows of the next `max_bars` bars; raises `BarsError`."
     k_up, k_down, max_bars = barrier_widths(horizon, k_up, k_down, max_bars)
     close, scale = bars["close"].to_numpy(), atr(bars)
-    races = [
-        first_touches(bars.iloc[lo:hi], (close + k_up * scale)[lo:hi], (close - k_down * scale)[lo:hi], max_bars)
-        for lo, hi in symbol_spans(bars)
-    ]
-    label, hit = np.concatenate(races, 1) if races else np.empty((2, 0))
+    up, down = close + k_up * scale, close - k_down * scale
+    spans = symbol_spans(bars)
+    by_symbol = [first_touches(bars.iloc[lo:hi], up[lo:hi], down[lo:hi], max_bars) for lo, hi in spans]
+    label, hit = np.concatenate(by_symbol, 1) if by_symbol else np.empty((2, 0))
     return pd.DataFrame(
         {f"label_h{horizon}": label.astype(np.int8), f"bars_to_hit_h{horizon}": hit.astype(np.int32)}, bars.index
     )
 
 
-def first_touches(bars, up, down, max_bars):
-    "(2, rows) label and bars until it is decided, for one symbol."
+def first_touches(
+    bars: pd.DataFrame,  # bars of one symbol
+    up: np.ndarray,  # (rows,) upper barrier of each row's position, in price units
+    down: np.ndarray,  # (rows,) lower barrier
+    max_bars: int,  # bars until the label is 0
+) -> np.ndarray:  # (2, rows)
+    "Label and bars until it is decided, for one symbol; -99 in both where undefined."
     (op, high, low, close), n = bars[OHLCV[:4]].to_numpy().T, len(bars)
     label, hit = np.zeros(n, int), np.full(n, max_bars)
     undecided = np.arange(n)[: max(0, n - max_bars)]
     for k in range(1, max_bars + 1):
         i, j = undecided, undecided + k
-        touched, first = _touch(op[j], high[j], low[j], up[i], down[i])
+        touched, first = _first_touch(op[j], high[j], low[j], up[i], down[i])
         label[i[touched]], hit[i[touched]] = first[touched], k
         undecided = i[~touched]
     undefined = ~((up > close) & (down < close)) | (np.arange(n) >= n - max_bars)
@@ -87,25 +97,22 @@ def first_touches(bars, up, down, max_bars):
 
 # %% ../../nbs/data/05_labels.ipynb #82ec1127
 def read_barriers(
-    folder: Path,  # holds {SYMBOL}_ga_h{H}_best.json
+    folder: Path | str,  # holds {SYMBOL}_ga_h{H}_best.json
     symbol: str,
     horizon: int,  # bars ahead
-) -> tuple:  # k_up, k_down in ATR(14), max_bars: what `triple_barrier` takes after the horizon
-    "Barriers that Phase 1 found for a symbol; raises `BarsError`."
+) -> tuple[float, float, int]:  # k_up, k_down in ATR(14), max_bars: the arguments of `triple_barrier` after the horizon
+    "Barriers that Phase 1 optimised for a symbol; raises `BarsError` if the file is missing or invalid."
     file = Path(folder) / f"{symbol}_ga_h{horizon}_best.json"
     if Path(file.name).name != str(file.relative_to(folder)):
-        raise BarsError(f"barriers: symbol {symbol!r} is not a plain name")
+        raise BarsError(f"barriers: symbol {symbol!r} is not a plain name; expected a name without a path")
     try:
         best = json.loads(file.read_text())
     except OSError:
-        raise BarsError(f"{file}: no such file; leave it out to use default_barriers({horizon})") from None
+        raise BarsError(f"{file}: no such file; without it, use default_barriers({horizon})") from None
     except ValueError as e:
         raise BarsError(f"{file}: not JSON ({e})") from None
-    missing = (
-        [k for k in ("best_k_up", "best_k_down", "best_max_bars") if k not in best]
-        if isinstance(best, dict)
-        else ["best_k_up"]
-    )
+    keys = ("best_k_up", "best_k_down", "best_max_bars")
+    missing = [k for k in keys if not isinstance(best, dict) or k not in best]
     if missing:
-        raise BarsError(f"{file}: no {missing[0]}; expected best_k_up, best_k_down, best_max_bars")
-    return barrier_widths(horizon, best["best_k_up"], best["best_k_down"], best["best_max_bars"])
+        raise BarsError(f"{file}: no {missing[0]}; expected {', '.join(keys)}")
+    return barrier_widths(horizon, *(best[k] for k in keys))

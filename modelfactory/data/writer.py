@@ -5,11 +5,13 @@
 # %% ../../nbs/data/06_writer.ipynb #6c084083
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,24 +48,27 @@ SPLITS = ("train", "val", "test")
 
 
 def split_by_time(
-    datetimes,  # (rows,) of all symbols together
-    shares: tuple = (0.7, 0.15, 0.15),  # of the distinct times, for train, val and test
+    datetimes: pd.Series | np.ndarray,  # (rows,) of all symbols together
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # of the distinct times, for train, val and test
 ) -> np.ndarray:  # (rows,) split names
-    "The split of each row; all rows of one time are in one split."
+    "The split of each row; all rows of one time are in one split; raises `BarsError` for invalid shares."
     if len(shares) != 3 or not np.isclose(sum(shares), 1) or min(shares) <= 0:
         raise BarsError(f"shares = {shares}, expected three positive numbers that sum to 1")
-    slot, times = pd.factorize(pd.DatetimeIndex(datetimes), sort=True)
+    time_index, times = pd.factorize(pd.DatetimeIndex(datetimes), sort=True)
     cuts = np.round(np.cumsum(shares)[:2] * len(times)).astype(int)
-    return np.array(SPLITS, object)[np.searchsorted(cuts, slot, side="right")]
+    return np.array(SPLITS, object)[np.searchsorted(cuts, time_index, side="right")]
 
 # %% ../../nbs/data/06_writer.ipynb #134df19d
+_NO_EMBARGO = pd.Timedelta(0)
+
+
 def labels_crossing_split(
     table: pd.DataFrame,  # datetime, symbol, label_h{H}, bars_to_hit_h{H}; ordered as `check_bars` leaves it
     split: np.ndarray,  # (rows,) names, as from `split_by_time`
-    horizon: int,
-    embargo: pd.Timedelta = pd.Timedelta(0),  # distance that a label's last bar keeps from the next split
+    horizon: int,  # bars ahead of the label
+    embargo: pd.Timedelta = _NO_EMBARGO,  # minimum distance in time from a label's last bar to the next split
 ) -> np.ndarray:  # (rows,) mask
-    "Labels decided at or after the start of the next split, less the embargo."
+    "Labels decided at or after the start of the next split, less the embargo; raises `BarsError`."
     if not (isinstance(embargo, pd.Timedelta) and embargo >= pd.Timedelta(0)):
         raise BarsError(f"embargo = {embargo!r}, expected a pd.Timedelta of at least 0")
     times, hit = nanoseconds(table), table[f"bars_to_hit_h{horizon}"].to_numpy()
@@ -71,13 +76,13 @@ def labels_crossing_split(
     for lo, hi in symbol_spans(table):
         end = np.arange(lo, hi) + hit[lo:hi]
         last[lo:hi] = np.where(end < hi, times[np.minimum(end, hi - 1)], last[lo:hi])
-    over = np.zeros(len(table), bool)
-    for early, late in zip(SPLITS, SPLITS[1:]):
-        over |= (split == early) & (last >= times[split == late].min() - embargo.as_unit("ns").value)
-    return over & (table[f"label_h{horizon}"] != NO_LABEL).to_numpy()
+    crossing = np.zeros(len(table), bool)
+    for earlier, later in itertools.pairwise(SPLITS):
+        crossing |= (split == earlier) & (last >= times[split == later].min() - embargo.as_unit("ns").value)
+    return crossing & (table[f"label_h{horizon}"] != NO_LABEL).to_numpy()
 
 # %% ../../nbs/data/06_writer.ipynb #7f718180
-def _statistics(x):
+def _column_statistics(x):
     "Column statistics of a matrix, as a dict of arrays."
     x = x.astype(np.float64)
     mean, std, (q1, median, q3) = x.mean(0), x.std(0), np.percentile(x, [25, 50, 75], axis=0)
@@ -86,21 +91,22 @@ def _statistics(x):
 
 
 def _fit_scaler(x):
-    "Kind, centre and scale of each column, and the statistics behind them."
-    s = _statistics(x)
+    "Scaler type, centre and scale of each column, and the statistics they are computed from."
+    s = _column_statistics(x)
     kind = np.where(s["max"] == s["min"], "none", np.where((s["kurtosis"] > 3) & (s["iqr"] > 0), "robust", "standard"))
 
-    def choose(standard, robust, none):
+    def by_kind(standard, robust, none):
         return np.select([kind == "standard", kind == "robust"], [standard, robust], none)
 
-    return kind, choose(s["mean"], s["median"], 0.0), choose(s["std"], s["iqr"] / 1.349, 1.0), s
+    return kind, by_kind(s["mean"], s["median"], 0.0), by_kind(s["std"], s["iqr"] / 1.349, 1.0), s
 
 # %% ../../nbs/data/06_writer.ipynb #f2a95513
 def _scaler_json(names, n, fit, scaled):
+    "Contents of `feature_scaler.json`: `fit` as from `_fit_scaler`, `scaled` the statistics after scaling."
     kind, centre, scale, stats = fit
     category = {f: group for group, features in FEATURE_GROUPS.items() for f in features}
 
-    def numbers(s, j):
+    def column(s, j):
         return {k: float(v[j]) for k, v in s.items()}
 
     features = {
@@ -108,16 +114,13 @@ def _scaler_json(names, n, fit, scaled):
             category=category.get(f, "extra"),
             scaler_type=str(kind[j]),
             apply_log_transform=False,
-            train_stats=dict(numbers(stats, j), center=float(centre[j]), scale=float(scale[j])),
-            scaled_stats=numbers(scaled, j),
+            train_stats=dict(column(stats, j), center=float(centre[j]), scale=float(scale[j])),
+            scaled_stats=column(scaled, j),
         )
         for j, f in enumerate(names)
     }
-    warnings = [
-        f"{f}: constant in train, left unscaled"
-        for f, low, high in zip(names, stats["min"], stats["max"])
-        if low == high
-    ]
+    is_constant = stats["min"] == stats["max"]
+    warnings = [f"{names[j]}: constant in train, left unscaled" for j in np.flatnonzero(is_constant)]
     return dict(version="2.0", n_samples_train=n, default_scaler_type="standard", features=features, warnings=warnings)
 
 # %% ../../nbs/data/06_writer.ipynb #4126c0d7
@@ -127,120 +130,121 @@ def _check_horizons(horizons):
 
 
 def _check_table(table, horizons, extra):
-    "Feature names in order; raises `BarsError` on a column that is missing or not accounted for."
+    "Feature names in order; raises `BarsError` for a missing or an unexpected column."
     labels = [f"{c}_h{h}" for c in ("label", "bars_to_hit") for h in horizons]
     if missing := [c for c in ["datetime", "symbol", *OHLCV, *labels, *extra] if c not in table]:
         raise BarsError(
             f"table: no column {missing[0]!r}; expected keys, {', '.join(OHLCV)}, features and {', '.join(labels)}"
         )
     names = [f for group in FEATURE_GROUPS.values() for f in group if f in table] + list(extra)
-    if unknown := [c for c in table if c not in {"datetime", "symbol", "split", *OHLCV, *labels, *names}]:
-        raise BarsError(f"table: column {unknown[0]!r} is not a known feature; name it in extra_features or drop it")
+    if unexpected := [c for c in table if c not in {"datetime", "symbol", "split", *OHLCV, *labels, *names}]:
+        raise BarsError(f"table: column {unexpected[0]!r} is not a known feature; name it in extra_features or drop it")
     if not names:
         raise BarsError("table: no feature column; join bar_features(bars) or name your own in extra_features")
     roles = column_roles(pa.Schema.from_pandas(table[names].head(1), preserve_index=False)).set_index("column")
-    if wrong := [f for f in names if roles.role[f] != "feature"]:
-        raise BarsError(f"table: {wrong[0]!r} cannot be a feature: {roles.reason[wrong[0]]}; rename it")
+    if invalid := [f for f in names if roles.role[f] != "feature"]:
+        raise BarsError(f"table: {invalid[0]!r} cannot be a feature: {roles.reason[invalid[0]]}; rename it")
     return names
 
-
+# %% ../../nbs/data/06_writer.ipynb #81a91c84
 def _check_split(table, split):
+    "Raise `BarsError` unless each split has rows and ends before the next one starts."
     times = nanoseconds(table)
-    if unknown := set(split) - set(SPLITS):
-        raise BarsError(f"table: split {sorted(map(str, unknown))[0]!r}, expected train, val or test in each row")
+    if unexpected := set(split) - set(SPLITS):
+        raise BarsError(f"table: split {sorted(map(str, unexpected))[0]!r}, expected train, val or test in each row")
     for s in SPLITS:
         if not (split == s).any():
             raise BarsError(f"table: {s} would have no row out of {len(table):,}; add bars or change the shares")
-    for early, late in zip(SPLITS, SPLITS[1:]):
-        if times[split == early].max() >= times[split == late].min():
+    for earlier, later in itertools.pairwise(SPLITS):
+        if times[split == earlier].max() >= times[split == later].min():
+            start = table["datetime"][split == later].min()
             raise BarsError(
-                f"table: {early} is not over when {late} begins ({table['datetime'][split == late].min()}); cut all symbols at one time"
+                f"table: {earlier} has rows at or after the start of {later} ({start}); cut all symbols at one time"
             )
 
 # %% ../../nbs/data/06_writer.ipynb #90944b62
 def write_splits(
-    table: pd.DataFrame,  # datetime, symbol, OHLCV, features, label_h{H}, bars_to_hit_h{H}; a column `split` decides the cut where there is one
-    out: Path,  # folder to make
-    horizons: tuple,  # those to write
-    shares: tuple = (0.7, 0.15, 0.15),  # of the distinct times, for train, val and test
-    embargo: pd.Timedelta = pd.Timedelta(0),  # distance in time between a label and the next split
-    scale: bool = True,  # False leaves the features as they are
-    extra_features: tuple = (),  # feature columns other than those of `bar_features`
-    overwrite: bool = False,  # replace splits that are there
+    table: pd.DataFrame,  # datetime, symbol, OHLCV, features, label_h{H}, bars_to_hit_h{H}; optionally `split`
+    out: Path | str,  # folder to make
+    horizons: Sequence[int],  # horizons to write
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # of the distinct times, for train, val and test
+    embargo: pd.Timedelta = _NO_EMBARGO,  # distance in time between a label and the next split
+    scale: bool = True,  # False: the features stay unscaled
+    extra_features: Sequence[str] = (),  # feature columns other than those of `bar_features`
+    overwrite: bool = False,  # replace existing splits
 ) -> Path:  # out
-    "Cuts, purges, scales and writes Phase 1 splits by one rename; raises `SplitsError` and then leaves nothing behind."
-    out = _free_folder(out, overwrite)
+    """Cut, purge and scale a table and write it as Phase 1 splits.
+
+    A column `split` of the table replaces the cut by `shares`. The folder is published by one rename. If an error
+    (`SplitsError`) is raised, no file is left.
+    """
+    out = _check_target(out, overwrite)
     _write_and_check(table, out, horizons, shares, embargo, scale, extra_features)
     return out
 
-
+# %% ../../nbs/data/06_writer.ipynb #74a6fad1
 def _write_and_check(table, out, horizons, shares, embargo, scale, extra_features):
-    "Writes the splits; returns the report of the files that were written."
+    "Write the splits; returns the report of `check_splits` on the written files."
     table, names, split = _prepare_splits(table, horizons, shares, extra_features)
-    table = table.assign(
-        split=split,
-        **{
-            f"label_h{h}": table[f"label_h{h}"].mask(labels_crossing_split(table, split, h, embargo), NO_LABEL)
-            for h in horizons
-        },
-    )
+    purged = {}
+    for h in horizons:
+        crossing = labels_crossing_split(table, split, h, embargo)
+        purged[f"label_h{h}"] = table[f"label_h{h}"].mask(crossing, NO_LABEL)
+    table = table.assign(split=split, **purged)
     matrix, train = table[names].to_numpy(np.float32), split == "train"
     kind, centre, width, stats = _fit_scaler(matrix[train])
     if not scale:
         kind, centre, width = np.full(len(names), "none"), 0 * centre, width**0
     matrix = ((matrix - centre) / width).astype(np.float32)
-    about = _scaler_json(names, int(train.sum()), (kind, centre, width, stats), _statistics(matrix[train]))
+    scaled_stats = _column_statistics(matrix[train])
+    scaler = _scaler_json(names, int(train.sum()), (kind, centre, width, stats), scaled_stats)
     reports = []
 
     def fill(folder):
-        _write(folder, table, names, matrix, horizons, about)
+        _write_files(folder, table, names, matrix, horizons, scaler)
         reports.append(check_splits(folder))
 
     publish_folder(out, fill)
     return reports[0]
 
-
+# %% ../../nbs/data/06_writer.ipynb #283859a6
 def _prepare_splits(table, horizons, shares, extra):
-    "The table with clean keys, its features and its splits, once all of it has been checked."
+    "The checked table with parsed times, its feature names and its splits."
     _check_horizons(horizons)
     names, table = _check_table(table, horizons, extra), table.reset_index(drop=True)
     checked = check_bars(table)
     symbol_spans(table)
     table = table.assign(high=checked["high"], low=checked["low"])  # in the same order
     for c in [f"{c}_h{h}" for h in horizons for c in ("label", "bars_to_hit")]:
-        require_columns(table[c].notna(), c, "with none", f"write {NO_LABEL} where there is no label")
+        require_columns(table[c].notna(), c, "without a value", f"write {NO_LABEL} where there is no label")
     for f in names:
-        require_columns(
-            np.isfinite(table[f].to_numpy(np.float32)),
-            f,
-            "with NaN or infinity",
-            "leave out the warm-up and mend the rest",
-        )
+        is_finite = np.isfinite(table[f].to_numpy(np.float32))
+        require_columns(is_finite, f, "with NaN or infinity", "drop the warm-up and fix the other rows")
     split = table["split"].to_numpy(object) if "split" in table else split_by_time(table["datetime"], shares)
     _check_split(table, split)
     return table.assign(datetime=parse_times(table["datetime"])), names, split
 
 # %% ../../nbs/data/06_writer.ipynb #bd24ba19
-def _write(folder, table, names, matrix, horizons, about):
+def _write_files(folder, table, names, matrix, horizons, scaler):
+    "Write one parquet file a split and `feature_scaler.json`."
+    dtypes = {
+        **dict(datetime=None, symbol=str, split=str),
+        **dict.fromkeys(OHLCV, np.float64),
+        **dict.fromkeys(names),
+        **{f"label_h{h}": np.int8 for h in horizons},
+        **{f"bars_to_hit_h{h}": np.int32 for h in horizons},
+    }
     for s in SPLITS:
         rows = (table["split"] == s).to_numpy()
-        kinds = {
-            **dict(datetime=None, symbol=str, split=str),
-            **dict.fromkeys(OHLCV, np.float64),
-            **{f: None for f in names},
-            **{f"label_h{h}": np.int8 for h in horizons},
-            **{f"bars_to_hit_h{h}": np.int32 for h in horizons},
-        }
-        part = table.loc[rows, list(kinds)].astype({c: k for c, k in kinds.items() if k})
-        part = part.assign(**dict(zip(names, matrix[rows].T)))
-        pq.write_table(
-            pa.Table.from_pandas(part, preserve_index=False), folder / f"{s}_scaled.parquet", row_group_size=16_384
-        )
-    (folder / "feature_scaler.json").write_text(json.dumps(about, indent=1))
+        part = table.loc[rows, list(dtypes)].astype({c: dtype for c, dtype in dtypes.items() if dtype})
+        part = part.assign(**dict(zip(names, matrix[rows].T, strict=True)))
+        file = folder / f"{s}_scaled.parquet"
+        pq.write_table(pa.Table.from_pandas(part, preserve_index=False), file, row_group_size=16_384)
+    (folder / "feature_scaler.json").write_text(json.dumps(scaler, indent=1))
 
 # %% ../../nbs/data/06_writer.ipynb #57153ce8
-def _free_folder(out, overwrite):
-    "The target, if it may be written; raises `BarsError`."
+def _check_target(out, overwrite):
+    "Absolute path of the target; raises `BarsError` if it must not be written."
     out = Path(out).absolute()
     if not out.exists():
         return out
@@ -252,23 +256,23 @@ def _free_folder(out, overwrite):
 
 
 def publish_folder(
-    out: Path,  # where the splits shall be
-    write,  # fills the folder it is given
+    out: Path,  # target folder
+    write: Callable[[Path], None],  # writes the files into the folder it is given
 ) -> Path:  # out
-    "Lets `write` fill a folder beside `out` and renames it to `out`; whatever is raised, nothing changes."
-    fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{what}") for what in ("partial", "old"))
-    made = [p for p in out.parents if not p.exists()]
-    fresh.mkdir(parents=True)
+    "Call `write` on a temporary folder beside `out`, then rename it to `out`; an exception changes nothing."
+    partial, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{suffix}") for suffix in ("partial", "old"))
+    new_parents = [p for p in out.parents if not p.exists()]
+    partial.mkdir(parents=True)
     try:
-        write(fresh)
+        write(partial)
         if out.exists():
             os.rename(out, old)
-        os.rename(fresh, out)
+        os.rename(partial, out)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not out.exists():
             os.rename(old, out)
-        for p in made:
+        for p in new_parents:
             p.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -277,28 +281,27 @@ def publish_folder(
 # %% ../../nbs/data/06_writer.ipynb #cadacb56
 def bars_to_splits(
     bars: pd.DataFrame,  # datetime, symbol, open, high, low, close, volume
-    out: Path,  # folder to make
-    horizons: tuple = (5, 20),  # bars ahead
-    barriers: dict | None = None,  # {horizon: (k_up, k_down[, max_bars])} in ATR; None: `default_barriers`
-    shares: tuple = (0.7, 0.15, 0.15),  # of the distinct times, for train, val and test
-    embargo: pd.Timedelta = pd.Timedelta(0),  # distance in time between a label and the next split
-    overwrite: bool = False,  # replace splits that are there
+    out: Path | str,  # folder to make
+    horizons: Sequence[int] = (5, 20),  # bars ahead
+    barriers: dict[int, tuple] | None = None,  # {horizon: (k_up, k_down[, max_bars])} in ATR; None: `default_barriers`
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # of the distinct times, for train, val and test
+    embargo: pd.Timedelta = _NO_EMBARGO,  # distance in time between a label and the next split
+    overwrite: bool = False,  # replace existing splits
 ) -> Path:  # out
-    "Checked bars, features, labels, splits; raises `SplitsError` and then leaves nothing behind; warns of a horizon with too few blocks of val or test."
-    out, barriers = _free_folder(out, overwrite), barriers or {}
+    """Check bars, compute features and labels, and write splits.
+
+    If an error (`SplitsError`) is raised, no file is left. Warns (`SplitsWarning`) of a horizon with too few blocks in
+    val or test, and of implausible prices.
+    """
+    out, barriers = _check_target(out, overwrite), barriers or {}
     _check_horizons(horizons)
-    if unknown := set(barriers) - set(horizons):
-        raise BarsError(f"barriers: horizon {min(unknown)} is not among {horizons}")
-    longest = max(barrier_widths(h, *barriers.get(h, ()))[2] for h in horizons)
-    bars = check_bars(bars, at_least=FEATURE_WARMUP + longest + 3)
-    table = pd.concat(
-        [
-            bars,
-            bar_features(bars).drop(columns=["datetime", "symbol"]),
-            *(triple_barrier(bars, h, *barriers.get(h, ())) for h in horizons),
-        ],
-        axis=1,
-    )
+    if unexpected := set(barriers) - set(horizons):
+        raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}")
+    max_duration = max(barrier_widths(h, *barriers.get(h, ()))[2] for h in horizons)
+    bars = check_bars(bars, at_least=FEATURE_WARMUP + max_duration + 3)
+    features = bar_features(bars).drop(columns=["datetime", "symbol"])
+    labels = [triple_barrier(bars, h, *barriers.get(h, ())) for h in horizons]
+    table = pd.concat([bars, features, *labels], axis=1)
     table = table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP]
     report = _write_and_check(table, out, horizons, shares, embargo, scale=True, extra_features=())
     for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]:
