@@ -627,9 +627,8 @@ def _check_nan(splits):
     of_feature = {}
     for split in splits:
         for j in np.flatnonzero(shares[split.name]):
-            of_feature.setdefault(split.features[j], {})[split.name] = (
-                f"{split.name} {_percent_text(shares[split.name][j])}"
-            )
+            text = f"{split.name} {_percent_text(shares[split.name][j])}"
+            of_feature.setdefault(split.features[j], {})[split.name] = text
     if not of_feature:
         return
     first = next(split for split in splits if shares[split.name].any())
@@ -769,10 +768,7 @@ def _key_hint(key, schema):
 
 # %% ../../nbs/data/00_splits.ipynb #60e4d853
 def read_split(
-    source: pd.DataFrame
-    | pa.Table
-    | str
-    | Path,  # a DataFrame, an Arrow or polars table, a parquet or CSV file, or a folder
+    source: pd.DataFrame | pa.Table | str | Path,  # frame, Arrow or polars table, parquet or CSV file, or folder
     name: str = "train",  # train, val or test
     horizons: tuple[int, ...] | None = None,  # None: all in the file; (): labels are not needed
     features: list[str] | None = None,  # the F columns, in order; None: by `column_roles`
@@ -940,7 +936,7 @@ def check_order(
     early: Split,  # the earlier split
     late: Split,  # the later split
 ) -> pd.Timestamp:  # the first time of `late`
-    "Raises `SplitOverlap` if `early` has a bar at or after the first of `late`, `BadDatetime` if one has no zone."
+    "Raises `SplitOverlap` if a bar of `early` is not before `late`; `BadDatetime` if only one has a time zone."
     if (early.datetimes.tz is None) != (late.datetimes.tz is None):
         raise BadDatetime(f"{early.file} and {late.file}: one has a time zone and one has none; convert both to one")
     first = late.datetimes.min()
@@ -961,7 +957,8 @@ def _check_no_overlap(early, late):
             rows = _bad_rows_text(file_order(bad, early.order), f"decided by bars of {late.file}")
             raise SplitOverlap(
                 f"{early.file}: label_h{h}: {rows} ({where}); {_gap_text(early, h, early.codes[row], first)}; "
-                f"`modelfactory purge` sets these labels to null, or leave {label_reach(early, h)} bars between the splits"
+                "`modelfactory purge` sets these labels to null, "
+                f"or leave {label_reach(early, h)} bars between the splits"
             )
 
 
@@ -972,8 +969,8 @@ def _gap_text(early, horizon, code, first):
     between = bars_between(times.as_unit("ns").asi8, times[-1].as_unit("ns").value, first.as_unit("ns").value)
     given = f"the largest {source}" if horizon in early.bars_to_hit else f"the horizon: there is no {source}"
     return (
-        f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has {between} bars "
-        f"between {times[-1]} and {first}, estimated from its earlier trading hours"
+        f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has "
+        f"{between} bars between {times[-1]} and {first}, estimated from its earlier trading hours"
     )
 
 # %% ../../nbs/data/00_splits.ipynb #4ea05eb1
@@ -1118,9 +1115,8 @@ def read_splits(
     roles = column_roles(first.schema, features, exclude)
     names = _feature_names(roles)
     for reader, other in readers.values():
-        _check_same_features(
-            names, (file, first.schema), column_roles(reader.schema, features, exclude), other, reader.schema
-        )
+        other_roles = column_roles(reader.schema, features, exclude)
+        _check_same_features(names, (file, first.schema), other_roles, other, reader.schema)
     read = {
         name: _read_from(*opened, name, horizons, names, classes, nan or "keep") for name, opened in readers.items()
     }
