@@ -351,11 +351,11 @@ def _scaler_leaks(pooled, alone):
         "Whether most columns that can be proof fit."
         return (mask & proof).sum(0) > np.maximum(proof.sum(0) / 2, 1)
 
-    two_moments = np.array([True, True, False])
-    alone_proves = proof & two_moments
-    extremes = two_moments | proof  # a bound that many rows attain is never evidence
+    not_min_max = np.array([True, True, False])
+    alone_proves = proof & not_min_max
+    extremes = not_min_max | proof  # a bound that many rows attain is never evidence
     by_exact = exact & (alone > 1e-4) & extremes & (alone_proves | agrees(exact))
-    return by_exact | near & agrees(near) & two_moments
+    return by_exact | near & agrees(near) & not_min_max
 
 # %% ../../nbs/data/02_audit.ipynb #4d5d51e8
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class TimeSeriesDataset:
         if not len(positions):
             raise SplitsError(
                 f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, "
-                f"{int(defined.sum()):,} with a label; a sample needs {seq_len + gap - 1} earlier rows of its symbol"
+                f"{int(defined.sum()):,} with a label; a sample needs {seq_len + gap - 1} rows of its symbol before it"
             )
         self.rows = positions if self.context is None else np.searchsorted(own, positions)  # (n,) rows of the split
         self.X = Windows(joined.matrix, positions - gap, seq_len, RawColumns(joined.market, joined.codes))
