@@ -266,7 +266,7 @@ def prepend_context(
         )
     return joined, own
 
-
+# %% ../../nbs/data/01_dataset.ipynb #d4ab16af
 def _check_context(split, context):
     "Raises `FeatureSetsDiffer` unless `context` and `split` have the same features in the same order."
     if context.features != split.features:

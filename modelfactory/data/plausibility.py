@@ -76,7 +76,7 @@ def _stale_warnings(bars, close):
             f"range: {_join_first(texts)}: check that this column is the close"
         )
 
-
+# %% ../../nbs/data/01_plausibility.ipynb #5177808f
 def _jump_warnings(bars, moves):
     "One-bar moves that are far larger than the symbol's other moves, with the nearest split ratio."
     size = moves.abs()

@@ -68,7 +68,7 @@ class BadDatetime(SplitsError):
 class BadValue(SplitsError):
     "NaN, infinity or a wrong type where a number is needed."
 
-
+# %% ../../nbs/data/00_splits.ipynb #7a47d463
 class FeatureSetsDiffer(SplitsError):
     "Splits that do not have the same features."
 
