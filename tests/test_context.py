@@ -243,7 +243,7 @@ def test_the_tuner_scores_windows_of_every_length_on_the_same_rows(on):
     trainer = Trainer(dict(model="gru", horizon=5, data="planted", config=dict(sequence_length=4)))
     objective = Objective(trainer, on=on)
     objective.prepare_data()
-    short, long = (objective.parts(seq_len) for seq_len in (4, 60))
+    short, long = (objective.fold_data(seq_len) for seq_len in (4, 60))
     assert len(short) == len(long)
     assert all(a.test[2].equals(b.test[2]) for a, b in zip(short, long, strict=True))
 
