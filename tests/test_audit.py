@@ -1,5 +1,9 @@
-"Leaks planted on three data sets, honest columns on markets that no threshold was set on, and whole self-tests of honest and of cheating pipelines."
+"""The leak audit and the self-test.
 
+Leaks are planted in three data sets. Causal columns come from markets that were not used to set a threshold. The
+self-test runs on correct and on cheating pipelines."""
+
+import functools
 import json
 from dataclasses import replace
 
@@ -27,17 +31,14 @@ from modelfactory.models.registry import ModelRegistry
 from modelfactory.training.selftest import future_perturbation, null_splits, peeking_features, prefix_test, selftest
 from modelfactory.training.trainer import Trainer
 
-pytestmark = (
-    pytest.mark.no_cover
-)  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+# Line counting slows thousands of small calls by half; the notebooks run the same lines.
+pytestmark = pytest.mark.no_cover
 
 
-def made(preset, seed, rows=8_000, symbols=2, width=None):
-    table = market_table(
-        simulate_market(
-            replace(MARKET_PRESETS[preset], seed=seed, symbols=symbols, rows=(rows, 200, 200), columns=width)
-        )
-    )
+def simulated_train(preset, seed, rows=8_000, symbols=2, width=None):
+    "Train of a simulated market."
+    config = replace(MARKET_PRESETS[preset], seed=seed, symbols=symbols, rows=(rows, 200, 200), columns=width)
+    table = market_table(simulate_market(config))
     return read_split(table[table.split == "train"].reset_index(drop=True))
 
 
@@ -47,7 +48,7 @@ def splits(request):
 
 
 def leak(split, name, horizon):
-    "A column that knows the future."
+    "A column that is computed from future bars."
 
     def at(x, shift):
         return shift_within_symbol(np.asarray(x, float), split.codes, shift)
@@ -69,6 +70,7 @@ def leak(split, name, horizon):
 
 
 def with_column(split, column):
+    "The split with one more feature, named `innocent`."
     return replace(split, matrix=np.c_[split.matrix, column], features=[*split.features, "innocent"])
 
 
@@ -85,7 +87,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("horizon", [5, 20])
 @pytest.mark.parametrize("name", LEAKS)
-def test_a_planted_leak_is_named(splits, name, horizon):
+def test_a_planted_leak_is_reported_by_name(splits, name, horizon):
     report = audit(with_column(splits["train"], leak(splits["train"], name, horizon)))
     assert {f.column for f in report.findings} == {"innocent"}
     worst = report.findings[0]
@@ -102,17 +104,16 @@ def test_a_planted_leak_is_named(splits, name, horizon):
 
 
 @pytest.mark.parametrize("ago", [1, 2, 4])
-def test_a_label_that_is_not_closed_is_known_by_its_row(splits, ago):
+def test_a_copy_of_a_label_that_is_not_closed_fails_with_its_row(splits, ago):
     train = splits["train"]
-    column = shift_within_symbol(
-        np.where(train.labels[5] == NO_TARGET, 0, train.labels[5]).astype(np.float32), train.codes, -ago, 0
-    )
+    label = np.where(train.labels[5] == NO_TARGET, 0, train.labels[5]).astype(np.float32)
+    column = shift_within_symbol(label, train.codes, -ago, 0)
     worst = audit(with_column(train, column)).findings[0]
     assert (worst.verdict, worst.target, worst.shift, worst.looks_ahead) == ("fail", "label_h5", -ago, 5 - ago)
 
 
 @pytest.mark.parametrize(
-    "fit, seen",
+    "scaler, names",
     [
         ("mean and deviation", ("train", "val")),
         ("mean and deviation", ("train", "val", "test")),
@@ -120,48 +121,56 @@ def test_a_label_that_is_not_closed_is_known_by_its_row(splits, ago):
         ("minimum and maximum", ("train", "val")),
     ],
 )
-def test_a_scaler_that_saw_later_splits_is_found(splits, fit, seen):
-    every = np.concatenate([splits[s].matrix for s in seen]).astype(float)
+def test_a_scaler_fitted_on_later_splits_is_reported(splits, scaler, names):
+    pooled = np.concatenate([splits[name].matrix for name in names]).astype(float)
     centre, width = {
-        "mean and deviation": (every.mean(0), every.std(0, ddof=1)),
-        "median and quartiles": (np.median(every, 0), np.subtract(*np.percentile(every, [75, 25], 0))),
-        "minimum and maximum": (every.min(0), np.ptp(every, 0)),
-    }[fit]
-    again = {
-        name: replace(s, matrix=((s.matrix - centre) / np.where(width > 0, width, 1)).astype(np.float32))
-        for name, s in splits.items()
-    }
-    found = find_scaler_leaks(again)
-    assert len(found) > (10 if fit == "minimum and maximum" else 60) and set(found.scaler) == {
-        fit
-    }  # most extremes lie in train
-    assert not audit(again).ok
-    thinned = {name: replace(s, matrix=s.matrix[5:]) for name, s in again.items()}
-    assert len(find_scaler_leaks(thinned)) > 40 or fit == "minimum and maximum"
+        "mean and deviation": (pooled.mean(0), pooled.std(0, ddof=1)),
+        "median and quartiles": (np.median(pooled, 0), np.subtract(*np.percentile(pooled, [75, 25], 0))),
+        "minimum and maximum": (pooled.min(0), np.ptp(pooled, 0)),
+    }[scaler]
+    scale = np.where(width > 0, width, 1)
+    rescaled = {name: replace(s, matrix=((s.matrix - centre) / scale).astype(np.float32)) for name, s in splits.items()}
+    hits = find_scaler_leaks(rescaled)
+    # Most extremes lie in train, so few columns show a minimum and maximum of later splits.
+    assert len(hits) > (10 if scaler == "minimum and maximum" else 60)
+    assert set(hits.scaler) == {scaler}
+    assert not audit(rescaled).ok
+    thinned = {name: replace(s, matrix=s.matrix[5:]) for name, s in rescaled.items()}
+    assert len(find_scaler_leaks(thinned)) > 40 or scaler == "minimum and maximum"
 
 
-def test_splits_of_the_kit_are_clean(splits):
+def test_bundled_splits_have_no_finding(splits):
     report = audit(splits)
     assert report.ok and not report.findings and not report.skipped and report.columns >= 100
 
 
 @pytest.mark.parametrize("seed", range(70, 74))
 @pytest.mark.parametrize("preset", MARKET_PRESETS)
-def test_honest_columns_raise_no_alarm_on_other_seeds(preset, seed):
-    split = made(preset, seed, rows=[4_000, 9_000][seed % 2], symbols=1 + seed % 3)
+def test_causal_columns_have_no_finding_on_other_seeds(preset, seed):
+    split = simulated_train(preset, seed, rows=[4_000, 9_000][seed % 2], symbols=1 + seed % 3)
     assert len(split.features) >= 100 and not audit(split).findings
 
 
-def test_decoys_raise_no_alarm():
-    assert not audit(made("null", 75, width=400)).findings
+def test_noise_columns_have_no_finding():
+    assert not audit(simulated_train("null", 75, width=400)).findings
 
 
 STEPS = 6  # prices in a bar
 
 
+def bars_of_paths(times, symbol, price, volume):
+    "Bars of prices (n, STEPS)."
+    prices = dict(open=price[:, 0], high=price.max(1), low=price.min(1), close=price[:, -1])
+    return pd.DataFrame(dict(datetime=times, symbol=symbol, **prices, volume=volume))
+
+
 def simulated(seed, kind, rows=6_000, symbols=2, width=None):
-    "Five-minute bars without skill to find: `reverting` to a mean with bid-ask bounce, `bounce` alone, `asymmetric` barriers with seasonal volatility, `drifts` of each symbol, `slow` labels."
-    rng, n = np.random.default_rng(seed), (rows // symbols + FEATURE_WARMUP) * STEPS
+    """A split of five-minute bars with causal features.
+
+    Kinds: `reverting` to a mean with bid-ask bounce, `bounce` alone, `asymmetric` barriers with seasonal volatility,
+    `drifts` of each symbol, `slow` labels."""
+    rng = np.random.default_rng(seed)
+    n = (rows // symbols + FEATURE_WARMUP) * STEPS
     season = np.exp(
         0.5 * np.sin(2 * np.pi * np.arange(n) / (288 * STEPS)) + lfilter([1], [1, -0.999], rng.normal(0, 0.02, n))
     )
@@ -174,23 +183,10 @@ def simulated(seed, kind, rows=6_000, symbols=2, width=None):
         bounce = dict(reverting=2e-4, bounce=4e-4).get(kind, 0) * rng.choice([-1, 1], n)
         price = np.exp(lfilter([1], [1, -memory], steps) + bounce).reshape(-1, STEPS)
         times = pd.date_range("2024", periods=len(price), freq="5min")
-        bars.append(
-            pd.DataFrame(
-                dict(
-                    datetime=times,
-                    symbol=f"S{number}",
-                    open=price[:, 0],
-                    high=price.max(1),
-                    low=price.min(1),
-                    close=price[:, -1],
-                    volume=rng.exponential(100, len(price)),
-                )
-            )
-        )
+        bars.append(bars_of_paths(times, f"S{number}", price, rng.exponential(100, len(price))))
     bars = check_bars(pd.concat(bars))
-    barriers = dict(asymmetric={5: (2.4, 1.2), 20: (5.0, 2.5)}, slow={5: (2.5, 2.5, 15), 20: (3.0, 1.5, 40)}).get(
-        kind, {5: (), 20: ()}
-    )
+    special = dict(asymmetric={5: (2.4, 1.2), 20: (5.0, 2.5)}, slow={5: (2.5, 2.5, 15), 20: (3.0, 1.5, 40)})
+    barriers = special.get(kind, {5: (), 20: ()})
     labels = [triple_barrier(bars, h, *b) for h, b in barriers.items()]
     table = pd.concat([bars, bar_features(bars).drop(columns=["datetime", "symbol"]), *labels], axis=1)
     return read_split(table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP].reset_index(drop=True))
@@ -198,66 +194,50 @@ def simulated(seed, kind, rows=6_000, symbols=2, width=None):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["reverting", "bounce", "asymmetric", "drifts", "slow"])
-def test_honest_columns_raise_no_alarm_where_past_bars_predict(kind, seed):
+def test_causal_columns_have_no_finding_if_past_bars_predict(kind, seed):
     report = audit(simulated(seed, kind))
     assert not report.findings, report
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_positions_of_the_close_raise_no_alarm_on_a_price_that_reverts_to_its_mean(seed):
-    "Half-life of half a bar, volatility that changes slowly: no move of the past predicts direction as well as a causal position of the close, which failed."
+def test_positions_of_the_close_have_no_finding_on_a_mean_reverting_price(seed):
+    """The half-life is half a bar, and volatility changes slowly.
+
+    No past move predicts direction as well as a causal position of the close, which once failed the audit."""
     rng, rows = np.random.default_rng(seed), 40_000
     steps = (rows + FEATURE_WARMUP) * STEPS
     middle = lfilter([1], [1, -(0.5 ** (2 / STEPS))], rng.normal(size=steps))
     volatility = 2e-4 * np.exp(1.5 * lfilter([1], [1, -0.9999], rng.normal(0, (1 - 0.9999**2) ** 0.5, steps)))
     price = np.exp((volatility * np.diff(middle, prepend=0)).cumsum()).reshape(-1, STEPS)
     times = pd.date_range("2024", periods=len(price), freq="5min")
-    bars = check_bars(
-        pd.DataFrame(
-            dict(
-                datetime=times,
-                symbol="A",
-                open=price[:, 0],
-                high=price.max(1),
-                low=price.min(1),
-                close=price[:, -1],
-                volume=1.0,
-            )
-        )
-    )
+    bars = check_bars(bars_of_paths(times, "A", price, 1.0))
     positions = ["bollinger_20", "bollinger_60", "rsi_28", "ema_gap_50", "sma_gap_100", "stochastic_14"]
-    table = pd.concat([bars, bar_features(bars)[positions], triple_barrier(bars, 5)], axis=1)[
-        FEATURE_WARMUP:
-    ].reset_index(drop=True)
-    split = read_split(table)
+    table = pd.concat([bars, bar_features(bars)[positions], triple_barrier(bars, 5)], axis=1)
+    split = read_split(table[FEATURE_WARMUP:].reset_index(drop=True))
     scores = score_columns(split).query("kind == 'direction'")
     assert scores["size"].max() > 0.4 and not audit(split).findings
 
 
-def test_an_honest_volatility_is_never_said_to_look_ahead():
-    "Wilder's ATR, also where a user brings one that is over the threshold: the sentence says the score and nothing about later bars."
+def test_the_finding_on_a_causal_volatility_does_not_claim_look_ahead():
+    "Wilder's ATR with a threshold that it exceeds: the sentence gives the score and does not mention later bars."
     split = simulated(2, "asymmetric")
     scores = score_columns(split).assign(warn=-1.0)
     sentences = [f.sentence for f in find_leaks(split, scores[scores.column.isin(["log_atr", "true_range"])])]
     assert len(sentences) >= 2
     for sentence in sentences:
-        assert (
-            "AUC 0." in sentence
-            and "strongest at shift" in sentence
-            and "check how it is computed" in sentence
-            and "ahead" not in sentence
-            and "knows" not in sentence
-        )
+        for part in ("AUC 0.", "strongest at shift", "check how it is computed"):
+            assert part in sentence
+        assert "ahead" not in sentence and "knows" not in sentence
 
 
 def day_high(split):
-    "Distance of the close from the high of its whole day, which is known when the day is over."
+    "Log distance of the close from the high of its day, which is known only at the end of the day."
     high = pd.Series(split.market["high"]).groupby([split.codes, split.datetimes.normalize()]).transform("max")
     return np.log(split.close / high.to_numpy()).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", ["eurusd", "null"])
-def test_the_close_against_the_high_of_its_whole_day_is_a_warning(name):
+def test_the_distance_from_the_high_of_the_day_is_a_warning(name):
     train = read_splits(resolve_data(name))["train"]
     report = audit(with_column(train, day_high(train)))
     assert report.named("warn") + report.named("fail") == ["innocent"]
@@ -265,14 +245,14 @@ def test_the_close_against_the_high_of_its_whole_day_is_a_warning(name):
 
 
 @pytest.mark.parametrize("seed", [80, 81, 82])
-def test_the_high_of_the_day_is_a_warning_on_other_null_markets(seed):
-    split = made("null", seed, rows=12_000)
+def test_the_distance_from_the_high_of_the_day_is_a_warning_on_other_null_markets(seed):
+    split = simulated_train("null", seed, rows=12_000)
     assert audit(with_column(split, day_high(split))).named("warn") == ["innocent"]
 
 
 def test_a_leak_in_the_rows_of_one_symbol_is_a_warning():
-    "One of four symbols holds the distance from the high of the day, the others noise."
-    split = made("null", 83, rows=60_000, symbols=4)
+    "The column is the distance from the high of the day for one of four symbols, and noise for the other three."
+    split = simulated_train("null", 83, rows=60_000, symbols=4)
     split = replace(split, matrix=split.matrix[:, :4].copy(), features=split.features[:4])
     noise = np.random.default_rng(0).normal(size=len(split)).astype(np.float32)
     column = np.where(split.codes == 2, day_high(split) / day_high(split).std(), noise)
@@ -283,7 +263,7 @@ def test_a_leak_in_the_rows_of_one_symbol_is_a_warning():
 
 @pytest.mark.parametrize("ago, verdicts", [(8, ["fail"]), (14, ["fail"]), (15, [])])
 def test_a_label_is_closed_when_the_slowest_label_is_decided(ago, verdicts):
-    "Labels of horizon 5 that are decided up to 15 bars later: most of those of 8 rows ago are undecided."
+    "Labels of horizon 5 are decided up to 15 bars later: most labels of 8 rows ago are undecided."
     split = simulated(0, "slow", rows=4_000)
     assert split.bars_to_hit[5].max() == 15 and (split.bars_to_hit[5] > 8).mean() > 0.3
     label = np.where(split.labels[5] == NO_TARGET, 0, split.labels[5])
@@ -293,16 +273,17 @@ def test_a_label_is_closed_when_the_slowest_label_is_decided(ago, verdicts):
         assert findings[0].looks_ahead == 15 - ago and f"up to {15 - ago} bar" in findings[0].sentence
 
 
-def by_construction(n, seed):
-    "Columns that fit a scaler by their nature: bounded ones, and the code of the week of four years, whose mean, median and range are those of any whole years."
+def columns_that_fit_scalers(n, seed):
+    """Columns that fit a scaler by construction: bounded columns, and the week of the year over four years.
+
+    Mean, median and range of the week are the same for any number of complete years."""
     rng = np.random.default_rng(seed)
     close = pd.Series(rng.normal(size=n).cumsum())
 
     def place(k):
-        return (
-            (close - close.rolling(k, min_periods=1).min())
-            / (close.rolling(k, min_periods=1).max() - close.rolling(k, min_periods=1).min())
-        ).fillna(0.5)
+        past = close.rolling(k, min_periods=1)
+        low, high = past.min(), past.max()
+        return ((close - low) / (high - low)).fillna(0.5)
 
     week, year = np.arange(n) // 100 % 52, np.arange(n) // 5_200
     return dict(
@@ -320,64 +301,63 @@ def by_construction(n, seed):
 
 
 def cut(columns, share):
-    "Train of a share, the rest in halves."
+    "Splits: train is the first share of the rows; val and test are one half of the rest each."
     matrix = np.column_stack(list(columns.values())).astype(np.float32)
     a, b = int(share * len(matrix)), int((share + 1) / 2 * len(matrix))
 
     def split(m):
-        return replace(made_once(), matrix=m, features=list(columns))
+        return replace(template(), matrix=m, features=list(columns))
 
     return dict(train=split(matrix[:a]), val=split(matrix[a:b]), test=split(matrix[b:]))
 
 
-def made_once(cache=[]):
-    if not cache:
-        cache.append(made("null", 79, rows=2_000))
-    return cache[0]
+@functools.cache
+def template():
+    "A small split, simulated once."
+    return simulated_train("null", 79, rows=2_000)
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["alone", "beside scaled features"])
-def test_columns_that_fit_a_scaler_by_construction_are_not_accused(noise):
-    "15 cuts; in each the code of the week was said to be scaled on all splits together."
+def test_columns_that_fit_a_scaler_by_construction_are_not_reported(noise):
+    "15 cuts. In each, the week of the year was once reported as scaled on all splits together."
     for share in np.linspace(0.3, 0.85, 15):
-        columns = by_construction(20_800, 3)
+        columns = columns_that_fit_scalers(20_800, 3)
         if noise:
             raw = np.random.default_rng(4).gamma(2, 3, (12, 20_800))
             train = raw[:, : int(share * 20_800)]
-            columns |= {f"x{j}": (x - t.mean()) / t.std() for j, (x, t) in enumerate(zip(raw, train))}
+            columns |= {f"x{j}": (x - t.mean()) / t.std() for j, (x, t) in enumerate(zip(raw, train, strict=True))}
         assert find_scaler_leaks(cut(columns, share)).empty, share
 
 
-def test_a_scaler_of_all_splits_is_found_beside_columns_that_fit_by_construction():
+def test_a_scaler_of_all_splits_is_reported_next_to_columns_that_fit_by_construction():
     raw = np.random.default_rng(5).gamma(2, 3, (12, 20_800))
     scaled = {f"x{j}": (x - x.min()) / np.ptp(x) for j, x in enumerate(raw)}
-    assert set(find_scaler_leaks(cut(by_construction(20_800, 3) | scaled, 0.5)).column) <= set(scaled)
-    assert len(find_scaler_leaks(cut(by_construction(20_800, 3) | scaled, 0.5))) > 4
-    one = by_construction(20_800, 3) | {"x": (raw[0] - raw[0].mean()) / raw[0].std()}
+    assert set(find_scaler_leaks(cut(columns_that_fit_scalers(20_800, 3) | scaled, 0.5)).column) <= set(scaled)
+    assert len(find_scaler_leaks(cut(columns_that_fit_scalers(20_800, 3) | scaled, 0.5))) > 4
+    one = columns_that_fit_scalers(20_800, 3) | {"x": (raw[0] - raw[0].mean()) / raw[0].std()}
     assert find_scaler_leaks(cut(one, 0.5)).column.tolist() == ["x"]
 
 
 def test_scores_with_few_rows_are_skipped_and_listed():
-    split = made("null", 76)
+    split = simulated_train("null", 76)
     few = with_column(split, leak(split, "mfe", 5))
     for h in few.labels:
         few.labels[h] = np.where(np.arange(len(few)) % 9, NO_TARGET, few.labels[h])
     few = replace(few, market={})
     report = audit(few)
-    assert (
-        report.ok and not report.findings and len(report.skipped) == 4 and f"fewer than {MIN_ROWS}" in report.skipped[0]
-    )
+    assert report.ok and not report.findings
+    assert len(report.skipped) == 4 and f"fewer than {MIN_ROWS}" in report.skipped[0]
     assert len(score_columns(few)) == 0 and "skipped: label_h5, direction" in repr(report)
 
 
-def test_without_closes_the_labels_still_tell():
-    split = made("null", 77)
+def test_a_leak_fails_without_closes():
+    split = simulated_train("null", 77)
     report = audit(replace(with_column(split, leak(split, "mfe", 5)), market={}))
     assert report.named("fail") == ["innocent"]
 
 
-def test_two_classes_constant_columns_and_holes():
-    split = made("null", 78)
+def test_two_classes_constant_columns_and_nan():
+    split = simulated_train("null", 78)
     two = {5: np.where(split.labels[5] == NO_TARGET, NO_TARGET, split.labels[5] == 0).astype(np.int8)}
     column = leak(split, "bars_to_hit", 5)
     column[::7] = np.nan
@@ -385,7 +365,7 @@ def test_two_classes_constant_columns_and_holes():
     assert audit(odd).named("warn") == ["innocent"]
 
 
-def test_nothing_is_changed(splits):
+def test_the_audit_changes_no_data(splits):
     before = {
         name: (s.matrix.copy(), {h: y.copy() for h, y in s.labels.items()}, list(s.features))
         for name, s in splits.items()
@@ -399,53 +379,46 @@ def test_nothing_is_changed(splits):
 HONEST = dict(rows=(2_500, 2_000, 200), horizons=(5,), models=("logistic_regression",))
 
 
-def test_an_honest_pipeline_passes_and_can_be_stored():
+def test_a_correct_pipeline_passes_and_its_result_is_json():
     result = selftest(**HONEST, seed=11)
     assert result.ok and result.table.n[0] > 1_900 and result.table.future[0].n == result.table.prefix[0].n
-    assert (
-        json.loads(json.dumps(result.to_dict()))["ok"]
-        and "nothing found" in repr(result)
-        and "<b>" in result._repr_html_()
-    )
+    assert json.loads(json.dumps(result.to_dict()))["ok"]
+    assert "nothing found" in repr(result) and "<b>" in result._repr_html_()
 
 
 def centred(bars):
+    "A feature that uses the next two bars."
+    close = bars.groupby("symbol").close
     return pd.DataFrame(
-        dict(
-            smooth=bars.groupby("symbol").close.transform(
-                lambda c: c.rolling(5, center=True).mean().bfill().ffill() / c - 1
-            )
-        )
+        dict(smooth=close.transform(lambda c: c.rolling(5, center=True).mean().bfill().ffill() / c - 1))
     )
 
 
 def standardised(bars):
+    "A feature that uses the mean and deviation of all bars."
     return pd.DataFrame(dict(z=bars.groupby("symbol").close.transform(lambda c: (c - c.mean()) / c.std())))
 
 
-def harmless(bars):
-    return pd.DataFrame(
-        dict(mine=bars.groupby("symbol").close.transform(lambda c: c / c.rolling(7, min_periods=1).mean() - 1))
-    )
+def causal(bars):
+    "A causal feature."
+    close = bars.groupby("symbol").close
+    return pd.DataFrame(dict(ratio=close.transform(lambda c: c / c.rolling(7, min_periods=1).mean() - 1)))
 
 
-@pytest.mark.parametrize("features, caught", [(centred, ["smooth"]), (standardised, ["z"]), (harmless, [])])
-def test_features_of_ones_own_are_proven(features, caught):
-    assert peeking_features(features) == caught
+@pytest.mark.parametrize("features, expected", [(centred, ["smooth"]), (standardised, ["z"]), (causal, [])])
+def test_user_features_with_look_ahead_are_reported(features, expected):
+    assert peeking_features(features) == expected
 
 
-def test_a_leaking_feature_is_an_alarm_of_audit_and_models():
+def test_a_leaking_feature_is_reported_by_the_audit_and_by_every_model():
     result = selftest(**HONEST | dict(rows=(6_000, 6_000, 200)), features=centred)
-    assert (
-        result.peeking == ["smooth"]
-        and result.audit.named() == ["smooth"]
-        and result.table.alarm.all()
-        and len(result.problems) == 3
-    )
+    assert result.peeking == ["smooth"] and result.audit.named() == ["smooth"]
+    assert result.table.alarm.all() and len(result.problems) == 3
 
 
 @pytest.fixture(scope="module")
-def nothing(tmp_path_factory):
+def null_folder(tmp_path_factory):
+    "Splits of a market without signal."
     return null_splits(tmp_path_factory.mktemp("market") / "null", (5,), seed=12, rows=(1_500, 900, 200))
 
 
@@ -454,19 +427,19 @@ def cheaters():
     from modelfactory.models.classical.logistic_regression import LogisticRegressionModel
 
     class ByTheBatch(LogisticRegressionModel):
-        "Standardises by the batch."
+        "Standardises each batch by its own mean."
 
         def predict(self, X, metadata):
             return super().predict(np.asarray(X) - np.asarray(X).mean(0), metadata)
 
     class ReachesPast(LogisticRegressionModel):
-        "Reads behind its window."
+        "Reads rows after its window."
 
         def predict(self, X, metadata):
             return super().predict(X.base[np.minimum(X.ends + 6, len(X.base) - 1)], metadata)
 
     class LastClose(LogisticRegressionModel):
-        "Follows the last close it is shown."
+        "Multiplies features by the last close in the metadata."
 
         def predict(self, X, metadata):
             return super().predict(np.asarray(X) * np.float32(metadata["close"].iloc[-1]), metadata)
@@ -484,8 +457,8 @@ def trained(model, folder, **config):
 
 
 @pytest.mark.parametrize("name", ["bythebatch", "reachespast", "lastclose"])
-def test_a_cheater_is_caught_by_another_future_and_by_a_prefix(cheaters, nothing, name):
-    trainer = trained(name, nothing)
+def test_a_model_that_uses_later_rows_fails_both_invariance_tests(cheaters, null_folder, name):
+    trainer = trained(name, null_folder)
     for test in (future_perturbation(trainer), prefix_test(trainer)):
         assert not test.ok and test.moved and test.largest > 1e-5 and test.first.startswith("SYN")
 
@@ -494,12 +467,12 @@ def test_a_cheater_is_caught_by_another_future_and_by_a_prefix(cheaters, nothing
     "model, config",
     [("lightgbm", dict(n_rounds=20)), ("gru", dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=1))],
 )
-def test_honest_models_stay_with_what_they_said(nothing, model, config):
-    trainer = trained(model, nothing, **config)
+def test_predictions_of_correct_models_do_not_depend_on_later_rows(null_folder, model, config):
+    trainer = trained(model, null_folder, **config)
     assert future_perturbation(trainer).ok and prefix_test(trainer).ok
     assert future_perturbation(trainer.model, trainer.datasets["val"]).n == future_perturbation(trainer).n
 
 
-def test_the_level_of_the_intervals_counts_the_models():
+def test_the_level_of_the_intervals_is_corrected_for_the_number_of_tests():
     result = selftest(models=("logistic_regression",), horizons=(5, 20), rows=(2_000, 1_500, 200), alpha=0.02)
     assert result.level == pytest.approx(0.99) and len(result.table) == 2

@@ -24,6 +24,7 @@ from modelfactory.data.splits import (
     Split,
     SplitOverlap,
     SplitsError,
+    SplitsReport,
     label_bars,
     read_columns,
     read_splits,
@@ -41,26 +42,26 @@ class Windows:
 
     def __init__(
         self,
-        base: np.ndarray,  # (N, F) float32, rows of one symbol together and in time order
+        base: np.ndarray,  # (N, F) float32, ordered by symbol, then time
         ends: np.ndarray,  # (n,) last row of each window, inclusive
         seq_len: int,  # rows in a window
         history: RawColumns | None = None,  # raw columns of the same rows
     ):
         self.history = history
-        self.base, self.ends, self.seq_len = np.ascontiguousarray(base, np.float32), np.asarray(ends, np.int64), seq_len
+        self.base = np.ascontiguousarray(base, np.float32)
+        self.ends = np.asarray(ends, np.int64)
+        self.seq_len = seq_len
         self._steps = np.arange(1 - seq_len, 1)
         if len(self.ends) and not (self.ends.min() >= seq_len - 1 and self.ends.max() < len(base)):
             raise ValueError(
-                f"windows of {seq_len} rows end at rows {self.ends.min()} to {self.ends.max()}, expected {seq_len - 1} to {len(base) - 1}"
+                f"windows of {seq_len} rows end at rows {self.ends.min()} to {self.ends.max()}, "
+                f"expected {seq_len - 1} to {len(base) - 1}"
             )
 
     @property
-    def shape(self):
-        return (
-            (len(self.ends), self.base.shape[1])
-            if self.seq_len == 1
-            else (len(self.ends), self.seq_len, self.base.shape[1])
-        )
+    def shape(self) -> tuple[int, ...]:
+        n, n_features = len(self.ends), self.base.shape[1]
+        return (n, n_features) if self.seq_len == 1 else (n, self.seq_len, n_features)
 
     ndim = property(lambda self: len(self.shape))
 
@@ -72,34 +73,27 @@ class Windows:
 
     def take(
         self,
-        idx: np.ndarray,  # (b,) samples
+        idx: np.ndarray,  # (b,) positions of samples
         out: np.ndarray | None = None,  # (b, seq_len, F) float32 buffer to fill, C-contiguous
     ) -> np.ndarray:  # (b, seq_len, F), or (b, F) when seq_len is 1
-        "Gathers samples into `out`, or into a new array."
+        "Gathers samples into `out`, or into a new array; raises `ValueError` if `out` does not fit."
         ends = self.ends[idx]
         shape = (len(ends), *self.shape[1:])
         if out is None:
             out = np.empty(shape, np.float32)
         if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise ValueError(f"out is {out.shape} {out.dtype}, expected a C-contiguous {shape} float32")
-        np.take(
-            self.base,
-            (ends[:, None] + self._steps).ravel(),
-            axis=0,
-            out=out.reshape(-1, self.base.shape[1]),
-            mode="clip",
-        )
+        rows = (ends[:, None] + self._steps).ravel()
+        np.take(self.base, rows, axis=0, out=out.reshape(-1, self.base.shape[1]), mode="clip")
         return out
 
     def __getitem__(self, i):
         if isinstance(i, tuple) and i:
-            return (
-                self[i[0]][i[1:]]
-                if isinstance(i[0], (int, np.integer))
-                else self[i[0]][(slice(None), *i[1:])]
-                if isinstance(i[0], slice)
-                else np.asarray(self)[i]
-            )
+            if isinstance(i[0], (int, np.integer)):
+                return self[i[0]][i[1:]]
+            if isinstance(i[0], slice):
+                return self[i[0]][(slice(None), *i[1:])]
+            return np.asarray(self)[i]
         if isinstance(i, (int, np.integer)):
             return self.take([range(len(self))[i]])[0]
         rows = np.arange(len(self))[i]
@@ -107,36 +101,41 @@ class Windows:
 
     def __array__(self, dtype=None, copy=None):
         if copy is False:
-            raise ValueError("windows are gathered: asking for them as an array makes a copy")
+            raise ValueError("windows are gathered: converting them to an array makes a copy")
         return self.take(slice(None)).astype(dtype or np.float32, copy=False)
 
-    def subset(self, idx: np.ndarray) -> Windows:  # samples `idx`, over the same matrix
-        "Some of the windows, without copying any."
+    def subset(
+        self,
+        idx: np.ndarray,  # positions of samples
+    ) -> Windows:  # over the same matrix
+        "Some of the windows, without a copy of the matrix."
         return Windows(self.base, self.ends[idx], self.seq_len, self.history)
 
 # %% ../../nbs/data/01_dataset.ipynb #0b91a207
 @dataclass
 class RawColumns:
-    "Raw columns of a split, by its rows."
+    "Raw columns of a split, aligned with its rows."
 
     columns: dict  # name -> (N,) float64
     codes: np.ndarray  # (N,) symbol of each row, equal codes together
 
     @property
-    def starts(self):
-        return np.searchsorted(self.codes, self.codes)  # (N,) first row of each row's symbol
+    def starts(self) -> np.ndarray:
+        "(N,) first row of each row's symbol."
+        return np.searchsorted(self.codes, self.codes)
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.columns:
-            raise KeyError(f"no raw column {name!r} beside the windows; there are: {', '.join(self.columns) or 'none'}")
+            columns = ", ".join(self.columns) or "none"
+            raise KeyError(f"no raw column {name!r} in the history of the windows; columns: {columns}")
         return self.columns[name]
 
 # %% ../../nbs/data/01_dataset.ipynb #e40885cc
 def left_padded(
-    values: np.ndarray,  # (N,), NaN where nothing is known
+    values: np.ndarray,  # (N,), NaN where a value is missing
     starts: np.ndarray,  # (N,) first row of each row's symbol
-    length: int,  # rows of the past, the last one included
-) -> tuple[np.ndarray, np.ndarray]:  # (M, 2) value and padding, and the row (N,) of each value there
+    length: int,  # rows of a window, the last one included
+) -> tuple[np.ndarray, np.ndarray]:  # (M, 2) value and padding flag, and (N,) the row of each value in it
     "Values with `length - 1` padded rows before each symbol."
     rows = np.arange(len(values))
     rows += np.cumsum(rows == starts) * (length - 1)
@@ -148,61 +147,60 @@ def left_padded(
 
 def history_windows(
     windows: Windows,
-    values: str | np.ndarray,  # a raw column, or (N,) values by the rows of the matrix
+    values: str | np.ndarray,  # name of a raw column, or (N,) values aligned with the matrix
     length: int,  # rows up to the last one of each window
-) -> Windows:  # (n, length, 2): value, and 1 where it is padding
-    "Longer windows of one raw column; raises `ValueError` when the windows carry no raw columns."
+) -> Windows:  # (n, length, 2): value, and 1 where the row is padding or the value is missing
+    "Longer windows of one raw column; raises `ValueError` if the windows have no raw columns."
     if windows.history is None:
-        raise ValueError("these windows carry no history: give the windows of a TimeSeriesDataset, not an array")
-    padded, rows = left_padded(
-        windows.history[values] if isinstance(values, str) else values, windows.history.starts, length
-    )
+        raise ValueError("these windows have no history: pass the windows of a TimeSeriesDataset, not an array")
+    column = windows.history[values] if isinstance(values, str) else values
+    padded, rows = left_padded(column, windows.history.starts, length)
     return Windows(padded, rows[windows.ends], length)
 
 # %% ../../nbs/data/01_dataset.ipynb #754a8f6d
 def sample_rows(
     codes: np.ndarray,  # (N,) symbol of each row, equal codes together
-    defined: np.ndarray,  # (N,) mask: the row has a target
+    defined: np.ndarray,  # (N,) mask: the row has a label
     seq_len: int,  # rows in a window
     gap: int,  # rows between the window's last row and the labelled one
 ) -> np.ndarray:  # (n,) rows that are samples
-    "Rows with a target and a whole window of their own symbol before them."
+    "Rows with a label and a complete window of their symbol."
     position = np.arange(len(codes)) - np.searchsorted(codes, codes)
     return np.flatnonzero(defined & (position >= seq_len + gap - 1))
 
 # %% ../../nbs/data/01_dataset.ipynb #8e70718d
 def last_rows(
     splits: Split | Sequence[Split] | None,  # earlier splits, in time order
-    symbols: list,  # names of the symbols to take
-    n: int,  # rows a symbol, at most
-) -> Split | None:  # without labels, rows ordered as `symbols`, then by time; None where there is no such row
-    "The last rows of each symbol in earlier splits, in the time zone of the last one; raises `SplitsError`."
+    symbols: list[str],  # names of the symbols to take
+    n: int,  # maximum rows per symbol
+) -> Split | None:  # without labels, rows ordered as `symbols`, then by time; None without any such row
+    "The last rows of each symbol in earlier splits, in the time zone of the last split; raises `SplitsError`."
     splits = [] if splits is None else [splits] if isinstance(splits, Split) else list(splits)
     places = [{name: code for code, name in enumerate(split.symbols)} for split in splits]
-    pieces = [(code, *piece) for code, name in enumerate(symbols) for piece in _last_of(splits, places, name, n)]
+    pieces = [(code, *piece) for code, name in enumerate(symbols) for piece in _last_pieces(splits, places, name, n)]
     if not pieces:
         return None
     names = dict.fromkeys(name for split in splits for name in split.market)
-    first, *others = [_to_timezone(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
+    first, *later = [_to_timezone(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
     return replace(
         splits[-1],
         name="context",
         matrix=np.concatenate([split.matrix[rows] for _, split, rows in pieces]),
-        datetimes=first.append(others),
+        datetimes=first.append(later),
         symbols=list(symbols),
         order=None,
         labels={},
         bars_to_hit={},
         weights={},
         codes=np.repeat([code for code, *_ in pieces], [rows.stop - rows.start for *_, rows in pieces]),
-        market={name: np.concatenate([_raw_columns(split, name, rows) for _, split, rows in pieces]) for name in names},
+        market={name: np.concatenate([_raw_column(split, name, rows) for _, split, rows in pieces]) for name in names},
     )
 
-
-def _last_of(splits, places, name, n):
+# %% ../../nbs/data/01_dataset.ipynb #bc97a791
+def _last_pieces(splits, places, name, n):
     "Pieces of the last `n` rows of a symbol, in time order: the split and a slice of its rows."
     pieces = []
-    for split, codes in zip(reversed(splits), reversed(places)):
+    for split, codes in zip(reversed(splits), reversed(places), strict=True):
         if n <= 0 or name not in codes:
             continue
         start, stop = map(int, np.searchsorted(split.codes, [codes[name], codes[name] + 1]))
@@ -214,25 +212,25 @@ def _last_of(splits, places, name, n):
 
 
 def _to_timezone(split, datetimes):
-    "The same instants in the time zone of `split`; raises `BadDatetime` where only one of both has a zone."
+    "The same instants in the time zone of `split`; raises `BadDatetime` if only one of both has a zone."
     zone = split.datetimes.tz
     if (datetimes.tz is None) != (zone is None):
         raise BadDatetime(
-            f"{split.file}: the split or its context has a time zone, the other has none; convert both to one"
+            f"{split.file}: only one of the split and its context has a time zone; convert both to one time zone"
         )
     return datetimes if zone is None else datetimes.tz_convert(zone)
 
 
-def _raw_columns(split, name, rows=slice(None)):
-    "Rows of a raw column; NaN where the split has none."
+def _raw_column(split, name, rows=slice(None)):
+    "Rows of a raw column; NaN if the split does not have the column."
     return split.market[name][rows] if name in split.market else np.full(len(range(len(split))[rows]), np.nan)
 
 # %% ../../nbs/data/01_dataset.ipynb #c3ca33aa
 def prepend_context(
     split: Split,
-    context: Split | None,  # of `last_rows`, for the symbols of `split`
-) -> tuple[Split, np.ndarray]:  # rows of both without labels, and the positions (N,) of the split's rows among them
-    "Puts the context of each symbol before its rows; copies nothing where there is no context; raises `SplitsError`."
+    context: Split | None,  # as returned by `last_rows` for the symbols of `split`
+) -> tuple[Split, np.ndarray]:  # rows of both, without labels, and (N,) positions of the split's rows
+    "Puts the context of each symbol before its rows; raises `SplitsError`. Without context nothing is copied."
     if context is None:
         return split, np.arange(len(split))
     _check_context(split, context)
@@ -257,20 +255,20 @@ def prepend_context(
         labels={},
         bars_to_hit={},
         weights={},
-        market={name: merged(_raw_columns(context, name), values) for name, values in split.market.items()},
+        market={name: merged(_raw_column(context, name), values) for name, values in split.market.items()},
     )
     late = np.flatnonzero((np.diff(joined.codes) == 0) & (np.diff(joined.datetimes.asi8) <= 0)) + 1
     if len(late):
-        where = f"{split.symbols[joined.codes[late[0]]]} {joined.datetimes[late[0]]}"
+        key = f"{split.symbols[joined.codes[late[0]]]} {joined.datetimes[late[0]]}"
         raise SplitOverlap(
-            f"{split.file}: {where} does not come after the rows of its context; "
-            "give the earlier splits only, in time order"
+            f"{split.file}: {key} does not come after the rows of its context; "
+            "pass the earlier splits only, in time order"
         )
     return joined, own
 
-
+# %% ../../nbs/data/01_dataset.ipynb #d4ab16af
 def _check_context(split, context):
-    "Raises `SplitsError` when rows of `context` cannot stand before those of `split`."
+    "Raises `FeatureSetsDiffer` unless `context` and `split` have the same features in the same order."
     if context.features != split.features:
         differing = sorted(set(context.features) ^ set(split.features)) or ["the order"]
         raise FeatureSetsDiffer(
@@ -280,7 +278,7 @@ def _check_context(split, context):
 
 # %% ../../nbs/data/01_dataset.ipynb #ca066cc6
 class TimeSeriesDataset:
-    "Samples of one split for one horizon: `X` windows, `y` labels, `metadata` a row a sample."
+    "Samples of one split for one horizon: `X` windows, `y` labels, `metadata` with a row per sample."
 
     def __init__(
         self,
@@ -288,12 +286,13 @@ class TimeSeriesDataset:
         horizon: int,  # bars ahead of the label
         seq_len: int = 1,  # rows in a window
         gap: int = 1,  # rows between the window's end and the labelled row
-        context: Split | Sequence[Split] | None = None,  # earlier splits, in time order: rows before the split's own
-        context_rows: int | None = None,  # rows of context a symbol, at most; None: as many as a window needs
+        context: Split | Sequence[Split] | None = None,  # earlier splits, in time order
+        context_rows: int | None = None,  # maximum context rows per symbol; None: as many as a window needs
     ):
         if gap not in (0, 1) or seq_len < 1:
             raise ValueError(f"seq_len = {seq_len}, gap = {gap}: expected seq_len >= 1 and gap 0 or 1")
-        self.split, self.horizon, self.seq_len, self.gap = split, horizon, seq_len, gap
+        self.split, self.horizon = split, horizon
+        self.seq_len, self.gap = seq_len, gap
         self.context_rows = max(context_rows or 0, seq_len + gap - 1)
         self.context = last_rows(context, split.symbols, self.context_rows)
         joined, own = prepend_context(split, self.context)
@@ -306,21 +305,23 @@ class TimeSeriesDataset:
         if not len(positions):
             raise SplitsError(
                 f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, "
-                f"{int(defined.sum()):,} with a target, none with {seq_len + gap - 1} rows of its symbol before it"
+                f"{int(defined.sum()):,} with a label; a sample needs {seq_len + gap - 1} rows of its symbol before it"
             )
         self.rows = positions if self.context is None else np.searchsorted(own, positions)  # (n,) rows of the split
         self.X = Windows(joined.matrix, positions - gap, seq_len, RawColumns(joined.market, joined.codes))
         self.y = labels[self.rows]
-        self.feature_columns, self.metadata = list(split.features), self._metadata()
+        self.feature_columns = list(split.features)
+        self.metadata = self._metadata()
 
     def with_split(
         self,
-        split: Split,  # of the same symbols
+        split: Split,  # with the same symbols
     ) -> TimeSeriesDataset:
         "The same task on another version of the split, with the same context."
         return TimeSeriesDataset(split, self.horizon, self.seq_len, self.gap, self.context, self.context_rows)
 
     def _metadata(self):
+        "A row per sample: datetime, symbol, horizon, label_bars, and weight and close if the split has them."
         s, rows = self.split, self.rows
         columns = dict(
             datetime=s.datetimes[rows],
@@ -339,7 +340,7 @@ class TimeSeriesDataset:
 
     def __repr__(self):
         values, counts = np.unique(self.y, return_counts=True)
-        shares = ", ".join(f"{v}: {c / len(self):.3f}" for v, c in zip(values, counts))
+        shares = ", ".join(f"{v}: {c / len(self):.3f}" for v, c in zip(values, counts, strict=True))
         before = f", {len(self.context):,} rows of earlier splits before them" if self.context else ""
         return (
             f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of "
@@ -352,14 +353,14 @@ class TimeSeriesDataset:
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass
 class DatasetConfig(HTMLConfig):
-    "Which data, and what of it."
+    "The data of a run: source, columns, NaN handling, classes and prices."
 
     data: str  # folder with Phase 1 splits, or the name of a bundled data set
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # rows between the window's end and the labelled row
-    features: tuple[str, ...] = ()  # columns to use although their name speaks against them
-    exclude: tuple[str, ...] = ()  # columns not to use
-    nan: Literal["median", "zero", "keep"] | None = None  # what becomes of NaN; None refuses it
-    classes: tuple[int, ...] = (-1, 0, 1)  # label values that are targets
+    features: tuple[str, ...] = ()  # columns to use as features, although their name excludes them
+    exclude: tuple[str, ...] = ()  # columns not to use as features
+    nan: Literal["median", "zero", "keep"] | None = None  # how NaN is filled; None raises an error
+    classes: tuple[int, ...] = (-1, 0, 1)  # label values that are classes
     prices: str | None = None  # parquet with datetime, symbol, close, where the splits have no close
 
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02
@@ -367,11 +368,11 @@ def load_datasets(
     config: DatasetConfig,
     horizon: int,  # bars ahead of the label
     seq_len: int = 1,  # rows in a window
-    splits: tuple = ("train", "val"),  # test only when named
-    data: Mapping | None = None,  # frames, in place of `config.data`
-    context_rows: int | None = None,  # as of `TimeSeriesDataset`
-) -> tuple:  # dict of split name -> TimeSeriesDataset, and the report on the splits that were read
-    "Reads and checks the splits, and those before them for context, and cuts them into samples; raises `SplitsError`."
+    splits: tuple[str, ...] = ("train", "val"),  # test only if it is named
+    data: Mapping | None = None,  # split name -> frame, instead of `config.data`
+    context_rows: int | None = None,  # as in `TimeSeriesDataset`
+) -> tuple[dict[str, TimeSeriesDataset], SplitsReport]:  # datasets by split name, and the report on all splits read
+    "Reads and checks the splits and, for context, the earlier ones; cuts them into samples; raises `SplitsError`."
     if unknown := set(splits) - set(SPLIT_ORDER):
         raise SplitsError(f"splits: found {sorted(unknown)[0]!r}, expected names among {', '.join(SPLIT_ORDER)}")
     needed = SPLIT_ORDER[: 1 + max(map(SPLIT_ORDER.index, splits))]
@@ -387,8 +388,8 @@ def load_datasets(
 def read_prices(
     ds: TimeSeriesDataset,
     file: Path | None = None,  # parquet or CSV with datetime, symbol, close
-) -> tuple:  # prices (datetime, symbol, close) or None, and where they come from
-    "Closes of every bar: from `file` if given, else the split's own; raises `SplitsError` when the file does not serve."
+) -> tuple[pd.DataFrame | None, str]:  # datetime, symbol, close; and the source: "close", "file" or "label"
+    "Closes of every bar, from `file` or from the split; raises `SplitsError` if the file cannot be read."
     if file is None:
         return ds.split.prices(), "label" if ds.split.close is None else "close"
     return read_price_file(file), "file"
@@ -397,7 +398,7 @@ def read_prices(
 def read_price_file(
     file: Path,  # parquet or CSV with datetime, symbol, close
 ) -> pd.DataFrame:
-    "The closes of a file; raises `SplitsError` when it does not serve."
+    "The closes of a file; raises `SplitsError` if it cannot be read."
     if not Path(file).exists():
         raise MissingFile(f"{file}: no such price file")
     return read_columns(file, "price", ("close",))
