@@ -246,7 +246,7 @@ def test_what_a_model_refuses_fails_with_its_reason(home, tmp_path):
     assert result.count("FAIL") >= 1 and result.params["p"] <= 0.7 and len(result.trials) == 10
     assert all(r.startswith("ValueError: p is") for r in result.failures())
     with pytest.raises(
-        TunerError, match="all 10 trials failed, the first with ValueError: p is 0.40, expected at most 0.1; mend"
+        TunerError, match="all 10 trials failed, the first with ValueError: p is 0.40, expected at most 0.1; fix"
     ):
         tuner(home, tmp_path / "g.db", 15, dict(refuses=0.1)).run()
 
