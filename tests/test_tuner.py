@@ -27,7 +27,7 @@ PLUGIN = """
 import os, time
 from dataclasses import dataclass
 import numpy as np
-from modelfactory.models.callbacks import notify
+from modelfactory.models.callbacks import run_callbacks
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.models.tabular import TabularConfig, TabularModel
 
@@ -49,11 +49,11 @@ class Valley(TabularModel):
         if c.p > c.refuses: raise ValueError(f"p is {c.p:.2f}, expected at most {c.refuses}")
         if c.p > c.deadly: os.kill(os.getpid(), 9)
         last = -np.log(self.predict_rows(val.X)[np.arange(len(val.y)), val.y]).mean()
-        notify(self, "on_fit_start", c.rounds)
+        run_callbacks(self, "on_fit_start", c.rounds)
         for done in range(1, c.rounds + 1):
             time.sleep(c.pause)
             loss = np.log(3) + (last - np.log(3)) * done / c.rounds
-            if notify(self, "on_epoch_end", done - 1, {"val_loss": loss}): break
+            if run_callbacks(self, "on_epoch_end", done - 1, {"val_loss": loss}): break
         if log := os.environ.get("VALLEY_LOG"): open(log, "a").write(f"{os.getpid()} {done}\\n")
         return {}
     def predict_rows(self, X): return np.where(np.arange(3) == X[:, :1] + 1, self.config.p, (1 - self.config.p) / 2)
@@ -308,7 +308,7 @@ def test_wrong_data_is_an_error_before_a_database_is_created(home, tmp_path):
     with pytest.raises(TunerError, match="cannot be opened"):
         open_storage(tmp_path / "text.db")
     (tmp_path / "plain.yaml").write_text("p: 0.5\n")
-    with pytest.raises(ConfigError, match="do not say how it was tuned"):
+    with pytest.raises(ConfigError, match="no comments on how it was tuned"):
         read_tuned(tmp_path / "plain.yaml")
 
 

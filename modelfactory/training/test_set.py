@@ -81,7 +81,7 @@ def _parse_line(file, number, line):
         values = None
     if isinstance(values, dict):
         return {c: v for c, v in values.items() if isinstance(v, (str, int, float))}
-    raise FileError(f"{file}: line {number} is no entry of the ledger; repair or remove that line")
+    raise FileError(f"{file}: line {number} is not an entry of the ledger; fix or remove that line")
 
 # %% ../../nbs/training/03_test_set.ipynb #d763f578
 def runs_folder(

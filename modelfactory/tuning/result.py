@@ -182,7 +182,7 @@ def read_tuned(
         facts = None
     if not isinstance(facts, dict) or "n_trials" not in facts:
         raise ConfigError(
-            f"{file}: its comments do not say how it was tuned; tune again, or give the file as --config only"
+            f"{file}: no comments on how it was tuned; tune again, or use the file only as --config of a training"
         )
     return params, facts
 
