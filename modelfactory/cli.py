@@ -336,7 +336,7 @@ def compare(
     print(*summary_sentences(read_comparison(page.with_name(COMPARISON_FILE))), sep="\n")
     print(f"see {page} or {page.with_name('compare.ipynb')}")
 
-
+# %% ../nbs/cli.ipynb #34259e18
 @app.command()
 def rescore(
     runs: Annotated[list[Path], typer.Argument(help="folders of finished runs, or a runs folder")],
@@ -411,7 +411,7 @@ def tune(
     study = dict(trials=trials, objective=objective, folds=folds, on=on, storage=storage)
     print(_execute_study_page(parameters, study | dict(output=output and str(output.resolve()))))
 
-
+# %% ../nbs/cli.ipynb #e8ac7348
 def _execute_study_page(parameters, study):
     "Executes the notebook of a finished study and returns its path."
     from modelfactory.configuration import settings

@@ -74,7 +74,7 @@ def _symbol_features(high, low, close):
     ranges = np.log(_moving_mean(spread, 7) / _moving_mean(spread, 28))
     return [*returns, np.log(vol[20]), np.log(vol[5] / vol[60]), (price - mean) / width, strength, ranges]
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #5d348121
 def null_features(
     table: pd.DataFrame,  # symbol, high, low, close; sorted by symbol, then by time
 ) -> np.ndarray:  # (n, 11); NaN on a symbol's first 60 rows
@@ -131,7 +131,7 @@ def _fit_lightgbm(X, y):
 
     return lightgbm.train(LIGHTGBM_PARAMS, lightgbm.Dataset(X, y), 30).predict
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #941f2452
 def _sign_probabilities(sign, shares):
     "Probabilities whose most probable class is the given direction, -1, 0 or 1."
     return RULE_CERTAINTY * np.eye(3)[np.asarray(sign, int) + 1] + (1 - RULE_CERTAINTY) * shares
@@ -192,7 +192,7 @@ def _rule_models(table, is_val, shares, horizon):
     signs["persistence"] = _last_decided(table, label, hit)
     return {name: _sign_probabilities(sign[is_val], shares) for name, sign in signs.items()}
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #eb031907
 def null_models(
     table: pd.DataFrame,  # a market, as `simulate_null` returns it
     features: np.ndarray,  # (n, F) features of its rows
@@ -228,7 +228,7 @@ CLAIM_LABELS = dict(
 )
 NOMINAL = dict(card=0.025)  # nominal level; ALPHA for the other claims. A card uses one tail of a 95% interval
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #46e660b6
 def stacked_frame(
     val: pd.DataFrame,  # datetime, symbol, label_h{H}
     models: dict,  # model -> (n, 3) probabilities
@@ -255,7 +255,7 @@ def _daily_tables(val, price, models, horizon):
         daily[name] = pd.DataFrame({k: np.bincount(day, v) / (symbol[-1] + 1) for k, v in columns.items()}, days)
     return daily
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #df143e8d
 def _old_direction_p(frame, models, horizon):
     "P-value of the old rule: correct signs minus wrong signs."
     truth = frame["y_true"].to_numpy()
@@ -311,7 +311,7 @@ def _is_claim(p):
     p = _p_or_none(p)
     return None if p is None else p <= ALPHA
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #538a2637
 def judge_null_market(
     world: str,  # name of a null world
     seed: int,  # random seed of the market; even: horizon 5, odd: horizon 20
@@ -370,7 +370,7 @@ def _planted_table(strength, horizon, seed):
     table = pd.concat([market.bars, labels], axis=1).assign(split=split)[keep].reset_index(drop=True)
     return table, np.column_stack([null_features(market.bars), effects])[keep]
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #789c51b8
 def judge_planted_market(
     strength: float,  # of the signal, as a fraction of the signal of the bundled planted market
     seed: int,  # random seed of the market; even: horizon 5, odd: horizon 20
@@ -424,7 +424,7 @@ def _judge(world, seed):
         return judge_planted_market(float(world.removeprefix("planted_")), seed)
     return judge_null_market(world, seed)
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #42329f68
 def read_results(
     folder: Path | None = None,  # cache folder; None: from settings.ini
     any_code: bool = False,  # True: also results that other code computed
@@ -436,7 +436,7 @@ def read_results(
     columns = ["world", "seed", "horizon", "claims", "p", "cards", "seconds", "code"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(["world", "seed"], keep="last", ignore_index=True)
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #73c0bb4f
 def run_zoo(
     n_markets: int = 200,  # markets of each world
     worlds: tuple = tuple(NULL_WORLDS),  # names of null worlds, or planted_{strength}
@@ -486,7 +486,7 @@ def claim_table(
     groups = pd.concat([results, claims[columns]], axis=1).groupby(by, sort=False)
     return groups[columns].mean().assign(markets=groups.size())[["markets", *columns]]
 
-
+# %% ../../nbs/training/02_null_zoo.ipynb #a8281f5e
 def claim_limit(
     n: int,  # number of markets
     claim: str = "direction",  # kind of claim

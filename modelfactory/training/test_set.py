@@ -60,7 +60,7 @@ def _resolved_path(data):
     except MissingFile:
         return str(data)
 
-
+# %% ../../nbs/training/03_test_set.ipynb #5743896d
 def read_ledger(
     runs: Path,  # runs folder
 ) -> pd.DataFrame:  # when, run, data, fingerprint, model, horizon
@@ -107,7 +107,7 @@ def test_set_uses(
         sentences.append(_use_sentence(names[data] + version, len(uses), uses.user.nunique()))
     return sentences
 
-
+# %% ../../nbs/training/03_test_set.ipynb #9997585c
 def short_names(
     paths: list,  # folders or names of data sets
 ) -> dict[str, str]:  # path -> name

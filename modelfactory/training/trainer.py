@@ -342,7 +342,7 @@ def divergence_notes(
     kept = f"the weights of round {best_round} are kept"
     return [f"The loss was NaN or infinite in round {bad[0] + 1}; {kept}: lower learning_rate."]
 
-
+# %% ../../nbs/training/00_trainer.ipynb #a8b5a652
 EARLY_STOPPING_NOTE = (
     "Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
     "boosting than on unseen data; stop_on: train_tail avoids that."

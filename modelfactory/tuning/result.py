@@ -166,7 +166,7 @@ def write_tuned(
     temporary.write_text("".join(f"# {line}\n" for line in comments.splitlines()) + keys)
     return temporary.replace(file)
 
-
+# %% ../../nbs/tuning/02_result.ipynb #81c5a114
 def read_tuned(
     file: Path,  # written by `TuningResult.save`
 ) -> tuple[dict, dict]:  # parameters; facts such as objective, value, n_trials, data_fingerprint, measured_on

@@ -136,7 +136,7 @@ class OrphanedTrials:
                 study._storage.record_heartbeat(trial._trial_id)
                 self.with_heartbeat.add(trial._trial_id)
 
-
+# %% ../../nbs/tuning/01_storage.ipynb #0409b776
 def is_over(
     study: Study,
     n_trials: int,  # trials of the whole study
