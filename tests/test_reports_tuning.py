@@ -266,7 +266,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from modelfactory.models.base import BaseModel, FeatureMismatch, ModelConfig, NotFittedError, PredictionOutput
+from modelfactory.models.base import BaseModel, ModelConfig, PredictionOutput
+from modelfactory.models.errors import FeatureMismatch, NotFittedError
 from modelfactory.models.registry import ModelRegistry
 
 
