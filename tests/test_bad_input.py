@@ -1,9 +1,11 @@
-"""161 kinds of bad input: each gives one typed error of one line, and no file appears or changes.
+"""161 kinds of bad input: each gives one typed error of one line, and no file is created or changed.
 
-A kind is one mistake a person can make, counted once however many models it is tried on. 42 command lines are counted apart: most of
-them lead to a mistake that is among the 161, and what counts there is one line on stderr and exit code 2. `kind` names the mistake, the
-exact class of the error and what its message must say; the function below it makes the mistake in a working folder of its own and
-returns what the person would call next. Between the two the folder is photographed: paths, sizes, times, content."""
+A kind is one user error, counted once for any number of models that it is tried on. 42 command lines are counted
+separately. Most of them lead to one of the 161 errors. They must print one line on stderr and exit with code 2.
+
+`kind` names the user error, the exact class of the exception and the texts that its message must contain. The
+function below it makes the error in its own working folder and returns the call that fails. Before and after that call
+the folder is compared: paths, sizes, times and content."""
 
 import json
 import os
@@ -58,9 +60,8 @@ from modelfactory.runs.run import load_run
 from modelfactory.runs.run_folder import RunError, start_attempt
 from modelfactory.training.trainer import Trainer, trainer_config
 
-pytestmark = (
-    pytest.mark.no_cover
-)  # thousands of small calls, which counting lines slows by half: the notebooks go through the same lines
+# Thousands of small calls, which coverage slows by half. The notebooks run the same lines.
+pytestmark = pytest.mark.no_cover
 
 MODELS = dict(
     xgboost=("model.ubj", dict(n_rounds=5)),
@@ -70,64 +71,66 @@ MODELS = dict(
     random_forest=("estimator.skops", dict(n_estimators=5)),
     svm=("estimator.skops", {}),
 )
-KINDS = {}  # name -> (error, what the message says, plant)
+XGBOOST_YAML = """model_name: xgboost
+model_family: boosting
+presets:
+  quick: {n_rounds: 5}
+search:
+  max_depth: {type: int, low: 2, high: 8}
+"""
+KINDS = {}  # name -> (class of the error, texts in its message, function that makes the user error)
 
 
-def kind(name, error, *says):
-    "Registers a mistake; `plant(work)` makes it and returns the call that meets it."
+def kind(name, error, *texts):
+    "Registers a user error; `make_error(work)` makes it and returns the call that fails."
     assert name not in KINDS
 
-    def add(plant):
-        KINDS[name] = error, says, plant
-        return plant
+    def add(make_error):
+        KINDS[name] = error, texts, make_error
+        return make_error
 
     return add
 
 
-# The working folder -------------------------------------------------------------------------------------------------------------
+# The working folder -------------------------------------------------------------------------------------------------
 
 
 def bars(split, symbols=("AAA", "BBB"), n=120):
-    "Hourly bars of a split, a month after the split before."
-    rng = np.random.default_rng(["train", "val", "test"].index(split))
-    start = pd.Timestamp("2024-01-01") + pd.Timedelta(days=30 * ["train", "val", "test"].index(split))
-    return pd.concat(
-        [
-            pd.DataFrame(
-                dict(
-                    datetime=pd.date_range(start, periods=n, freq="h"),
-                    symbol=s,
-                    close=100 + rng.normal(size=n).cumsum(),
-                    momentum=rng.normal(size=n),
-                    trend=rng.normal(size=n),
-                    label_h5=rng.integers(-1, 2, n),
-                    sample_weight_h5=1.0,
-                    bars_to_hit_h5=5,
-                )
-            )
-            for s in symbols
-        ],
-        ignore_index=True,
-    )
+    "Hourly bars of a split, one month after the previous split."
+    number = ["train", "val", "test"].index(split)
+    rng = np.random.default_rng(number)
+    start = pd.Timestamp("2024-01-01") + pd.Timedelta(days=30 * number)
+    parts = []
+    for symbol in symbols:
+        columns = dict(
+            datetime=pd.date_range(start, periods=n, freq="h"),
+            symbol=symbol,
+            close=100 + rng.normal(size=n).cumsum(),
+            momentum=rng.normal(size=n),
+            trend=rng.normal(size=n),
+            label_h5=rng.integers(-1, 2, n),
+            sample_weight_h5=1.0,
+            bars_to_hit_h5=5,
+        )
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
 
 
-def file_of(work, split):
+def split_file(work, split):
     return work / "data" / f"{split}_scaled.parquet"
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory):
-    "A folder where everything is right: splits, settings, params, a finished run, a checkpoint of each model."
-    work = tmp_path_factory.mktemp("house")
+def valid_folder(tmp_path_factory):
+    "A folder without errors: splits, settings, params, a finished run, a checkpoint of each model."
+    work = tmp_path_factory.mktemp("valid")
     for folder in ("data", "params/models", "params/grids", "runs", "empty"):
         (work / folder).mkdir(parents=True)
     for split in ("train", "val", "test"):
-        bars(split).to_parquet(file_of(work, split), index=False)
+        bars(split).to_parquet(split_file(work, split), index=False)
     (work / "data/feature_scaler.json").write_text('{"version": "2.0", "features": {}}')
     (work / "settings.ini").write_text("[modelfactory]\ndata = data\nhorizons = 5\n")
-    (work / "params/models/xgboost.yaml").write_text(
-        "model_name: xgboost\nmodel_family: boosting\npresets:\n  quick: {n_rounds: 5}\nsearch:\n  max_depth: {type: int, low: 2, high: 8}\n"
-    )
+    (work / "params/models/xgboost.yaml").write_text(XGBOOST_YAML)
     for name in ("small", "demo"):
         (work / f"params/grids/{name}.yaml").write_text("data: data\nmodels: [logistic_regression]\nhorizons: [5]\n")
     with pytest.MonkeyPatch.context() as at:
@@ -143,8 +146,9 @@ def house(tmp_path_factory):
 
 
 @pytest.fixture
-def work(house, tmp_path, monkeypatch):
-    shutil.copytree(house, tmp_path / "work")
+def work(valid_folder, tmp_path, monkeypatch):
+    "A working folder: a copy of the valid one."
+    shutil.copytree(valid_folder, tmp_path / "work")
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -158,8 +162,8 @@ def fitted(name, **config):
     return model
 
 
-def photograph(work):
-    "Every path below the folder above `work`, with size, time and content; of the folder for temporary files only the names."
+def folder_state(work):
+    "Paths in the parent folder of `work` with size, time and content; only the names of temporary files."
 
     def entry(f):
         if "temporary" in f.parts:
@@ -169,19 +173,19 @@ def photograph(work):
     return {str(f.relative_to(work.parent)): entry(f) for f in [work, *work.parent.rglob("*")]}
 
 
-# Splits -------------------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------------------------
 
 
-def splits(name, error, *says, train=None, val=None, **call):
-    "A mistake within the splits: `train` and `val` take the good frame and return a bad one."
+def splits(name, error, *texts, train=None, val=None, **call):
+    "An error in the splits: `train` and `val` are functions from a valid frame to a wrong one."
 
-    def plant(work):
+    def make_error(work):
         for split, damage in dict(train=train, val=val).items():
             if damage:
-                damage(bars(split)).to_parquet(file_of(work, split), index=False)
+                damage(bars(split)).to_parquet(split_file(work, split), index=False)
         return lambda: read_splits(work / "data", **call)
 
-    kind(name, error, *says)(plant)
+    kind(name, error, *texts)(make_error)
 
 
 def put(column, value, row=7, kind=None):
@@ -234,7 +238,7 @@ splits(
     val=lambda t: t.rename(columns=dict(label_h5="label_h6")),
     horizons=(5,),
 )
-splits("a horizon that is not there", UnknownHorizon, "label_h7", "horizons in this file: 5", horizons=(7,))
+splits("a horizon without labels", UnknownHorizon, "label_h7", "horizons in this file: 5", horizons=(7,))
 splits("no row", EmptySplit, "val_scaled.parquet", "no row", val=lambda t: t[:0])
 splits(
     "no feature",
@@ -254,7 +258,7 @@ splits(
     train=lambda t: pd.concat([t, t[:2]]),
 )
 splits(
-    "a datetime that is none",
+    "text that is not a datetime",
     BadDatetime,
     "train_scaled.parquet",
     "datetime",
@@ -339,7 +343,7 @@ splits(
     "a value beyond float32", BadValue, "train_scaled.parquet", "trend", "row 7", "float32", train=put("trend", 1e300)
 )
 splits(
-    "a feature that val lacks",
+    "a feature missing in val",
     FeatureSetsDiffer,
     "trend",
     "in train_scaled.parquet, not in val_scaled.parquet",
@@ -347,7 +351,7 @@ splits(
     val=drop("trend"),
 )
 splits(
-    "a feature that train lacks",
+    "a feature missing in train",
     FeatureSetsDiffer,
     "novel",
     "in val_scaled.parquet, not in train_scaled.parquet",
@@ -423,7 +427,7 @@ splits("features= names a label", SplitsError, "label_h5", "never", features=("l
 splits("features= names a key", SplitsError, "symbol", "never", features=("symbol",))
 splits("features= names no column", MissingColumn, "'trnd'", "did you mean 'trend'", features=("trnd",))
 splits("exclude= names no column", MissingColumn, "'momentun'", "did you mean 'momentum'", exclude=("momentun",))
-splits("nan= is no policy", SplitsError, "'mean'", "'median'", nan="mean")
+splits("nan= with an unknown value", SplitsError, "'mean'", "'median'", nan="mean")
 
 
 @kind("no folder of splits", MissingFile, "nowhere", "train_scaled.parquet")
@@ -433,39 +437,39 @@ def _(work):
 
 @kind("one split's file missing", MissingFile, "val_scaled.parquet", "no such file")
 def _(work):
-    file_of(work, "val").unlink()
+    split_file(work, "val").unlink()
     return lambda: read_splits(work / "data")
 
 
 @kind("a folder in a file's place", MissingFile, "val_scaled.parquet")
 def _(work):
-    file_of(work, "val").unlink()
-    file_of(work, "val").mkdir()
+    split_file(work, "val").unlink()
+    split_file(work, "val").mkdir()
     return lambda: read_splits(work / "data")
 
 
 @kind("an empty file", UnreadableFile, "val_scaled.parquet", "parquet")
 def _(work):
-    file_of(work, "val").write_bytes(b"")
+    split_file(work, "val").write_bytes(b"")
     return lambda: read_splits(work / "data")
 
 
 @kind("a truncated parquet file", UnreadableFile, "train_scaled.parquet", "parquet", "write it again")
 def _(work):
-    file_of(work, "train").write_bytes(file_of(work, "train").read_bytes()[:-500])
+    split_file(work, "train").write_bytes(split_file(work, "train").read_bytes()[:-500])
     return lambda: read_splits(work / "data")
 
 
 @kind("a parquet file damaged in the middle", UnreadableFile, "train_scaled.parquet", "write it again")
 def _(work):
-    whole = file_of(work, "train").read_bytes()
-    file_of(work, "train").write_bytes(whole[:4] + b"\xff" * 1000 + whole[1004:])
+    content = split_file(work, "train").read_bytes()
+    split_file(work, "train").write_bytes(content[:4] + b"\xff" * 1000 + content[1004:])
     return lambda: read_splits(work / "data")
 
 
 @kind("a CSV named .parquet", UnreadableFile, "train_scaled.parquet", "parquet")
 def _(work):
-    bars("train").to_csv(file_of(work, "train"))
+    bars("train").to_csv(split_file(work, "train"))
     return lambda: read_splits(work / "data")
 
 
@@ -481,7 +485,7 @@ def _(work):
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(bars("train"), preserve_index=False)
-    pq.write_table(table.append_column("trend", table["trend"]), file_of(work, "train"))
+    pq.write_table(table.append_column("trend", table["trend"]), split_file(work, "train"))
     return lambda: read_splits(work / "data")
 
 
@@ -490,9 +494,9 @@ def _(work):
     return lambda: read_splits(dict(train=bars("train")))
 
 
-@kind("fingerprint of what is not there", MissingFile, "test_scaled.parquet")
+@kind("fingerprint of a missing split", MissingFile, "test_scaled.parquet")
 def _(work):
-    file_of(work, "test").unlink()
+    split_file(work, "test").unlink()
     return lambda: fingerprint(work / "data", ("test",))
 
 
@@ -526,7 +530,7 @@ def _(work):
     return lambda: read_prices(ds, "closes.parquet")
 
 
-# Windows ------------------------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------------------------
 
 
 @kind(
@@ -566,78 +570,80 @@ def _(work):
     return lambda: Windows(np.zeros((10, 2)), [3, 4], 4).take([0, 1], out=np.empty((2, 4, 2)))
 
 
-# YAML and configs ---------------------------------------------------------------------------------------------------------------
+# YAML and configs ---------------------------------------------------------------------------------------------------
 
 
-def yaml_file(name, *says, text, call, file="params/models/xgboost.yaml"):
-    "A mistake within a YAML file that `call` reads."
+def yaml_file(name, *texts, text, call, file="params/models/xgboost.yaml"):
+    "An error in a YAML file that `call` reads."
 
-    def plant(work):
+    def make_error(work):
         (work / file).write_text(text)
         return call
 
-    kind(name, ConfigError, file, *says)(plant)
+    kind(name, ConfigError, file, *texts)(make_error)
 
 
-def of_xgboost():
+def read_xgboost():
     return read_params("xgboost")
 
 
-def of_grid():
+def read_grid():
     return grid_config("small")
 
 
 yaml_file(
-    "an unknown key in a model's YAML", "'max_dept'", "did you mean 'max_depth'", text="max_dept: 4", call=of_xgboost
+    "an unknown key in a model's YAML", "'max_dept'", "did you mean 'max_depth'", text="max_dept: 4", call=read_xgboost
 )
 yaml_file(
     "an unknown key in a preset",
     "'n_round'",
     "did you mean 'n_rounds'",
     text="presets: {quick: {n_round: 4}}",
-    call=of_xgboost,
+    call=read_xgboost,
 )
-yaml_file("a value of the wrong type", "max_depth = 'deep'", "integer", text="max_depth: deep", call=of_xgboost)
-yaml_file("a value out of range", "subsample = 1.5", text="subsample: 1.5", call=of_xgboost)
+yaml_file("a value of the wrong type", "max_depth = 'deep'", "integer", text="max_depth: deep", call=read_xgboost)
+yaml_file("a value out of range", "subsample = 1.5", text="subsample: 1.5", call=read_xgboost)
 yaml_file(
     "a tag that would run code",
     "plain YAML",
     text="max_depth: !!python/object/apply:os.system ['touch ran']",
-    call=of_xgboost,
+    call=read_xgboost,
 )
-yaml_file("malformed YAML", "plain YAML", text="max_depth: [1, 2", call=of_xgboost)
-yaml_file("YAML that is not text", "plain YAML", text="max_depth: \x00", call=of_xgboost)
-yaml_file("a list for a mapping", "list", "key: value", text="- max_depth", call=of_xgboost)
-yaml_file("a list of presets", "presets", text="presets: [quick]", call=of_xgboost)
-yaml_file("a preset that is a number", "quick", text="presets: {quick: 4}", call=of_xgboost)
-yaml_file("model_name of another model", "model_name", "'xgboost'", text="model_name: lightgbm", call=of_xgboost)
-yaml_file("model_family of another family", "model_family", "'boosting'", text="model_family: neural", call=of_xgboost)
+yaml_file("malformed YAML", "plain YAML", text="max_depth: [1, 2", call=read_xgboost)
+yaml_file("YAML that is not text", "plain YAML", text="max_depth: \x00", call=read_xgboost)
+yaml_file("a list for a mapping", "list", "key: value", text="- max_depth", call=read_xgboost)
+yaml_file("a list of presets", "presets", text="presets: [quick]", call=read_xgboost)
+yaml_file("a preset that is a number", "quick", text="presets: {quick: 4}", call=read_xgboost)
+yaml_file("model_name of another model", "model_name", "'xgboost'", text="model_name: lightgbm", call=read_xgboost)
+yaml_file(
+    "model_family of another family", "model_family", "'boosting'", text="model_family: neural", call=read_xgboost
+)
 yaml_file(
     "search over an unknown key",
     "search",
     "'max_dep'",
     "did you mean 'max_depth'",
     text="search: {max_dep: {type: int, low: 1, high: 2}}",
-    call=of_xgboost,
+    call=read_xgboost,
 )
 GRID = "params/grids/small.yaml"
 yaml_file(
-    "an unknown key in a grid", "'horizon'", "did you mean 'horizons'", text="horizon: [5]", call=of_grid, file=GRID
+    "an unknown key in a grid", "'horizon'", "did you mean 'horizons'", text="horizon: [5]", call=read_grid, file=GRID
 )
 yaml_file(
-    "overrides for a model the grid does not hold",
+    "overrides for a model that is not in the grid",
     "'xgboost'",
     "does not hold",
     text="models: [svm]\noverrides: {xgboost: {max_depth: 4}}",
-    call=of_grid,
+    call=read_grid,
     file=GRID,
 )
-yaml_file("no horizon in a grid", "horizons is empty", text="horizons: []", call=of_grid, file=GRID)
-yaml_file("no model in a grid", "models is empty", text="models: []", call=of_grid, file=GRID)
-yaml_file("a negative horizon in a grid", "horizons", "-5", text="horizons: [-5]", call=of_grid, file=GRID)
-yaml_file("null for a data set's name", "data", text="data: [null]", call=of_grid, file=GRID)
+yaml_file("no horizon in a grid", "horizons is empty", text="horizons: []", call=read_grid, file=GRID)
+yaml_file("no model in a grid", "models is empty", text="models: []", call=read_grid, file=GRID)
+yaml_file("a negative horizon in a grid", "horizons", "-5", text="horizons: [-5]", call=read_grid, file=GRID)
+yaml_file("null for a data set's name", "data", text="data: [null]", call=read_grid, file=GRID)
 yaml_file(
-    "overrides that are a number", "overrides", text="models: [svm]\noverrides: {svm: 4}", call=of_grid, file=GRID
+    "overrides that are a number", "overrides", text="models: [svm]\noverrides: {svm: 4}", call=read_grid, file=GRID
 )
 
 
@@ -656,12 +662,12 @@ def _(work):
     return lambda: ModelRegistry.create("svm", dict(classes=(1,)), 5, ["a"])
 
 
-@kind("a class weight that is no policy", ConfigError, "svm", "class_weight = 'heavy'", "balanced")
+@kind("an unknown class weight", ConfigError, "svm", "class_weight = 'heavy'", "balanced")
 def _(work):
     return lambda: ModelRegistry.create("svm", dict(class_weight="heavy"), 5, ["a"])
 
 
-@kind("a grid that is not there", ConfigError, "smal", "no such file")
+@kind("a grid that does not exist", ConfigError, "smal", "no such file")
 def _(work):
     return lambda: run_grid("smal")
 
@@ -677,7 +683,7 @@ def _(work):
 
 
 @kind(
-    "a horizon in a grid that the data lack",
+    "a horizon in a grid without labels",
     UnknownHorizon,
     "train_scaled.parquet",
     "label_h9",
@@ -689,7 +695,7 @@ def _(work):
 
 @kind("a data set in a grid that cannot be learnt from", BadValue, "train_scaled.parquet", "trend", "row 7")
 def _(work):
-    put("trend", np.nan)(bars("train")).to_parquet(file_of(work, "train"))
+    put("trend", np.nan)(bars("train")).to_parquet(split_file(work, "train"))
     return lambda: run_grid("small")
 
 
@@ -713,25 +719,27 @@ def _(work):
     return lambda: Trainer(dict(model="svm", horizon=5, data=dict(gap=2)))
 
 
-@kind("a parameter that the notebook lacks", ConfigError, "train.ipynb", "'modl'", "did you mean 'model'")
+@kind("a parameter that the notebook does not have", ConfigError, "train.ipynb", "'modl'", "did you mean 'model'")
 def _(work):
     return lambda: check_parameters(find_notebook("train.ipynb"), dict(modl="svm"))
 
 
-@kind("a notebook that is not there", ConfigError, "trian.ipynb", "notebooks=")
+@kind("a notebook that does not exist", ConfigError, "trian.ipynb", "notebooks=")
 def _(work):
     return lambda: find_notebook("trian.ipynb")
 
 
-# settings.ini -------------------------------------------------------------------------------------------------------------------
+# settings.ini -------------------------------------------------------------------------------------------------------
 
 
-def settings_ini(name, *says, text, call=settings):
-    def plant(work):
+def settings_ini(name, *texts, text, call=settings):
+    "An error in settings.ini, which `call` reads."
+
+    def make_error(work):
         (work / "settings.ini").write_text(text)
         return call
 
-    kind(name, SettingsError, "settings.ini", *says)(plant)
+    kind(name, SettingsError, "settings.ini", *texts)(make_error)
 
 
 settings_ini("an unknown setting", "'horizon'", "did you mean 'horizons'", text="[modelfactory]\nhorizon = 5\n")
@@ -750,7 +758,7 @@ settings_ini(
 )
 
 
-@kind("a settings file that is not there", SettingsError, "elsewhere.ini")
+@kind("a settings file that does not exist", SettingsError, "elsewhere.ini")
 def _(work):
     os.environ["MODELFACTORY_SETTINGS"] = "elsewhere.ini"
     return settings
@@ -762,24 +770,22 @@ def _(work):
     return settings
 
 
-# Models -------------------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------------------------
 
 
 def fit(model, X=None, y=None, meta=None):
     task = planted_task(150)
-    given = [
-        task.X if X is None else X(task.X.copy()),
-        task.y if y is None else y(task.y.copy()),
-        task.meta if meta is None else meta(task.meta),
-    ]
-    return lambda: model.fit(given[0], given[1], task.X_val, task.y_val, given[2], task.meta_val)
+    X_train = task.X if X is None else X(task.X.copy())
+    y_train = task.y if y is None else y(task.y.copy())
+    metadata = task.meta if meta is None else meta(task.meta)
+    return lambda: model.fit(X_train, y_train, task.X_val, task.y_val, metadata, task.meta_val)
 
 
 def predict(model, X=None, meta=None):
     task = planted_task(150)
-    return lambda: model.predict(
-        task.X if X is None else X(task.X.copy()), task.meta if meta is None else meta(task.meta)
-    )
+    X_new = task.X if X is None else X(task.X.copy())
+    metadata = task.meta if meta is None else meta(task.meta)
+    return lambda: model.predict(X_new, metadata)
 
 
 def new(name="logistic_regression", F=5, **config):
@@ -790,7 +796,7 @@ def loaded(work):
     return load_model(work / "checkpoints/logistic_regression")
 
 
-def holed(X):
+def with_nan(X):
     X[3, 2] = np.nan
     return X
 
@@ -842,15 +848,15 @@ def _(work):
 
 @kind("NaN in fit for a model that refuses it", ValueError, "logistic_regression", "NaN", "nan='median'")
 def _(work):
-    return fit(new(), X=holed)
+    return fit(new(), X=with_nan)
 
 
 @kind("NaN in predict for a model that refuses it", ValueError, "logistic_regression", "NaN", "nan='median'")
 def _(work):
-    return predict(loaded(work), X=holed)
+    return predict(loaded(work), X=with_nan)
 
 
-@kind("weights asked for that are not there", ValueError, "sample_weight", "sample_weight_h5")
+@kind("missing sample weights", ValueError, "sample_weight", "sample_weight_h5")
 def _(work):
     return fit(new(sample_weight="column"), meta=lambda m: m.drop(columns="sample_weight"))
 
@@ -911,7 +917,7 @@ def _(work):
     return lambda: ModelRegistry.register("svm", "mine")(type("Mine", (TabularModel,), {}))
 
 
-@kind("registering what is no model", TypeError, "register('mine')", "BaseModel")
+@kind("registering a class that is not a model", TypeError, "register('mine')", "BaseModel")
 def _(work):
     return lambda: ModelRegistry.register("mine", "mine")(dict)
 
@@ -923,7 +929,7 @@ def _(work):
     return lambda: new("mine")
 
 
-@kind("a new model where files are", FileExistsError, "mine.ipynb", "nothing was written")
+@kind("a new model whose files exist", FileExistsError, "mine.ipynb", "nothing was written")
 def _(work):
     (work / "mine.ipynb").write_text("")
     return lambda: new_model("mine", "mine", work)
@@ -939,27 +945,27 @@ def _(work):
     return lambda: new_model("mine", "../x", work)
 
 
-# Checkpoints --------------------------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------------------------
 
 
 class Touch:
-    "Unpickled, it would leave a file."
+    "An object that creates a file when it is unpickled."
 
     def __reduce__(self):
         return Path.touch, (Path("ran"),)
 
 
-def checkpoint(name, error, *says):
-    "A mistake in a checkpoint, made for every model: `damage(folder, file)`."
+def checkpoint(name, error, *texts):
+    "An error in the checkpoint of each model: `damage(folder, file)`."
 
     def add(damage):
         for model, (file, _) in MODELS.items():
 
-            def plant(work, model=model, file=file):
+            def make_error(work, model=model, file=file):
                 damage(work / "checkpoints" / model, work / "checkpoints" / model / file)
                 return lambda: load_model(work / "checkpoints" / model)
 
-            KINDS[f"{name}: {model}"] = error, (*says, file) if "{file}" in says else says, plant
+            KINDS[f"{name}: {model}"] = error, texts, make_error
 
     return add
 
@@ -989,15 +995,15 @@ def _(folder, file):
     file.write_bytes(b"")
 
 
-def header(name, error, *says, model="logistic_regression"):
-    "A mistake in the header: the function changes it."
+def header(name, error, *texts, model="logistic_regression"):
+    "An error in the header of a checkpoint: `damage(folder)`."
 
     def add(damage):
-        def plant(work):
+        def make_error(work):
             damage(work / "checkpoints" / model)
             return lambda: load_model(work / "checkpoints" / model)
 
-        kind(name, error, *says)(plant)
+        kind(name, error, *texts)(make_error)
 
     return add
 
@@ -1071,10 +1077,10 @@ def _(work):
     return lambda: load_model(work / "nowhere")
 
 
-# Runs ---------------------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------------------------
 
 
-@kind("a folder that is no run", RunError, "empty", "manifest.json")
+@kind("a folder that is not a run", RunError, "empty", "manifest.json")
 def _(work):
     return lambda: load_run(work / "empty")
 
@@ -1153,7 +1159,7 @@ def _(work):
     return lambda: predict_run(work / "runs/first", put("trend", np.nan)(bars("test")))
 
 
-@kind("predicting from no file", MissingFile, "nowhere.parquet")
+@kind("predicting a missing file", MissingFile, "nowhere.parquet")
 def _(work):
     return lambda: predict_run(work / "runs/first", "nowhere.parquet")
 
@@ -1164,23 +1170,23 @@ def _(work):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_one_line_and_nothing_written(name, work):
-    error, says, plant = KINDS[name]
-    act = plant(work)
-    before = photograph(work)
+def test_one_typed_error_of_one_line_and_nothing_written(name, work):
+    error, texts, make_error = KINDS[name]
+    call = make_error(work)
+    before = folder_state(work)
     with pytest.raises(Exception) as caught:
-        act()
+        call()
     message = str(caught.value)
     assert type(caught.value) is error, f"{type(caught.value).__name__}: {message}"
     assert "\n" not in message and message.strip() and len(message) < 600, message
-    for piece in says:
-        assert piece in message, message
-    assert photograph(work) == before
+    for text in texts:
+        assert text in message, message
+    assert folder_state(work) == before
 
 
-# The command line ---------------------------------------------------------------------------------------------------------------
+# The command line ---------------------------------------------------------------------------------------------------
 
-COMMANDS = {  # what was typed: what the line says
+COMMANDS = {  # arguments -> text in the line on stderr
     "models --family boostin": "did you mean 'boosting'",
     "check nowhere": "nowhere",
     "check data --nan mean": "'mean'",
@@ -1227,8 +1233,8 @@ COMMANDS = {  # what was typed: what the line says
 
 
 @pytest.fixture
-def desk(work):
-    "The working folder with what the commands stumble over."
+def command_folder(work):
+    "The working folder with further wrong files that the commands read."
     shutil.copytree(work / "data", work / "broken")
     put("trend", np.nan)(bars("train")).to_parquet(work / "broken/train_scaled.parquet")
     shutil.copytree(work / "data", work / "untested", ignore=shutil.ignore_patterns("test*"))
@@ -1239,44 +1245,39 @@ def desk(work):
     return work
 
 
-@pytest.mark.parametrize("typed", COMMANDS)
-def test_command_one_line_and_exit_2(typed, desk, capsys):
-    before = photograph(desk)
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_a_wrong_command_prints_one_line_and_exits_with_2(arguments, command_folder, capsys):
+    before = folder_state(command_folder)
     with pytest.raises(SystemExit) as end:
-        main(typed.split())
+        main(arguments.split())
     out, err = capsys.readouterr()
     assert end.value.code == 2, err
     assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err and out == "", out + err
-    assert COMMANDS[typed] in err
-    assert photograph(desk) == before
+    assert COMMANDS[arguments] in err
+    assert folder_state(command_folder) == before
 
 
-@pytest.mark.parametrize("typed", ["train --model xgbost --horizon 5", "check huge", "new ../x --family mine"])
-def test_the_installed_command(typed, desk):
-    before = photograph(desk)
-    command = [Path(sys.executable).with_name("modelfactory"), *typed.split()]
+@pytest.mark.parametrize("arguments", ["train --model xgbost --horizon 5", "check huge", "new ../x --family mine"])
+def test_the_installed_command(arguments, command_folder):
+    before = folder_state(command_folder)
+    command = [Path(sys.executable).with_name("modelfactory"), *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert (
-        done.returncode == 2 and done.stderr.count("\n") == 1 and COMMANDS[typed] in done.stderr and done.stdout == ""
-    )
-    assert photograph(desk) == before
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and COMMANDS[arguments] in done.stderr
+    assert folder_state(command_folder) == before
 
 
-def test_what_is_right_passes(house, monkeypatch):
-    "The folder the mistakes are planted in has none itself."
-    monkeypatch.chdir(house)
-    assert (
-        len(read_splits("data")["train"]) == 240
-        and read_scaler("data")["version"] == "2.0"
-        and settings().horizons == (5,)
-    )
+def test_the_valid_folder_has_no_error(valid_folder, monkeypatch):
+    monkeypatch.chdir(valid_folder)
+    assert len(read_splits("data")["train"]) == 240
+    assert read_scaler("data")["version"] == "2.0" and settings().horizons == (5,)
     load_run("runs/first").verify()
     assert len(predict_run("runs/first", "data")) == 240 and grid_config("small").models == ("logistic_regression",)
     for name in MODELS:
-        assert load_model(house / "checkpoints" / name).fitted
+        assert load_model(valid_folder / "checkpoints" / name).fitted
 
 
-def test_the_count_is_honest():
+def test_the_counts_in_the_docstring_are_right():
     kinds = {re.sub(f": ({'|'.join(MODELS)})$", "", name) for name in KINDS}
     assert f"{len(kinds)} kinds of bad input" in __doc__ and f"{len(COMMANDS)} command lines" in __doc__, (
         len(kinds),

@@ -1,4 +1,4 @@
-"What reports on training said went wrong: weights lost after fitting, and what was found too late."
+"User reports on training, each as a test: weights lost after a fit, and errors that were found too late."
 
 import errno
 import json
@@ -26,7 +26,7 @@ from modelfactory.training import trainer
 
 
 def split_frame(n, start, classes=(-1, 0, 1), symbols=("A", "B"), seed=0, shares=None):
-    "Hourly bars with three features, of which the first tells the label, and closes."
+    "Hourly bars with closes and three features, of which the first predicts the label."
     rng = np.random.default_rng(seed)
     parts = []
     for symbol in symbols:
@@ -41,10 +41,13 @@ def split_frame(n, start, classes=(-1, 0, 1), symbols=("A", "B"), seed=0, shares
     return pd.concat(parts, ignore_index=True)
 
 
-def write_folder(folder, sizes=dict(train=300, val=150, test=150), **kw):
+SIZES = dict(train=300, val=150, test=150)
+
+
+def write_folder(folder, sizes=None, **kw):
     "Three splits in a folder, a month apart."
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (name, n) in enumerate(sizes.items()):
+    for i, (name, n) in enumerate((sizes or SIZES).items()):
         frame = split_frame(n, pd.Timestamp("2024-01-01") + pd.Timedelta(days=30 * i), seed=i, **kw)
         frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
     return folder
@@ -57,7 +60,7 @@ def notebook_cells(name="train"):
 
 
 def run_here(runs, parameters):
-    "What the process of a run and its parent do, in this process: the cells of train.ipynb, and how the attempt ended."
+    "Runs the cells of train.ipynb in this process and ends the attempt as the parent of a run does."
     attempt = start_attempt(runs, parameters["model"], parameters["horizon"])
     write_json(attempt / "job.json", dict(grid="nightly", parameters=parameters))
     (attempt / "train.ipynb").write_text("{}")
@@ -71,8 +74,8 @@ def run_here(runs, parameters):
     except BaseException as e:
         write_json(attempt / "error.json", engine._error(e))
         code = 1
-    why = engine._why(code, attempt) if attempt.is_dir() else ("", "")
-    return engine._ended(attempt, runs, *why, time.monotonic())
+    status_and_reason = engine._why(code, attempt) if attempt.is_dir() else ("", "")
+    return engine._ended(attempt, runs, *status_and_reason, time.monotonic())
 
 
 def make_task(folder, **kw):
@@ -101,7 +104,7 @@ LOGISTIC = "modelfactory.models.classical.logistic_regression.LogisticRegression
 
 
 def after_fit(monkeypatch, damage):
-    "Has `damage` done as soon as the model is fitted."
+    "Calls `damage` as soon as the model is fitted."
     fit = trainer.Trainer.train
 
     def fit_then_damage(self):
@@ -121,7 +124,7 @@ def broken_prices(change):
 
 
 def data_moved(monkeypatch, parameters):
-    "The folder of the data goes while the model is fitted; the test split is to be scored as well."
+    "Moves the data folder while the model is fitted; the test split is scored as well."
     folder = Path(parameters["data"])
     parameters["evaluate_test"] = True
     after_fit(monkeypatch, lambda: folder.rename(folder.with_name("moved")))
@@ -167,7 +170,7 @@ FAULTS = dict(
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    "The run that the same parameters give where nothing goes wrong."
+    "The run of the same parameters without a fault."
     folder = tmp_path_factory.mktemp("reference")
     runs, parameters = make_task(folder)
     assert run_here(runs, parameters).status == "ok"
@@ -175,13 +178,14 @@ def reference(tmp_path_factory):
 
 
 def comparable(run):
+    "Metrics without timings."
     return {name: value for name, value in run.metrics.items() if not name.endswith("_seconds")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_fault_after_fitting_loses_the_weights(fault, reference, tmp_path, monkeypatch):
     runs, parameters = make_task(tmp_path)
-    shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}_kept"))
+    backup = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}_kept"))
     with monkeypatch.context() as patch:
         FAULTS[fault](patch, parameters)
         outcome = run_here(runs, parameters)
@@ -192,24 +196,22 @@ def test_no_fault_after_fitting_loses_the_weights(fault, reference, tmp_path, mo
     assert list((runs / PARTIAL_FOLDER).iterdir()) == [] and "not scored" in repr(run)
     run.verify()
     with pytest.raises(RunError, match="modelfactory rescore"):
-        run.metrics
+        _ = run.metrics
     assert run.manifest["files"]["checkpoints/model.json"] and run.model().fitted
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
-    shutil.copytree(tmp_path.with_name(f"{tmp_path.name}_kept"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
     assert rescore.rescore([run.path]).scored.tolist() == ["all"]
     after = load_run(run.path)
     after.verify()
     assert after.scored and not after.reason and list_runs(runs).to_frame().scored[0] == "yes"
     pd.testing.assert_frame_equal(after.predictions(), reference.predictions())
-    assert (
-        comparable(after) == pytest.approx(comparable(reference), nan_ok=True)
-        and after.baselines.keys() == reference.baselines.keys()
-    )
+    assert comparable(after) == pytest.approx(comparable(reference), nan_ok=True)
+    assert after.baselines.keys() == reference.baselines.keys()
 
-    def pictures(run):
+    def figures(run):
         return {f.name for f in (run.path / "plots").glob("*.png")}
 
-    assert pictures(after) == pictures(reference) and set(after.manifest["files"]) == set(reference.manifest["files"])
+    assert figures(after) == figures(reference) and set(after.manifest["files"]) == set(reference.manifest["files"])
 
 
 @pytest.mark.parametrize(
@@ -222,23 +224,19 @@ def test_classes_come_from_the_config_when_one_is_never_predicted(tmp_path, clas
     (run,) = list_runs(runs)
     assert outcome.status == "ok" and run.scored, outcome
     assert set(run.predictions().prediction) < set(classes)
-    assert {"confusion", "reliability", "precision_recall", "predictions"} <= {
-        f.stem for f in (run.path / "plots").iterdir()
-    }
+    figures = {f.stem for f in (run.path / "plots").iterdir()}
+    assert {"confusion", "reliability", "precision_recall", "predictions"} <= figures
 
 
-def test_pictures_refuse_classes_that_do_not_fit():
+def test_a_figure_with_wrong_classes_is_an_error():
     from modelfactory.models.base import to_output
 
     table = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=4, freq="h"), symbol="A", horizon=5))
     output = to_output(np.eye(3)[[0, 1, 0, 1]], table, (1, 2, 3))
     with pytest.raises(EvaluationError, match="name them with classes="):
         tear_sheet.plot_confusion(output, np.array([1, 2, 1, 3]))
-    assert tear_sheet.plot_confusion(output, np.array([1, 2, 1, 3]), (1, 2, 3)).axes[0].get_xticks().tolist() == [
-        0,
-        1,
-        2,
-    ]
+    figure = tear_sheet.plot_confusion(output, np.array([1, 2, 1, 3]), (1, 2, 3))
+    assert figure.axes[0].get_xticks().tolist() == [0, 1, 2]
 
 
 def test_a_run_whose_process_and_its_parent_are_killed_is_finished_by_rescore(task):
@@ -279,7 +277,7 @@ from modelfactory.models.classical.logistic_regression import LogisticRegression
 
 @ModelRegistry.register("deadly", family="examples")
 class Deadly(LogisticRegressionModel):
-    "Kills its process after it was fitted, as long as a file is there."
+    "Kills its process after the fit, as long as a file exists."
     Config = LogisticRegressionConfig
     def predict(self, *args):
         if os.path.exists(os.environ["DEADLY"]): os.kill(os.getpid(), signal.SIGKILL)
@@ -301,9 +299,8 @@ def test_a_grid_counts_a_run_whose_kernel_was_killed_after_the_fit_as_trained(ta
     assert "trained, but its kernel died" in repr(result) and "modelfactory rescore" in repr(result)
     assert not run.scored and "its kernel died" in run.reason and (run.path / "train.ipynb").is_file()
     again = run_grid(grid, runs, workers=1)
-    assert (
-        [o.status for o in again] == [UNSCORED] and "its kernel died" in again[0].reason and len(list_runs(runs)) == 1
-    ), "killed again while it is scored"
+    assert [o.status for o in again] == [UNSCORED], "killed again while it is scored"
+    assert "its kernel died" in again[0].reason and len(list_runs(runs)) == 1
     assert grid_status(grid, runs)[0]["status"] == UNSCORED
     with pytest.raises(RunError, match="none of 1 runs is scored"):
         write_comparison(runs)
@@ -311,12 +308,12 @@ def test_a_grid_counts_a_run_whose_kernel_was_killed_after_the_fit_as_trained(ta
     assert run_here(runs, parameters).status == "ok"
     (row,) = comparison(runs)["failed"]
     assert row["status"] == UNSCORED and row["folder"] == run.path.name and "its kernel died" in row["reason"]
-    assert [o.status for o in run_grid(grid, runs, workers=1)] == ["ok"], "the same command goes on where it stopped"
+    assert [o.status for o in run_grid(grid, runs, workers=1)] == ["ok"], "the same command continues the grid"
     assert comparison(runs)["failed"] == [] and [o.status for o in run_grid(grid, runs, workers=1)] == ["skipped"]
 
 
 def class_folder(folder, n=270, n_classes=9, seed=0):
-    "Bars of many classes with two features that tell them apart, such as a few hundred rows of nine regimes."
+    "A few hundred bars of many classes, with two features that separate the classes."
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(("train", "val", "test")):
@@ -346,25 +343,20 @@ def test_defaults_follow_rows_and_classes_and_a_fit_without_a_split_says_so(tmp_
     small.train()
     accuracy = (small.predict().predictions == small.datasets["val"].y).mean()
     assert accuracy > 0.85 and small.history[key] == 1 and small.learning_notes() == []
-    forced = trainer.Trainer(
-        dict(model=model, horizon=5, data=data, preset="quick", config={key: 200 if model != "xgboost" else 500})
-    )
+    config = {key: 200 if model != "xgboost" else 500}
+    forced = trainer.Trainer(dict(model=model, horizon=5, data=data, preset="quick", config=config))
     forced.train()
     (note,) = forced.learning_notes()
-    assert (
-        forced.history[key] > default
-        and "The fit learnt nothing: it predicts the same for every row" in note
-        and "9 classes" in note
-    )
-    assert note in forced.notes()
+    assert forced.history[key] > default and note in forced.notes()
+    assert "The fit learnt nothing: it predicts the same for every row" in note and "9 classes" in note
     from modelfactory.models.registry import ModelRegistry
     from modelfactory.models.tabular import leaf_size
 
-    whole = ModelRegistry.create(model, dict(), 5, ["f0"])
-    assert leaf_size(whole, key, 87_094) == default and leaf_size(whole, key, 600) == 10
+    three_classes = ModelRegistry.create(model, dict(), 5, ["f0"])
+    assert leaf_size(three_classes, key, 87_094) == default and leaf_size(three_classes, key, 600) == 10
 
 
-def test_a_fit_whose_loss_is_above_that_of_the_class_shares_says_so(tmp_path):
+def test_a_fit_whose_loss_is_above_that_of_the_class_shares_warns(tmp_path):
     from modelfactory.models.base import to_output
 
     t = trainer.Trainer(dict(model="logistic_regression", horizon=5, data=str(write_folder(tmp_path / "data"))))
@@ -381,25 +373,19 @@ def test_a_fit_whose_loss_is_above_that_of_the_class_shares_says_so(tmp_path):
 
 def test_a_fit_that_learnt_nothing_is_named_by_run_grid_and_comparison(task):
     runs, parameters = task
-    parameters = parameters | dict(
-        model="random_forest", config=dict(min_samples_leaf=5000, n_estimators=5), dataset={}
-    )
+    config = dict(min_samples_leaf=5000, n_estimators=5)
+    parameters = parameters | dict(model="random_forest", config=config, dataset={})
     outcome = run_here(runs, parameters)
     (run,) = list_runs(runs)
     assert outcome.status == "ok" and "learnt nothing" in outcome.reason and "learnt nothing" in repr(run)
-    grid = dict(
-        data=parameters["data"],
-        models=["random_forest"],
-        horizons=[5],
-        overrides=dict(random_forest=parameters["config"]),
-    )
+    overrides = dict(random_forest=parameters["config"])
+    grid = dict(data=parameters["data"], models=["random_forest"], horizons=[5], overrides=overrides)
     again = run_grid(grid, runs)
     assert again.ok and [o.status for o in again] == ["skipped"] and "learnt nothing" in repr(again)
     from modelfactory.runs.sentences import summary_sentences
 
-    assert any(
-        "learnt nothing" in sentence and run.path.name in sentence for sentence in summary_sentences(comparison(runs))
-    )
+    sentences = summary_sentences(comparison(runs))
+    assert any("learnt nothing" in sentence and run.path.name in sentence for sentence in sentences)
 
 
 def set_close(folder, split, change):
@@ -455,15 +441,14 @@ def test_prices_that_cannot_be_traded_are_named_before_the_fit(case, tmp_path, c
     if in_file:
         in_file(prices)
     dataset = dict(prices=str(prices)) if in_file else {}
-    with pytest.raises(SplitsError) as refused:
-        trainer.Trainer(
-            dict(model="logistic_regression", horizon=5, data=dict(data=str(data)) | dataset)
-        ).prepare_data()
-    assert message in str(refused.value)
+    task = dict(model="logistic_regression", horizon=5, data=dict(data=str(data)) | dataset)
+    with pytest.raises(SplitsError) as error:
+        trainer.Trainer(task).prepare_data()
+    assert message in str(error.value)
     with pytest.raises(SplitsError):
         plan_grid(grid_config(dict(data=str(data), models=["svm"], horizons=[5], dataset=dataset)))
     if in_split:
-        assert "val_scaled.parquet" in str(refused.value)
+        assert "val_scaled.parquet" in str(error.value)
         with pytest.raises(SystemExit) as end:
             main(["check", str(data)])
         assert end.value.code == 2 and message in capsys.readouterr().err
@@ -483,10 +468,8 @@ def test_prices_that_cannot_be_right_are_named_with_symbol_and_time():
     stale = walk(1000)
     stale.loc[200:900, "close"] = 4000 * np.exp(1e-5 * np.random.default_rng(1).normal(size=701))
     (sentence,) = [w for w in price_warnings(stale, "train") if "stays within" in w]
-    assert (
-        sentence.startswith("train: close stays within 0.1% for 100 bars or more")
-        and "A (from 2024-01-10 08:00:00)" in sentence
-    )
+    assert sentence.startswith("train: close stays within 0.1% for 100 bars or more")
+    assert "A (from 2024-01-10 08:00:00)" in sentence
     still = walk(1000)
     moved = np.random.default_rng(2).random(1000) < 0.13
     still["close"] = still.close.where(moved).ffill().bfill()
@@ -518,12 +501,12 @@ def test_warnings_on_prices_and_classes_reach_check_run_grid_and_comparison(tmp_
     expected = ("in one bar", "f1 3,870 at A", "features are constant in train: f2", "class -1 is")
     with pytest.raises(SystemExit) as end:
         main(["check", str(data)])
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and all(text in said for text in expected), said
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and all(text in printed for text in expected), printed
     result = run_grid(dict(data=str(data), models=["logistic_regression"], horizons=[5], seeds=[42]), runs, workers=1)
-    assert result.ok and all(
-        any(text in line for line in result.warnings) and text in repr(result) for text in expected
-    )
+    assert result.ok
+    for text in expected:
+        assert any(text in line for line in result.warnings) and text in repr(result)
     (run,) = list_runs(runs)
     stored = json.loads((run.path / "splits.json").read_text())["warnings"]
     sentences = summary_sentences(comparison(runs))
@@ -536,23 +519,20 @@ def test_times_whose_unit_was_forgotten_are_refused_with_the_unit(tmp_path, unit
     from modelfactory.data.splits import BadDatetime, read_splits
 
     scale = dict(s=1, ms=1000)[unit]
-    numbers = (pd.date_range("2024-01-02", periods=300, freq="h").as_unit("ns").asi8 // 1_000_000_000) * scale
+
+    def as_numbers(times):
+        return (pd.DatetimeIndex(times).as_unit("ns").asi8 // 1_000_000_000) * scale
+
+    numbers = as_numbers(pd.date_range("2024-01-02", periods=300, freq="h"))
     bars = walk(300).assign(open=lambda t: t.close, volume=1.0, datetime=pd.to_datetime(numbers))
     with pytest.raises(BarsError, match="before 1971.*unit='ms'"):
         check_bars(bars)
     data = write_folder(tmp_path / "data")
-    set_close(
-        data,
-        "train",
-        lambda t: t.__setitem__(
-            "datetime", pd.to_datetime((pd.DatetimeIndex(t.datetime).as_unit("ns").asi8 // 1_000_000_000) * scale)
-        ),
-    )
+    set_close(data, "train", lambda t: t.__setitem__("datetime", pd.to_datetime(as_numbers(t.datetime))))
     with pytest.raises(BadDatetime, match="train_scaled.parquet.*before 1971.*unit='ms'"):
         read_splits(data)
-    assert check_bars(bars.assign(datetime=pd.to_datetime(numbers, unit=unit))).datetime[0] == pd.Timestamp(
-        "2024-01-02"
-    )
+    checked = check_bars(bars.assign(datetime=pd.to_datetime(numbers, unit=unit)))
+    assert checked.datetime[0] == pd.Timestamp("2024-01-02")
 
 
 def test_check_and_grid_read_the_same_splits_and_end_alike(tmp_path, capsys):
@@ -567,7 +547,8 @@ def test_check_and_grid_read_the_same_splits_and_end_alike(tmp_path, capsys):
     for command in (["check", str(data)], ["experiment", str(grid), "--output", str(tmp_path / "runs")]):
         with pytest.raises(SystemExit) as end:
             main(command)
-        codes.append(end.value.code), errors.append(capsys.readouterr().err)
+        codes.append(end.value.code)
+        errors.append(capsys.readouterr().err)
     assert codes == [2, 2] and all("f1" in text and "may be computed from later bars" in text for text in errors)
     (data / "test_scaled.parquet").unlink()
     for name in ("train", "val"):
@@ -588,9 +569,8 @@ def test_a_fit_that_diverges_at_once_says_what_to_lower_before_anything_is_predi
         t.train()
     assert t.predictions == {}
     t = trainer.Trainer(dict(model="xgboost", horizon=5, data=data))
-    t.build_model().fit = lambda *args: dict(
-        val_loss=[float("nan")] * 3, best_round=0
-    )  # as libraries without a check of theirs
+    losses = [float("nan")] * 3  # as from a library that does not check its losses
+    t.build_model().fit = lambda *args: dict(val_loss=losses, best_round=0)
     with pytest.raises(DivergedError, match="xgboost: " + message.format("0.05")):
         t.train()
 
@@ -618,15 +598,11 @@ def test_the_best_round_is_never_one_whose_loss_is_nan(tmp_path, monkeypatch, ea
     assert history["best_round"] == int(np.nanargmin(history["val_loss"])) < 2
     assert np.isfinite(t.predict().probabilities).all()
     assert any("NaN or infinite in round 3" in note and "lower learning_rate" in note for note in t.learning_notes())
-    assert (
-        "round"
-        in tear_sheet.plot_learning_curve(dict(val_loss=[float("nan"), 1.0, 0.9]))
-        .axes[0]
-        .get_legend_handles_labels()[1][-1]
-    )
+    figure = tear_sheet.plot_learning_curve(dict(val_loss=[float("nan"), 1.0, 0.9]))
+    assert "round" in figure.axes[0].get_legend_handles_labels()[1][-1]
 
 
-def test_a_nan_in_the_first_round_neither_stops_a_fit_nor_is_it_the_best(tmp_path):
+def test_a_nan_loss_in_the_first_round_does_not_stop_a_fit_and_is_not_the_best(tmp_path):
     from modelfactory.models.callbacks import EarlyStopping
 
     stop, losses = EarlyStopping(3), [float("nan"), 1.0, 0.9, 1.0, 1.1, 1.2]

@@ -1,4 +1,4 @@
-"Reports about cutting, tuning and plugins: what was fed, what comes out."
+"User reports on purging, tuning, tracking and plugins, each as a test."
 
 import filecmp
 import sqlite3
@@ -9,9 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import test_tuner
 from conftest import finish, until
 from test_tracking import client_of, make_run
-from test_tuner import at_home, home, process, states, tuner  # noqa: F401, two of them are fixtures
+from test_tuner import process, states, tuner
 
 from modelfactory.cli import main
 from modelfactory.data.folds import purge_splits
@@ -31,6 +32,7 @@ from modelfactory.tuning.result import n_trials_of, read_tuned
 from modelfactory.tuning.storage import MISSED_HEARTBEATS
 
 NAMES = ("train", "val", "test")
+at_home, home = test_tuner.at_home, test_tuner.home  # fixtures
 
 
 def call(*args):
@@ -40,42 +42,33 @@ def call(*args):
 
 
 def bars(n=700, reach=None, symbols="AB", seed=0):
-    "Hourly bars whose labels of horizon 5 are decided up to `reach` bars later; None: the file does not say when."
+    "Hourly bars whose labels of horizon 5 are decided up to `reach` bars later; None: without bars_to_hit."
     rng = np.random.default_rng(seed)
-    table = pd.concat(
-        [
-            pd.DataFrame(
-                dict(
-                    datetime=pd.date_range("2024-01-01", periods=n, freq="h"),
-                    symbol=s,
-                    x=rng.normal(size=n),
-                    z=rng.normal(size=n),
-                    label_h5=np.arange(n) % 3 - 1,
-                )
-            )
-            for s in symbols
-        ],
-        ignore_index=True,
-    )
+    times, labels, parts = pd.date_range("2024-01-01", periods=n, freq="h"), np.arange(n) % 3 - 1, []
+    for symbol in symbols:
+        x, z = rng.normal(size=n), rng.normal(size=n)
+        parts.append(pd.DataFrame(dict(datetime=times, symbol=symbol, x=x, z=z, label_h5=labels)))
+    table = pd.concat(parts, ignore_index=True)
     if reach:
         table["bars_to_hit_h5"] = rng.integers(1, reach + 1, len(table))
     return table
 
 
 def write(folder, table, gap=0, **options):
-    "Splits that are cut by time alone, `gap` bars left out between them; rows in random order."
+    "Splits cut by time, with `gap` bars excluded between them; rows in random order."
     folder.mkdir(parents=True)
     times = np.sort(table.datetime.unique())
     cuts = np.split(np.arange(len(times)), [int(0.6 * len(times)), int(0.8 * len(times))])
-    for name, part in zip(NAMES, cuts):
-        rows = table[table.datetime.isin(times[part[gap if name != "train" else 0 :]])].sample(frac=1, random_state=1)
+    for name, part in zip(NAMES, cuts, strict=True):
+        kept = part[gap if name != "train" else 0 :]
+        rows = table[table.datetime.isin(times[kept])].sample(frac=1, random_state=1)
         pq.write_table(pa.Table.from_pandas(rows, preserve_index=False), folder / f"{name}_scaled.parquet", **options)
     (folder / "feature_scaler.json").write_text("{}")
     return folder
 
 
-def reaching(early, late):
-    "Row by row: whether the label is decided at or after the first bar of the later split; None where that is not known."
+def labels_crossing(early, late):
+    "Whether the label of each row is decided at or after the first bar of the later split, (n,) bool."
     start = late.datetime.min()
     last = early.groupby("symbol").datetime.max()
     hours = (start - early.datetime) / pd.Timedelta("1h")
@@ -92,7 +85,7 @@ def test_purging_makes_null_what_reaches_over_and_nothing_else(tmp_path, reach):
     frames = {name: pd.read_parquet(source / f"{name}_scaled.parquet") for name in NAMES}
     for name, late in (("train", "val"), ("val", "test")):
         before, after = (pq.read_table(f / f"{name}_scaled.parquet") for f in (source, purged))
-        over = reaching(frames[name], frames[late])
+        over = labels_crossing(frames[name], frames[late])
         assert after.schema.equals(before.schema, check_metadata=True)
         assert after.drop_columns("label_h5").equals(before.drop_columns("label_h5"))
         assert after["label_h5"].is_null().to_numpy().tolist() == over.tolist() and over.any()
@@ -113,9 +106,8 @@ def test_purging_twice_changes_no_byte(tmp_path):
 
 @pytest.mark.parametrize("label", ["int8", "int64", "float64", "Int16", "Float32"])
 def test_labels_keep_their_type(tmp_path, label):
-    source = write(
-        tmp_path / "splits", bars(reach=9).astype(dict(label_h5=label)), compression="zstd", row_group_size=100
-    )
+    table = bars(reach=9).astype(dict(label_h5=label))
+    source = write(tmp_path / "splits", table, compression="zstd", row_group_size=100)
     purge_splits(source, tmp_path / "purged")
     before, after = (pq.ParquetFile(f / "train_scaled.parquet") for f in (source, tmp_path / "purged"))
     assert after.schema_arrow.field("label_h5").type == before.schema_arrow.field("label_h5").type
@@ -127,20 +119,20 @@ def test_labels_keep_their_type(tmp_path, label):
 
 @pytest.mark.parametrize("gap", [0, 5, 20, 48])
 def test_the_advice_is_the_reach_of_the_labels_and_what_was_counted(tmp_path, gap):
-    with pytest.raises(SplitOverlap) as refused:
+    with pytest.raises(SplitOverlap) as error:
         check_splits(write(tmp_path / "splits", bars(reach=60), gap))
-    assert "labels reach up to 60 bars (the largest bars_to_hit_h5)" in str(refused.value)
-    assert f" has {gap} bars between 2024-01-" in str(refused.value)
-    assert "leave 60 bars between the splits" in str(refused.value) and "modelfactory purge" in str(refused.value)
-    check_splits(write(tmp_path / "left out", bars(reach=60), 60))
+    assert "labels reach up to 60 bars (the largest bars_to_hit_h5)" in str(error.value)
+    assert f" has {gap} bars between 2024-01-" in str(error.value)
+    assert "leave 60 bars between the splits" in str(error.value) and "modelfactory purge" in str(error.value)
+    check_splits(write(tmp_path / "with gap", bars(reach=60), 60))
 
 
-def test_the_advice_without_bars_to_hit_is_the_horizon(tmp_path):
+def test_the_error_without_bars_to_hit_names_the_horizon(tmp_path):
     with pytest.raises(SplitOverlap, match=r"up to 5 bars \(the horizon: there is no bars_to_hit_h5\)"):
         check_splits(write(tmp_path / "splits", bars()))
 
 
-def test_purging_by_command(tmp_path, capsys):
+def test_purge_command(tmp_path, capsys):
     source = write(tmp_path / "splits", bars(reach=15))
     assert call("check", source) == 2 and "modelfactory purge" in capsys.readouterr().err
     assert call("purge", source, "--output", tmp_path / "purged") == 0 and "see " in capsys.readouterr().out
@@ -148,8 +140,8 @@ def test_purging_by_command(tmp_path, capsys):
     assert call("purge", source, "--output", tmp_path / "purged") == 2 and "exists" in capsys.readouterr().err
 
 
-def test_a_test_split_of_any_name_is_one(tmp_path):
-    "Names without `_scaled`: labels of val that reach into test are purged, and `check` looks at test as well."
+def test_a_test_split_without_scaled_in_its_name_is_purged_and_checked(tmp_path):
+    "Labels of val that are decided in test are purged, and `check` reads test as well."
     source = write(tmp_path / "splits", bars(reach=15))
     for name in NAMES:
         (source / f"{name}_scaled.parquet").rename(source / f"{name}.parquet")
@@ -168,7 +160,7 @@ def test_parts_and_csv_are_not_purged(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["splits"]
 
 
-def test_what_cannot_be_purged_leaves_nothing_behind(tmp_path):
+def test_splits_that_cannot_be_purged_are_an_error_and_nothing_is_written(tmp_path):
     table = bars()
     source = write(tmp_path / "splits", table)
     with pytest.raises(SplitsError, match="lies inside"):
@@ -183,7 +175,7 @@ def test_what_cannot_be_purged_leaves_nothing_behind(tmp_path):
 
 
 def orphaned(tuner):
-    "A trial that was lost before its first sign of life: its process was killed right after it had been entered."
+    "Number of a trial without a heartbeat, as after a process that was killed right after it created the trial."
     return tuner.study().ask().number
 
 
@@ -196,8 +188,8 @@ def test_a_trial_that_nobody_works_on_is_made_by_another(home, tmp_path):
     assert result.study.trials[lost].state.name == "FAIL" and lost not in [t.number for t in result.trials]
 
 
-def test_a_trial_that_another_process_works_on_is_left_to_it(home, tmp_path):
-    "Longer than the signs of life that may be missed: it is neither failed nor made twice."
+def test_a_running_trial_of_another_process_is_not_repeated(home, tmp_path):
+    "The trial takes longer than the permitted number of missed heartbeats. It neither fails nor runs twice."
     storage, begun = tmp_path / "alive.db", tmp_path / "begun"
     slow = dict(pause=1.5 * MISSED_HEARTBEATS / 6, rounds=6)
     other = process(home, storage, 1, slow, VALLEY_BEGUN=begun)
@@ -216,7 +208,7 @@ def test_a_study_is_kept_in_the_file_that_was_named(home, tmp_path, monkeypatch,
     assert n_trials_of("valley", 5) == n_trials_of("valley", 5, storage=tmp_path / folder / "tuning.db") == 1
 
 
-def test_tuned_parameters_lie_with_the_runs(home, tmp_path, monkeypatch):
+def test_tuned_parameters_are_saved_in_the_runs_folder(home, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
     before = sorted((home / "params").rglob("*"))
     file = tuner(home, None, 1).run().save()
@@ -229,10 +221,10 @@ def test_an_experiment_that_was_deleted_is_one_line_with_what_to_do(tmp_path):
     track_run(run)
     client, _ = client_of(tmp_path)
     client.delete_experiment(client.get_experiment_by_name("modelfactory").experiment_id)
-    for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
-        with pytest.raises(TrackingError, match="was deleted in MLflow; take another name") as refused:
-            act()
-        assert "\n" not in str(refused.value) and "--experiment-id 1" in str(refused.value)
+    for call_tracking in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
+        with pytest.raises(TrackingError, match="was deleted in MLflow; take another name") as error:
+            call_tracking()
+        assert "\n" not in str(error.value) and "--experiment-id 1" in str(error.value)
     assert track_runs(tmp_path, experiment="modelfactory_2").added == 1
     client.restore_experiment("1")
     assert track_runs(tmp_path).unchanged == 1
@@ -245,8 +237,8 @@ def test_an_empty_database_is_filled(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "not a database"])
-def test_a_database_that_holds_nothing_is_one_line_with_what_to_do(tmp_path, damage):
-    "All tables but that of MLflow's version were dropped, or the file is something else."
+def test_a_damaged_database_is_an_error_of_one_line_with_a_fix(tmp_path, damage):
+    "All tables except that of MLflow's version were dropped, or the file is not a database."
     run, file = make_run(tmp_path), tmp_path / "mlflow.db"
     track_run(run)
     if damage == "empty":
@@ -257,10 +249,10 @@ def test_a_database_that_holds_nothing_is_one_line_with_what_to_do(tmp_path, dam
                     db.execute(f"DROP TABLE {name}")
     else:
         file.write_bytes(b"something else" * 100)
-    for act in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
-        with pytest.raises(TrackingError, match="; delete it, then modelfactory track --rebuild$") as refused:
-            act()
-        assert "\n" not in str(refused.value)
+    for call_tracking in (lambda: track_run(run), lambda: track_runs(tmp_path), lambda: rebuild(tmp_path)):
+        with pytest.raises(TrackingError, match="; delete it, then modelfactory track --rebuild$") as error:
+            call_tracking()
+        assert "\n" not in str(error.value)
     file.unlink()
     assert rebuild(tmp_path).added == 1
 
@@ -274,7 +266,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from modelfactory.models.base import BaseModel, FeatureMismatch, ModelConfig, NotFittedError, PredictionOutput
+from modelfactory.models.base import BaseModel, ModelConfig, PredictionOutput
+from modelfactory.models.errors import FeatureMismatch, NotFittedError
 from modelfactory.models.registry import ModelRegistry
 
 
@@ -283,9 +276,9 @@ class OwnFilesConfig(ModelConfig):
     width: float = 1.
 
 
-@ModelRegistry.register("own_files", family="strangers")
+@ModelRegistry.register("own_files", family="examples")
 class OwnFiles(BaseModel):
-    "Classes by the distance to their means; saved in files of its own, as section 3 of the contract asks."
+    "Classifies by the distance to the class means; saves its own files, as section 3 of the contract requires."
     Config = OwnFilesConfig
     means = None
 
@@ -343,7 +336,7 @@ def test_a_plugin_that_keeps_to_the_contract_alone_is_whole(own_files):
     assert len(check_model("own_files")) == len(CHECKS)
 
 
-def test_a_fresh_process_that_hangs_is_named(monkeypatch, tmp_path):
+def test_a_new_process_that_hangs_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(conformance, "NEW_PROCESS_SCRIPT", "import time; time.sleep(3600)")
     monkeypatch.setattr(conformance, "NEW_PROCESS_SECONDS", 0.1)
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=2)))
@@ -351,7 +344,7 @@ def test_a_fresh_process_that_hangs_is_named(monkeypatch, tmp_path):
         conformance.predict_in_new_process(tmp_path, np.zeros((2, 1), np.float32), meta)
 
 
-def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):
+def test_a_run_of_such_a_plugin_can_be_loaded(own_files, tmp_path):
     trainer = Trainer(dict(model="own_files", horizon=5, data="planted", config=dict(width=2.0)))
     trainer.run_full_pipeline()
     attempt = start_attempt(tmp_path / "runs", "own_files", 5)
@@ -361,7 +354,7 @@ def test_a_run_of_such_a_plugin_is_read_again(own_files, tmp_path):
     assert model.config.width == 2 and np.array_equal(again, trainer.predictions["val"].probabilities)
 
 
-def test_a_refused_save_writes_no_header(own_files, tmp_path):
+def test_a_save_before_fit_writes_no_header(own_files, tmp_path):
     with pytest.raises(NotFittedError):
         ModelRegistry.create("own_files", {}, 5, ["x"]).save(tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -385,15 +378,10 @@ def test_the_exit_code_of_a_grid_is_the_one_its_help_promises(statuses, code, mo
     assert call("experiment", "demo") == code
 
 
-def test_the_help_of_experiment_says_how_it_ends(capsys):
+def test_the_help_of_experiment_documents_the_exit_codes(capsys):
     assert call("experiment", "no such grid") == 2
     assert call("experiment", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "0 when every run is finished",
-        "unavailable",
-        "1 when a run failed",
-        "2 when the grid",
-        "130 after Ctrl-C",
-    ):
-        assert words in text
+    assert "0 when every run is finished" in text and "unavailable" in text
+    for code in ("1 when a run failed", "2 when the grid", "130 after Ctrl-C"):
+        assert code in text

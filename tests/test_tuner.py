@@ -1,6 +1,7 @@
-"""Tuning in real processes: killed, in pairs, interrupted, poisoned.
+"""Tuning in real processes: killed, in parallel, interrupted, with failing trials.
 
-The model knows one thing: column `said` names the label in 80 of 100 rows and another one in the rest. It answers what it is told with probability `p`, so the best `p` is .8 and its log loss is known."""
+The model predicts the class in column `signal` with probability `p`. The column equals the label in 80 of 100 rows, and
+another class in the rest. So the best `p` is .8, and its log loss can be computed."""
 
 import os
 import shutil
@@ -26,7 +27,7 @@ PLUGIN = """
 import os, time
 from dataclasses import dataclass
 import numpy as np
-from modelfactory.models.callbacks import notify
+from modelfactory.models.callbacks import run_callbacks
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.models.tabular import TabularConfig, TabularModel
 
@@ -35,12 +36,12 @@ class ValleyConfig(TabularConfig):
     p: float = .4
     rounds: int = 8
     pause: float = 0.  # seconds a round
-    deadly: float = 2.  # kills its process when p is greater
+    deadly: float = 2.  # the process is killed when p is greater
     refuses: float = 2.  # ValueError when p is greater
 
 @ModelRegistry.register("valley", family="example")
 class Valley(TabularModel):
-    "Repeats what a column says."
+    "Predicts the class in a column with probability p."
     Config = ValleyConfig
     def fit_rows(self, train, val):
         c = self.config
@@ -48,10 +49,11 @@ class Valley(TabularModel):
         if c.p > c.refuses: raise ValueError(f"p is {c.p:.2f}, expected at most {c.refuses}")
         if c.p > c.deadly: os.kill(os.getpid(), 9)
         last = -np.log(self.predict_rows(val.X)[np.arange(len(val.y)), val.y]).mean()
-        notify(self, "on_fit_start", c.rounds)
+        run_callbacks(self, "on_fit_start", c.rounds)
         for done in range(1, c.rounds + 1):
             time.sleep(c.pause)
-            if notify(self, "on_epoch_end", done - 1, {"val_loss": np.log(3) + (last - np.log(3)) * done / c.rounds}): break
+            loss = np.log(3) + (last - np.log(3)) * done / c.rounds
+            if run_callbacks(self, "on_epoch_end", done - 1, {"val_loss": loss}): break
         if log := os.environ.get("VALLEY_LOG"): open(log, "a").write(f"{os.getpid()} {done}\\n")
         return {}
     def predict_rows(self, X): return np.where(np.arange(3) == X[:, :1] + 1, self.config.p, (1 - self.config.p) / 2)
@@ -60,13 +62,14 @@ class Valley(TabularModel):
 """
 RUN = """import sys
 from modelfactory.tuning.study import OptunaModelTuner
-OptunaModelTuner(dict(model="valley", horizon=5, data=sys.argv[1], config=eval(sys.argv[4])), n_trials=int(sys.argv[3]), folds=2, storage=sys.argv[2], heartbeat=1).run()
+task = dict(model="valley", horizon=5, data=sys.argv[1], config=eval(sys.argv[4]))
+OptunaModelTuner(task, n_trials=int(sys.argv[3]), folds=2, storage=sys.argv[2], heartbeat=1).run()
 print("done")"""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "Plugin, its YAML, and splits whose test is not there and whose val is no parquet."
+    "A plugin, its YAML, and splits without test, whose val is not a parquet file."
     home = tmp_path_factory.mktemp("home")
     (home / "valley.py").write_text(PLUGIN)
     (home / "params/models").mkdir(parents=True)
@@ -75,24 +78,16 @@ def home(tmp_path_factory):
     )
     data, rng, n = home / "data", np.random.default_rng(0), 1500
     data.mkdir()
-    frames = [
-        pd.DataFrame(
-            dict(
-                datetime=pd.bdate_range("2024-01-01 09:30", periods=n // 10).repeat(10)
-                + pd.to_timedelta(np.tile(np.arange(10), n // 10), unit="h"),
-                symbol=s,
-            )
-        )
-        for s in "AB"
-    ]
-    frame = pd.concat(frames, ignore_index=True)
+    hours = pd.to_timedelta(np.tile(np.arange(10), n // 10), unit="h")
+    times = pd.bdate_range("2024-01-01 09:30", periods=n // 10).repeat(10) + hours
+    frame = pd.concat([pd.DataFrame(dict(datetime=times, symbol=s)) for s in "AB"], ignore_index=True)
     y = rng.integers(-1, 2, len(frame))
-    said = np.where(rng.random(len(frame)) < 0.8, y, (y + 1 + rng.integers(1, 3, len(frame))) % 3 - 1)
-    said = pd.Series(said).groupby(frame.symbol).shift(-1, fill_value=0)  # a window ends before its labelled bar
-    frame.assign(
-        said=said.astype(float), label_h5=y, close=100 * np.exp(np.cumsum(rng.normal(0, 1e-3, len(frame))))
-    ).to_parquet(data / "train_scaled.parquet")
-    (data / "val_scaled.parquet").write_text("nobody reads this")
+    signal = np.where(rng.random(len(frame)) < 0.8, y, (y + 1 + rng.integers(1, 3, len(frame))) % 3 - 1)
+    signal = pd.Series(signal).groupby(frame.symbol).shift(-1, fill_value=0)  # a window ends before its labelled bar
+    close = 100 * np.exp(np.cumsum(rng.normal(0, 1e-3, len(frame))))
+    frame = frame.assign(signal=signal.astype(float), label_h5=y, close=close)
+    frame.to_parquet(data / "train_scaled.parquet")
+    (data / "val_scaled.parquet").write_text("not a parquet file, because it is never read")
     return home
 
 
@@ -104,14 +99,8 @@ def at_home(home, monkeypatch):
 
 
 def tuner(home, storage, n=10, config=None, folds=2, **kw):
-    return OptunaModelTuner(
-        dict(model="valley", horizon=5, data=str(home / "data"), config=config or {}),
-        n,
-        folds=folds,
-        storage=storage,
-        heartbeat=1,
-        **kw,
-    )
+    task = dict(model="valley", horizon=5, data=str(home / "data"), config=config or {})
+    return OptunaModelTuner(task, n, folds=folds, storage=storage, heartbeat=1, **kw)
 
 
 def process(home, storage, n, config=None, **env):
@@ -123,72 +112,59 @@ def states(result):
     return sorted(t.state.name for t in result.trials)
 
 
-def seen(storage):
-    "States of the trials of the only study in a database, as another process sees them."
+def stored_states(storage):
+    "States of the trials of the only study in a database; empty while the database is being created."
     import optuna
 
     if not storage.exists():
         return []
+    url = f"sqlite:///{storage}"
     try:
-        names = optuna.get_all_study_names(f"sqlite:///{storage}")
-        return (
-            [
-                t.state.name
-                for t in optuna.load_study(study_name=names[0], storage=f"sqlite:///{storage}").get_trials(
-                    deepcopy=False
-                )
-            ]
-            if names
-            else []
-        )
+        names = optuna.get_all_study_names(url)
+        trials = optuna.load_study(study_name=names[0], storage=url).get_trials(deepcopy=False) if names else []
+        return [t.state.name for t in trials]
     except Exception:
-        return []  # its tables are being made
+        return []  # the tables are being created
 
 
-def test_finds_the_planted_optimum_and_the_same_again(home, tmp_path):
-    "Again in two sittings, the second of which knows of the first by the database alone."
+def test_a_search_finds_the_planted_optimum_and_is_reproducible_in_two_parts(home, tmp_path):
+    "The second part continues the first one from the database alone."
     first = tuner(home, tmp_path / "a.db", 18).run()
     assert abs(first.params["p"] - 0.8) < 0.05 and first.value < 0.66 < 0.75 < first.default
     assert len(first.trials) == 18 and first.trials[0].params == {"p": 0.4}
     tuner(home, tmp_path / "b.db", 12).run()
     again = tuner(home, tmp_path / "b.db", 18).run()
 
-    def told(r):
-        return [(t.state, t.params, t.value, t.intermediate_values) for t in r.trials]
+    def trial_values(result):
+        return [(t.state, t.params, t.value, t.intermediate_values) for t in result.trials]
 
-    assert told(first) == told(again)
+    assert trial_values(first) == trial_values(again)
     params, facts = read_tuned(first.save(tmp_path / "t.yaml"))
-    assert (
-        params == first.params
-        and facts["n_trials"] == 18 == n_trials_of("valley", 5, facts["data_fingerprint"], tmp_path / "a.db")
-        and facts["objective"] == "log_loss"
-    )
-    assert (
-        Trainer(
-            dict(model="valley", horizon=5, data=str(home / "data"), config=read_yaml(tmp_path / "t.yaml"))
-        ).model_config["p"]
-        == first.params["p"]
-    )
+    assert params == first.params and facts["objective"] == "log_loss"
+    assert facts["n_trials"] == 18 == n_trials_of("valley", 5, facts["data_fingerprint"], tmp_path / "a.db")
+    task = dict(model="valley", horizon=5, data=str(home / "data"), config=read_yaml(tmp_path / "t.yaml"))
+    assert Trainer(task).model_config["p"] == first.params["p"]
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_a_sigkill_costs_nothing(home, tmp_path):
-    "Killed in the middle of a trial: the next call makes the rest, that trial included."
+def test_after_a_sigkill_the_next_call_runs_the_remaining_trials(home, tmp_path):
+    "The process is killed in the middle of a trial. The next call also repeats that trial."
     storage, slow = tmp_path / "k.db", dict(pause=0.04)
     victim = process(home, storage, 7, slow)
-    until(lambda: (s := seen(storage)).count("COMPLETE") + s.count("PRUNED") >= 2 and "RUNNING" in s, "two trials")
-    victim.kill(), victim.wait(PATIENCE)
+
+    def is_third_trial():
+        states = stored_states(storage)
+        return states.count("COMPLETE") + states.count("PRUNED") >= 2 and "RUNNING" in states
+
+    until(is_third_trial, "two trials")
+    victim.kill()
+    victim.wait(PATIENCE)
     result = tuner(home, storage, 7, slow).run()
     assert len(result.trials) == 7 and {"COMPLETE", "PRUNED"} >= set(states(result)) and result.n_trials == 7
-    lost = [t for t in result.study.trials if t.number not in {u.number for u in result.trials}]
-    assert len(lost) == 1 and lost[0].state.name == "FAIL"
-    assert (
-        any(
-            t.params == lost[0].params and t.system_attrs.get("retry_history") == [lost[0].number]
-            for t in result.trials
-        )
-        or not lost[0].params
-    )
+    (lost,) = [t for t in result.study.trials if t.number not in {u.number for u in result.trials}]
+    assert lost.state.name == "FAIL"
+    repeated = [t for t in result.trials if t.system_attrs.get("retry_history") == [lost.number]]
+    assert any(t.params == lost.params for t in repeated) or not lost.params
 
 
 def test_two_processes_share_one_study(home, tmp_path):
@@ -199,10 +175,8 @@ def test_two_processes_share_one_study(home, tmp_path):
         assert p.returncode == 0 and "done" in out, err
     result = tuner(home, storage, 9, dict(pause=0.03)).run()
     assert len(result.trials) == 9 and set(states(result)) <= {"COMPLETE", "PRUNED"}
-    assert (
-        len({t.params["p"] for t in result.trials}) == 9
-        and len({line.split()[0] for line in log.read_text().splitlines()}) == 2
-    )
+    assert len({t.params["p"] for t in result.trials}) == 9
+    assert len({line.split()[0] for line in log.read_text().splitlines()}) == 2, "both processes ran trials"
 
 
 def test_ctrl_c_ends_at_once_and_loses_no_trial(home, tmp_path):
@@ -211,12 +185,12 @@ def test_ctrl_c_ends_at_once_and_loses_no_trial(home, tmp_path):
     until(lambda: begun.exists() or victim.poll() is not None, "a trial")
     victim.send_signal(signal.SIGINT)
     written = finish(victim)
-    assert victim.returncode != 0 and "RUNNING" not in seen(storage), written
+    assert victim.returncode != 0 and "RUNNING" not in stored_states(storage), written
     trials = live_trials(tuner(home, storage, 4, slow).study())
     assert [t.state.name for t in trials] == ["WAITING"]
 
 
-def test_a_trial_that_always_kills_its_worker_is_given_up(home, tmp_path):
+def test_a_trial_that_always_kills_its_process_fails(home, tmp_path):
     storage, deadly = tmp_path / "d.db", dict(deadly=0.39)
     for _ in range(TRIAL_RETRIES + 1):
         victim = process(home, storage, 1, deadly)
@@ -225,7 +199,7 @@ def test_a_trial_that_always_kills_its_worker_is_given_up(home, tmp_path):
         tuner(home, storage, 1, deadly).run()
 
 
-def test_pruning_prunes(home, tmp_path, monkeypatch):
+def test_bad_trials_are_pruned(home, tmp_path, monkeypatch):
     monkeypatch.setenv("VALLEY_LOG", str(tmp_path / "log"))
     result = tuner(home, tmp_path / "p.db", 20, dict(rounds=20)).run()
     rounds = sum(int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines())
@@ -234,35 +208,29 @@ def test_pruning_prunes(home, tmp_path, monkeypatch):
     def loss(t):
         return -(0.8 * np.log(t.params["p"]) + 0.2 * np.log((1 - t.params["p"]) / 2))
 
-    assert (
-        all(loss(t) > result.value + 0.01 for t in result.trials if t.state.name == "PRUNED")
-        and abs(result.params["p"] - 0.8) < 0.06
-    )
-    assert any(max(t.intermediate_values) % 10 for t in result.trials if t.state.name == "PRUNED"), "none within a fold"
+    pruned = [t for t in result.trials if t.state.name == "PRUNED"]
+    assert all(loss(t) > result.value + 0.01 for t in pruned) and abs(result.params["p"] - 0.8) < 0.06
+    assert any(max(t.intermediate_values) % 10 for t in pruned), "no trial was pruned within a fold"
 
 
-def test_what_a_model_refuses_fails_with_its_reason(home, tmp_path):
+def test_a_configuration_that_the_model_rejects_fails_with_its_reason(home, tmp_path):
     result = tuner(home, tmp_path / "f.db", 10, dict(refuses=0.7)).run()
     assert result.count("FAIL") >= 1 and result.params["p"] <= 0.7 and len(result.trials) == 10
     assert all(r.startswith("ValueError: p is") for r in result.failures())
-    with pytest.raises(
-        TunerError, match="all 10 trials failed, the first with ValueError: p is 0.40, expected at most 0.1; mend"
-    ):
+    message = "all 10 trials failed, the first with ValueError: p is 0.40, expected at most 0.1; fix"
+    with pytest.raises(TunerError, match=message):
         tuner(home, tmp_path / "g.db", 15, dict(refuses=0.1)).run()
 
 
 @pytest.mark.parametrize("metric, best", [("f1_macro", 0.75), ("sharpe_net", -100)])
-def test_more_is_better_where_it_is(home, tmp_path, metric, best):
+def test_f1_and_sharpe_are_maximised(home, tmp_path, metric, best):
     result = tuner(home, tmp_path / "m.db", 4, objective=metric).run()
-    assert (
-        result.study.direction.name == "MAXIMIZE"
-        and result.value > best
-        and result.value == max(t.value for t in result.trials if t.state.name == "COMPLETE")
-    )
+    assert result.study.direction.name == "MAXIMIZE" and result.value > best
+    assert result.value == max(t.value for t in result.trials if t.state.name == "COMPLETE")
     assert np.isclose(np.mean(result.fold_values), result.value)
 
 
-def test_val_is_opened_only_when_asked_for_and_test_never(home, tmp_path):
+def test_val_is_read_only_with_on_val_and_test_is_never_read(home, tmp_path):
     assert not (home / "data/test_scaled.parquet").exists()
     tuner(home, tmp_path / "t.db", 1).run()
     with pytest.raises(SplitsError, match="expected a parquet file"):
@@ -270,18 +238,14 @@ def test_val_is_opened_only_when_asked_for_and_test_never(home, tmp_path):
     frame = pd.read_parquet(home / "data/train_scaled.parquet")
     shutil.copytree(home / "data", tmp_path / "data")
     frame.assign(datetime=frame.datetime + pd.Timedelta("700D")).to_parquet(tmp_path / "data/val_scaled.parquet")
-    result = OptunaModelTuner(
-        dict(model="valley", horizon=5, data=str(tmp_path / "data")), 3, on="val", storage=tmp_path / "v.db"
-    ).run()
-    assert (
-        len(result.fold_values) == 1
-        and read_tuned(result.save(tmp_path / "v.yaml"))[1]["measured_on"] == "val"
-        and "no longer an independent" in repr(result)
-    )
+    task = dict(model="valley", horizon=5, data=str(tmp_path / "data"))
+    result = OptunaModelTuner(task, 3, on="val", storage=tmp_path / "v.db").run()
+    assert len(result.fold_values) == 1 and "no longer an independent" in repr(result)
+    assert read_tuned(result.save(tmp_path / "v.yaml"))[1]["measured_on"] == "val"
 
 
 @pytest.mark.parametrize(
-    "search, says",
+    "search, message",
     [
         ("search:\n  q: {type: float, low: 0, high: 1}", "unknown key 'q'"),
         ("search:\n  p: {type: flat, low: 0, high: 1}", "p: type 'flat', did you mean 'float'"),
@@ -300,22 +264,20 @@ def test_val_is_opened_only_when_asked_for_and_test_never(home, tmp_path):
         ("rounds: 5", "nothing to vary"),
     ],
 )
-def test_bad_spaces_are_refused_and_nothing_is_left_behind(home, tmp_path, monkeypatch, search, says):
+def test_a_wrong_search_space_is_an_error_and_writes_nothing(home, tmp_path, monkeypatch, search, message):
     (tmp_path / "params/models").mkdir(parents=True)
     (tmp_path / "params/models/valley.yaml").write_text(search + "\n")
-    (
-        monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path / "params")),
-        monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs")),
-    )
+    monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path / "params"))
+    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError) as e:
         tuner(home, None).run()
-    assert says in str(e.value) and "valley.yaml" in str(e.value) and "\n" not in str(e.value)
+    assert message in str(e.value) and "valley.yaml" in str(e.value) and "\n" not in str(e.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    "kw, says",
+    "kw, message",
     [
         (dict(objective="loss"), "did you mean 'log_loss'"),
         (dict(on="test"), "on = 'test'"),
@@ -325,13 +287,13 @@ def test_bad_spaces_are_refused_and_nothing_is_left_behind(home, tmp_path, monke
         (dict(config=dict(q=0.5)), "unknown key 'q'"),
     ],
 )
-def test_bad_questions_are_refused(home, tmp_path, kw, says):
+def test_a_wrong_argument_is_an_error_and_writes_nothing(home, tmp_path, kw, message):
     with pytest.raises(ConfigError) as e:
         tuner(home, tmp_path / "b.db", **kw)
-    assert says in str(e.value) and list(tmp_path.iterdir()) == []
+    assert message in str(e.value) and list(tmp_path.iterdir()) == []
 
 
-def test_what_stands_in_the_way_is_said_before_a_database_is_made(home, tmp_path):
+def test_wrong_data_is_an_error_before_a_database_is_created(home, tmp_path):
     with pytest.raises(MissingFile):
         OptunaModelTuner(dict(model="valley", horizon=5, data="nowhere"), storage=tmp_path / "b.db").run()
     with pytest.raises(SplitsError, match="n_folds = 5000"):
@@ -346,12 +308,12 @@ def test_what_stands_in_the_way_is_said_before_a_database_is_made(home, tmp_path
     with pytest.raises(TunerError, match="cannot be opened"):
         open_storage(tmp_path / "text.db")
     (tmp_path / "plain.yaml").write_text("p: 0.5\n")
-    with pytest.raises(ConfigError, match="do not say how it was tuned"):
+    with pytest.raises(ConfigError, match="no comments on how it was tuned"):
         read_tuned(tmp_path / "plain.yaml")
 
 
-def test_tasks_are_not_mixed(home, tmp_path):
-    ways = [
+def test_each_task_has_its_own_study(home, tmp_path):
+    tasks = [
         {},
         dict(folds=3),
         dict(objective="f1_macro"),
@@ -360,19 +322,17 @@ def test_tasks_are_not_mixed(home, tmp_path):
         dict(config=dict(rounds=9)),
         dict(search=dict(p=dict(type="float", low=0.4, high=0.9))),
     ]
-    assert len({tuner(home, tmp_path / "x.db", **w).study_name for w in ways}) == len(ways)
+    assert len({tuner(home, tmp_path / "x.db", **task).study_name for task in tasks}) == len(tasks)
     assert tuner(home, tmp_path / "y.db", 99).study_name == tuner(home, tmp_path / "x.db").study_name
 
 
-def test_every_model_has_a_space_that_holds_its_defaults(monkeypatch):
+def test_the_search_space_of_each_model_contains_its_defaults(monkeypatch):
     monkeypatch.delenv("MODELFACTORY_PARAMS")
     for model in ModelRegistry.list_models():
         if model["name"] == "valley":
             continue
-        space, config = (
-            read_space(model["name"]),
-            ModelRegistry.get(model["name"]).Config(**read_params(model["name"]).config),
-        )
+        space = read_space(model["name"])
+        config = ModelRegistry.get(model["name"]).Config(**read_params(model["name"]).config)
         assert all(r.contains(getattr(config, key)) for key, r in space.items()), model["name"]
 
 
@@ -381,7 +341,7 @@ def test_the_study_notebook(home, tmp_path):
 
     from modelfactory.runs.engine import check_parameters, execute_notebook, find_notebook
 
-    asked = dict(
+    parameters = dict(
         model="valley",
         horizon=5,
         data=str(home / "data"),
@@ -390,13 +350,10 @@ def test_the_study_notebook(home, tmp_path):
         runs=str(tmp_path),
         output=str(tmp_path / "tuned.yaml"),
     )
-    check_parameters(find_notebook("study.ipynb"), asked)
-    execute_notebook(find_notebook("study.ipynb"), tmp_path / "study.ipynb", asked)
+    check_parameters(find_notebook("study.ipynb"), parameters)
+    execute_notebook(find_notebook("study.ipynb"), tmp_path / "study.ipynb", parameters)
     outputs = [o for c in nbformat.read(tmp_path / "study.ipynb", 4).cells for o in c.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3 and not any(
-        o.output_type == "error" for o in outputs
-    )
-    assert (
-        read_tuned(tmp_path / "tuned.yaml")[1]["n_trials"] == 6
-        and "--preset quick" in (tmp_path / "tuned.yaml").read_text()
-    )
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+    assert not any(o.output_type == "error" for o in outputs)
+    assert read_tuned(tmp_path / "tuned.yaml")[1]["n_trials"] == 6
+    assert "--preset quick" in (tmp_path / "tuned.yaml").read_text()

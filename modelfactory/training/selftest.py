@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -34,10 +35,10 @@ __all__ = ['TABULAR_MODELS', 'FALSE_ALARM_RATE', 'SELFTEST_ROWS', 'perturb_futur
 # %% ../../nbs/training/01_selftest.ipynb #19a1e032
 def perturb_future(
     split: Split,
-    after: pd.Timestamp,  # the last moment that stays
+    after: pd.Timestamp,  # last timestamp that is kept
     seed: int = 0,
 ) -> Split:
-    "The split with other features and market columns in every row later than `after`; labels and keys stay."
+    "The split with random features and other prices in every row later than `after`; labels and keys do not change."
     rng, later = np.random.default_rng(seed), np.asarray(split.datetimes > after)
     matrix, market = split.matrix.copy(), {name: x.copy() for name, x in split.market.items()}
     matrix[later] = 3 * rng.standard_normal((later.sum(), matrix.shape[1]))
@@ -49,9 +50,9 @@ def perturb_future(
 # %% ../../nbs/training/01_selftest.ipynb #25b9734b
 def truncate(
     split: Split,
-    until: pd.Timestamp,  # the last moment
+    until: pd.Timestamp,  # last timestamp that is kept
 ) -> Split:
-    "The rows of a split up to a moment."
+    "The rows of a split up to and including a timestamp."
     rows = np.asarray(split.datetimes <= until)
 
     def cut(arrays):
@@ -72,156 +73,157 @@ def truncate(
 # %% ../../nbs/training/01_selftest.ipynb #cb5f698f
 @dataclass(frozen=True)
 class InvarianceResult:
-    "Whether predictions stayed as they were, and the first that did not."
+    "How many predictions changed in a test, and the first one that did."
 
-    test: str  # what was tried
+    test: str  # name of the test
     n: int  # predictions compared
-    moved: int  # how many changed
-    largest: float  # largest change of a probability
-    first: str  # symbol, time and change of the first, empty when none moved
+    moved: int  # predictions that changed
+    largest: float  # largest absolute change of a probability
+    first: str  # symbol, time and change of the first changed prediction; empty when none changed
 
     @property
     def ok(self) -> bool:
-        "Whether no prediction moved."
+        "Whether no prediction changed."
         return self.moved == 0
 
     def __repr__(self):
-        return f"{self.test}: {self.n:,} predictions, " + (
-            "none changed" if self.ok else f"{self.moved:,} changed, by up to {self.largest:.3g}; first {self.first}"
-        )
+        changes = f"{self.moved:,} changed, by up to {self.largest:.3g}; first {self.first}"
+        return f"{self.test}: {self.n:,} predictions, {'none changed' if self.ok else changes}"
 
     def _repr_html_(self):
-        return f"<p style='color:{'#009E73' if self.ok else '#D55E00'}'>{escape(repr(self))}</p>"
+        colour = "#009E73" if self.ok else "#D55E00"
+        return f"<p style='color:{colour}'>{escape(repr(self))}</p>"
 
 # %% ../../nbs/training/01_selftest.ipynb #4efe94c5
-def _fitted(model, dataset):
-    "The model, and the dataset that it is asked about."
+def _model_and_dataset(model, dataset):
+    "A fitted model, and the dataset to predict: of a trainer its model, and by default its val."
     if isinstance(model, BaseModel):
         return model, dataset
     return model.model, dataset or model.datasets["val"]
 
 
-def _moments(dataset, shares):
+def _cutoffs(dataset, fractions):
+    "The timestamps at given fractions of the samples."
     times = dataset.metadata["datetime"].sort_values()
-    return [times.iloc[int(share * (len(times) - 1))] for share in shares]
+    return [times.iloc[int(fraction * (len(times) - 1))] for fraction in fractions]
 
 # %% ../../nbs/training/01_selftest.ipynb #b48f566a
-def _compare(test, model, dataset, others, tolerance):
-    "Predictions of `dataset` against those of the others: (until, dataset) each."
-    truth, meta, moves = model.predict(dataset.X, dataset.metadata).probabilities, dataset.metadata, []
-    for until, other in others:
-        known = (meta["datetime"] <= until).to_numpy()
-        now = model.predict(other.X, other.metadata).probabilities[(other.metadata["datetime"] <= until).to_numpy()]
-        moves.append(meta.loc[known, ["datetime", "symbol"]].assign(move=np.abs(now - truth[known]).max(1, initial=0)))
-    moves = pd.concat(moves)
-    moved = moves[~(moves.move <= tolerance)].sort_values("datetime")
-    first = f"{moved.symbol.iloc[0]} {moved.datetime.iloc[0]} by {moved.move.iloc[0]:.3g}" if len(moved) else ""
-    return InvarianceResult(test, len(moves), len(moved), float(moves.move.max()) if len(moves) else 0.0, first)
+def _compare_predictions(test, model, dataset, variants, tolerance):
+    "Compares predictions of `dataset` with those of its variants, (cutoff, dataset) pairs, up to each cutoff."
+    original, meta, changes = model.predict(dataset.X, dataset.metadata).probabilities, dataset.metadata, []
+    for cutoff, variant in variants:
+        rows = (meta["datetime"] <= cutoff).to_numpy()
+        variant_rows = (variant.metadata["datetime"] <= cutoff).to_numpy()
+        p = model.predict(variant.X, variant.metadata).probabilities[variant_rows]
+        change = np.abs(p - original[rows]).max(1, initial=0)
+        changes.append(meta.loc[rows, ["datetime", "symbol"]].assign(change=change))
+    changes = pd.concat(changes)
+    moved = changes[~(changes.change <= tolerance)].sort_values("datetime")
+    first = f"{moved.symbol.iloc[0]} {moved.datetime.iloc[0]} by {moved.change.iloc[0]:.3g}" if len(moved) else ""
+    largest = float(changes.change.max()) if len(changes) else 0.0
+    return InvarianceResult(test, len(changes), len(moved), largest, first)
 
 # %% ../../nbs/training/01_selftest.ipynb #c52e3712
 def future_perturbation(
     model: BaseModel | Trainer,  # fitted
     dataset: TimeSeriesDataset | None = None,  # None: the trainer's val
-    shares: tuple = (0.2, 0.5, 0.8),  # where in the samples the future is replaced
+    shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples at which later rows are replaced
     seed: int = 0,
 ) -> InvarianceResult:
-    "Replaces everything after a moment; predictions up to it must stay the same to the last bit."
-    model, ds = _fitted(model, dataset)
-
-    def changed(t, i):
-        return ds.with_split(perturb_future(ds.split, t, seed + i))
-
-    return _compare("another future", model, ds, [(t, changed(t, i)) for i, t in enumerate(_moments(ds, shares))], 0)
+    "Replaces all rows after a cutoff; predictions up to it must be equal bit for bit."
+    model, ds = _model_and_dataset(model, dataset)
+    variants = []
+    for i, cutoff in enumerate(_cutoffs(ds, shares)):
+        variants.append((cutoff, ds.with_split(perturb_future(ds.split, cutoff, seed + i))))
+    return _compare_predictions("another future", model, ds, variants, 0)
 
 # %% ../../nbs/training/01_selftest.ipynb #52140bc4
 def prefix_test(
     model: BaseModel | Trainer,  # fitted
     dataset: TimeSeriesDataset | None = None,  # None: the trainer's val
-    shares: tuple = (0.2, 0.5, 0.8),  # how much of the samples a prefix holds
-    tolerance: float = 1e-5,  # of a probability
+    shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples that the prefixes hold
+    tolerance: float = 1e-5,  # largest permitted change of a probability
 ) -> InvarianceResult:
-    "Predicts from the bars up to a moment alone; the predictions must be those made with all bars."
-    model, ds = _fitted(model, dataset)
-
-    def cut(t):
-        return ds.with_split(truncate(ds.split, t))
-
-    return _compare("only a prefix", model, ds, [(t, cut(t)) for t in _moments(ds, shares)], tolerance)
+    "Predicts from the rows up to a cutoff alone; the predictions must equal those made with all rows."
+    model, ds = _model_and_dataset(model, dataset)
+    variants = [(cutoff, ds.with_split(truncate(ds.split, cutoff))) for cutoff in _cutoffs(ds, shares)]
+    return _compare_predictions("only a prefix", model, ds, variants, tolerance)
 
 # %% ../../nbs/training/01_selftest.ipynb #cd04b3a7
-def _joined(bars, features):
-    "The kit's features and the user's beside each other, aligned with the bars."
+def _joined_features(bars, features):
+    "The features of the kit and those of the user side by side, aligned with the bars."
     own = bar_features(bars)
     return own if features is None else own.join(features(bars).set_axis(own.index))
 
 
 def peeking_features(
-    features=None,  # function of bars -> DataFrame of further feature columns, aligned; None: the kit's alone
-    bars: pd.DataFrame | None = None,  # None: a null market's
-    moments: int = 2,
-) -> list:  # names
-    "Features that change when bars after them change or are cut off, the kit's and the user's."
+    features: Callable | None = None,  # function of bars that returns aligned feature columns; None: the kit's alone
+    bars: pd.DataFrame | None = None,  # datetime, symbol, open, high, low, close, volume; None: a simulated market
+    moments: int = 2,  # cutoffs that are tried
+) -> list[str]:  # names
+    "Features that change when bars after them change or are cut off, those of the kit and of the user."
     bars = simulate_market(replace(MARKET_PRESETS["null"], rows=(1200, 2, 2))).bars if bars is None else bars
     times = bars["datetime"].drop_duplicates().sort_values()
-    return find_lookahead(
-        lambda b: _joined(b, features), bars, times.iloc[np.linspace(0.5, 0.95, moments) * (len(times) - 1)]
-    )
+    cutoffs = times.iloc[np.linspace(0.5, 0.95, moments) * (len(times) - 1)]
+    return find_lookahead(lambda b: _joined_features(b, features), bars, cutoffs)
 
 # %% ../../nbs/training/01_selftest.ipynb #28524f27
 TABULAR_MODELS = ("logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost")
-FALSE_ALARM_RATE = 0.01  # chance that an honest pipeline raises an alarm
-SELFTEST_ROWS = (8_000, 8_000, 300)  # of train, val and test; the width of the intervals is that of val
+FALSE_ALARM_RATE = 0.01  # probability that a correct pipeline raises an alarm
+SELFTEST_ROWS = (8_000, 8_000, 300)  # rows of train, val and test; the intervals are computed on val
 
 
 def null_splits(
-    folder: Path,  # to make
+    folder: Path,  # is created
     horizons: tuple,  # bars ahead
-    seed: int,  # of the market
-    rows: tuple = SELFTEST_ROWS,  # of train, val and test
-    features=None,  # as in `peeking_features`
-) -> Path:
-    "Phase 1 splits of a market without signal, with the features of the user beside the kit's."
+    seed: int,  # random seed of the market
+    rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
+    features: Callable | None = None,  # as in `peeking_features`
+) -> Path:  # of the folder
+    "Writes Phase 1 splits of a market without signal, with the features of the kit and of the user."
     market = simulate_market(replace(MARKET_PRESETS["null"], seed=seed, rows=rows))
     table, own = market_table(market, horizons), []
     if features is not None:
-        more = features(market.bars)
-        own = list(more)
-        table = table.merge(
-            pd.concat([market.bars[["datetime", "symbol"]], more.astype(np.float32)], axis=1),
-            on=["datetime", "symbol"],
-            how="left",
-        )
-    return write_splits(table, folder, horizons, extra_features=(*(c for c in table if c.startswith("pub_")), *own))
+        keys = ["datetime", "symbol"]
+        columns = features(market.bars)
+        own = list(columns)
+        keyed = pd.concat([market.bars[keys], columns.astype(np.float32)], axis=1)
+        table = table.merge(keyed, on=keys, how="left")
+    published = [c for c in table if c.startswith("pub_")]
+    return write_splits(table, folder, horizons, extra_features=(*published, *own))
 
 # %% ../../nbs/training/01_selftest.ipynb #c05b4ccf
-def _sentence(r):
-    "The problems of a model, from its row."
-    who = f"{r.model} h{r.horizon}: "
+def _model_problems(r):
+    "The problems of one model as sentences, from its row of the table."
+    task = f"{r.model} h{r.horizon}: "
     if r.error:
-        yield who + r.error
+        yield task + r.error
     if r.alarm:
-        yield who + f"has directional skill where none is possible: {r.skill:.3f} [{r.low:.3f}, {r.high:.3f}]"
+        yield task + f"has directional skill where none is possible: {r.skill:.3f} [{r.low:.3f}, {r.high:.3f}]"
     for test in (r.future, r.prefix):
         if test and not test.ok:
-            yield who + repr(test)
+            yield task + repr(test)
 
 
-def _cells(table):
-    "What a person reads of the table."
+def _test_cell(test):
+    "Text of a test in the table: changed predictions, or a dash when it did not run."
+    if test is None:
+        return "–"
+    return "same" if test.ok else f"{test.moved:,} moved"
 
-    def stays(tests):
-        return ["–" if t is None else "same" if t.ok else f"{t.moved:,} moved" for t in tests]
 
-    interval = [
-        f"{a:.3f} [{lo:.3f}, {hi:.3f}]" if a == a else "–" for a, lo, hi in zip(table.skill, table.low, table.high)
-    ]
+def _display_table(table):
+    "The table of a self-test as it is shown."
+    interval = []
+    for skill, low, high in zip(table.skill, table.low, table.high, strict=True):
+        interval.append("–" if np.isnan(skill) else f"{skill:.3f} [{low:.3f}, {high:.3f}]")
     return pd.DataFrame(
         {
             "model": table.model,
             "horizon": table.horizon,
             "directional skill": interval,
-            "another future": stays(table.future),
-            "only a prefix": stays(table.prefix),
+            "another future": [_test_cell(test) for test in table.future],
+            "only a prefix": [_test_cell(test) for test in table.prefix],
             "seconds": table.seconds.round(1),
         }
     )
@@ -229,32 +231,30 @@ def _cells(table):
 # %% ../../nbs/training/01_selftest.ipynb #eb34b9a2
 @dataclass
 class SelfTest:
-    "What the self-test found, model by model."
+    "Result of a self-test: a row for each model and horizon."
 
     table: pd.DataFrame  # model, horizon, n, accuracy, skill with low and high, alarm, future, prefix, seconds, error
-    audit: AuditReport  # of the market's columns
-    peeking: list  # features that look ahead
-    level: float  # of each interval
-    seed: int  # of the market
+    audit: AuditReport  # leak audit of the columns of the market
+    peeking: list  # names of features that look ahead
+    level: float  # confidence level of each interval
+    seed: int  # random seed of the market
 
     @property
     def problems(self) -> list[str]:
-        "Each problem in a sentence."
-        columns = [f"feature {name} changes with the bars after it" for name in self.peeking] + [
-            f"audit: {f.sentence}" for f in self.audit.findings if f.verdict == "fail"
-        ]
-        return columns + [text for row in self.table.itertuples() for text in _sentence(row)]
+        "Each problem as a sentence."
+        features = [f"feature {name} changes with the bars after it" for name in self.peeking]
+        leaks = [f"audit: {finding.sentence}" for finding in self.audit.findings if finding.verdict == "fail"]
+        return features + leaks + [text for row in self.table.itertuples() for text in _model_problems(row)]
 
     @property
     def ok(self) -> bool:
-        "Whether nothing was found."
+        "Whether there is no problem."
         return not self.problems
 
     def to_dict(self) -> dict:
-        "Plain data, as it can be stored."
-        table = self.table.assign(
-            **{name: [repr(t) if t else "" for t in self.table[name]] for name in ("future", "prefix")}
-        )
+        "Plain data that can be stored as JSON or YAML."
+        tests = {name: [repr(test) if test else "" for test in self.table[name]] for name in ("future", "prefix")}
+        table = self.table.assign(**tests)
         return dict(
             ok=self.ok,
             problems=self.problems,
@@ -266,53 +266,52 @@ class SelfTest:
         )
 
     def _head(self):
-        return (
-            f"self-test on a market without signal (seed {self.seed}), {len(self.table)} models x horizons, intervals at {self.level:.2%}: "
-            + ("nothing found" if self.ok else f"{len(self.problems)} problems")
-        )
+        market = f"self-test on a market without signal (seed {self.seed})"
+        size = f"{len(self.table)} models x horizons, intervals at {self.level:.2%}"
+        return f"{market}, {size}: {'nothing found' if self.ok else f'{len(self.problems)} problems'}"
 
     def __repr__(self):
-        return "\n".join([self._head(), _cells(self.table).to_string(index=False), *(f"  {p}" for p in self.problems)])
+        table = _display_table(self.table).to_string(index=False)
+        return "\n".join([self._head(), table, *(f"  {problem}" for problem in self.problems)])
 
     def _repr_html_(self):
-        problems = "".join(f"<li style='color:#D55E00'>{escape(p)}</li>" for p in self.problems)
-        return f"<p><b>{escape(self._head())}</b></p>{_cells(self.table).to_html(index=False, border=0)}<ul style='font-size:13px'>{problems}</ul>"
+        problems = "".join(f"<li style='color:#D55E00'>{escape(problem)}</li>" for problem in self.problems)
+        table = _display_table(self.table).to_html(index=False, border=0)
+        return f"<p><b>{escape(self._head())}</b></p>{table}<ul style='font-size:13px'>{problems}</ul>"
 
 # %% ../../nbs/training/01_selftest.ipynb #9413f17d
-def _try(model, horizon, folder, preset, level, seed):
-    "A row of the self-test: one model, one horizon."
-    row, start = (
-        dict(
-            model=model,
-            horizon=horizon,
-            n=0,
-            accuracy=np.nan,
-            skill=np.nan,
-            low=np.nan,
-            high=np.nan,
-            alarm=False,
-            future=None,
-            prefix=None,
-            error="",
-        ),
-        time.perf_counter(),
-    )
+_EMPTY_ROW = dict(
+    n=0,
+    accuracy=np.nan,
+    skill=np.nan,
+    low=np.nan,
+    high=np.nan,
+    alarm=False,
+    future=None,
+    prefix=None,
+    error="",
+)
+
+
+def _test_model(model, horizon, folder, preset, level, seed):
+    "A row of the self-test for one model and horizon; an exception is stored as its error."
+    row, start = dict(model=model, horizon=horizon) | _EMPTY_ROW, time.perf_counter()
     try:
         preset = preset or ("quick" if "quick" in read_params(model).presets else None)
         trainer = Trainer(dict(model=model, horizon=horizon, data=str(folder), preset=preset, seed=seed))
         trainer.train()
-        row |= _judged(trainer, level) | dict(
-            future=future_perturbation(trainer, seed=seed), prefix=prefix_test(trainer)
-        )
+        scores = _skill_scores(trainer, level)
+        row |= scores | dict(future=future_perturbation(trainer, seed=seed), prefix=prefix_test(trainer))
     except Exception as e:
         row["error"] = f"{type(e).__name__}: {e}"
     return row | dict(seconds=time.perf_counter() - start)
 
 
-def _judged(trainer, level):
+def _skill_scores(trainer, level):
+    "Directional skill on val with its interval at a confidence level, and whether 0 lies outside it."
     val = trainer.datasets["val"]
-    predicted = trainer.model.predict(val.X, val.metadata).predictions
-    claim = direction_claim(val.metadata.assign(y_true=val.y, prediction=predicted), val.horizon, alpha=1 - level)
+    y_pred = trainer.model.predict(val.X, val.metadata).predictions
+    claim = direction_claim(val.metadata.assign(y_true=val.y, prediction=y_pred), val.horizon, alpha=1 - level)
     alarm = claim.verdict in ("significant", "worse")
     return dict(n=len(val), accuracy=claim.accuracy, skill=claim.skill, low=claim.low, high=claim.high, alarm=alarm)
 
@@ -320,13 +319,13 @@ def _judged(trainer, level):
 def selftest(
     models: tuple = TABULAR_MODELS,  # names in the registry
     horizons: tuple = (5, 20),  # bars ahead
-    seed: int = 0,  # of the market; another one is another market
-    rows: tuple = SELFTEST_ROWS,  # of train, val and test
-    preset: str | None = None,  # of each model's YAML; None: quick where the model has it
-    features=None,  # function of bars -> DataFrame of further feature columns, put to the same tests
-    alpha: float = FALSE_ALARM_RATE,  # chance that an honest pipeline raises an alarm on direction
+    seed: int = 0,  # random seed of the market
+    rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
+    preset: str | None = None,  # preset of each model's YAML; None: quick where the model has it
+    features: Callable | None = None,  # function of bars that returns further feature columns, tested as well
+    alpha: float = FALSE_ALARM_RATE,  # probability that a correct pipeline raises an alarm on direction
 ) -> SelfTest:
-    "Runs the whole pipeline where there is nothing to find; raises `UnknownModel`, what fails later is a problem told."
+    "Runs the pipeline on a market without signal; raises `UnknownModel`, and lists later exceptions as problems."
     jobs = [(ModelRegistry.get(m).name, h) for m in models for h in horizons]
     level, bar = 1 - alpha / max(1, len(jobs)), Progress(len(jobs), "self-test")
     with tempfile.TemporaryDirectory() as d:
@@ -334,6 +333,7 @@ def selftest(
         report = audit(read_splits(folder))
         for i, (model, horizon) in enumerate(jobs):
             bar.update(i, f"{model} h{horizon}")
-            table.append(_try(model, horizon, folder, preset, level, seed))
-        bar.update(len(jobs)), bar.close()
+            table.append(_test_model(model, horizon, folder, preset, level, seed))
+        bar.update(len(jobs))
+        bar.close()
     return SelfTest(pd.DataFrame(table), report, peeking_features(features), level, seed)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from annotated_types import Ge, Interval
@@ -35,10 +35,19 @@ from ..evaluation.permutation import null_metrics
 from ..evaluation.robustness import analyse_robustness
 from ..evaluation.tables import Metrics
 from ..figures.robustness import plot_robustness
-from ..models.base import check_history, check_y, training_weights
+from ..models.base import BaseModel, PredictionOutput, check_history, check_y, training_weights
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from .test_set import record_test_use, runs_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from modelfactory.data.dataset import TimeSeriesDataset
+    from modelfactory.data.splits import SplitsReport
+    from modelfactory.evaluation.backtest import Backtest
+    from modelfactory.evaluation.robustness import Robustness
+    from modelfactory.evaluation.significance import DirectionClaim
 
 # %% auto #0
 __all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'learning_notes',
@@ -47,29 +56,28 @@ __all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'tra
 # %% ../../nbs/training/00_trainer.ipynb #25f0a7d0
 @dataclass
 class TrainerConfig(HTMLConfig):
-    "All that decides what a training gives."
+    "Everything that decides the result of a training."
 
     model: str  # name in the registry
     horizon: PositiveInt  # bars ahead of the label
-    data: DatasetConfig  # which data, and what of it
+    data: DatasetConfig  # data set, and which of its columns and rows are used
     config: dict = field(default_factory=dict)  # overrides of the model's config
     preset: str | None = None  # preset of the model's YAML
-    seed: NonNegativeInt = 42  # of everything random
+    seed: NonNegativeInt = 42  # random seed of the model and of the bootstrap
     cost_bps: Annotated[float, Ge(0)] = 1.0  # cost on each change of position, basis points
     trading_days: PositiveFloat | None = None  # trading days a year; auto (None): from the bars
     day_start: Annotated[int, Interval(ge=0, le=23)] = 0  # hour at which a trading day begins, in the bars' time zone
 
 # %% ../../nbs/training/00_trainer.ipynb #79c20d51
 def trainer_config(
-    values: dict
-    | Path
-    | TrainerConfig,  # keys of `TrainerConfig`, or a YAML file with them; `data` may be just a folder
+    values: dict | Path | TrainerConfig,  # keys of `TrainerConfig`, or a YAML file; `data` may be a folder or a name
 ) -> TrainerConfig:
-    "A `TrainerConfig` with the kit's settings for what is not given; raises `ConfigError`."
+    "A `TrainerConfig`, missing keys filled in from `settings.ini`; raises `ConfigError` on a wrong key or value."
     if isinstance(values, TrainerConfig):
         return values
-    where = "TrainerConfig" if isinstance(values, dict) else str(values)
-    values, s = dict(values) if isinstance(values, dict) else read_yaml(values), settings()
+    source = "TrainerConfig" if isinstance(values, dict) else str(values)
+    values = dict(values) if isinstance(values, dict) else read_yaml(values)
+    s = settings()
     if isinstance(values.get("data"), (str, Path)):
         values["data"] = {"data": str(values["data"])}
     if isinstance(values.get("data"), dict):
@@ -77,7 +85,7 @@ def trainer_config(
     if values.get("trading_days") == "auto":
         values["trading_days"] = None
     defaults = dict(seed=s.seed, cost_bps=s.cost_bps, trading_days=s.trading_days, day_start=s.day_start)
-    return build_config(TrainerConfig, defaults | values, where)
+    return build_config(TrainerConfig, defaults | values, source)
 
 # %% ../../nbs/training/00_trainer.ipynb #225ac76b
 class Trainer:
@@ -86,69 +94,59 @@ class Trainer:
     def __init__(
         self,
         config: TrainerConfig | dict | Path,  # see `trainer_config`
-        data: Mapping | None = None,  # frames by split, in place of `config.data.data`
+        data: Mapping | None = None,  # split name -> DataFrame, used in place of `config.data.data`
         callbacks: tuple = (),  # called while the model is fitted
-        runs: Path | None = None,  # runs folder whose ledger records each use of test; None: settings' runs folder
+        runs: Path | None = None,  # runs folder with the ledger of uses of test; None: from settings.ini
     ):
         self.config = trainer_config(config)
         self.frames, self.callbacks, self.runs, self._fingerprint = data, list(callbacks), runs, ""
         self._learning = None
         self.model, self.datasets, self.report, self.history = None, {}, None, None
-        self.predictions, self.metrics, self.seconds, self.robustness_by_split, self.baseline_metrics = (
-            {},
-            {},
-            {},
-            {},
-            {},
-        )
+        self.predictions, self.metrics, self.seconds = {}, {}, {}
+        self.robustness_by_split, self.baseline_metrics = {}, {}
         c = self.config
-        decided = dict(random_seed=c.seed, classes=c.data.classes)
-        self.model_config = resolve_config(c.model, c.horizon, c.preset, c.config, **decided)
+        fixed = dict(random_seed=c.seed, classes=c.data.classes)
+        self.model_config = resolve_config(c.model, c.horizon, c.preset, c.config, **fixed)
 
     def __repr__(self):
-        done = [
-            step
-            for step, there in [
-                ("data", self.datasets),
-                ("model", self.model),
-                ("trained", self.history is not None),
-                ("evaluated", self.metrics),
-            ]
-            if there
-        ]
-        return f"Trainer({self.config.model}, horizon {self.config.horizon}, {self.config.data.data}): {', '.join(done) or 'nothing done yet'}"
+        steps = dict(data=self.datasets, model=self.model, trained=self.history is not None, evaluated=self.metrics)
+        done = [name for name, result in steps.items() if result]
+        task = f"{self.config.model}, horizon {self.config.horizon}, {self.config.data.data}"
+        return f"Trainer({task}): {', '.join(done) or 'nothing done yet'}"
 
     def _load(self, splits):
         c = self.config
-        folder = c.data if self.frames is not None else _at(c.data, resolve_data(c.data.data))
+        folder = c.data if self.frames is not None else _with_folder(c.data, resolve_data(c.data.data))
         seq_len = self.model_config["sequence_length"]
         return load_datasets(folder, c.horizon, seq_len, splits, self.frames, self.context_rows)
 
     @property
     def context_rows(self) -> int:
-        "Rows of earlier splits that the first windows of a later one may need, by symbol."
+        "Rows per symbol of earlier splits that the first windows of a later split may need."
         model = ModelRegistry.get(self.config.model)
         return model.history_length(self.model_config) + self.config.data.gap - 1
 
     def fingerprint(
         self,
-        splits: tuple | None = None,  # None: train and val, and test where there is one
+        splits: tuple | None = None,  # None: train, val and, if present, test
     ) -> str:
-        "Hash of the splits, as they were when the training began."
+        "Hash of the splits; after `train` the hash taken when the fit began."
         if splits is None and self._fingerprint:
             return self._fingerprint
         return fingerprint(resolve_data(self.config.data.data) if self.frames is None else self.frames, splits)
 
-    def prepare_data(self):
-        "Reads and checks train and val and the prices of val, and cuts them into samples: `datasets`, `report`."
+    def prepare_data(self) -> SplitsReport:
+        """Reads train and val into `datasets` and returns the report on the splits, also kept as `report`.
+
+        Raises `SplitsError` on wrong splits, and where val's prices cannot be traded."""
         self.datasets, self.report = self._load(("train", "val"))
         self.baseline_metrics, self._fingerprint = {}, ""
         if has_direction(self.config.data.classes):
             check_dataset_prices(self.datasets["val"], self.config.data.prices)
         return self.report
 
-    def build_model(self):
-        "A new model for these features: `model`."
+    def build_model(self) -> BaseModel:
+        "Creates an unfitted model for the features of train, kept as `model`."
         if not self.datasets:
             self.prepare_data()
         self.model = ModelRegistry.create(
@@ -157,14 +155,15 @@ class Trainer:
         return self.model
 
     def train(self) -> dict:
-        "Fits `model`, built first unless it was set by hand: `history`."
+        "Fits `model`, built first unless it was set by hand; returns the losses by round, kept as `history`."
         if not self.datasets:
             self.prepare_data()
         if self.model is None:
             self.build_model()
         train, val = self.datasets["train"], self.datasets["val"]
-        self._fingerprint, self._learning = self.fingerprint(), None  # before hours in which files may be moved
-        self.model.callbacks, start = [*self.model.callbacks, *self.callbacks], time.perf_counter()
+        self._fingerprint, self._learning = self.fingerprint(), None  # before the fit: files may move during it
+        self.model.callbacks = [*self.model.callbacks, *self.callbacks]
+        start = time.perf_counter()
         self.history = self.model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
         self.seconds["fit"] = time.perf_counter() - start
         check_history(self.model, self.history)
@@ -172,19 +171,19 @@ class Trainer:
 
     def evaluate(
         self,
-        split: str = "val",  # "test" is read and used only when named, and the use goes into the ledger
-        run: Path | None = None,  # folder of the run this belongs to, whose runs folder has the ledger; None: `runs`
+        split: str = "val",  # name of the split; each use of "test" is written in the ledger
+        run: Path | None = None,  # run folder this belongs to; its runs folder holds the ledger. None: `runs`
     ) -> dict:
-        "Predicts a split and scores it: `predictions[split]`, `metrics[split]`."
+        "Predicts a split and returns its metrics; kept as `predictions[split]` and `metrics[split]`."
         self.predict(split, run)
         return self.score_split(split)
 
     def predict(
         self,
-        split: str = "val",  # as of `evaluate`
-        run: Path | None = None,  # as of `evaluate`
-    ):  # PredictionOutput
-        "Predicts a split: `predictions[split]`."
+        split: str = "val",  # as in `evaluate`
+        run: Path | None = None,  # as in `evaluate`
+    ) -> PredictionOutput:
+        "Predicts a split; kept as `predictions[split]`. Trains the model first if there is none."
         if self.model is None:
             self.train()
         if split not in self.datasets:
@@ -198,118 +197,117 @@ class Trainer:
 
     def score_split(
         self,
-        split: str = "val",  # that was predicted
+        split: str = "val",  # a split that was predicted
     ) -> dict:
-        "Scores the predictions of a split: `metrics[split]`."
+        "Metrics of the predictions of a split, kept as `metrics[split]`."
         self.robustness_by_split.pop(split, None)
         self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.null_metrics(split))
         return self.metrics[split]
 
     def _record_test_use(self, run):
         runs = (self.runs or settings().runs) if run is None else runs_folder(run)
-        record_test_use(
-            runs,
-            self.config.data.data,
-            self.fingerprint(),
-            self.config.model,
-            self.config.horizon,
-            "" if run is None else Path(run).name,
-        )
+        name = "" if run is None else Path(run).name
+        c = self.config
+        record_test_use(runs, c.data.data, self.fingerprint(), c.model, c.horizon, name)
 
-    def null_metrics(self, split="val") -> dict:
-        "What the predictions of a split are worth by chance: p-values of shifts in time, F1 that volatility alone gives."
+    def null_metrics(self, split: str = "val") -> dict:
+        "Metrics of the null hypothesis: p-values by circular shifts in time, and the F1 that volatility alone gives."
         c, ds = self.config, self.datasets[split]
+        prices, _ = read_prices(ds, c.data.prices)
         rules = c.horizon, c.seed, c.cost_bps, c.trading_days, c.data.classes, c.day_start
-        return null_metrics(self.predictions[split], ds.y, read_prices(ds, c.data.prices)[0], *rules)
+        return null_metrics(self.predictions[split], ds.y, prices, *rules)
 
-    def score(self, predictions, split="val") -> dict:
-        "Metrics of any predictions of a split: the model's, or a baseline's."
-        ds, mine = self.datasets[split], predictions is self.predictions.get(split)
+    def score(self, predictions: PredictionOutput, split: str = "val") -> dict:
+        "Metrics of any predictions of a split: those of the model, or of a baseline."
+        ds = self.datasets[split]
+        timings = self.seconds if predictions is self.predictions.get(split) else {}
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.compute_all_metrics(
-            predictions,
-            ds.y,
-            prices,
-            self.seconds.get("fit") if mine else None,
-            self.seconds.get("predict") if mine else None,
-            source,
+            predictions, ds.y, prices, timings.get("fit"), timings.get("predict"), source
         )
 
     def learning_notes(self) -> list[str]:  # sentences
-        "Whether the fit learnt anything at all, from predictions of rows of train; computed once."
+        "Warnings where the fit learnt nothing or diverged, from predictions on rows of train; computed once."
         if self._learning is None:
             self._learning = learning_notes(self.model, self.datasets["train"]) + divergence_notes(self.history)
         return self._learning
 
     def notes(self) -> tuple:  # sentences
-        "What to know of the scores: a fit that learnt nothing, early stopping on val, trades at the close that was seen."
+        "Caveats on the scores: a fit that learnt nothing, early stopping on val, trades at the signal bar's close."
         gap = GAP_0_NOTE[:1].upper() + GAP_0_NOTE[1:] + "." if self.config.data.gap == 0 else None
         learning = self.learning_notes() if self.history is not None else []
         return tuple(note for note in (*learning, early_stopping_note(self.model_config), gap) if note)
 
-    def direction_claim(self, split: str = "val", trials: int = 1):
-        "What may be claimed of the direction of a split's predictions: a `DirectionClaim`."
+    def direction_claim(
+        self,
+        split: str = "val",
+        trials: int = 1,  # models that were tried; the level is corrected for them
+    ) -> DirectionClaim:
+        "Significance of the directional skill on a split."
         return self.evaluator.direction_claim(self.predictions[split], self.datasets[split].y, trials)
 
-    def backtest(self, split="val"):
-        "Backtest of a split's predictions, None for classes without a direction."
+    def backtest(self, split: str = "val") -> Backtest | None:
+        "Backtest of the predictions of a split; None for classes without a direction."
         ds = self.datasets[split]
         prices, source = read_prices(ds, self.config.data.prices)
         return self.evaluator.backtest(self.predictions[split], prices, ds.y, source)
 
-    def robustness(self, split="val"):
-        "What the profit of a split's predictions hangs on, computed once; None for classes without a direction."
+    def robustness(self, split: str = "val") -> Robustness | None:
+        "Profit by cost, side, symbol, month, regime and exit rule, computed once; None if classes have no direction."
         if split not in self.robustness_by_split and has_direction(self.config.data.classes):
             ds = self.datasets[split]
+            prices, _ = read_prices(ds, self.config.data.prices)
+            has_hits = self.config.horizon in ds.split.bars_to_hit
+            bars_to_hit = ds.metadata.label_bars.to_numpy() if has_hits else None
             self.robustness_by_split[split] = analyse_robustness(
-                self.evaluator,
-                self.predictions[split],
-                ds.y,
-                read_prices(ds, self.config.data.prices)[0],
-                ds.metadata.label_bars.to_numpy() if self.config.horizon in ds.split.bars_to_hit else None,
+                self.evaluator, self.predictions[split], ds.y, prices, bars_to_hit
             )
         return self.robustness_by_split.get(split)
 
     @property
-    def evaluator(self):
+    def evaluator(self) -> ModelEvaluator:
+        "An evaluator with the costs, classes and seed of the configuration."
         c = self.config
         rules = dict(seed=c.seed, day_start=c.day_start, gap=c.data.gap)
         return ModelEvaluator(c.horizon, c.cost_bps, c.trading_days, c.data.classes, **rules)
 
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
-        "Metrics of models that know nothing of the features, to stand beside ours, computed once: prior, flat, long, persistence."
+        "Metrics of the baselines prior, flat, long and persistence, which use no feature; computed once."
         if split not in self.baseline_metrics:
-            found = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
-            self.baseline_metrics[split] = {name: self.score(predictions, split) for name, predictions in found.items()}
+            outputs = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
+            self.baseline_metrics[split] = {name: self.score(output, split) for name, output in outputs.items()}
         return self.baseline_metrics[split]
 
     def baseline(self, split: str = "val") -> dict:
-        "Metrics of the prior, which knows train's class shares alone."
+        "Metrics of the baseline that predicts the class shares of train on every row."
         return self.baselines(split)["prior"]
 
     def run_full_pipeline(self) -> dict:
-        "Prepares, builds, trains and evaluates; returns the validation metrics."
-        self.prepare_data(), self.build_model(), self.train()
+        "Prepares the data, builds, trains and evaluates the model; returns the validation metrics."
+        self.prepare_data()
+        self.build_model()
+        self.train()
         return self.evaluate()
 
     def resolved_config(self) -> dict:
-        "The config with every key of the model: running from it alone gives the same result."
+        "The configuration with every key of the model: a trainer made from it gives the same result."
         return asdict(self.config) | dict(config=self.model_config, preset=None)
 
 
-def _at(data, folder):
+def _with_folder(data, folder):
+    "A copy of a `DatasetConfig` with the path of its folder."
     return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
 
 # %% ../../nbs/training/00_trainer.ipynb #c413ba48
-NOTE_ROWS = 4096  # rows of train that a fit is judged by
-NOTE_STD = 1e-4  # standard deviation of each probability over rows, below which a prediction is constant
+NOTE_ROWS = 4096  # rows of train on which a fit is checked, at most
+NOTE_STD = 1e-4  # a prediction is constant when each probability has a smaller standard deviation over rows
 
 
 def learning_notes(
-    model,  # fitted
-    train,  # TimeSeriesDataset it was fitted on
-) -> list[str]:  # a sentence, or none
-    "Says so where a fit learnt nothing: the same probabilities for every row, or no better than the class shares."
+    model: BaseModel,  # fitted
+    train: TimeSeriesDataset,  # the data it was fitted on
+) -> list[str]:  # one sentence; empty when the fit learnt something
+    "Warning when a fit gives the same probabilities for every row, or is no better than the class shares on train."
     rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
     metadata = train.metadata.iloc[rows].reset_index(drop=True)
     p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
@@ -320,7 +318,7 @@ def learning_notes(
     weights = training_weights(model, codes, metadata)
     weights = np.ones(len(rows)) if weights is None else weights
     shares = np.bincount(codes, weights, minlength=len(model.classes)) / weights.sum()
-    loss, prior = (_log_loss(given, weights) for given in (p[np.arange(len(rows)), codes], shares[codes]))
+    loss, prior = (_log_loss(p_true, weights) for p_true in (p[np.arange(len(rows)), codes], shares[codes]))
     if loss < prior:
         return []
     losses = f"its log loss on train is {loss:.4f}, that of the class shares {prior:.4f}"
@@ -328,22 +326,23 @@ def learning_notes(
 
 
 def _log_loss(p, weights):
+    "Weighted mean of the negative log of `p`, the probabilities of the true classes."
     return -np.average(np.log(np.clip(p, 1e-15, 1)), weights=weights)
 
 
 def divergence_notes(
-    history: dict | None,  # of a fit
-) -> list[str]:  # a sentence, or none
-    "Says so where the losses of a fit were NaN or infinite from some round on."
+    history: dict | None,  # losses by round, as `Trainer.history`
+) -> list[str]:  # one sentence; empty when all losses are finite
+    "Warning when the validation loss of a fit was NaN or infinite in some round."
     losses = np.asarray((history or {}).get("val_loss", []), float)
     bad = np.flatnonzero(~np.isfinite(losses))
     if not len(bad):
         return []
-    kept = (history or {}).get("best_round", 0) + 1
-    kept = f"the weights of round {kept} are kept"
+    best_round = (history or {}).get("best_round", 0) + 1
+    kept = f"the weights of round {best_round} are kept"
     return [f"The loss was NaN or infinite in round {bad[0] + 1}; {kept}: lower learning_rate."]
 
-
+# %% ../../nbs/training/00_trainer.ipynb #a8b5a652
 EARLY_STOPPING_NOTE = (
     "Early stopping used validation: its log loss is better by about .0005 to .0025 nats for "
     "boosting than on unseen data; stop_on: train_tail avoids that."
@@ -351,9 +350,9 @@ EARLY_STOPPING_NOTE = (
 
 
 def early_stopping_note(
-    model_config: dict,  # resolved config of a model, as `Trainer.model_config` or a run's config.yaml has it
+    model_config: dict,  # resolved configuration of a model, from `Trainer.model_config` or a run's config.yaml
 ) -> str | None:
-    "`EARLY_STOPPING_NOTE` where the model's training was stopped on validation; None where it was not."
+    "`EARLY_STOPPING_NOTE` when the fit may stop early on validation, else None."
     config = dict(early_stopping=False, stop_on="val") | model_config
     if config["stop_on"] != "val" or not config["early_stopping"]:
         return None
@@ -361,10 +360,13 @@ def early_stopping_note(
 
 # %% ../../nbs/training/00_trainer.ipynb #0b479276
 def trainer_plots(
-    trainer: Trainer,  # evaluated; without a model there is no picture of its importance
+    trainer: Trainer,  # evaluated on the split; without a model the feature importance is omitted
     split: str = "val",
-) -> dict:  # name -> matplotlib Figure
-    "Learning curve, confusion, reliability, precision and recall, equity (with prices), robustness, importance, shares."
+) -> dict[str, Figure]:  # name -> figure
+    """Figures of one training by name.
+
+    learning_curve, confusion, reliability, precision_recall, equity (only with prices), robustness, importance and
+    predictions."""
     from modelfactory.figures import tear_sheet
 
     predictions, y = trainer.predictions[split], trainer.datasets[split].y

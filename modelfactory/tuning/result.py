@@ -9,6 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,104 +18,99 @@ from ..configuration import ConfigError, read_yaml, settings
 from .space import quiet_optuna
 from .storage import failure_reason, live_trials, open_storage, sqlite_file, storage_url
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from optuna import Study
+
 # %% auto #0
 __all__ = ['RESULT_KEYS', 'TuningResult', 'tuned_file', 'write_tuned', 'read_tuned', 'n_trials_of', 'plot_history',
            'parameter_importances', 'plot_importances', 'plot_slices', 'study_figures']
 
 # %% ../../nbs/tuning/02_result.ipynb #a9ce7f1a
 class TuningResult:
-    "A study, told."
+    "A study with its best parameters, its trials and its figures."
 
-    def __init__(self, study):
+    def __init__(self, study: Study):
         self.study = study
 
     study_attrs = property(lambda self: self.study.user_attrs)
     trials = property(lambda self: live_trials(self.study))
-    value = property(lambda self: self.study.best_value)  # of the objective
-    params = property(lambda self: self.study.best_params)  # that gave it
+    value = property(lambda self: self.study.best_value)  # best value of the objective, mean over the folds
+    params = property(lambda self: self.study.best_params)  # parameters of the best trial
     fold_values = property(lambda self: self.study.best_trial.user_attrs["folds"])
 
-    def count(self, state: str) -> int:
-        "Trials that are COMPLETE, PRUNED or FAIL."
+    def count(
+        self,
+        state: str,  # COMPLETE, PRUNED or FAIL
+    ) -> int:
+        "Number of trials in a state."
         return sum(t.state.name == state for t in self.trials)
 
     @property
     def n_trials(self) -> int:
-        "Configurations that were looked at: what a significance figure has to know."
+        "Configurations that were tried: the count that a significance test is corrected for."
         return self.count("COMPLETE") + self.count("PRUNED")
 
     @property
     def default(self) -> float | None:
-        "The objective of the parameters that the search started from."
-        return next((t.value for t in self.trials if t.user_attrs.get("default") and t.state.name == "COMPLETE"), None)
+        "Objective of the default parameters, which the first trial uses; None when that trial is not complete."
+        for t in self.trials:
+            if t.user_attrs.get("default") and t.state.name == "COMPLETE":
+                return t.value
+        return None
 
-    def failures(self) -> dict:
-        "How often trials failed, by reason."
+    def failures(self) -> dict[str, int]:  # reason -> trials
+        "Number of failed trials by reason."
         reasons = [failure_reason(t) for t in self.trials if t.state.name == "FAIL"]
         return {r: reasons.count(r) for r in dict.fromkeys(reasons)}
 
     def to_frame(self) -> pd.DataFrame:
-        "A row a trial."
-        return pd.DataFrame(
-            [
-                dict(
-                    trial=t.number,
-                    state=t.state.name.lower(),
-                    value=t.value if t.state.name == "COMPLETE" else math.nan,
-                    **t.params,
-                )
-                for t in self.trials
-            ]
-        )
+        "One row per trial: trial, state, value and one column per parameter."
+        rows = []
+        for t in self.trials:
+            value = t.value if t.state.name == "COMPLETE" else math.nan
+            rows.append(dict(trial=t.number, state=t.state.name.lower(), value=value, **t.params))
+        return pd.DataFrame(rows)
 
     def save(
         self,
         file: Path | None = None,  # None: tuned/{model}_h{horizon}.yaml in the runs folder
     ) -> Path:
-        "Writes the parameters as a YAML for `--config`, with what they are worth in its comments."
+        "Writes the best parameters as a YAML for `--config`, with objective and task as comments."
         return write_tuned(self, Path(file or tuned_file(self.study_attrs["model"], self.study_attrs["horizon"])))
 
     def __repr__(self):
-        return "\n".join(f"{k:22} {v}" for k, v in _result_text(self))
+        return "\n".join(f"{name:22} {text}" for name, text in _summary_rows(self))
 
     def _repr_html_(self):
         from html import escape
 
-        rows = "".join(
-            f"<tr><td style='text-align:left;color:#555'>{escape(k)}</td><td style='text-align:left'>{escape(v)}</td></tr>"
-            for k, v in _result_text(self)
-        )
-        return f"<table style='font-size:12px'>{rows}</table>" + _image(plot_history(self.study))
+        rows = ""
+        for name, text in _summary_rows(self):
+            label = f"<td style='text-align:left;color:#555'>{escape(name)}</td>"
+            rows += f"<tr>{label}<td style='text-align:left'>{escape(text)}</td></tr>"
+        return f"<table style='font-size:12px'>{rows}</table>" + _html_image(plot_history(self.study))
 
 # %% ../../nbs/tuning/02_result.ipynb #43cf6745
-def _result_text(r):
-    "Rows of a table about a result."
-    f, start = r.study_attrs, r.default
-    yield (
-        "task",
-        f"{f['model']}, horizon {f['horizon']}, {f['data']}" + (f", preset {f['preset']}" if f["preset"] else ""),
-    )
-    yield (
-        f["objective"],
-        f"{r.value:.4f} (folds {', '.join(f'{v:.4f}' for v in r.fold_values)})"
-        + ("" if start is None else f", defaults {start:.4f}"),
-    )
-    yield (
-        "measured on",
-        f["measured_on"]
-        + (
-            ": a validation score of these parameters is no longer an independent one"
-            if f["measured_on"] == "val"
-            else ""
-        ),
-    )
-    yield "trials", f"{r.count('COMPLETE')} complete, {r.count('PRUNED')} pruned, {r.count('FAIL')} failed"
-    for reason, n in r.failures().items():
+def _summary_rows(result):
+    "Rows (name, text) of the table that shows a result."
+    task, default = result.study_attrs, result.default
+    preset = f", preset {task['preset']}" if task["preset"] else ""
+    yield "task", f"{task['model']}, horizon {task['horizon']}, {task['data']}{preset}"
+    folds = ", ".join(f"{v:.4f}" for v in result.fold_values)
+    compared = "" if default is None else f", defaults {default:.4f}"
+    yield task["objective"], f"{result.value:.4f} (folds {folds}){compared}"
+    on_val = ": a validation score of these parameters is no longer an independent one"
+    yield "measured on", task["measured_on"] + (on_val if task["measured_on"] == "val" else "")
+    n_complete, n_pruned, n_failed = (result.count(state) for state in ("COMPLETE", "PRUNED", "FAIL"))
+    yield "trials", f"{n_complete} complete, {n_pruned} pruned, {n_failed} failed"
+    for reason, n in result.failures().items():
         yield f"{n} failed", reason
-    for key, value in r.params.items():
+    for key, value in result.params.items():
         yield key, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/tuning/02_result.ipynb #9619b3e0
+# Attributes of a study that describe its task.
 RESULT_KEYS = (
     "model",
     "horizon",
@@ -125,71 +121,68 @@ RESULT_KEYS = (
     "preset",
     "config",
     "seed",
-)  # what a study is about
+)
 
 
-def tuned_file(model: str, horizon: int) -> Path:
-    "Where tuned parameters are kept."
+def tuned_file(
+    model: str,  # name in the registry
+    horizon: int,  # bars ahead
+) -> Path:
+    "Default path of the tuned parameters, in the runs folder of settings.ini."
     return settings().runs / "tuned" / f"{model}_h{horizon}.yaml"
 
 
-def _how_to_use(facts):
-    beside = " ".join(
-        filter(
-            None,
-            [
-                f"--preset {facts['preset']}" if facts["preset"] else "",
-                *(f"--set {k}={json.dumps(v)}" for k, v in facts["config"].items()),
-            ],
-        )
-    )
-    warning = (
-        "; it was chosen on val, whose scores are no longer independent of it" if facts["measured_on"] == "val" else ""
-    )
-    return "give this file to a training as --config" + (f", and {beside} as in the search" if beside else "") + warning
+def _usage_note(task):
+    "How to train with the file, as text."
+    options = [f"--preset {task['preset']}"] if task["preset"] else []
+    options += [f"--set {k}={json.dumps(v)}" for k, v in task["config"].items()]
+    same_options = f", and {' '.join(options)} as in the search" if options else ""
+    on_val = "; it was chosen on val, whose scores are no longer independent of it"
+    warning = on_val if task["measured_on"] == "val" else ""
+    return f"give this file to a training as --config{same_options}{warning}"
 
 # %% ../../nbs/tuning/02_result.ipynb #aa81f338
 def write_tuned(
     result: TuningResult,
-    file: Path,
-) -> Path:
-    "Writes the YAML by one rename."
+    file: Path,  # is replaced when it exists
+) -> Path:  # of the file
+    "Writes the best parameters as YAML, atomically; task and objective are comments at the top."
     import yaml
 
-    worth = dict(
+    scores = dict(
         value=result.value,
         defaults=result.default,
         folds=result.fold_values,
         n_trials=result.n_trials,
         study=result.study.study_name,
-        note=_how_to_use(result.study_attrs),
+        note=_usage_note(result.study_attrs),
     )
-    facts = {k: result.study_attrs[k] for k in RESULT_KEYS} | worth
-    head, keys = (
-        yaml.safe_dump(part, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=10**6)
-        for part, flow in ((facts, None), (result.params, False))
-    )
+    facts = {k: result.study_attrs[k] for k in RESULT_KEYS} | scores
+    options = dict(sort_keys=False, allow_unicode=True, width=10**6)
+    comments = yaml.safe_dump(facts, default_flow_style=None, **options)
+    keys = yaml.safe_dump(result.params, default_flow_style=False, **options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text("".join(f"# {line}\n" for line in head.splitlines()) + keys)
-    return aside.replace(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text("".join(f"# {line}\n" for line in comments.splitlines()) + keys)
+    return temporary.replace(file)
 
-
+# %% ../../nbs/tuning/02_result.ipynb #81c5a114
 def read_tuned(
     file: Path,  # written by `TuningResult.save`
-) -> tuple[dict, dict]:  # parameters, facts
-    "Tuned parameters and what is known of them: objective, value, n_trials, data_fingerprint, measured_on; raises `ConfigError`."
+) -> tuple[dict, dict]:  # parameters; facts such as objective, value, n_trials, data_fingerprint, measured_on
+    "Tuned parameters and how they were found; raises `ConfigError` when the comments are missing."
     import yaml
 
     params = read_yaml(file)
-    said = "".join(line[2:] for line in Path(file).read_text().splitlines(keepends=True) if line.startswith("# "))
+    lines = Path(file).read_text().splitlines(keepends=True)
+    comments = "".join(line[2:] for line in lines if line.startswith("# "))
     try:
-        facts = yaml.safe_load(said)
+        facts = yaml.safe_load(comments)
     except yaml.YAMLError:
         facts = None
     if not isinstance(facts, dict) or "n_trials" not in facts:
         raise ConfigError(
-            f"{file}: its comments do not say how it was tuned; tune again, or give the file as --config only"
+            f"{file}: no comments on how it was tuned; tune again, or use the file only as --config of a training"
         )
     return params, facts
 
@@ -197,86 +190,81 @@ def read_tuned(
 def n_trials_of(
     model: str | None = None,  # None: of any model
     horizon: int | None = None,  # bars ahead; None: of any horizon
-    data_fingerprint: str | set | None = None,  # one or several; None: of any data
+    data_fingerprint: str | set | None = None,  # one or several fingerprints; None: of any data
     storage: str | Path | None = None,  # see `storage_url`
-    data: set = frozenset(),  # folders or bundled names whose studies count whatever their fingerprint
-) -> int:  # 0 where nothing was tuned
-    "Configurations that were tried for a task, in all its studies, those that were measured on val included."
+    data: set = frozenset(),  # folders or bundled names whose studies count with any fingerprint
+) -> int:  # 0 when there is no study
+    "Configurations that were tried for a task in all its studies, on val or on folds of train."
     file = sqlite_file(storage_url(storage))
     if file and not file.is_file():
         return 0
     import optuna
 
-    prints = {data_fingerprint} if isinstance(data_fingerprint, str) else data_fingerprint
+    fingerprints = {data_fingerprint} if isinstance(data_fingerprint, str) else data_fingerprint
 
-    def counts(facts):
-        same_data = prints is None or facts.get("data_fingerprint") in prints or facts.get("data") in data
-        return same_data and model in (None, facts.get("model")) and horizon in (None, facts.get("horizon"))
+    def is_of_task(task):
+        is_fingerprint = fingerprints is None or task.get("data_fingerprint") in fingerprints
+        same_data = is_fingerprint or task.get("data") in data
+        return same_data and model in (None, task.get("model")) and horizon in (None, task.get("horizon"))
 
     with quiet_optuna():
-        base = open_storage(storage)
-        names = [s.study_name for s in optuna.get_all_study_summaries(base) if counts(s.user_attrs)]
-        return sum(TuningResult(optuna.load_study(study_name=name, storage=base)).n_trials for name in names)
+        database = open_storage(storage)
+        names = [s.study_name for s in optuna.get_all_study_summaries(database) if is_of_task(s.user_attrs)]
+        studies = [optuna.load_study(study_name=name, storage=database) for name in names]
+        return sum(TuningResult(study).n_trials for study in studies)
 
 # %% ../../nbs/tuning/02_result.ipynb #2c5a9c23
-def _complete(study):
+def _complete_trials(study):
     return [t for t in live_trials(study) if t.state.name == "COMPLETE"]
 
 
-def _image(figure):
-    "A figure as an HTML image; it is closed."
+def _html_image(figure):
+    "A figure as an HTML image; the figure is closed."
     import base64
 
     from modelfactory.figures.tear_sheet import figure_png
 
-    return (
-        f"<img alt='history of the search' src='data:image/png;base64,{base64.b64encode(figure_png(figure)).decode()}'>"
-    )
+    data = base64.b64encode(figure_png(figure)).decode()
+    return f"<img alt='history of the search' src='data:image/png;base64,{data}'>"
 
 
-def _limits(study, values):
-    "Where the better three quarters lie: a few wild trials are not to flatten the rest."
-    ends, sign = np.sort(values), 1 if study.direction.name == "MINIMIZE" else -1
-    best, far = (ends[0], np.quantile(ends, 0.75)) if sign > 0 else (ends[-1], np.quantile(ends, 0.25))
+def _value_limits(study, values):
+    "Limits of the axis of the objective: they cover the better three quarters, without outliers."
+    ordered, sign = np.sort(values), 1 if study.direction.name == "MINIMIZE" else -1
+    best, far = (ordered[0], np.quantile(ordered, 0.75)) if sign > 0 else (ordered[-1], np.quantile(ordered, 0.25))
     pad = abs(far - best) or abs(best) * 0.01 or 0.01
     return sorted((best - sign * 0.15 * pad, far + sign * 0.5 * pad))
 
 # %% ../../nbs/tuning/02_result.ipynb #a3cf48b2
-def plot_history(study):  # -> matplotlib Figure
-    "The objective trial by trial, the best so far, the defaults."
+def plot_history(study: Study) -> Figure:
+    "The objective trial by trial, the best value so far and the value of the defaults."
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 2.6), dpi=100, facecolor="white", layout="constrained")
-    trials, gone = (
-        _complete(study),
-        {s: [t.number for t in live_trials(study) if t.state.name == s] for s in ("PRUNED", "FAIL")},
-    )
+    trials = _complete_trials(study)
     number, value = [t.number for t in trials], np.array([t.value for t in trials])
-    low, high = _limits(study, value)
+    low, high = _value_limits(study, value)
     ax.plot(number, np.clip(value, low, high), "o", color="#0072B2", ms=4, clip_on=False, label="trial")
-    ax.step(
-        number,
-        (np.minimum if study.direction.name == "MINIMIZE" else np.maximum).accumulate(value),
-        where="post",
-        color="#D55E00",
-        lw=1.2,
-        label="best so far",
-    )
+    best = (np.minimum if study.direction.name == "MINIMIZE" else np.maximum).accumulate(value)
+    ax.step(number, best, where="post", color="#D55E00", lw=1.2, label="best so far")
     for state, marker, label in (("PRUNED", "|", "pruned"), ("FAIL", "x", "failed")):
-        if gone[state]:
-            ax.plot(
-                gone[state], np.full(len(gone[state]), low), marker, color="#7f7f7f", ms=5, clip_on=False, label=label
-            )
-    if (start := TuningResult(study).default) is not None:
-        ax.axhline(start, ls="--", lw=0.8, color="#7f7f7f", label="defaults")
+        numbers = [t.number for t in live_trials(study) if t.state.name == state]
+        if numbers:
+            floor = np.full(len(numbers), low)
+            ax.plot(numbers, floor, marker, color="#7f7f7f", ms=5, clip_on=False, label=label)
+    if (default := TuningResult(study).default) is not None:
+        ax.axhline(default, ls="--", lw=0.8, color="#7f7f7f", label="defaults")
     ax.set(xlabel="trial", ylabel=study.user_attrs.get("objective", "objective"), ylim=(low, high))
     ax.spines[["top", "right"]].set_visible(False)
     fig.legend(frameon=False, fontsize=8, ncols=5, loc="outside upper center")
     return fig
 
 # %% ../../nbs/tuning/02_result.ipynb #3efda9e8
-def parameter_importances(study, seed: int = 42) -> dict[str, float]:
-    "Share of the objective's variation by parameter, largest first; empty where trials are too few or too equal to tell."
+def parameter_importances(
+    study: Study,
+    seed: int = 42,  # of the random forest that fANOVA fits
+) -> dict[str, float]:  # parameter -> share of the variance of the objective, largest first
+    "Importance of each parameter by fANOVA; empty when there are too few trials or their values do not differ."
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     try:
@@ -285,8 +273,8 @@ def parameter_importances(study, seed: int = 42) -> dict[str, float]:
         return {}
 
 
-def plot_importances(study):  # -> matplotlib Figure, None where nothing can be told
-    "Which parameters mattered."
+def plot_importances(study: Study) -> Figure | None:  # None when the importance cannot be computed
+    "Importance of each parameter."
     from matplotlib import pyplot as plt
 
     if not (shares := parameter_importances(study)):
@@ -298,56 +286,51 @@ def plot_importances(study):  # -> matplotlib Figure, None where nothing can be 
     return fig
 
 # %% ../../nbs/tuning/02_result.ipynb #e52aebc8
-def plot_slices(study):  # -> matplotlib Figure
+def plot_slices(study: Study) -> Figure:
     "The objective against each parameter; later trials are darker."
     from matplotlib import pyplot as plt
 
-    trials, keys = _complete(study), list(study.best_params)
+    trials, keys = _complete_trials(study), list(study.best_params)
     columns, value = min(len(keys), 4), np.array([t.value for t in trials])
     rows = -(-len(keys) // columns)
-    fig, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(1.9 * columns + 0.8, 1.9 * rows + 0.2),
-        dpi=100,
-        sharey=True,
-        squeeze=False,
-        facecolor="white",
-        layout="constrained",
-    )
-    for ax, key in zip(axes.flat, keys):
-        _slice(ax, key, trials, np.clip(value, *_limits(study, value)))
+    size = (1.9 * columns + 0.8, 1.9 * rows + 0.2)
+    options = dict(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    fig, axes = plt.subplots(rows, columns, sharey=True, squeeze=False, **options)
+    for ax, key in zip(axes.flat, keys, strict=False):
+        _plot_slice(ax, key, trials, np.clip(value, *_value_limits(study, value)))
     for ax in axes.flat[len(keys) :]:
         ax.remove()
     fig.supylabel(study.user_attrs.get("objective", "objective"), fontsize=9)
     return fig
 
 
-def _slice(ax, key, trials, value):
+def _plot_slice(ax, key, trials, value):
+    "The objective against one parameter."
     import matplotlib.colors as mcolors
 
-    kind, best = trials[0].distributions[key], np.array([t.user_attrs.get("default", False) for t in trials])
-    tone = mcolors.LinearSegmentedColormap.from_list("later", ["#bfdcec", "#0072B2"])
-    x = [
-        t.params[key] if hasattr(kind, "low") else list(map(str, kind.choices)).index(str(t.params[key]))
-        for t in trials
-    ]
-    ax.scatter(x, value, c=[t.number for t in trials], cmap=tone, s=14)
-    ax.scatter(np.array(x)[best], value[best], marker="D", s=26, facecolor="none", edgecolor="#D55E00")
-    if not hasattr(kind, "low"):
-        ax.set_xticks(range(len(kind.choices)), map(str, kind.choices))
+    distribution = trials[0].distributions[key]
+    is_default = np.array([t.user_attrs.get("default", False) for t in trials])
+    is_range = hasattr(distribution, "low")
+    names = [] if is_range else list(map(str, distribution.choices))
+    x = [t.params[key] if is_range else names.index(str(t.params[key])) for t in trials]
+    colours = mcolors.LinearSegmentedColormap.from_list("later", ["#bfdcec", "#0072B2"])
+    ax.scatter(x, value, c=[t.number for t in trials], cmap=colours, s=14)
+    ax.scatter(np.array(x)[is_default], value[is_default], marker="D", s=26, facecolor="none", edgecolor="#D55E00")
+    if not is_range:
+        ax.set_xticks(range(len(names)), names)
     else:
-        ends = kind.low, (kind.low * kind.high) ** 0.5 if kind.log else (kind.low + kind.high) / 2, kind.high
-        ax.set(xscale="log" if kind.log else "linear")
-        ax.set_xticks(ends, [f"{e:.3g}" for e in ends])
+        low, high = distribution.low, distribution.high
+        ticks = low, (low * high) ** 0.5 if distribution.log else (low + high) / 2, high
+        ax.set(xscale="log" if distribution.log else "linear")
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         ax.minorticks_off()
     ax.set_xlabel(key, fontsize=8)
     ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/tuning/02_result.ipynb #27fb40ca
-def study_figures(study) -> dict:  # name -> matplotlib Figure
-    "history, importance and slices, those that there is enough for."
+def study_figures(study: Study) -> dict[str, Figure]:  # name -> figure
+    "The figures history, importance and slices; importance only when it can be computed."
     with quiet_optuna():
         figures = dict(history=plot_history(study), importance=plot_importances(study), slices=plot_slices(study))
     return {name: figure for name, figure in figures.items() if figure}
