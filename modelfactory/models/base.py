@@ -152,14 +152,22 @@ class BaseModel(ABC):
         return config["early_stopping"]
 
     @abstractmethod
-    def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
+    def fit(
+        self,
+        X_train: Windows | np.ndarray,
+        y_train: np.ndarray,
+        X_val: Windows | np.ndarray,
+        y_val: np.ndarray,
+        metadata_train: pd.DataFrame | None = None,
+        metadata_val: pd.DataFrame | None = None,
+    ) -> dict:
         """Fits the model and returns its history: lists of losses by round, and `best_round`.
 
-        X is (n, T, F) or (n, F) float32, y is (n,) class values.
+        X is (n, T, F) or (n, F) float32, y is (n,) class values. The metadata holds datetime, symbol and horizon.
         """
 
     @abstractmethod
-    def predict(self, X, metadata) -> PredictionOutput:
+    def predict(self, X: Windows | np.ndarray, metadata: pd.DataFrame) -> PredictionOutput:
         "Returns the probabilities of each row of X; `metadata` holds datetime, symbol and horizon of the rows."
 
     @abstractmethod

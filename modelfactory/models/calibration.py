@@ -166,7 +166,7 @@ class WrappedModel(BaseModel):
     def __repr__(self):
         return repr(self.model)
 
-
+# %% ../../nbs/models/10_calibration.ipynb #b7895924
 def _split_train(model, X, y, metadata, share, key, error=HoldoutError):
     "Class codes, and positions of the earlier part and of the end of train; raises `error` on too few rows."
     codes = check_y(model, y, len(check_X(model, X)))

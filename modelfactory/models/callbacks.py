@@ -24,13 +24,13 @@ __all__ = ['Callback', 'run_callbacks', 'ShowProgress', 'EarlyStopping', 'Progre
 class Callback:
     "Base class: a subclass overrides the methods it needs."
 
-    def on_fit_start(self, model, n_rounds):
+    def on_fit_start(self, model: BaseModel, n_rounds: int) -> None:
         "Called before the first of at most `n_rounds` rounds or epochs."
 
-    def on_epoch_end(self, model, epoch, logs):
+    def on_epoch_end(self, model: BaseModel, epoch: int, logs: dict[str, float]) -> bool | None:
         "Called after round `epoch` (from 0) with its losses; a true return value stops the fit."
 
-    def on_fit_end(self, model, history):
+    def on_fit_end(self, model: BaseModel, history: dict) -> None:
         "Called after the last round with the history of the fit."
 
 # %% ../../nbs/models/03_callbacks.ipynb #6d3eaf18
@@ -40,7 +40,7 @@ def run_callbacks(
     *args: object,  # arguments of the method
     to: list | None = None,  # callbacks to call; None: the model's callbacks
 ) -> bool:  # whether a callback wants to stop the fit
-    "Calls a method of every callback, also after one of them asked to stop."
+    "Calls a method of every callback, also if one of them returns true."
     callbacks = model.callbacks if to is None else to
     return any([bool(getattr(callback, moment)(model, *args)) for callback in callbacks])
 

@@ -136,11 +136,11 @@ class ModelFixture:
         model.history = model.fit(task.X, task.y, task.X_val, task.y_val, task.meta, task.meta_val)
         return model
 
-    def probabilities(self, X=None, model: BaseModel | None = None) -> np.ndarray:
+    def probabilities(self, X: np.ndarray | None = None, model: BaseModel | None = None) -> np.ndarray:
         "Probabilities of `predict`."
         return self.predict(X, model).probabilities
 
-    def predict(self, X=None, model: BaseModel | None = None) -> PredictionOutput:
+    def predict(self, X: np.ndarray | None = None, model: BaseModel | None = None) -> PredictionOutput:
         "Predictions of the shared model, or of `model`, for the validation rows, or for `X`."
         X = self.task.X_val if X is None else X
         return (model or self.model).predict(X, self.task.meta_val[: len(X)])
@@ -166,7 +166,7 @@ def require(
 
 # %% ../../nbs/models/06_conformance.ipynb #99c1320d
 @register_check
-def output_shape_and_types(fixture):
+def output_shape_and_types(fixture: ModelFixture) -> None:
     "One prediction a row: int8 classes, float32 probabilities with sum 1, keys equal to the metadata"
     out, n = fixture.predict(), len(fixture.task.y_val)
     p = out.probabilities
@@ -182,13 +182,13 @@ def output_shape_and_types(fixture):
 
 
 @register_check
-def empty_input(fixture):
+def empty_input(fixture: ModelFixture) -> None:
     "Zero rows of input give zero predictions"
     require(len(fixture.predict(fixture.task.X_val[:0])) == 0, "predictions were returned for zero rows")
 
 
 @register_check
-def plain_history(fixture):
+def plain_history(fixture: ModelFixture) -> None:
     "`fit` returns a dict of numbers, strings and lists"
     history = fixture.model.history
     plain_types = (list, int, float, str, type(None))
@@ -197,7 +197,7 @@ def plain_history(fixture):
 
 # %% ../../nbs/models/06_conformance.ipynb #88fc3e95
 @register_check
-def row_independence(fixture):
+def row_independence(fixture: ModelFixture) -> None:
     "A prediction does not depend on the other rows, their order or the batch size (to 1e-5)"
     p, X = fixture.probabilities(), fixture.task.X_val[:]
     order = np.random.default_rng(0).permutation(len(X))
@@ -215,9 +215,9 @@ def row_independence(fixture):
         "the values of other rows change the prediction of a row",
     )
 
-
+# %% ../../nbs/models/06_conformance.ipynb #40c8ea9e
 @register_check
-def repeated_prediction(fixture):
+def repeated_prediction(fixture: ModelFixture) -> None:
     "Predicting the same rows twice gives equal probabilities"
     require(
         np.array_equal(fixture.probabilities(), fixture.probabilities()), "a second call gives different probabilities"
@@ -225,14 +225,14 @@ def repeated_prediction(fixture):
 
 
 @register_check
-def seed_reproducibility(fixture):
+def seed_reproducibility(fixture: ModelFixture) -> None:
     "Two fits with the same data and seed give bit-identical predictions"
     p = fixture.probabilities(model=fixture.fitted(fixture.task))
     require(np.array_equal(p, fixture.probabilities()), "a second fit gives different predictions")
 
 
 @register_check
-def windows_equal_arrays(fixture):
+def windows_equal_arrays(fixture: ModelFixture) -> None:
     "`Windows` and the array with the same values give equal predictions"
     p_array, p_windows = fixture.probabilities(fixture.task.X_val[:]), fixture.probabilities(fixture.task.X_val)
     require(
@@ -241,7 +241,7 @@ def windows_equal_arrays(fixture):
 
 # %% ../../nbs/models/06_conformance.ipynb #500c75e7
 @register_check
-def unfitted_errors(fixture):
+def unfitted_errors(fixture: ModelFixture) -> None:
     "`predict` and `save` before `fit` raise NotFittedError; `save` writes no file"
     model = fixture.new(fixture.task)
     fixture.raises(NotFittedError, model.predict, fixture.task.X_val, fixture.task.meta_val)
@@ -251,7 +251,7 @@ def unfitted_errors(fixture):
 
 
 @register_check
-def shape_errors(fixture):
+def shape_errors(fixture: ModelFixture) -> None:
     "Wrong F, T or dtype raise ValueError with both shapes; wrong labels or metadata raise ValueError"
     X, t = fixture.task.X_val[:], fixture.task
     for wrong in (X[..., :-1], X[:, None], X.astype(np.float64)):
@@ -264,9 +264,9 @@ def shape_errors(fixture):
     fixture.raises(ValueError, fixture.new(t).fit, t.X, t.y[:-1], t.X_val, t.y_val)
     fixture.raises(ValueError, fixture.new(t).fit, t.X, np.full_like(t.y, 7), t.X_val, t.y_val)
 
-
+# %% ../../nbs/models/06_conformance.ipynb #f20abd59
 @register_check
-def config_errors(fixture):
+def config_errors(fixture: ModelFixture) -> None:
     "An unknown config key raises ConfigError with the most similar key"
     message = fixture.raises(
         ConfigError, ModelRegistry.create, fixture.name, {"random_sed": 1}, 5, fixture.task.features
@@ -275,7 +275,7 @@ def config_errors(fixture):
 
 
 @register_check
-def nan_policy(fixture):
+def nan_policy(fixture: ModelFixture) -> None:
     "A model with `accepts_nan` learns from features with NaN; every other model raises ValueError"
     X = np.array(fixture.task.X)
     X[::7, ..., 1] = np.nan
@@ -322,7 +322,7 @@ def predict_in_new_process(
 
 # %% ../../nbs/models/06_conformance.ipynb #a4a951f9
 @register_check
-def saves_data_only(fixture):
+def saves_data_only(fixture: ModelFixture) -> None:
     "The saved folder holds data: no pickle, no file of an unknown type"
     with tempfile.TemporaryDirectory() as d:
         fixture.model.save(Path(d))
@@ -330,7 +330,7 @@ def saves_data_only(fixture):
 
 
 @register_check
-def loads_in_new_process(fixture):
+def loads_in_new_process(fixture: ModelFixture) -> str | None:
     "A model that is saved and loaded in a new process gives equal probabilities (to 1e-6)"
     if ModelRegistry.get(fixture.name).__module__ == "__main__" and not _is_importable(fixture.name):
         return "not run: defined in this session only; put the model in a plugin file to run this check"
@@ -346,9 +346,9 @@ def _is_importable(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=NEW_PROCESS_SECONDS)
     return done.returncode == 0
 
-
+# %% ../../nbs/models/06_conformance.ipynb #f0f9a5af
 @register_check
-def load_restores_state(fixture):
+def load_restores_state(fixture: ModelFixture) -> None:
     "Loading restores config, classes and feature importance"
     with tempfile.TemporaryDirectory() as d:
         fixture.model.save(Path(d))
@@ -361,7 +361,7 @@ def load_restores_state(fixture):
 
 
 @register_check
-def feature_mismatch_errors(fixture):
+def feature_mismatch_errors(fixture: ModelFixture) -> None:
     "Loading into a model with other features, or another order, raises FeatureMismatch with their names"
     with tempfile.TemporaryDirectory() as d:
         fixture.model.save(Path(d))
@@ -373,7 +373,7 @@ def feature_mismatch_errors(fixture):
 
 # %% ../../nbs/models/06_conformance.ipynb #f854757b
 @register_check
-def class_counts(fixture):
+def class_counts(fixture: ModelFixture) -> None:
     "The model learns 2 and 9 classes; a class that is absent from train keeps its probability column"
     for classes in ((0, 1), tuple(range(9))):
         task = planted_task(classes=classes, seq_len=fixture.seq_len)
@@ -390,7 +390,7 @@ def class_counts(fixture):
 
 
 @register_check
-def feature_counts(fixture):
+def feature_counts(fixture: ModelFixture) -> None:
     "One feature, and a constant feature, give finite probabilities"
     for task in (planted_task(F=1, seq_len=fixture.seq_len), planted_task(F=3, seq_len=fixture.seq_len)):
         X, X_val = task.X[:], task.X_val[:]
@@ -400,9 +400,9 @@ def feature_counts(fixture):
         p = model.predict(X_val, task.meta_val).probabilities
         require(np.isfinite(p).all(), f"F = {len(task.features)}: probabilities are not finite")
 
-
+# %% ../../nbs/models/06_conformance.ipynb #c0e4e09d
 @register_check
-def window_lengths(fixture):
+def window_lengths(fixture: ModelFixture) -> None:
     "Other window lengths work, or raise ValueError with the length"
     lengths = {8, 60, 200} if fixture.is_network else {8, 3}
     for T in lengths - {fixture.seq_len}:
@@ -416,23 +416,23 @@ def window_lengths(fixture):
 
 # %% ../../nbs/models/06_conformance.ipynb #3b86326f
 @register_check
-def learns_planted_signal(fixture):
+def learns_planted_signal(fixture: ModelFixture) -> None:
     "Accuracy on the planted task is above 0.6; chance is 0.33"
     accuracy = (fixture.predict().predictions == fixture.task.y_val).mean()
     require(accuracy > 0.6, f"accuracy {accuracy:.2f}, expected above 0.6; chance is 0.33, good models exceed 0.8")
 
 
 @register_check
-def no_skill_on_noise(fixture):
+def no_skill_on_noise(fixture: ModelFixture) -> None:
     "Accuracy on shuffled labels stays within 4 standard errors of chance"
     task = planted_task(signal=False, seq_len=fixture.seq_len, seed=5)
     accuracy = (fixture.fitted(task).predict(task.X_val, task.meta_val).predictions == task.y_val).mean()
     std_error = (2 / 9 / len(task.y_val)) ** 0.5
     require(abs(accuracy - 1 / 3) < 4 * std_error, f"accuracy {accuracy:.2f} on shuffled labels, chance is 0.33")
 
-
+# %% ../../nbs/models/06_conformance.ipynb #726a316e
 @register_check
-def weights_change_fit(fixture):
+def weights_change_fit(fixture: ModelFixture) -> None:
     "`sample_weight` and `class_weight` change the fit; missing weights raise ValueError"
     t = fixture.task
     meta = t.meta.assign(sample_weight=np.where(t.y == 1, 1e-3, 1.0))
@@ -501,7 +501,7 @@ def input_gradient(
 
 
 @register_network_check
-def uses_every_step_and_feature(fixture):
+def uses_every_step_and_feature(fixture: ModelFixture) -> None:
     "The logits depend on every step and feature, for this window length and for 60 rows"
     wide = fixture.new(fixture.task, sequence_length=60)
     wide.build()
@@ -514,7 +514,7 @@ def uses_every_step_and_feature(fixture):
 
 
 @register_network_check
-def learns_levels_trends_order(fixture):
+def learns_levels_trends_order(fixture: ModelFixture) -> None:
     "Accuracy on level, trend and order of events in a window is above 0.55; chance is 0.33"
     for kind in ("level", "trend", "order"):
         task = window_task(kind, seq_len=fixture.seq_len)

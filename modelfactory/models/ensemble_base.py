@@ -116,7 +116,9 @@ class EnsembleModel(BaseModel):
         self.configs, self.members = member_configs(self.config), {}
 
     @abstractmethod
-    def fit_weights(self, X, y: np.ndarray, codes: np.ndarray, metadata: pd.DataFrame) -> None:
+    def fit_weights(
+        self, X: Windows | np.ndarray, y: np.ndarray, codes: np.ndarray, metadata: pd.DataFrame | None
+    ) -> None:
         "Fits the combination on the training rows; called before the members are fitted on all training rows."
 
     @abstractmethod
