@@ -14,22 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from ..configuration import ConfigError
 from ..data.dataset import Windows
-from .base import PredictionOutput
+from .base import BaseModel, PredictionOutput
 from .errors import FeatureMismatch, NotFittedError
 from .loading import load_model
 from .params import read_params
 from .persistence import find_unsafe_files
 from .registry import ModelRegistry
-
-if TYPE_CHECKING:
-    from modelfactory.models.base import BaseModel
 
 # %% auto #0
 __all__ = ['CHECKS', 'NETWORK_CHECKS', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECONDS', 'SampleTask', 'planted_task',
