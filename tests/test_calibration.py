@@ -1,4 +1,4 @@
-"Calibration against known answers, and every promise of a model that has it: purged, saved, refused, reached through every door."
+"Calibration: known answers, purging, saving, errors on invalid input, and the ways to configure it."
 
 import json
 from dataclasses import replace
@@ -61,7 +61,7 @@ def softmax(logits):
 
 
 def simulated(rng, n, spread=1.5):
-    "Logits whose softmax is the truth, and what happened."
+    "Logits whose softmax is the true probability, and classes drawn from it."
     logits = rng.normal(0, spread, (n, 3)) + [0, 0.5, -0.3]
     return logits, (softmax(logits).cumsum(1) > rng.random((n, 1))).argmax(1)
 
@@ -70,98 +70,96 @@ def log_loss(p, y):
     return -np.log(p[np.arange(len(y)), y]).mean()
 
 
-# known answers
+# Known answers
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7, 4.0])
-def test_temperature_is_recovered_within_its_error(temperature):
-    found = []
+def test_the_fitted_temperature_is_unbiased_and_precise(temperature):
+    ratios = []
     for seed in range(20):
         logits, y = simulated(np.random.default_rng(seed), 4000)
-        found.append(fit_calibration("temperature", softmax(logits * temperature), y).temperature / temperature)
-    assert abs(np.mean(found) - 1) < 3 * np.std(found) / 20**0.5 + 1e-3 and np.std(found) < 0.05
+        ratios.append(fit_calibration("temperature", softmax(logits * temperature), y).temperature / temperature)
+    assert abs(np.mean(ratios) - 1) < 3 * np.std(ratios) / 20**0.5 + 1e-3 and np.std(ratios) < 0.05
 
 
-def test_temperature_weighs_rows():
+def test_temperature_uses_the_weights_of_the_rows():
     rng = np.random.default_rng(0)
     logits, y = simulated(rng, 8000)
-    honest = np.arange(8000) < 4000
-    said = softmax(np.where(honest[:, None], logits, 3 * logits))
-    of_weight = [fit_calibration("temperature", said, y, np.where(honest, w, 1 - w)).temperature for w in (1, 0.5, 0)]
-    assert abs(of_weight[0] - 1) < 0.1 and of_weight[0] < of_weight[1] < of_weight[2] and abs(of_weight[2] - 3) < 0.3
+    calibrated = np.arange(8000) < 4000
+    p = softmax(np.where(calibrated[:, None], logits, 3 * logits))
+    weights = [np.where(calibrated, w, 1 - w) for w in (1, 0.5, 0)]
+    one, between, three = (fit_calibration("temperature", p, y, weight).temperature for weight in weights)
+    assert abs(one - 1) < 0.1 and one < between < three and abs(three - 3) < 0.3
 
 
-def test_isotonic_undoes_a_distortion_that_keeps_the_order():
+def test_isotonic_corrects_a_distortion_that_keeps_the_order():
     rng = np.random.default_rng(1)
     p = rng.uniform(0.02, 0.98, 40_000)
     y = (rng.random(len(p)) < p).astype(int)
-    bent = p**3 / (p**3 + (1 - p) ** 3)
-    fresh = np.linspace(0.05, 0.95, 200)
-    bent_fresh = fresh**3 / (fresh**3 + (1 - fresh) ** 3)
-    mended = fit_calibration("isotonic", np.c_[1 - bent, bent], y)(np.c_[1 - bent_fresh, bent_fresh])[:, 1]
-    assert np.abs(mended - fresh).mean() < 0.015 and np.abs(bent_fresh - fresh).mean() > 0.1
+    distorted = p**3 / (p**3 + (1 - p) ** 3)
+    p_new = np.linspace(0.05, 0.95, 200)
+    distorted_new = p_new**3 / (p_new**3 + (1 - p_new) ** 3)
+    calibration = fit_calibration("isotonic", np.c_[1 - distorted, distorted], y)
+    calibrated = calibration(np.c_[1 - distorted_new, distorted_new])[:, 1]
+    assert np.abs(calibrated - p_new).mean() < 0.015 and np.abs(distorted_new - p_new).mean() > 0.1
 
 
 @pytest.mark.parametrize("kind", CALIBRATION_METHODS)
-def test_an_over_confident_model_gains_and_a_calibrated_one_loses_next_to_nothing(kind):
+def test_an_overconfident_model_gains_and_a_calibrated_model_loses_little(kind):
     gain, cost, gap = [], [], []
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        (logits, y), (later, happened) = simulated(rng, 3000, 1.0), simulated(rng, 3000, 1.0)
-        sure, mended = softmax(3 * later), fit_calibration(kind, softmax(3 * logits), y)(softmax(3 * later))
-        gain.append(log_loss(sure, happened) - log_loss(mended, happened))
-        gap.append(expected_calibration_error(happened, mended) / expected_calibration_error(happened, sure))
-        cost.append(
-            log_loss(fit_calibration(kind, softmax(logits), y)(softmax(later)), happened)
-            - log_loss(softmax(later), happened)
-        )
+        (logits, y), (logits_new, y_new) = simulated(rng, 3000, 1.0), simulated(rng, 3000, 1.0)
+        overconfident = softmax(3 * logits_new)
+        calibrated = fit_calibration(kind, softmax(3 * logits), y)(overconfident)
+        gain.append(log_loss(overconfident, y_new) - log_loss(calibrated, y_new))
+        gap.append(expected_calibration_error(y_new, calibrated) / expected_calibration_error(y_new, overconfident))
+        p_new = softmax(logits_new)
+        recalibrated = fit_calibration(kind, softmax(logits), y)(p_new)
+        cost.append(log_loss(recalibrated, y_new) - log_loss(p_new, y_new))
     assert min(gain) > 0.1 and max(gap) < 0.5 and np.mean(cost) < dict(temperature=0.001, isotonic=0.03)[kind]
 
 
 @pytest.mark.parametrize("n", [10, 100, 1000])
-def test_isotonic_calls_nothing_impossible(n):
+def test_isotonic_gives_no_class_probability_zero(n):
     rng = np.random.default_rng(n)
     p = np.eye(3)[rng.integers(3, size=n)]
-    mended = fit_calibration("isotonic", p, p.argmax(1))(np.eye(3))
-    assert np.isclose(mended.min(), 1 / (n + 3)) and np.allclose(mended.sum(1), 1)
+    calibrated = fit_calibration("isotonic", p, p.argmax(1))(np.eye(3))
+    assert np.isclose(calibrated.min(), 1 / (n + 3)) and np.allclose(calibrated.sum(1), 1)
 
 
-# what is learnt from what
+# Rows of the fit and rows held out
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["label_bars", "horizon"])
+@pytest.mark.parametrize("with_hits", [True, False], ids=["label_bars", "horizon"])
 @pytest.mark.parametrize("seed", range(6))
-def test_no_label_of_the_earlier_part_is_decided_in_the_end(seed, known):
-    "Symbols with other calendars, lost bars and labels of other lengths; the reckoning of folds is the oracle."
-    ds = TimeSeriesDataset(
-        read_split(panel(seed, ["around_the_clock", "day_session", "short_session"], 12, 4, with_hits=known)), 4, 1
-    )
-    labels, metadata = LabelSpans(ds), ds.metadata if known else ds.metadata.drop(columns="label_bars")
+def test_no_label_of_the_earlier_part_is_decided_in_the_end(seed, with_hits):
+    "Symbols with different calendars, missing bars and label lengths; `LabelSpans` of the folds is the oracle."
+    calendars = ["around_the_clock", "day_session", "short_session"]
+    ds = TimeSeriesDataset(read_split(panel(seed, calendars, 12, 4, with_hits=with_hits)), 4, 1)
+    labels, metadata = LabelSpans(ds), ds.metadata if with_hits else ds.metadata.drop(columns="label_bars")
     for share in (0.1, 0.35, 0.8):
         first, end = purged_holdout(metadata, share)
         cut = labels.start[end].min()
         assert set(end) == set(np.flatnonzero(labels.start >= cut)) and len(first) and (labels.end[first] < cut).all()
         purged = np.setdiff1d(np.flatnonzero(labels.start < cut), first)
-        assert (labels.end[purged] >= cut).sum() >= len(purged) - 2 * 4 * len(
-            set(metadata.symbol)
-        )  # and few more than had to go
+        needlessly_purged = len(purged) - (labels.end[purged] >= cut).sum()
+        assert needlessly_purged <= 2 * 4 * len(set(metadata.symbol))
 
 
-def test_the_end_of_train_teaches_the_calibration_alone():
+def test_the_end_of_train_changes_only_the_calibration():
     first, end = purged_holdout(TASK.meta, 0.2)
     X, y = TASK.X[:].copy(), TASK.y.copy()
     X[end], y[end] = X[end][::-1] * 3, -y[end]
     before, after = fitted(), fitted(X=X, y=y)
-    assert (
-        np.array_equal(probabilities(before.model), probabilities(after.model))
-        and before.calibration != after.calibration
-    )
+    assert np.array_equal(probabilities(before.model), probabilities(after.model))
+    assert before.calibration != after.calibration
     purged = np.setdiff1d(np.arange(len(y)), np.r_[first, end])
     y[purged] = -y[purged]
     assert len(purged) == 5 and np.array_equal(probabilities(fitted(X=X, y=y)), probabilities(after))
 
 
-def test_validation_takes_no_part():
+def test_validation_takes_no_part_in_calibration():
     model, p = new(), probabilities(fitted())
     model.fit(TASK.X, TASK.y, TASK.X_val[::-1].copy(), -TASK.y_val, TASK.meta, TASK.meta_val)
     assert np.array_equal(probabilities(model), p)
@@ -170,7 +168,7 @@ def test_validation_takes_no_part():
     assert np.array_equal(model.predict(future, TASK.meta_val).probabilities[:150], p[:150])
 
 
-# one that has it is a model like any other
+# Interface of a calibrated model
 
 
 @pytest.mark.parametrize(
@@ -181,15 +179,15 @@ def test_conformance(name, kind):
 
 
 @pytest.mark.parametrize("kind", CALIBRATION_METHODS)
-def test_a_fresh_process_gives_equal_probabilities(kind, tmp_path):
+def test_a_new_process_gives_equal_probabilities(kind, tmp_path):
     model = fitted(kind)
     model.save(tmp_path)
     assert np.array_equal(predict_in_new_process(tmp_path, TASK.X_val[:], TASK.meta_val), probabilities(model))
     assert load_model(tmp_path).calibration == Calibration(**json.loads((tmp_path / "calibration.json").read_text()))
 
 
-def test_what_others_ask_of_a_model():
-    class Watch:
+def test_callbacks_importance_and_attributes_are_those_of_the_model_inside():
+    class RoundCounter:
         rounds = 0
 
         def on_fit_start(self, model, n_rounds):
@@ -201,72 +199,62 @@ def test_what_others_ask_of_a_model():
         def on_fit_end(self, model, history):
             pass
 
-    model, plain, watch = (
-        new(name="xgboost", n_rounds=7, early_stopping=False),
-        ModelRegistry.create("xgboost", {}, 5, TASK.features),
-        Watch(),
-    )
-    model.callbacks = [watch]
+    model = new(name="xgboost", n_rounds=7, early_stopping=False)
+    plain, counter = ModelRegistry.create("xgboost", {}, 5, TASK.features), RoundCounter()
+    model.callbacks = [counter]
     history = model.fit(TASK.X, TASK.y, TASK.X_val, TASK.y_val, TASK.meta, TASK.meta_val)
-    assert watch.rounds == 7 == len(history["val_loss"]) and set(model.feature_importance()) == set(TASK.features)
+    assert counter.rounds == 7 == len(history["val_loss"])
+    assert set(model.feature_importance()) == set(TASK.features)
     for name in ("name", "family", "requires", "accepts_nan", "Config", "classes", "horizon", "feature_columns"):
         assert getattr(model, name) == getattr(plain, name)
     out = model.predict(TASK.X_val, TASK.meta_val)
     assert np.array_equal(np.array(model.classes)[out.probabilities.argmax(1)], out.predictions)
 
 
-def test_without_it_nothing_changes():
+def test_a_model_without_calibration_is_not_wrapped():
     plain = ModelRegistry.create("logistic_regression", {}, 5, TASK.features)
     assert not isinstance(plain, CalibratedModel) and isinstance(new(), CalibratedModel)
 
 
-def test_every_way_to_configure_a_model_leads_to_it():
-    asked = dict(calibration="isotonic", calibration_share=0.3)
-    trained = Trainer(dict(model="logistic_regression", horizon=5, data="planted", config=asked)).build_model()
-    (job,) = plan_grid(
-        grid_config(
-            dict(data="planted", models="logistic_regression", horizons=[5], overrides=dict(logistic_regression=asked))
-        )
-    )
+def test_trainer_and_grid_configure_calibration():
+    config = dict(calibration="isotonic", calibration_share=0.3)
+    trained = Trainer(dict(model="logistic_regression", horizon=5, data="planted", config=config)).build_model()
+    overrides = dict(logistic_regression=config)
+    grid = dict(data="planted", models="logistic_regression", horizons=[5], overrides=overrides)
+    (job,) = plan_grid(grid_config(grid))
     planned = ModelRegistry.create("logistic_regression", job.parameters["config"], 5, TASK.features)
     for model in (trained, planned):
-        assert (
-            isinstance(model, CalibratedModel)
-            and model.config.calibration == "isotonic"
-            and model.config.calibration_share == 0.3
-        )
+        assert isinstance(model, CalibratedModel)
+        assert model.config.calibration == "isotonic" and model.config.calibration_share == 0.3
 
 
-# what is refused
+# Errors
 
 
 @pytest.mark.parametrize("kind", CALIBRATION_METHODS)
-def test_an_end_that_cannot_tell_is_refused(kind):
+def test_an_end_of_train_that_cannot_be_used_raises_an_error(kind):
     end = purged_holdout(TASK.meta, 0.2)[1]
-    lacking = TASK.y.copy()
-    lacking[end] = np.where(lacking[end] == 0, 1, lacking[end])
+    without_class_0 = TASK.y.copy()
+    without_class_0[end] = np.where(without_class_0[end] == 0, 1, without_class_0[end])
     with pytest.raises(CalibrationError, match=f"holds out {len(end)} rows without class 0"):
-        fitted(kind, lacking)
+        fitted(kind, without_class_0)
     for share in (0.005, 0.995):
         with pytest.raises(CalibrationError, match="expected at least 10 of each"):
             fitted(kind, calibration_share=share)
     with pytest.raises(ValueError, match="needs metadata_train"):
         new(kind).fit(TASK.X, TASK.y, TASK.X_val, TASK.y_val)
     for weight in (0, -1, np.nan):
+        weights = np.where(np.isin(np.arange(len(TASK.y)), end), weight, 1)
         with pytest.raises(ValueError, match="finite, not negative and not all zero"):
-            fitted(
-                kind,
-                meta=TASK.meta.assign(sample_weight=np.where(np.isin(np.arange(len(TASK.y)), end), weight, 1)),
-                sample_weight="column",
-            )
+            fitted(kind, meta=TASK.meta.assign(sample_weight=weights), sample_weight="column")
 
 
-def test_a_fit_that_fails_leaves_nothing_that_predicts(tmp_path):
+def test_after_a_failed_fit_predict_and_save_raise_errors(tmp_path):
     model, end = fitted(), purged_holdout(TASK.meta, 0.2)[1]
-    lacking = TASK.y.copy()
-    lacking[end] = 1
+    one_class_at_end = TASK.y.copy()
+    one_class_at_end[end] = 1
     with pytest.raises(CalibrationError):
-        model.fit(TASK.X, lacking, TASK.X_val, TASK.y_val, TASK.meta, TASK.meta_val)
+        model.fit(TASK.X, one_class_at_end, TASK.X_val, TASK.y_val, TASK.meta, TASK.meta_val)
     for use in (lambda: probabilities(model), lambda: model.save(tmp_path)):
         with pytest.raises(NotFittedError):
             use()
@@ -289,18 +277,21 @@ DAMAGE = dict(
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_calibration_is_not_read_and_not_done_without(damage, tmp_path):
+def test_a_model_with_a_damaged_calibration_file_cannot_be_loaded(damage, tmp_path):
     model = fitted()
     model.save(tmp_path)
     file = tmp_path / "calibration.json"
-    file.unlink() if DAMAGE[damage] is None else file.write_text(DAMAGE[damage])
+    if DAMAGE[damage] is None:
+        file.unlink()
+    else:
+        file.write_text(DAMAGE[damage])
     with pytest.raises(CheckpointError, match="calibration.json"):
         model.load(tmp_path)
     with pytest.raises(NotFittedError):
         probabilities(model)
 
 
-def test_a_calibrated_model_is_not_read_without_its_calibration(tmp_path):
+def test_a_calibrated_model_cannot_be_loaded_without_its_calibration(tmp_path):
     fitted("isotonic").save(tmp_path / "calibrated")
     plain = ModelRegistry.create("logistic_regression", {}, 5, TASK.features)
     with pytest.raises(CheckpointError, match="load_model"):
@@ -312,34 +303,32 @@ def test_a_calibrated_model_is_not_read_without_its_calibration(tmp_path):
         new().load(tmp_path / "plain")
 
 
-# confidence
+# Confidence
 
 
-def test_the_parts_of_a_brier_score_are_those_of_the_papers():
-    "Murphy 1973 by a slow loop; the remainder is the variance within bins less twice the covariance (Stephenson, Coelho and Jolliffe 2008)."
+def test_the_brier_decomposition_equals_the_formulas_of_the_papers():
+    """Murphy 1973, by a slow loop.
+
+    The remainder is the variance within bins less twice the covariance (Stephenson, Coelho and Jolliffe 2008).
+    """
     rng = np.random.default_rng(3)
     logits, y = simulated(rng, 2000)
-    p, want = softmax(1.6 * logits), np.zeros(4)
+    probabilities, expected = softmax(1.6 * logits), np.zeros(4)
     for k in range(3):
-        said, happened, base = p[:, k], (y == k).astype(float), (y == k).mean()
-        want[2] += base * (1 - base)
-        for rows in (bins := confidence_bins(p[:, [k]], 15)) == np.unique(bins)[:, None]:
-            share, a, b = rows.mean(), said[rows].mean(), happened[rows].mean()
-            want += share * np.array(
-                [
-                    (a - b) ** 2,
-                    (b - base) ** 2,
-                    0,
-                    said[rows].var() - 2 * np.mean((said[rows] - a) * (happened[rows] - b)),
-                ]
-            )
-    found = brier_decomposition(y, p)
-    assert np.allclose([found[k] for k in ("reliability", "resolution", "uncertainty", "within")], want, atol=1e-12)
-    assert np.isclose(
-        found["reliability"] - found["resolution"] + found["uncertainty"] + found["within"],
-        ((p - np.eye(3)[y]) ** 2).sum(1).mean(),
-    )
-    assert brier_decomposition(y, softmax(logits))["reliability"] < found["reliability"] / 3
+        p, is_class, base_rate = probabilities[:, k], (y == k).astype(float), (y == k).mean()
+        expected[2] += base_rate * (1 - base_rate)
+        bins = confidence_bins(probabilities[:, [k]], 15)
+        for rows in bins == np.unique(bins)[:, None]:
+            share, p_mean, frequency = rows.mean(), p[rows].mean(), is_class[rows].mean()
+            within = p[rows].var() - 2 * np.mean((p[rows] - p_mean) * (is_class[rows] - frequency))
+            expected += share * np.array([(p_mean - frequency) ** 2, (frequency - base_rate) ** 2, 0, within])
+    parts = brier_decomposition(y, probabilities)
+    names = ("reliability", "resolution", "uncertainty", "within")
+    assert np.allclose([parts[name] for name in names], expected, atol=1e-12)
+    brier_score = ((probabilities - np.eye(3)[y]) ** 2).sum(1).mean()
+    total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within"]
+    assert np.isclose(total, brier_score)
+    assert brier_decomposition(y, softmax(logits))["reliability"] < parts["reliability"] / 3
 
 
 @pytest.fixture(scope="module")
@@ -348,36 +337,35 @@ def traded():
     return ModelEvaluator(5, cost_bps=0.5, n_boot=50), predictions, y, prices
 
 
-def test_a_sweep_is_the_slow_loop(traded):
+def test_a_threshold_sweep_equals_a_slow_loop(traded):
     evaluator, predictions, y, prices = traded
     swept = threshold_sweep(evaluator, predictions, y, prices, (0.0, 0.4, 0.5, 0.6, 2.0))
-    for r in swept.itertuples():
-        position = np.array(
-            [c if p.max() >= r.threshold else 0 for c, p in zip(predictions.predictions, predictions.probabilities)]
-        )
+    for row in swept.itertuples():
+        position = []
+        for y_pred, p in zip(predictions.predictions, predictions.probabilities, strict=True):
+            position.append(y_pred if p.max() >= row.threshold else 0)
+        position = np.array(position)
         called = position != 0
-        assert r.calls == called.sum() and r.coverage == called.mean()
+        assert row.calls == called.sum() and row.coverage == called.mean()
         if not called.any():
-            assert np.isnan([r.precision, r.directional_accuracy, r.sharpe_net]).all()
+            assert np.isnan([row.precision, row.directional_accuracy, row.sharpe_net]).all()
             continue
-        assert np.isclose(r.precision, np.mean([c == t for c, t in zip(position[called], y[called])]))
-        assert np.isclose(r.directional_accuracy, np.mean([c == t for c, t in zip(position, y) if c and t]))
-        frame = pd.DataFrame(
-            dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=position.astype(float))
-        )
-        assert np.isclose(
-            r.sharpe_net, tranche_backtest(frame, prices, horizon=5, cost_bps=0.5).metrics()["sharpe_net"]
-        )
+        correct = [call == truth for call, truth in zip(position[called], y[called], strict=True)]
+        assert np.isclose(row.precision, np.mean(correct))
+        with_direction = [(call, truth) for call, truth in zip(position, y, strict=True) if call and truth]
+        assert np.isclose(row.directional_accuracy, np.mean([call == truth for call, truth in with_direction]))
+        columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=position.astype(float))
+        backtest = tranche_backtest(pd.DataFrame(columns), prices, horizon=5, cost_bps=0.5)
+        assert np.isclose(row.sharpe_net, backtest.metrics()["sharpe_net"])
     assert swept.calls.iloc[-1] == 0 < swept.calls.iloc[-2] < swept.calls[0]
 
 
-def test_a_threshold_of_zero_is_the_evaluators_own_backtest(traded):
+def test_a_threshold_of_zero_equals_the_backtest_of_the_evaluator(traded):
     evaluator, predictions, y, prices = traded
     metrics = evaluator.compute_all_metrics(predictions, y, prices)
     row = threshold_sweep(evaluator, predictions, y, prices, (0.0,)).iloc[0]
-    assert np.isclose(row.sharpe_net, metrics["sharpe_net"]) and np.isclose(
-        row.directional_accuracy, metrics["directional_accuracy"]
-    )
+    assert np.isclose(row.sharpe_net, metrics["sharpe_net"])
+    assert np.isclose(row.directional_accuracy, metrics["directional_accuracy"])
     fixed = compare_exit_rules(evaluator, predictions, y, prices).set_index("strategy").loc["fixed"]
     for name in ("sharpe", "sharpe_net", "turnover", "exposure", "max_drawdown"):
         assert np.isclose(fixed[name], metrics[name]), name
@@ -393,16 +381,15 @@ def test_the_expected_sign_is_the_probability_of_up_less_that_of_down(traded):
     assert np.allclose(rules.loc["fixed"].astype(float), rules.loc["expected sign"].astype(float))
 
 
-def test_pictures_of_a_model_that_calls_nothing_and_of_two_classes(traded):
+def test_plots_of_flat_predictions_and_of_two_classes(traded):
     evaluator, predictions, y, prices = traded
     flat = replace(predictions, predictions=np.zeros_like(predictions.predictions))
     swept = threshold_sweep(evaluator, flat, y, prices)
     assert swept.calls.tolist() == [0] and plot_threshold_sweep(swept).axes[0].lines
-    two = replace(
-        predictions,
-        predictions=(predictions.predictions > 0).astype(np.int8),
-        probabilities=predictions.probabilities[:, 1:] / predictions.probabilities[:, 1:].sum(1, keepdims=True),
-    )
-    assert len(plot_calibration_change(two, two, (y > 0).astype(int), (0, 1)).axes[1].get_title(loc="left")) > 0
+    p = predictions.probabilities[:, 1:]
+    is_up = (predictions.predictions > 0).astype(np.int8)
+    two_classes = replace(predictions, predictions=is_up, probabilities=p / p.sum(1, keepdims=True))
+    figure = plot_calibration_change(two_classes, two_classes, (y > 0).astype(int), (0, 1))
+    assert len(figure.axes[1].get_title(loc="left")) > 0
     with pytest.raises(EvaluationError, match="y_true has"):
         plot_calibration_change(predictions, predictions, y[:-1])

@@ -1,6 +1,7 @@
-"""What strangers give: checkpoints that want to run code, names that want to be HTML, an environment full of secrets.
+"""Hostile input: checkpoints that try to run code, names that are HTML, damaged and forged runs, leaked secrets.
 
-Every payload would make one file, the canary, when any of its code ran. It is looked for after each test."""
+Every payload creates one file, the canary, if its code runs. Each test checks at its end that the file does not exist.
+"""
 
 import io
 import json
@@ -70,11 +71,11 @@ MODELS = dict(
 )
 
 
-# The canary ---------------------------------------------------------------------------------------------------------------------
+# Canary
 
 
 class Payload:
-    "Unpickled, it makes the canary."
+    "Creates the canary when it is unpickled."
 
     def __init__(self, canary):
         self.canary = str(canary)
@@ -90,36 +91,45 @@ def canary(tmp_path):
     assert not file.exists(), "code of a checkpoint was run"
 
 
-def test_the_canary_sings(tmp_path):
-    "A payload that could not run would prove nothing."
+def test_a_payload_creates_the_canary_when_unpickled(tmp_path):
+    "The other tests depend on a payload that works."
     pickle.loads(pickle.dumps(Payload(tmp_path / "canary")))
     assert (tmp_path / "canary").exists()
 
 
-def archive(**members):
-    with zipfile.ZipFile(file := io.BytesIO(), "w") as z:
+def zip_bytes(**members):
+    "A zip archive with these members; `__` in a name stands for `/`."
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as z:
         for name, data in members.items():
             z.writestr(name.replace("__", "/"), data)
     return file.getvalue()
 
 
-def objects(canary):
-    np.save(file := io.BytesIO(), np.array([Payload(canary)], object), allow_pickle=True)
+def npy_bytes(canary):
+    "A .npy file that holds a pickled payload."
+    file = io.BytesIO()
+    np.save(file, np.array([Payload(canary)], object), allow_pickle=True)
     return file.getvalue()
 
 
-PICKLES = {  # a pickle in the shapes in which libraries open one unasked
+def torch_bytes(canary):
+    "A file in the format of `torch.save` that holds a pickled payload."
+    archive = zip_bytes(archive__data_pkl=pickle.dumps(Payload(canary), 2))
+    return archive.replace(b"data_pkl", b"data.pkl")
+
+
+# a pickled payload in each file format that some library unpickles by default
+PICKLES = {
     **{f"protocol {p}": lambda canary, p=p: pickle.dumps(Payload(canary), p) for p in (0, 2, 5)},
-    "torch": lambda canary: archive(archive__data_pkl=pickle.dumps(Payload(canary), 2)).replace(
-        b"data_pkl", b"data.pkl"
-    ),
-    "npy": objects,
-    "npz": lambda canary: archive(a_npy=objects(canary)),
+    "torch": torch_bytes,
+    "npy": npy_bytes,
+    "npz": lambda canary: zip_bytes(a_npy=npy_bytes(canary)),
     "joblib": lambda canary: pickle.dumps([Payload(canary)] * 2, 4),
 }
 
 
-# Checkpoints --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +149,8 @@ def checkpoint(saved, tmp_path):
     return lambda name: shutil.copytree(saved / name, tmp_path / "checkpoints" / name)
 
 
-def slots(name):
+def checkpoint_files(name):
+    "Names of the files in a checkpoint."
     return dict(
         logistic_regression=["model.json", "estimator.skops"],
         xgboost=["model.json", "model.ubj"],
@@ -148,30 +159,28 @@ def slots(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_slots_are_all_the_files(name, saved):
-    assert (
-        sorted(f.name for f in (saved / name).rglob("*")) == sorted(slots(name))
-        and find_unsafe_files(saved / name) == []
-    )
+def test_checkpoint_files_lists_all_files_of_a_checkpoint(name, saved):
+    assert sorted(f.name for f in (saved / name).rglob("*")) == sorted(checkpoint_files(name))
+    assert find_unsafe_files(saved / name) == []
 
 
-@pytest.mark.parametrize("shape", PICKLES)
+@pytest.mark.parametrize("file_format", PICKLES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pickle_in_any_slot_is_refused(name, shape, checkpoint, canary):
-    for slot in slots(name):
+def test_a_pickle_in_place_of_any_file_raises_an_error(name, file_format, checkpoint, canary):
+    for file_name in checkpoint_files(name):
         folder = checkpoint(name)
-        (folder / slot).write_bytes(PICKLES[shape](canary))
-        with pytest.raises(CheckpointError, match=slot):
+        (folder / file_name).write_bytes(PICKLES[file_format](canary))
+        with pytest.raises(CheckpointError, match=file_name):
             load_model(folder)
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("shape", PICKLES)
+@pytest.mark.parametrize("file_format", PICKLES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pickle_beside_the_files_is_not_opened(name, shape, checkpoint, canary):
-    "Under each name by which some library looks for one."
+def test_a_pickle_beside_the_files_is_not_opened(name, file_format, checkpoint, canary):
+    "The extra files have the names under which libraries look for pickles."
     folder = checkpoint(name)
-    for beside in (
+    for extra in (
         "model.pkl",
         "training.json",
         "training.safetensors",
@@ -180,42 +189,43 @@ def test_a_pickle_beside_the_files_is_not_opened(name, shape, checkpoint, canary
         "__init__.py",
         "weights.npz",
     ):
-        (folder / beside).write_bytes(PICKLES[shape](canary))
-    assert load_model(folder).fitted and any("pickle" in f or "not among" in f for f in find_unsafe_files(folder))
+        (folder / extra).write_bytes(PICKLES[file_format](canary))
+    assert load_model(folder).fitted
+    assert any("pickle" in line or "not among" in line for line in find_unsafe_files(folder))
 
 
 @pytest.mark.parametrize("part", ["training.json", "training.safetensors"])
-def test_a_training_does_not_go_on_from_a_pickle(part, tmp_path, canary):
-    "A training that was cut short is the other thing a folder is read for."
+def test_a_training_cannot_be_resumed_from_a_pickle(part, tmp_path, canary):
+    "Resuming an interrupted training reads files from a folder, too."
     from modelfactory.models.callbacks import Callback
 
-    class Cut(Callback):
+    class Interrupt(Callback):
         def on_epoch_end(self, model, epoch, losses):
-            model.save(tmp_path / "cut")
+            model.save(tmp_path / "interrupted")
             return True
 
     class Resume(Callback):
         def on_fit_start(self, model, rounds):
-            model.resume(tmp_path / "cut")
+            model.resume(tmp_path / "interrupted")
 
     task = planted_task(150, seq_len=4)
 
-    def new(watcher):
+    def new(callback):
         model = ModelRegistry.create("gru", MODELS["gru"], 5, task.features)
-        model.callbacks = [watcher]
+        model.callbacks = [callback]
         return model
 
-    new(Cut()).fit(task.X, task.y, task.X_val, task.y_val)
-    (tmp_path / "cut" / part).write_bytes(pickle.dumps(Payload(canary)))
+    new(Interrupt()).fit(task.X, task.y, task.X_val, task.y_val)
+    (tmp_path / "interrupted" / part).write_bytes(pickle.dumps(Payload(canary)))
     with pytest.raises(CheckpointError, match=part):
         new(Resume()).fit(task.X, task.y, task.X_val, task.y_val)
 
 
-# skops --------------------------------------------------------------------------------------------------------------------------
+# Estimators of skops
 
 
-class Stranger:
-    "A type of nobody's; skops would call its `__reduce__`, and then what that returns."
+class UntrustedType:
+    "A type that skops does not trust; skops would call its `__reduce__`, and then the function that this returns."
 
     def __init__(self, canary):
         self.canary = str(canary)
@@ -224,35 +234,32 @@ class Stranger:
         return exec, (f"open({self.canary!r}, 'w').close()",)
 
 
-def nested(canary):
+def nested_pipeline(canary):
+    "A pipeline that holds an untrusted type in an inner step."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import FunctionTransformer
 
-    inner = Pipeline(
-        [
-            ("a", FunctionTransformer(exec, kw_args=dict(globals=dict(x=[Stranger(canary)])))),
-            ("b", LogisticRegression()),
-        ]
-    )
+    transformer = FunctionTransformer(exec, kw_args=dict(globals=dict(x=[UntrustedType(canary)])))
+    inner = Pipeline([("a", transformer), ("b", LogisticRegression())])
     return Pipeline([("outer", Pipeline([("inner", inner)]))])
 
 
-def schema(folder, change):
-    "Edits the schema within an archive of skops."
+def edit_schema(folder, change):
+    "Edits the schema in an archive of skops."
     file = folder / "estimator.skops"
     with zipfile.ZipFile(file) as z:
         members = {n: z.read(n) for n in z.namelist()}
-    said = json.loads(members["schema.json"])
-    change(said)
+    schema = json.loads(members["schema.json"])
+    change(schema)
     with zipfile.ZipFile(file, "w") as z:
-        for name, data in (members | {"schema.json": json.dumps(said)}).items():
+        for name, data in (members | {"schema.json": json.dumps(schema)}).items():
             z.writestr(name, data)
 
 
-def inside(said):
+def first_array_node(schema):
     "The node of the first array in a schema."
-    nodes = [said]
+    nodes = [schema]
     while nodes:
         if isinstance(node := nodes.pop(0), dict):
             if node.get("__loader__") == "NdArrayNode":
@@ -262,12 +269,12 @@ def inside(said):
             nodes += node
 
 
-def test_a_stranger_deep_in_an_estimator_is_not_built(checkpoint, canary):
+def test_an_untrusted_type_in_an_inner_step_is_not_created(checkpoint, canary):
     from skops.io import dump
 
     folder = checkpoint("logistic_regression")
     try:
-        dump(nested(canary), folder / "estimator.skops")
+        dump(nested_pipeline(canary), folder / "estimator.skops")
     except Exception as e:
         pytest.fail(f"the attack could not be written: {e}")
     with pytest.raises(CheckpointError, match="Untrusted"):
@@ -283,34 +290,25 @@ def test_a_stranger_deep_in_an_estimator_is_not_built(checkpoint, canary):
         ("subprocess", "Popen"),
         ("operator", "methodcaller"),
         ("functools", "partial"),
-        ("test_hostile", "Stranger"),
+        ("test_hostile", "UntrustedType"),
     ],
 )
 @pytest.mark.parametrize(
     "loader", ["ObjectNode", "TypeNode", "FunctionNode", "PartialNode", "MethodNode", "OperatorFuncNode"]
 )
-def test_a_schema_that_names_what_is_not_there_to_be_called(module, cls, loader, checkpoint, canary):
-    "The archive's own words about what it holds are changed, at the top and in the middle."
-
-    def spoil(node):
-        node.update(
-            {
-                "__module__": module,
-                "__class__": cls,
-                "__loader__": loader,
-                "content": [f"open({str(canary)!r}, 'w').close()"],
-            }
-        )
-
-    for where in ("top", "middle"):
+def test_a_schema_that_names_dangerous_functions_raises_an_error(module, cls, loader, checkpoint, canary):
+    "The schema is changed at its top node and at the node of an array."
+    content = [f"open({str(canary)!r}, 'w').close()"]
+    forged = {"__module__": module, "__class__": cls, "__loader__": loader, "content": content}
+    for change in (lambda schema: schema.update(forged), lambda schema: first_array_node(schema).update(forged)):
         folder = checkpoint("logistic_regression")
-        schema(folder, lambda s: spoil(s if where == "top" else inside(s)))
+        edit_schema(folder, change)
         with pytest.raises(CheckpointError, match="estimator.skops"):
             load_model(folder).predict(planted_task(20).X, planted_task(20).meta)
         shutil.rmtree(folder)
 
 
-def test_a_zip_that_climbs_out_writes_nothing(checkpoint, canary, tmp_path):
+def test_a_zip_with_paths_outside_its_folder_writes_nothing(checkpoint, canary, tmp_path):
     folder = checkpoint("logistic_regression")
     with zipfile.ZipFile(folder / "estimator.skops", "a") as z:
         for name in ("../../canary", str(canary), "..\\..\\canary", "a/../../../canary"):
@@ -323,32 +321,45 @@ def test_a_zip_that_climbs_out_writes_nothing(checkpoint, canary, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_links_within_a_checkpoint_lead_to_nothing_that_runs_or_is_written(checkpoint, canary, tmp_path):
-    (tmp_path / "theirs").write_bytes(pickle.dumps(Payload(canary)))
+def replace_by_link(file, target):
+    file.unlink()
+    file.symlink_to(target)
+
+
+def test_a_symbolic_link_in_a_checkpoint_raises_an_error(checkpoint, canary, tmp_path):
+    "The link leads to a pickle, or to itself."
+    (tmp_path / "pickle").write_bytes(pickle.dumps(Payload(canary)))
     for name in MODELS:
-        for slot in slots(name):
+        for file_name in checkpoint_files(name):
             folder = checkpoint(name)
-            (folder / slot).unlink(), (folder / slot).symlink_to(tmp_path / "theirs")
-            with pytest.raises(CheckpointError):
-                load_model(folder)
-            (folder / slot).unlink(), (folder / slot).symlink_to(folder / slot)
-            with pytest.raises(CheckpointError):
-                load_model(folder)
+            for target in (tmp_path / "pickle", folder / file_name):
+                replace_by_link(folder / file_name, target)
+                with pytest.raises(CheckpointError):
+                    load_model(folder)
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name, slot", [(name, slot) for name in MODELS for slot in slots(name)])
-def test_a_link_to_what_never_ends_is_not_read(name, slot, checkpoint):
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (20, 20)); from modelfactory.models.loading import load_model; load_model(sys.argv[1])"
+LIMITED_LOAD = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+from modelfactory.models.loading import load_model
+load_model(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "name, file_name", [(name, file_name) for name in MODELS for file_name in checkpoint_files(name)]
+)
+def test_a_link_to_an_endless_device_is_not_read(name, file_name, checkpoint):
     folder = checkpoint(name)
-    (folder / slot).unlink(), (folder / slot).symlink_to("/dev/zero")
-    limited = ["sh", "-c", 'ulimit -v 8000000; exec "$@"', "sh", sys.executable, "-c", code, folder]
+    replace_by_link(folder / file_name, "/dev/zero")
+    limited = ["sh", "-c", 'ulimit -v 8000000; exec "$@"', "sh", sys.executable, "-c", LIMITED_LOAD, folder]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=PATIENCE)
     assert "CheckpointError" in done.stderr.splitlines()[-1], done.stderr[-500:]
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**12, 100_000_001])
-def test_a_giant_header_of_safetensors_costs_no_memory(length, checkpoint, canary):
+def test_a_huge_header_length_in_safetensors_allocates_no_memory(length, checkpoint, canary):
     import resource
 
     folder = checkpoint("gru")
@@ -362,17 +373,23 @@ def test_a_giant_header_of_safetensors_costs_no_memory(length, checkpoint, canar
 
 @pytest.mark.parametrize(
     "change",
-    [dict(data_offsets=[0, 2**40]), dict(data_offsets=[8, 0]), dict(shape=[2**40]), dict(shape=[-1]), dict(dtype="O")],
+    [
+        dict(data_offsets=[0, 2**40]),
+        dict(data_offsets=[8, 0]),
+        dict(shape=[2**40]),
+        dict(shape=[-1]),
+        dict(dtype="O"),
+    ],
 )
-def test_a_header_of_safetensors_that_lies_about_its_tensors(change, checkpoint):
+def test_a_safetensors_header_with_wrong_tensor_entries_raises_an_error(change, checkpoint):
     folder = checkpoint("gru")
     file = folder / "network.safetensors"
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    said = json.loads(data[8 : 8 + size])
-    said[next(k for k in said if k != "__metadata__")].update(change)
-    head = json.dumps(said).encode()
-    file.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
+    header = json.loads(data[8 : 8 + size])
+    header[next(k for k in header if k != "__metadata__")].update(change)
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])
     with pytest.raises(CheckpointError, match="network.safetensors"):
         load_model(folder)
 
@@ -396,43 +413,44 @@ def test_a_header_of_safetensors_that_lies_about_its_tensors(change, checkpoint)
         dict(facts=7),
     ],
 )
-def test_a_header_with_values_of_another_kind(name, change, checkpoint):
-    "What is not read by this model does no harm; what is read is refused by a typed error of one line."
+def test_a_model_header_with_values_of_a_wrong_type_raises_a_typed_error(name, change, checkpoint):
+    "Keys that the model does not read have no effect; a wrong value of another key raises a typed error of one line."
     folder = checkpoint(name)
-    said = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps(said | change))
+    header = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(header | change))
     try:
         load_model(folder)
     except (CheckpointError, ConfigError, FeatureMismatch, UnknownModel) as e:
         assert "\n" not in str(e)
     else:
-        assert not set(change) & set(said) or change == dict(facts=7), change
+        assert not set(change) & set(header) or change == dict(facts=7), change
 
 
-# Runs ---------------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    "Few rows of the planted market."
+    "The first rows of the planted market."
     folder = tmp_path_factory.mktemp("data") / "small"
     folder.mkdir()
     for f in resolve_data("planted").iterdir():
         if f.suffix == ".parquet" and "scaled" in f.name:
-            small(pd.read_parquet(f)).to_parquet(folder / f.name, index=False)
+            first_rows(pd.read_parquet(f)).to_parquet(folder / f.name, index=False)
         elif f.name == "feature_scaler.json":
             shutil.copy(f, folder)
     return folder
 
 
-def small(frame):
-    return frame.groupby("symbol", group_keys=False).head(400)[
-        [c for c in frame if c not in frame.columns[40:] or c.startswith(("label", "sample", "bars"))]
-    ]
+def first_rows(frame):
+    "400 rows of each symbol, with 40 columns and the columns of the labels."
+    columns = [c for c in frame if c not in frame.columns[40:] or c.startswith(("label", "sample", "bars"))]
+    return frame.groupby("symbol", group_keys=False).head(400)[columns]
 
 
 def train(runs, data, model="logistic_regression", seed=0, **config):
-    trainer = Trainer(dict(model=model, horizon=5, data=dict(data=str(data)), seed=seed, config=MODELS[model] | config))
+    config = MODELS[model] | config
+    trainer = Trainer(dict(model=model, horizon=5, data=dict(data=str(data)), seed=seed, config=config))
     trainer.run_full_pipeline()
     attempt = start_attempt(runs, model, 5)
     write_run(trainer, attempt)
@@ -445,47 +463,50 @@ def published(data, tmp_path_factory):
     return {name: train(runs, data, name)[0].path for name in MODELS}
 
 
-def flips(folder, n, seed=0):
-    "`n` places, one bit each, spread over the files by size but with at least a few in each."
+def random_flips(folder, n, seed=0):
+    "`n` tuples (file, offset, bit): half of them spread evenly over the files, the others by file size."
     rng, files = random.Random(seed), sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
-    places = [(f, rng.randrange(f.stat().st_size)) for f in files for _ in range(-(-n // (2 * len(files))))]
-    while len(places) < n:
-        places.append((f := rng.choices(files, [x.stat().st_size for x in files])[0], rng.randrange(f.stat().st_size)))
-    return [(f, at, 1 << rng.randrange(8)) for f, at in places[:n]]
+    per_file = -(-n // (2 * len(files)))
+    offsets = [(f, rng.randrange(f.stat().st_size)) for f in files for _ in range(per_file)]
+    while len(offsets) < n:
+        f = rng.choices(files, [x.stat().st_size for x in files])[0]
+        offsets.append((f, rng.randrange(f.stat().st_size)))
+    return [(f, offset, 1 << rng.randrange(8)) for f, offset in offsets[:n]]
 
 
-def flip(file, at, bit):
+def flip(file, offset, bit):
     with open(file, "r+b") as f:
-        f.seek(at)
+        f.seek(offset)
         byte = f.read(1)[0]
-        f.seek(at), f.write(bytes([byte ^ bit]))
+        f.seek(offset)
+        f.write(bytes([byte ^ bit]))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_flipped_bit_at_200_places_is_seen_before_the_model_is_read(name, published, tmp_path):
+def test_each_of_200_flipped_bits_is_detected_before_the_model_is_read(name, published, tmp_path):
     folder = shutil.copytree(published[name], tmp_path / published[name].name)
-    for file, at, bit in flips(folder / "checkpoints", 200):
-        flip(file, at, bit)
+    for file, offset, bit in random_flips(folder / "checkpoints", 200):
+        flip(file, offset, bit)
         with pytest.raises(RunError, match="changed since"):
             load_run(folder).model()
-        flip(file, at, bit)
+        flip(file, offset, bit)
     assert load_run(folder).model().fitted
 
 
-def test_one_flipped_bit_at_200_places_of_the_other_files_is_seen_by_verify(published, tmp_path):
+def test_each_of_200_flipped_bits_in_the_other_files_is_detected_by_verify(published, tmp_path):
     folder = shutil.copytree(published["xgboost"], tmp_path / "run")
-    said = (folder / MANIFEST_FILE).rename(tmp_path / MANIFEST_FILE)
-    places = flips(folder, 200)
-    shutil.copy(said, folder)
-    for file, at, bit in places:
-        flip(file, at, bit)
+    manifest = (folder / MANIFEST_FILE).rename(tmp_path / MANIFEST_FILE)
+    flips = random_flips(folder, 200)
+    shutil.copy(manifest, folder)
+    for file, offset, bit in flips:
+        flip(file, offset, bit)
         with pytest.raises(RunError, match="changed since"):
             load_run(folder).verify()
-        flip(file, at, bit)
+        flip(file, offset, bit)
     load_run(folder).verify()
 
 
-BROKEN = """
+LOAD_WITH_FLIPPED_BITS = """
 import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
@@ -495,7 +516,7 @@ from modelfactory.files import FileError
 from modelfactory.models.errors import FeatureMismatch, ModelUnavailable
 from modelfactory.models.registry import UnknownModel
 from modelfactory.configuration import ConfigError
-from test_hostile import MODELS, flip, flips
+from test_hostile import flip, random_flips
 folder, name = Path(sys.argv[1]), sys.argv[2]
 load_model(folder)
 def outcome():
@@ -505,36 +526,37 @@ def outcome():
     except Exception as e: print(f"{type(e).__name__}: {e}", flush=True); return 2
     return 0
 codes = []
-for file, at, bit in flips(folder, 200, 1):
-    flip(file, at, bit)
+for file, offset, bit in random_flips(folder, 200, 1):
+    flip(file, offset, bit)
     if not (pid := os.fork()): os._exit(outcome())
     codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    if codes[-1] not in (0, 1): print(f"{file.name} byte {at} bit {bit}: ended with {codes[-1]}", flush=True)
-    flip(file, at, bit)
+    if codes[-1] not in (0, 1): print(f"{file.name} byte {offset} bit {bit}: ended with {codes[-1]}", flush=True)
+    flip(file, offset, bit)
 print(len(codes), "read")
 """
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "gru"])
-def test_without_the_hash_a_flipped_bit_ends_in_a_typed_error_or_a_model(name, checkpoint, canary):
-    """In a process for each place, since a library that crashes takes its process with it. That of xgboost does: its own reader ends with a
-    segmentation fault at one place in twenty, which is why a run's model is read after its hashes alone."""
-    command = [sys.executable, "-c", BROKEN, checkpoint(name), name, ROOT / "tests"]
+def test_without_a_check_of_hashes_a_flipped_bit_gives_a_typed_error_or_a_model(name, checkpoint, canary):
+    """Each flip runs in a separate process, because a library that crashes ends its process.
+
+    xgboost is excluded: its reader ends with a segmentation fault for one flip in twenty. So a run's model is read only
+    after its hashes were compared.
+    """
+    command = [sys.executable, "-c", LOAD_WITH_FLIPPED_BITS, checkpoint(name), name, ROOT / "tests"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "200 read\n", done.stdout + done.stderr[-2000:]
 
 
-def test_hashes_that_were_changed_too_do_not_make_a_pickle_run(published, canary, tmp_path):
-    "Whoever can write a run can write its hashes: they are no defence, the formats are."
-    from modelfactory.models.persistence import file_hash
-
+def test_a_pickle_with_a_matching_hash_is_not_run(published, canary, tmp_path):
+    "An attacker who can write a run can write its hashes, so the file formats must be safe without them."
     for name, path in published.items():
-        for slot in slots(name):
-            folder = shutil.copytree(path, tmp_path / name / slot)
-            (folder / "checkpoints" / slot).write_bytes(pickle.dumps(Payload(canary)))
-            said = json.loads((folder / MANIFEST_FILE).read_text())
-            said["files"][f"checkpoints/{slot}"] = file_hash(folder / "checkpoints" / slot)
-            (folder / MANIFEST_FILE).write_text(json.dumps(said))
+        for file_name in checkpoint_files(name):
+            folder = shutil.copytree(path, tmp_path / name / file_name)
+            (folder / "checkpoints" / file_name).write_bytes(pickle.dumps(Payload(canary)))
+            manifest = json.loads((folder / MANIFEST_FILE).read_text())
+            manifest["files"][f"checkpoints/{file_name}"] = file_hash(folder / "checkpoints" / file_name)
+            (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
             with pytest.raises(CheckpointError):
                 load_run(folder).model()
 
@@ -552,23 +574,23 @@ def test_hashes_that_were_changed_too_do_not_make_a_pickle_run(published, canary
         7,
     ],
 )
-def test_hashes_that_are_wrong_or_gone(files, published, tmp_path):
-    "A manifest that does not vouch for the model's files is refused like one that gives other hashes."
+def test_wrong_or_missing_hashes_raise_an_error(files, published, tmp_path):
+    "A manifest without the hashes of the model's files raises the same error as one with wrong hashes."
     folder = shutil.copytree(published["xgboost"], tmp_path / "run")
-    said = json.loads((folder / MANIFEST_FILE).read_text())
-    (folder / MANIFEST_FILE).write_text(json.dumps(said | dict(files=files)))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest | dict(files=files)))
     with pytest.raises(RunError):
         load_run(folder).model()
 
 
-def test_a_file_that_the_manifest_does_not_know_is_refused(published, canary, tmp_path):
+def test_a_file_that_is_not_in_the_manifest_raises_an_error(published, canary, tmp_path):
     folder = shutil.copytree(published["gru"], tmp_path / "run")
     (folder / "checkpoints/training.safetensors").write_bytes(pickle.dumps(Payload(canary)))
     with pytest.raises(RunError, match="training.safetensors"):
         load_run(folder).model()
 
 
-# Names --------------------------------------------------------------------------------------------------------------------------
+# Names
 
 TAG = "<img src=x onerror=alert(1)>"
 NAMES = [
@@ -584,7 +606,7 @@ NAMES = [
 
 
 class Elements(HTMLParser):
-    "The elements of a page, with what would run."
+    "Parses a page; `tags` lists its elements, `bad` the elements and attributes that would run code."
 
     def __init__(self, page):
         super().__init__()
@@ -595,44 +617,41 @@ class Elements(HTMLParser):
         self.tags.append(tag)
         if tag in ("script", "iframe", "object", "embed", "svg"):
             self.bad.append(tag)
-        self.bad += [
-            f"{tag} {k}={v}"
-            for k, v in attrs
-            if k.startswith("on") or "javascript:" in (v or "").lower() or (k == "src" and v == "x")
-        ]
+        for k, v in attrs:
+            if k.startswith("on") or "javascript:" in (v or "").lower() or (k == "src" and v == "x"):
+                self.bad.append(f"{tag} {k}={v}")
 
 
-def harmless(page):
+def assert_html_runs_nothing(page):
     assert Elements(page).bad == [], Elements(page).bad
 
 
-def plain(text):
-    "Markdown as a reader of it would show it."
+def assert_markdown_runs_nothing(text):
+    "Checks the HTML that a renderer makes of the text."
     import mistune
 
-    harmless(mistune.create_markdown(escape=False, plugins=["table"])(text))
+    assert_html_runs_nothing(mistune.create_markdown(escape=False, plugins=["table"])(text))
 
 
 @pytest.fixture(scope="session")
-def strange(data, tmp_path_factory):
+def hostile_names(data, tmp_path_factory):
     "Runs on a data set whose folder, symbols and columns have hostile names."
-    home = tmp_path_factory.mktemp("strange")
+    home = tmp_path_factory.mktemp("hostile_names")
     folder = shutil.copytree(data, home / TAG)
     for f in folder.glob("*.parquet"):
         frame = pd.read_parquet(f)
-        names = [
-            c
-            for c in frame
-            if c not in ("datetime", "symbol", "open", "high", "low", "close", "volume")
-            and not c.startswith(("label", "sample", "bars"))
-        ]
-        frame = frame.rename(columns=dict(zip(names, ("<script>alert(1)</script>", "'\"><svg onload=alert(1)>"))))
-        frame.assign(symbol="<script>alert('" + frame.symbol.astype(str) + "')</script>").to_parquet(f, index=False)
-    return [*(train(home / "runs", folder, name) for name in ("logistic_regression", "xgboost"))]
+        market = ("datetime", "symbol", "open", "high", "low", "close", "volume")
+        features = [c for c in frame if c not in market and not c.startswith(("label", "sample", "bars"))]
+        names = {features[0]: "<script>alert(1)</script>", features[1]: "'\"><svg onload=alert(1)>"}
+        symbol = "<script>alert('" + frame.symbol.astype(str) + "')</script>"
+        frame.rename(columns=names).assign(symbol=symbol).to_parquet(f, index=False)
+    return [train(home / "runs", folder, name) for name in ("logistic_regression", "xgboost")]
 
 
-def test_reprs_of_a_strange_data_set(strange):
-    run, trainer = strange[0]
+def test_html_of_objects_escapes_hostile_names(hostile_names):
+    from modelfactory.data.audit import audit
+
+    run, trainer = hostile_names[0]
     splits = read_splits(run.data, (5,))
     shown = dict(
         run=run,
@@ -640,26 +659,22 @@ def test_reprs_of_a_strange_data_set(strange):
         splits=splits,
         report=splits.report,
         dataset=TimeSeriesDataset(splits["val"], 5),
-        book=trainer.backtest("val"),
+        backtest=trainer.backtest("val"),
+        audit=audit(splits),
     )
-    from modelfactory.data.audit import audit
-
-    shown["audit"] = audit(splits)
-    for what, x in shown.items():
-        assert (bad := Elements(x._repr_html_()).bad) == [], (what, bad)
+    for name, x in shown.items():
+        assert (bad := Elements(x._repr_html_()).bad) == [], (name, bad)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cards_and_tables_escape_names(name):
-    harmless(header_card(name, 5, {}, data=name, fingerprint=name))
-    harmless(metrics_table({name: 0.5}, {name: 0.4}, names=(name,)))
-    (
-        harmless(GridResult([Outcome(name, "failed", name)])._repr_html_()),
-        harmless(GridStatus([dict(run=name, status="failed", seconds=None, note=name)])._repr_html_()),
-    )
+    assert_html_runs_nothing(header_card(name, 5, {}, data=name, fingerprint=name))
+    assert_html_runs_nothing(metrics_table({name: 0.5}, {name: 0.4}, names=(name,)))
+    assert_html_runs_nothing(GridResult([Outcome(name, "failed", name)])._repr_html_())
+    assert_html_runs_nothing(GridStatus([dict(run=name, status="failed", seconds=None, note=name)])._repr_html_())
 
 
-def test_progress_escapes_what_it_says(monkeypatch):
+def test_progress_escapes_names(monkeypatch):
     from modelfactory import progress
 
     drawn = []
@@ -667,52 +682,50 @@ def test_progress_escapes_what_it_says(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda html, **kw: drawn.append(html.data))
     progress.Progress(2, TAG).update(2, f"last: {TAG}")
     assert drawn
-    harmless(drawn[0])
+    assert_html_runs_nothing(drawn[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_leaderboard_escapes_names(name, strange):
-    table = leaderboard(comparison(strange[0][0].path.parent))
-    (
-        harmless(leaderboard_table(table)._repr_html_()),
-        harmless(leaderboard_table(table.assign(data=name, model=name))._repr_html_()),
-    )
+def test_a_leaderboard_escapes_names(name, hostile_names):
+    table = leaderboard(comparison(hostile_names[0][0].path.parent))
+    assert_html_runs_nothing(leaderboard_table(table)._repr_html_())
+    assert_html_runs_nothing(leaderboard_table(table.assign(data=name, model=name))._repr_html_())
 
 
-def test_a_leaderboard_shows_names_as_they_are(strange):
-    assert (
-        "&lt;img src=x onerror=alert(1)&gt;"
-        in leaderboard_table(leaderboard(comparison(strange[0][0].path.parent)))._repr_html_()
-    )
+def test_a_leaderboard_shows_escaped_names_in_full(hostile_names):
+    table = leaderboard_table(leaderboard(comparison(hostile_names[0][0].path.parent)))
+    assert "&lt;img src=x onerror=alert(1)&gt;" in table._repr_html_()
 
 
-def test_markdown_escapes_names(strange):
-    runs = list_runs(strange[0][0].path.parent)
-    result = comparison(runs)
-    plain("\n".join(f"- {escape_markdown(s)}" for s in summary_sentences(result)))
+def test_markdown_escapes_names(hostile_names):
     from modelfactory.runs.export import model_card
 
-    plain(model_card(runs[0]))
+    runs = list_runs(hostile_names[0][0].path.parent)
+    result = comparison(runs)
+    assert_markdown_runs_nothing("\n".join(f"- {escape_markdown(s)}" for s in summary_sentences(result)))
+    assert_markdown_runs_nothing(model_card(runs[0]))
     for table in (
         leaderboard_table(leaderboard(result)),
         FormattedTable(best_per_horizon(result)),
         FormattedTable(direction_tests(result)),
         excluded_table(result),
     ):
-        plain(table._repr_markdown_()), harmless(table._repr_html_())
+        assert_markdown_runs_nothing(table._repr_markdown_())
+        assert_html_runs_nothing(table._repr_html_())
 
 
-def test_the_page_of_a_comparison_has_no_element_of_a_stranger(strange, tmp_path):
-    runs = shutil.copytree(strange[0][0].path.parent, tmp_path / "runs")
+def test_the_comparison_page_escapes_hostile_names(hostile_names, tmp_path):
+    runs = shutil.copytree(hostile_names[0][0].path.parent, tmp_path / "runs")
     page = compare(runs).read_text()
-    harmless(page), plain((runs / "model_comparison.md").read_text())
-    assert "onerror" in page, "the name itself is to be seen"
+    assert_html_runs_nothing(page)
+    assert_markdown_runs_nothing((runs / "model_comparison.md").read_text())
+    assert "onerror" in page, "the page must show the name"
 
 
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if n != "&lt;b&gt;"] + ["../x", "a/b", "a\0b", "A", "a b", "é", "x" * 50, ""]
 )
-def test_a_model_s_name_is_a_plain_word_everywhere(name, tmp_path):
+def test_a_model_name_that_is_no_plain_word_raises_an_error_everywhere(name, tmp_path):
     with pytest.raises(ValueError):
         check_name(name)
     with pytest.raises(ValueError):
@@ -722,24 +735,22 @@ def test_a_model_s_name_is_a_plain_word_everywhere(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_manifest_of_strange_names_is_shown_escaped(published, tmp_path):
-    "A run of another's: its folder and its manifest say what they like."
+def test_names_in_a_received_manifest_are_escaped(published, tmp_path):
+    "The folder and the manifest of a received run may hold any text."
     for i, name in enumerate(n for n in NAMES if n != ".."):
         folder = shutil.copytree(published["xgboost"], tmp_path / "runs" / f"{i}{name}".replace("/", "_"))
-        said = json.loads((folder / MANIFEST_FILE).read_text())
-        (folder / MANIFEST_FILE).write_text(
-            json.dumps(said | dict(model=name, family=name, data=f"/{name}", identity=name, grid=name))
-        )
-        harmless(load_run(folder)._repr_html_())
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        changes = dict(model=name, family=name, data=f"/{name}", identity=name, grid=name)
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest | changes))
+        assert_html_runs_nothing(load_run(folder)._repr_html_())
     runs = list_runs(tmp_path / "runs")
-    (
-        harmless(runs._repr_html_()),
-        harmless((table := leaderboard_table(leaderboard(comparison(runs))))._repr_html_()),
-        plain(table._repr_markdown_()),
-    )
+    table = leaderboard_table(leaderboard(comparison(runs)))
+    assert_html_runs_nothing(runs._repr_html_())
+    assert_html_runs_nothing(table._repr_html_())
+    assert_markdown_runs_nothing(table._repr_markdown_())
 
 
-# Secrets ------------------------------------------------------------------------------------------------------------------------
+# Secrets
 
 SECRETS = dict(
     AWS_SECRET_ACCESS_KEY="S3cretOfAws",
@@ -752,71 +763,53 @@ SECRETS = dict(
 
 
 def call(*args, cwd=ROOT, **env):
+    "Runs the command line in a process with additional environment variables."
     command = [Path(sys.executable).with_name("modelfactory"), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def seen_in(folder, word="S3cret"):
-    "Files that hold a word, as text, in UTF-16 or compressed in a zip."
-    found = []
+def files_that_hold(folder, word="S3cret"):
+    "Names of the files that hold a word, as text, in UTF-16 or compressed in a zip."
+    names = []
     for f in sorted(f for f in folder.rglob("*") if f.is_file()):
         texts = [f.read_bytes()]
         if zipfile.is_zipfile(f):
-            texts += [zipfile.ZipFile(f).read(m) for m in zipfile.ZipFile(f).namelist()]
+            with zipfile.ZipFile(f) as z:
+                texts += [z.read(member) for member in z.namelist()]
         if any(word.encode() in t or word.encode("utf-16-le") in t for t in texts):
-            found.append(str(f.relative_to(folder)))
-    return found
+            names.append(str(f.relative_to(folder)))
+    return names
 
 
-def test_secrets_of_the_environment_are_nowhere(tmp_path, data):
-    "One run that works, one that fails, one whose tracking fails; then all of it in MLflow."
+def test_secrets_of_the_environment_are_in_no_file_and_no_output(tmp_path, data):
+    "Three runs: one succeeds, one fails, one is not tracked. Then MLflow is rebuilt from them."
     runs, common = tmp_path / "runs", ("--horizon", "5", "--data", data, "--output", tmp_path / "runs")
-    ok = call("train", "--model", "logistic_regression", *common, **SECRETS, MODELFACTORY_TRACKING="sqlite")
-    failed = call(
-        "train",
-        "--model",
-        "svm",
-        *common,
-        "--set",
-        "exact=true",
-        "--set",
-        "max_exact_rows=10",
-        **SECRETS,
-        MODELFACTORY_TRACKING="http://bob:S3cretOfTracking@127.0.0.1:9",
-    )
-    untracked = call(
-        "train",
-        "--model",
-        "xgboost",
-        *common,
-        "--set",
-        "n_rounds=3",
-        **SECRETS,
-        MODELFACTORY_TRACKING="http://bob:S3cretOfTracking@127.0.0.1:9/?token=S3cretToken",
-    )
-    assert (ok.returncode, failed.returncode, untracked.returncode) == (0, 1, 0), (
-        ok.stderr + failed.stderr + untracked.stderr
-    )
+    server = "http://bob:S3cretOfTracking@127.0.0.1:9"
+
+    def train_model(model, *options, tracking):
+        return call("train", "--model", model, *common, *options, **SECRETS, MODELFACTORY_TRACKING=tracking)
+
+    ok = train_model("logistic_regression", tracking="sqlite")
+    failed = train_model("svm", "--set", "exact=true", "--set", "max_exact_rows=10", tracking=server)
+    untracked = train_model("xgboost", "--set", "n_rounds=3", tracking=f"{server}/?token=S3cretToken")
+    stderr = ok.stderr + failed.stderr + untracked.stderr
+    assert (ok.returncode, failed.returncode, untracked.returncode) == (0, 1, 0), stderr
     assert "not tracked" in untracked.stdout and "at most 10" in failed.stderr
     rebuilt = call("track", runs, "--rebuild", "--uri", "sqlite", **SECRETS)
-    assert (
-        rebuilt.returncode == 0
-        and (runs / "mlflow.db").is_file()
-        and len(list_runs(runs)) == 2
-        and len([*(runs / FAILED_FOLDER).iterdir()]) == 1
-    )
+    assert rebuilt.returncode == 0 and (runs / "mlflow.db").is_file()
+    assert len(list_runs(runs)) == 2 and len([*(runs / FAILED_FOLDER).iterdir()]) == 1
     for done in (ok, failed, untracked, rebuilt):
         assert "S3cret" not in done.stdout + done.stderr
-    assert seen_in(runs) == []
+    assert files_that_hold(runs) == []
     (runs / "proof.txt").write_text("S3cret")
-    assert seen_in(runs) == ["proof.txt"]
+    assert files_that_hold(runs) == ["proof.txt"]
 
 
-# Runs of a stranger, and damaged ones ---------------------------------------------------------------------------------
+# Forged and damaged runs
 
 
 def forge(folder, drop=(), **changes):
-    "Writes a manifest as a stranger can: right hashes of what is there, no mark of this user."
+    "Writes a manifest as an attacker can: the hashes match the files, the mark of this user is missing."
     values = json.loads((folder / MANIFEST_FILE).read_text())
     files = {
         f.relative_to(folder).as_posix(): file_hash(f)
@@ -828,25 +821,25 @@ def forge(folder, drop=(), **changes):
     return folder
 
 
-def content(folder):
+def file_contents(folder):
     return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    "What the owner has beside a received folder; it is the same after each test."
+    "Files of the user beside a received folder; checks after each test that they did not change."
     folder = tmp_path / "home"
     (folder / "documents").mkdir(parents=True)
     for name in (".bashrc", "documents/thesis.txt", "documents/metrics.json"):
         (folder / name).write_text("the owner's")
-    before = content(folder)
+    before = file_contents(folder)
     yield folder
-    assert content(folder) == before, "a file outside the received folder was changed"
+    assert file_contents(folder) == before, "a file outside the received folder was changed"
 
 
 @pytest.fixture(scope="session")
 def sent(tmp_path_factory):
-    "What a stranger sends: a run with something in the place of a model."
+    "A forged run with an invalid model."
     run = make_run(tmp_path_factory.mktemp("sent") / "runs", "svm", bars(n=60), n_boot=0)
     (run.path / "checkpoints").mkdir()
     (run.path / "checkpoints/model.json").write_text("{}")
@@ -871,7 +864,8 @@ READERS = dict(
 )
 
 
-def refused(path, reader, match=None):
+def assert_run_error(path, reader, match=None):
+    "Checks that a reader raises a `RunError` of one line."
     with pytest.raises(RunError, match=match) as caught:
         READERS[reader](path)
     assert "\n" not in str(caught.value)
@@ -879,12 +873,12 @@ def refused(path, reader, match=None):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_manifest_that_names_a_file_outside_the_run_is_refused(reader, received):
-    "The payload lies where the name leads, with its right hash."
+    "The file outside exists, and the manifest holds its hash."
     payload = received.parent / ".bashrc"
     payload.write_text("evil")
     name = "checkpoints/../../.bashrc"
     forge(received, files=json.loads((received / MANIFEST_FILE).read_text())["files"] | {name: file_hash(payload)})
-    refused(received, reader, "outside the run")
+    assert_run_error(received, reader, "outside the run")
 
 
 @pytest.mark.parametrize(
@@ -904,17 +898,17 @@ def test_a_manifest_that_names_a_file_outside_the_run_is_refused(reader, receive
         "//host/share",
     ],
 )
-def test_a_name_that_is_not_plain_is_refused(name, received):
+def test_a_file_name_that_is_no_plain_relative_path_raises_an_error(name, received):
     forge(received, files={name: "0" * 64})
-    refused(received, "load", "outside the run")
+    assert_run_error(received, "load", "outside the run")
     assert comparison(received.parent)["unread"][0]["folder"] == received.name
 
 
 @pytest.mark.parametrize("split", ["../../../home/documents", "a/b", "", "x" * 99, "..", "val\n"])
-def test_a_split_that_is_a_path_is_refused(split, received):
-    "The name of a split is part of the names of files that `rescore` writes."
+def test_a_split_name_that_is_no_plain_word_raises_an_error(split, received):
+    "`rescore` writes files whose names hold the name of the split."
     forge(received, splits=["val", split])
-    refused(received, "rescore", "no name of a split")
+    assert_run_error(received, "rescore", "no name of a split")
 
 
 LINKS = dict(
@@ -931,55 +925,58 @@ LINKS = dict(
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize("reader", ["load", "export", "rescore", "isolated"])
 def test_a_link_in_a_run_is_refused_though_its_content_is_right(kind, reader, received, home, tmp_path):
-    place, elsewhere = received / LINKS[kind][0], home / LINKS[kind][1] if kind != "loop" else received
-    if place.exists() and not elsewhere.exists():
-        place.rename(tmp_path / "moved")
-        elsewhere = tmp_path / "moved"
-    elif place.exists():
-        shutil.rmtree(place)
-    place.symlink_to(elsewhere)
+    link, target = received / LINKS[kind][0], home / LINKS[kind][1] if kind != "loop" else received
+    if link.exists() and not target.exists():
+        link.rename(tmp_path / "moved")
+        target = tmp_path / "moved"
+    elif link.exists():
+        shutil.rmtree(link)
+    link.symlink_to(target)
     if kind != "loop":
         forge(received)
-    refused(received, reader, "symbolic link")
+    assert_run_error(received, reader, "symbolic link")
 
 
 def test_a_pipe_in_a_run_does_not_block_its_reader(received):
     for name in ("config.yaml", "splits.json", "extra"):
         (received / name).unlink(missing_ok=True)
         os.mkfifo(received / name)
-        refused(received, "load", "not a regular file")
+        assert_run_error(received, "load", "not a regular file")
         (received / name).unlink()
 
 
-def spoil(path, text):
+def write_manifest(path, text):
     (path / MANIFEST_FILE).write_text(text)
 
 
-def instead(make):
+def replace_manifest(make):
+    "A damage that removes the manifest and calls `make` with its path."
+
     def damage(path):
-        (path / MANIFEST_FILE).unlink(), make(path / MANIFEST_FILE)
+        (path / MANIFEST_FILE).unlink()
+        make(path / MANIFEST_FILE)
 
     return damage
 
 
-def large(file):
+def make_large_file(file):
     with open(file, "wb") as f:
         f.truncate(1 << 34)
 
 
 DAMAGED = dict(
-    empty=lambda path: spoil(path, ""),
+    empty=lambda path: write_manifest(path, ""),
     binary=lambda path: (path / MANIFEST_FILE).write_bytes(bytes(range(256))),
-    brackets=lambda path: spoil(path, "[" * 200_000),
-    objects=lambda path: spoil(path, '{"a":' * 200_000),
+    brackets=lambda path: write_manifest(path, "[" * 200_000),
+    objects=lambda path: write_manifest(path, '{"a":' * 200_000),
     nested=lambda path: forge(path, extra=json.loads("[" * 300 + "]" * 300)),
-    number=lambda path: spoil(path, "7"),
-    digits=lambda path: spoil(path, "9" * 10_000),
-    large=instead(large),
-    pipe=instead(os.mkfifo),
-    folder=instead(os.mkdir),
-    link=instead(lambda file: file.symlink_to("/dev/zero")),
-    loop=instead(lambda file: file.symlink_to(file)),
+    number=lambda path: write_manifest(path, "7"),
+    digits=lambda path: write_manifest(path, "9" * 10_000),
+    large=replace_manifest(make_large_file),
+    pipe=replace_manifest(os.mkfifo),
+    folder=replace_manifest(os.mkdir),
+    link=replace_manifest(lambda file: file.symlink_to("/dev/zero")),
+    loop=replace_manifest(lambda file: file.symlink_to(file)),
     **{
         f"{k}={v!r:.20}": lambda path, k=k, v=v: forge(path, **{k: v})
         for k, v in [
@@ -1015,7 +1012,8 @@ DAMAGED = dict(
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two_runs(tmp_path_factory):
+    "A folder with two runs, of the models good and bad."
     runs = tmp_path_factory.mktemp("two") / "runs"
     for model in ("good", "bad"):
         make_run(runs, model, bars(n=60), n_boot=0)
@@ -1023,20 +1021,20 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_one_damaged_manifest_is_skipped_with_one_line(damage, two, tmp_path):
-    runs = shutil.copytree(two, tmp_path / "runs")
+def test_one_damaged_manifest_is_skipped_with_one_line(damage, two_runs, tmp_path):
+    runs = shutil.copytree(two_runs, tmp_path / "runs")
     bad = next(runs.glob("bad_*"))
     DAMAGED[damage](bad)
-    found = list_runs(runs)
-    assert [r.manifest["model"] for r in found] == ["good"]
-    (row,) = found.unread
+    listed = list_runs(runs)
+    assert [r.manifest["model"] for r in listed] == ["good"]
+    (row,) = listed.unread
     assert row["folder"] == bad.name and row["reason"] and "\n" not in row["reason"] and len(row["reason"]) < 1000
-    assert f"left out: {bad.name}" in repr(found)
-    refused(bad, "load")
+    assert f"left out: {bad.name}" in repr(listed)
+    assert_run_error(bad, "load")
 
 
-def test_the_comparison_lists_what_it_left_out(two, tmp_path):
-    runs = shutil.copytree(two, tmp_path / "runs")
+def test_the_comparison_lists_what_it_left_out(two_runs, tmp_path):
+    runs = shutil.copytree(two_runs, tmp_path / "runs")
     bad = next(runs.glob("bad_*"))
     forge(bad, created=7)
     result = comparison(runs)
@@ -1044,6 +1042,12 @@ def test_the_comparison_lists_what_it_left_out(two, tmp_path):
     assert [row["folder"] for row in result["unread"]] == [bad.name] and "created" in result["unread"][0]["reason"]
     assert any(bad.name in sentence for sentence in comparison_notes(result))
     assert bad.name in excluded_table(result).frame.examples.tolist()
+
+
+# nine aliases of nine aliases, ten levels deep
+YAML_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+for level in range(1, 10):
+    YAML_BOMB += f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n"
 
 
 @pytest.mark.parametrize(
@@ -1054,11 +1058,7 @@ def test_the_comparison_lists_what_it_left_out(two, tmp_path):
         ("model: ../../evil\ndata: {classes: [0, 1]}", "evil"),
         ("model: !!python/object/apply:os.system [id]", "plain YAML"),
         ("a: &a [*a, *a]\nmodel: svm", "values"),
-        (
-            "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
-            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)),
-            "values",
-        ),
+        (YAML_BOMB, "values"),
         ("model: svm\ndata: 7", "data"),
         ("model: svm\ndata: {classes: [{}, 1]}", "integers"),
         ("day: 2024-99-99", "plain YAML"),
@@ -1067,11 +1067,11 @@ def test_the_comparison_lists_what_it_left_out(two, tmp_path):
         ("- 1", "pairs"),
     ],
 )
-def test_a_forged_config_is_one_typed_error(text, match, received):
+def test_a_forged_config_raises_one_typed_error(text, match, received):
     (received / "config.yaml").write_text(text)
     forge(received)
     with pytest.raises(RunError, match=match):
-        load_run(received).config
+        _ = load_run(received).config
     unread = comparison(received.parent)["unread"]
     assert [row["folder"] for row in unread] == [received.name]
 
@@ -1087,7 +1087,7 @@ def test_a_forged_config_is_one_typed_error(text, match, received):
         "checkpoints/model.json",
     ],
 )
-def test_brackets_in_any_file_of_a_run_are_one_typed_error(name, received):
+def test_deep_nesting_in_any_file_of_a_run_raises_one_typed_error(name, received):
     (received / name).write_text("[" * 100_000)
     forge(received)
     run = load_run(received)
@@ -1102,7 +1102,7 @@ def test_brackets_in_any_file_of_a_run_are_one_typed_error(name, received):
         read.get(name, run.model)()
 
 
-def test_a_run_with_odd_values_can_be_shown(received):
+def test_a_run_with_values_of_wrong_types_can_be_shown(received):
     edits = {
         "metrics/metrics.json": '{"sharpe_net": [1], "log_loss": "low"}',
         "predictions/val_predictions.parquet": None,
@@ -1124,11 +1124,11 @@ def test_a_table_that_claims_too_many_values_is_not_read(received, monkeypatch):
         load_run(received).predictions()
 
 
-# Links in the place of what is written in a runs folder ---------------------------------------------------------------
+# Links in place of files that are written in a runs folder
 
 
-def test_a_link_for_the_folder_of_replaced_runs_moves_and_removes_nothing(received, home):
-    "Each folder there would be moved into the runs, or removed where a run has its name."
+def test_a_link_in_place_of_the_folder_of_replaced_runs_moves_and_removes_nothing(received, home):
+    "Without the check, each folder behind the link is moved into the runs, or removed if a run has its name."
     runs = received.parent
     (runs / ".replaced").symlink_to(home)
     (runs / "documents").mkdir()
@@ -1139,17 +1139,17 @@ def test_a_link_for_the_folder_of_replaced_runs_moves_and_removes_nothing(receiv
 
 
 @pytest.mark.parametrize("act", [clear_partial, lambda runs: start_attempt(runs, "svm", 5)])
-def test_a_link_for_the_folder_of_attempts_is_refused(act, received, home):
+def test_a_link_in_place_of_the_folder_of_attempts_raises_an_error(act, received, home):
     shutil.rmtree(received.parent / ".partial")
     (received.parent / ".partial").symlink_to(home)
     with pytest.raises(RunError, match="symbolic link"):
         act(received.parent)
 
 
-def test_a_link_for_the_folder_of_rescored_runs_is_refused(received, home):
+def test_a_link_in_place_of_the_folder_of_rescored_runs_raises_an_error(received, home):
     (home / received.name).mkdir()
     (received.parent / ".rescored").symlink_to(home)
-    refused(received, "rescore", "symbolic link")
+    assert_run_error(received, "rescore", "symbolic link")
     (home / received.name).rmdir()
 
 
@@ -1167,7 +1167,7 @@ def test_the_ledger_is_not_written_through_a_link(name, received, home):
         record_test_use(received.parent, "data", "f", "svm", 5)
 
 
-def test_a_damaged_ledger_is_one_typed_error(tmp_path):
+def test_a_damaged_ledger_raises_one_typed_error(tmp_path):
     for text in ("[" * 100_000, "7", '{"run": 1}\n{'):
         (tmp_path / "final.jsonl").write_text(text)
         with pytest.raises(FileError, match="line"):
@@ -1178,7 +1178,7 @@ def test_a_damaged_ledger_is_one_typed_error(tmp_path):
         read_ledger(tmp_path)
 
 
-def test_pipes_among_the_failed_and_the_unfinished_block_nobody(received):
+def test_pipes_among_failed_and_unfinished_runs_do_not_block_a_reader(received):
     runs = received.parent
     for name in (".failed/a/job.json", ".partial/b/pid"):
         (runs / name).parent.mkdir(parents=True)
@@ -1186,10 +1186,10 @@ def test_pipes_among_the_failed_and_the_unfinished_block_nobody(received):
     assert failed_runs(runs) == [] and clear_partial(runs) == ["b"]
 
 
-# The mark of this user ------------------------------------------------------------------------------------------------
+# Mark of this user
 
 
-def test_only_what_this_user_made_and_nobody_changed_carries_the_mark(tmp_path, monkeypatch):
+def test_only_an_unchanged_run_of_this_user_has_the_mark(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     run = make_run(tmp_path / "runs", "svm", bars(n=60), n_boot=0)
     key = tmp_path / "config/modelfactory/key"
@@ -1208,13 +1208,13 @@ def test_only_what_this_user_made_and_nobody_changed_carries_the_mark(tmp_path, 
         assert not load_run(run.path).is_own
     (run.path / MANIFEST_FILE).write_text(stored)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
-    assert not load_run(run.path).is_own, "another user"
+    assert not load_run(run.path).is_own, "a run of another user"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
-    assert not make_run(tmp_path / "runs", "svm", bars(n=60), n_boot=0).is_own, "no place for a key"
+    assert not make_run(tmp_path / "runs", "svm", bars(n=60), n_boot=0).is_own, "a run without a key"
 
 
-def test_a_run_of_a_stranger_does_not_become_an_own_one(published, data, tmp_path):
+def test_exporting_or_rescoring_a_foreign_run_does_not_make_it_an_own_run(published, data, tmp_path):
     folder = forge(shutil.copytree(published["xgboost"], tmp_path / "runs" / published["xgboost"].name))
     own, bundle = load_run(published["xgboost"]), load_run(export_run(folder, tmp_path / "bundle"))
     assert own.is_own and not load_run(folder).is_own and not bundle.is_own
@@ -1222,10 +1222,10 @@ def test_a_run_of_a_stranger_does_not_become_an_own_one(published, data, tmp_pat
     assert rescore_run(folder, class_metrics=True)["scored"] != "left" and not load_run(folder).is_own
 
 
-# Models of a stranger -------------------------------------------------------------------------------------------------
+# Foreign models
 
 
-def test_predict_reads_the_model_of_a_stranger_in_another_process(published, data, tmp_path):
+def test_predict_reads_a_foreign_model_in_another_process(published, data, tmp_path):
     folder = forge(shutil.copytree(published["xgboost"], tmp_path / "run"))
     frames = [predict_run(path, str(data), "val") for path in (published["xgboost"], folder)]
     assert [f.attrs["isolated"] for f in frames] == [False, True]
@@ -1234,36 +1234,38 @@ def test_predict_reads_the_model_of_a_stranger_in_another_process(published, dat
     assert not any("process of its own" in s for s in prediction_warnings(frames[0]))
 
 
-DEEDS = """
+FAULTY_MODEL = """
 import os, signal, time
 import numpy as np
 from modelfactory.models.base import BaseModel
 from modelfactory.models.persistence import load_header, save_header
 from modelfactory.models.registry import ModelRegistry
 
-@ModelRegistry.register("deed", family="example")
-class Deed(BaseModel):
+@ModelRegistry.register("fault", family="example")
+class Faulty(BaseModel):
     def fit(self, *args, **kw): self.fitted = True; return {}
     def predict(self, X, metadata): os.abort()
     def save(self, path): save_header(self, path)
     def load(self, path):
-        deed = load_header(self, path)["deed"]
-        if deed == "crash": os.kill(os.getpid(), signal.SIGSEGV)
-        if deed == "memory": np.ones(40_000_000_000, np.uint8)
-        if deed == "time": time.sleep(10_000)
-        if deed == "lie": os.write(1, b"x" * 100)
+        fault = load_header(self, path)["fault"]
+        if fault == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+        if fault == "memory": np.ones(40_000_000_000, np.uint8)
+        if fault == "time": time.sleep(10_000)
+        if fault == "lie": os.write(1, b"x" * 100)
 """
 
 
 @pytest.mark.parametrize(
-    "deed, match", [("crash", "SIGSEGV"), ("memory", "MemoryError"), ("time", "more than 1 s"), ("abort", "SIGABRT")]
+    "fault, match", [("crash", "SIGSEGV"), ("memory", "MemoryError"), ("time", "more than 1 s"), ("abort", "SIGABRT")]
 )
-def test_what_a_file_does_to_its_reader_is_an_error_of_the_caller(deed, match, received, monkeypatch, tmp_path):
-    (tmp_path / "deeds.py").write_text(DEEDS)
-    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "deeds.py"))
-    if deed == "time":
+def test_a_crash_of_the_process_that_reads_a_model_raises_an_error_in_the_caller(
+    fault, match, received, monkeypatch, tmp_path
+):
+    (tmp_path / "faulty.py").write_text(FAULTY_MODEL)
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "faulty.py"))
+    if fault == "time":
         monkeypatch.setattr("modelfactory.runs.isolation.REQUEST_SECONDS", 1)
-    header = dict(format=1, name="deed", horizon=5, feature_columns=["a"], config={}, deed=deed)
+    header = dict(format=1, name="fault", horizon=5, feature_columns=["a"], config={}, fault=fault)
     (received / "checkpoints/model.json").write_text(json.dumps(header))
     forge(received)
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=3), symbol="A", horizon=5))
@@ -1287,16 +1289,17 @@ def test_a_small_archive_that_unpacks_to_much_is_not_unpacked(checkpoint):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
-def test_an_archive_of_countless_members_is_not_read(checkpoint, monkeypatch):
+def test_an_archive_with_too_many_members_is_not_read(checkpoint, monkeypatch):
     monkeypatch.setattr("modelfactory.models.persistence.MAX_ARCHIVE_FILES", 3)
     with pytest.raises(CheckpointError, match="members"):
         load_model(checkpoint("logistic_regression"))
 
 
-# Settings and code that lie in a folder -------------------------------------------------------------------------------
+# Settings and code in a received folder
 
 
-def stranger_s_settings(folder, canary, text=""):
+def write_settings_with_plugin(folder, canary, text=""):
+    "Writes a settings file and a plugin that creates the canary."
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.ini").write_text(f"[modelfactory]\nplugins = p.py\nseed = 7\n{text}")
     (folder / "p.py").write_text(f"open({str(canary)!r}, 'w').close()")
@@ -1309,35 +1312,36 @@ def plugins_in(folder, monkeypatch):
 
 
 def test_a_plugin_in_a_received_folder_of_runs_is_not_run(canary, tmp_path):
-    "The command is started there; the project around it has a settings file of its own, or there is none."
-    runs = stranger_s_settings(tmp_path / "runs", canary)
+    "The command is started in the received folder."
+    runs = write_settings_with_plugin(tmp_path / "runs", canary)
     done = call("models", cwd=runs)
     line = next(s for s in done.stderr.splitlines() if "not loaded" in s)
     assert done.returncode == 0 and f"plugins in {runs}/settings.ini are not loaded: " in line
 
 
 def test_where_plugins_run_and_where_not(canary, tmp_path, monkeypatch):
-    project = stranger_s_settings(tmp_path / "project", canary)
+    project = write_settings_with_plugin(tmp_path / "project", canary)
     (project / "nbs/models").mkdir(parents=True)
-    assert plugins_in(project, monkeypatch) == ["p.py"], "the folder of the command"
-    assert plugins_in(project / "nbs", monkeypatch) == [], "below it, and no git repository"
+    assert plugins_in(project, monkeypatch) == ["p.py"], "in the folder of the command"
+    assert plugins_in(project / "nbs", monkeypatch) == [], "in a subfolder, without a git repository"
     assert "neither in the root" in refused_settings() and settings().seed == 7
     (project / ".git").mkdir()
     for folder in (project, project / "nbs", project / "nbs/models"):
         assert plugins_in(folder, monkeypatch) == ["p.py"]
     for name in ("runs", "runs/svm_h5_20260101_000000_abcdef", "runs/more"):
-        assert plugins_in(stranger_s_settings(project / name, canary), monkeypatch) == [], name
+        assert plugins_in(write_settings_with_plugin(project / name, canary), monkeypatch) == [], name
         assert "folder is one of runs" in refused_settings()
-    other = stranger_s_settings(tmp_path / "shared", canary)
+    other = write_settings_with_plugin(tmp_path / "shared", canary)
     (other / "svm_h5_20260101_000000_abcdef").mkdir()
     (other / "svm_h5_20260101_000000_abcdef/manifest.json").write_text("{}")
-    assert plugins_in(other, monkeypatch) == [], "it holds runs"
+    assert plugins_in(other, monkeypatch) == [], "in a folder that holds runs"
     monkeypatch.setenv("MODELFACTORY_SETTINGS", str(other / "settings.ini"))
-    assert plugins_in(tmp_path, monkeypatch) == ["p.py"] and refused_settings() == "", "it was named"
+    assert plugins_in(tmp_path, monkeypatch) == ["p.py"], "named by MODELFACTORY_SETTINGS"
+    assert refused_settings() == ""
 
 
 def test_a_plugin_of_another_user_is_not_run(canary, tmp_path, monkeypatch):
-    project = stranger_s_settings(tmp_path / "project", canary)
+    project = write_settings_with_plugin(tmp_path / "project", canary)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert plugins_in(project, monkeypatch) == [] and "belongs to another user" in refused_settings()
     from modelfactory.runs.environment import check_environment
@@ -1346,14 +1350,13 @@ def test_a_plugin_of_another_user_is_not_run(canary, tmp_path, monkeypatch):
     assert row.state == "warn" and "not loaded" in row.found
 
 
-def test_a_received_settings_file_names_no_server_and_no_notebook(canary, tmp_path, monkeypatch):
-    text = (
-        "address = ray://evil:1\nengine = ray\ntracking = http://evil\nstorage = postgresql://evil/x\nnotebooks = .\n"
-    )
-    runs = stranger_s_settings(tmp_path / "runs", canary, text)
+def test_server_and_notebook_keys_of_a_received_settings_file_are_ignored(canary, tmp_path, monkeypatch):
+    keys = ("address = ray://evil:1", "engine = ray", "tracking = http://evil", "storage = postgresql://evil/x")
+    text = "\n".join([*keys, "notebooks = .", ""])
+    runs = write_settings_with_plugin(tmp_path / "runs", canary, text)
     monkeypatch.chdir(runs)
-    here = settings()
-    assert (here.address, here.engine, here.tracking, here.storage, here.seed) == ("", "local", "", "", 7)
+    s = settings()
+    assert (s.address, s.engine, s.tracking, s.storage, s.seed) == ("", "local", "", "", 7)
     assert all(key in refused_settings() for key in ("engine", "address", "tracking", "storage", "notebooks"))
     for name in ("train.ipynb", "compare.ipynb"):
         (runs / name).write_text("evil")
@@ -1369,7 +1372,7 @@ def test_notebooks_of_a_folder_without_settings_are_not_executed(tmp_path, monke
 
 
 def test_a_module_in_the_working_folder_is_not_imported(canary, tmp_path):
-    "Neither by a kernel nor by the process of a model; `runpy` and `json` are what they import first."
+    "A kernel and the process of an isolated model import other modules; `runpy` and `json` come first."
     from modelfactory.runs.engine import KERNEL_START_CODE
 
     for name in ("runpy", "json", "gc", "pandas", "numpy"):
@@ -1388,26 +1391,26 @@ def test_a_module_in_the_working_folder_is_not_imported(canary, tmp_path):
     assert "EOFError" in done.stderr
 
 
-# Text of a stranger on a terminal -------------------------------------------------------------------------------------
+# Hostile text on a terminal
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\u202eevil\r"
 
 
-def test_a_terminal_is_not_obeyed(two, tmp_path, capsys):
-    runs = shutil.copytree(two, tmp_path / "runs")
+def test_escape_sequences_in_names_are_not_printed(two_runs, tmp_path, capsys):
+    runs = shutil.copytree(two_runs, tmp_path / "runs")
     good, bad = next(runs.glob("good_*")), next(runs.glob("bad_*"))
     forge(good, model=f"svm{ESCAPES}", data=f"/data{ESCAPES}", family=ESCAPES)
     bad = bad.rename(bad.with_name(f"b{ESCAPES}"))
     forge(bad, model=7)
-    found = list_runs(runs)
-    result = comparison(found)
+    listed = list_runs(runs)
+    result = comparison(listed)
     texts = [
         repr(load_run(good)),
-        repr(found),
+        repr(listed),
         *summary_sentences(result),
         json.dumps(result, ensure_ascii=False),
         escape_markdown(ESCAPES),
-        repr(found.unread),
+        repr(listed.unread),
         str(RunError(ESCAPES)),
         str(ConfigError(ESCAPES)),
         str(UnknownModel(ESCAPES)),
@@ -1422,21 +1425,23 @@ def test_a_terminal_is_not_obeyed(two, tmp_path, capsys):
     assert r"\x1b[2J" in texts[0] and r"\x1b[2J" in texts[-1]
 
 
-# One flipped byte in any artefact -------------------------------------------------------------------------------------
+# One changed byte in any file of a run
 
-N_FLIPS = int(os.environ.get("FLIPS", 40))  # in all; 2,000 take minutes
+N_FLIPS = int(os.environ.get("FLIPS", 40))  # number of changed bytes; 2,000 take minutes
 
-FLIPPED = """
+READ_WITH_CHANGED_BYTES = """
 import json, os, random, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_hostile import forge, outcome_of
 home, n, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 rng, counts = random.Random(seed), {}
-targets = [(run, file) for run in sorted(home.iterdir()) for file in sorted((run if run.name == "data" else run / "checkpoints").rglob("*"))
-           if file.is_file() and file.stat().st_size]
+targets = []
+for run in sorted(home.iterdir()):
+    files = sorted((run if run.name == "data" else run / "checkpoints").rglob("*"))
+    targets += [(run, file) for file in files if file.is_file() and file.stat().st_size]
 order = [targets[i % len(targets)] for i in range(n)]
-for run in sorted(home.iterdir()): assert outcome_of(run) == 0, run  # and what it imports is there for all that follows
+for run in sorted(home.iterdir()): assert outcome_of(run) == 0, run  # imports the libraries before the first fork
 for i, (run, file) in enumerate(order):
     content = file.read_bytes()
     changed = bytearray(content)
@@ -1450,7 +1455,9 @@ for i, (run, file) in enumerate(order):
         if not (pid := os.fork()):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0)), signal.alarm(30)
             try: os._exit(outcome_of(run))
-            except BaseException as e: print(f"{file} {i}: {type(e).__name__}: {e}", file=sys.stderr, flush=True); os._exit(2)
+            except BaseException as e:
+                print(f"{file} {i}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+                os._exit(2)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     else: code = outcome_of(run)
     result = {0: "read", 1: "refused", 2: "untyped"}.get(code, f"signal {-code}")
@@ -1462,19 +1469,14 @@ print(json.dumps(counts))
 
 
 def outcome_of(path):
-    "Opens everything a run has: 0 where it can be read, 1 where it is refused by a typed error."
+    "Reads all files of a run; returns 0, or 1 after a typed error."
     try:
         run = load_run(path)
-        (
-            run.config,
-            run.metrics,
-            run.baselines,
-            run.history,
-            run.predictions(),
-            run.report,
-            run.train_features,
-            repr(run),
-        )
+        for name in ("config", "metrics", "baselines", "history", "predictions", "report", "train_features"):
+            value = getattr(run, name)
+            if name == "predictions":
+                value()
+        repr(run)
         if (path / "checkpoints").is_dir():
             model, task = run.model(), planted_task(20, seq_len=4 if run.manifest["model"] == "gru" else 1)
             model.predict(task.X, task.meta)
@@ -1489,7 +1491,7 @@ def outcome_of(path):
 
 @pytest.fixture(scope="session")
 def artefacts(tmp_path_factory):
-    "A run of each format of weights, and one without any."
+    "One run for each format of weights, and one run without a model."
     home = tmp_path_factory.mktemp("artefacts")
     configs = MODELS | dict(lightgbm=dict(n_rounds=5), catboost=dict(n_rounds=5))
     for name, config in dict(data=None, **configs).items():
@@ -1505,11 +1507,12 @@ def artefacts(tmp_path_factory):
 
 
 def test_a_flipped_byte_crashes_no_caller_and_changes_nothing_elsewhere(artefacts, tmp_path, home):
-    "The readers of libraries run in a process for each place, as they do for a run of a stranger."
+    "Each changed file of weights is read in a separate process, as for a foreign run."
     copy = shutil.copytree(artefacts, tmp_path / "received")
-    before = content(tmp_path)
+    before = file_contents(tmp_path)
+    arguments = [ROOT / "tests", copy, str(N_FLIPS), os.environ.get("FLIP_SEED", "0")]
     done = subprocess.run(
-        [sys.executable, "-c", FLIPPED, ROOT / "tests", copy, str(N_FLIPS), os.environ.get("FLIP_SEED", "0")],
+        [sys.executable, "-c", READ_WITH_CHANGED_BYTES, *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -1522,17 +1525,17 @@ def test_a_flipped_byte_crashes_no_caller_and_changes_nothing_elsewhere(artefact
     assert sum(n for results in counts.values() for n in results.values()) == N_FLIPS
     untyped = {kind: results for kind, results in counts.items() if "untyped" in results}
     assert not untyped, f"{untyped} {done.stderr[-2000:]}"
-    assert content(tmp_path) == before
+    assert file_contents(tmp_path) == before
 
 
-def test_weights_that_end_their_reader_are_an_error_of_the_caller(artefacts, tmp_path):
-    "Real files of xgboost with many bytes changed, through the isolated path."
+def test_weights_that_crash_their_reader_raise_an_error_in_the_caller(artefacts, tmp_path):
+    "An xgboost file with 200 changed bytes, read in an isolated process."
     folder = shutil.copytree(artefacts / "xgboost", tmp_path / "run")
     file = folder / "checkpoints/model.ubj"
-    content, rng = bytearray(file.read_bytes()), random.Random(0)
+    weights, rng = bytearray(file.read_bytes()), random.Random(0)
     for _ in range(200):
-        content[rng.randrange(len(content))] ^= 255
-    file.write_bytes(content)
+        weights[rng.randrange(len(weights))] ^= 255
+    file.write_bytes(weights)
     forge(folder)
     with pytest.raises(RunError):
         load_run(folder, isolated=True).model()
