@@ -79,6 +79,9 @@ def _check_regular(file, status, limit):
     if status.st_size > limit:
         raise FileError(f"{file}: {status.st_size:,} bytes, expected at most {limit:,}")
 
+# %% ../nbs/02_files.ipynb #2daf201e
+MAX_JSON_DEPTH = 100  # nested brackets; a manifest has 2
+
 
 def read_json(
     file: Path,
@@ -95,9 +98,6 @@ def read_json(
     except ValueError as e:
         raise FileError(f"{file}: not JSON ({' '.join(str(e).split())[:200]})") from None
     return value
-
-
-MAX_JSON_DEPTH = 100  # nested brackets; a manifest has 2
 
 
 def _check_depth(value):

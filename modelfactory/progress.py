@@ -54,14 +54,14 @@ class Progress:
         self,
         done: int,  # number of finished pieces
         note: str = "",  # text after the counts
-    ):
+    ) -> None:
         "Sets the number of finished pieces; redraws if the last drawing is at least 0.2 s old."
         self.done, self.note, now = done, note, time.monotonic()
         if now - self._drawn >= 0.2 or done >= self.total:
             self._drawn = now
             self._draw()
 
-    def close(self):
+    def close(self) -> None:
         "Ends the line, also when fewer than `total` pieces were needed."
         self.closed = True
         self._draw()

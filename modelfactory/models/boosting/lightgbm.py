@@ -107,7 +107,7 @@ class LightGBMModel(TabularModel):
     def feature_importance(self):
         return self.by_feature(self.booster.feature_importance("gain"))
 
-
+# %% ../../../nbs/models/boosting/lightgbm.ipynb #2079ce5c
 def _is_complete(text):
     "Whether the trees have the length that the header states; if not, lightgbm would end the process."
     sizes = re.search(r"^tree_sizes=(.*)$", text, re.M)

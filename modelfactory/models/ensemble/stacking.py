@@ -57,7 +57,7 @@ class StackingConfig(EnsembleConfig):
 
     n_folds: PositiveInt = 5  # blocks of time, each predicted by members fitted on the others
 
-
+# %% ../../../nbs/models/ensemble/stacking.ipynb #bbff70d3
 @ModelRegistry.register("stacking", family="ensemble")
 class StackingModel(EnsembleModel):
     "Logistic regression with non-negative weights on the members' log-probabilities, fitted out of fold."
