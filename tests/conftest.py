@@ -20,13 +20,13 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 )
 
 
-PATIENCE = 600  # seconds a test waits for one event: a limit that is met only where the event never comes
+PATIENCE = 600  # seconds a test waits for one event; reached only when the event never happens
 
 
-def until(holds, event, seconds=PATIENCE):
-    "The value of `holds()` as soon as it is true; fails with the name of the event that it waited for."
+def until(condition, event, seconds=PATIENCE):
+    "The value of `condition()` as soon as it is true; fails with the name of the event after `seconds`."
     end = time.monotonic() + seconds
-    while not (value := holds()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds} s for {event}"
         time.sleep(0.05)
     return value
@@ -35,8 +35,9 @@ def until(holds, event, seconds=PATIENCE):
 def interruptible(command, **options):
     """Starts a process that Ctrl-C interrupts.
 
-    A shell's background jobs ignore Ctrl-C, and what they start inherits that; a signal that is handled is not inherited.
-    `preexec_fn` would do it too, but the child of a process with threads may wait there for a lock that nobody holds any more."""
+    Background jobs of a shell ignore Ctrl-C, and so do the processes that they start. A handled signal is not
+    inherited. `preexec_fn` is not used, because a child of a process with threads may wait there for a lock that is
+    never released."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
     try:
@@ -46,7 +47,7 @@ def interruptible(command, **options):
 
 
 def finish(process, seconds=PATIENCE):
-    "What a process wrote; one that does not end is killed, and named with what it wrote until then."
+    "The output of a process; a process that does not end is killed, and its output is reported."
     try:
         return process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as e:
@@ -56,50 +57,54 @@ def finish(process, seconds=PATIENCE):
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node):
-    "pytest stops its clock when a test fails, but the fixtures that end after it can hang as well."
+    "Starts the time limit again after a failed test, because its fixtures can hang when they end."
     limit, stderr = float(node.config.getini("faulthandler_timeout")), node.config.stash[fault_handler_stderr_fd_key]
     if limit and isinstance(node, pytest.Item):
         faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(monkeypatch):
-    "Registry, environment, logging and working folder are after a test what they were before."
+def restored_state(monkeypatch):
+    "Restores registry, environment, logging and working folder after each test."
     from modelfactory.models.registry import ModelRegistry
 
     monkeypatch.chdir(ROOT)
     ModelRegistry.discover()
     models, broken, environment = dict(ModelRegistry._models), dict(ModelRegistry._broken), dict(os.environ)
     yield
-    ModelRegistry._models.clear(), ModelRegistry._models.update(models)
-    ModelRegistry._broken.clear(), ModelRegistry._broken.update(broken)
-    os.environ.clear(), os.environ.update(environment)
+    for current, before in (
+        (ModelRegistry._models, models),
+        (ModelRegistry._broken, broken),
+        (os.environ, environment),
+    ):
+        current.clear()
+        current.update(before)
     logging.disable(logging.NOTSET)
 
 
 def pytest_terminal_summary(terminalreporter):
-    "What could not be tested here is said aloud."
-    for reason in dict.fromkeys(
-        str(r.longrepr[2])
-        for r in terminalreporter.stats.get("skipped", [])
-        if isinstance(r.longrepr, tuple) and "NOT " in str(r.longrepr[2])
-    ):
-        terminalreporter.write_line(reason, yellow=True, bold=True)
+    "Lists the reasons of skipped tests that start with NOT, once each."
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [str(r.longrepr[2]) for r in skipped if isinstance(r.longrepr, tuple)]
+    for reason in dict.fromkeys(reasons):
+        if "NOT " in reason:
+            terminalreporter.write_line(reason, yellow=True, bold=True)
 
 
 @pytest.fixture(scope="module")
 def browser():
     if not CHROMIUM:
         pytest.skip(
-            "NOT CHECKED IN A BROWSER: no Chromium is installed (Debian's package is chromium; CHROMIUM=/path names another)"
+            "NOT CHECKED IN A BROWSER: no Chromium is installed "
+            "(Debian's package is chromium; CHROMIUM=/path sets another one)"
         )
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         pytest.skip("NOT CHECKED IN A BROWSER: playwright is not installed (pip install playwright)")
     with sync_playwright() as p:
-        opened = p.chromium.launch(
+        chromium = p.chromium.launch(
             executable_path=CHROMIUM, timeout=PATIENCE * 1000, args=["--no-sandbox", "--disable-dev-shm-usage"]
         )
-        yield opened
-        opened.close()
+        yield chromium
+        chromium.close()

@@ -1,4 +1,7 @@
-"Editors and git: a notebook edited as a script comes back without a difference, a commit of notebooks that are not clean or not exported is refused."
+"""Editors and git.
+
+A notebook that is converted to a script and back does not change. A commit of notebooks that are not clean or not
+exported is refused."""
 
 import os
 import shutil
@@ -13,15 +16,15 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} 
 )
 
 
-def make(there, *words, **environment):
-    "`make` of this project in another folder, whose .venv is there already."
+def make(folder, *words, **environment):
+    "Runs `make` of this project in another folder, which has a .venv."
     command, environment = ["make", "-o", "setup", *words], ENVIRONMENT | environment
-    return subprocess.run(command, cwd=there, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture
 def project(tmp_path):
-    "The project with one notebook, in a repository of its own."
+    "A git repository with the project and one notebook."
     for name in ("Makefile", "pyproject.toml", "settings.ini", ".gitattributes", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / ".githooks", tmp_path / ".githooks")
@@ -31,16 +34,18 @@ def project(tmp_path):
     shutil.copy(ROOT / "modelfactory/__init__.py", tmp_path / "modelfactory")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     subprocess.run([".venv/bin/nbdev-export"], cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE)
-    git(tmp_path, "init", "-q"), git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-qm", "start")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "start")
     return tmp_path
 
 
-def git(there, *words):
+def git(folder, *words):
     options = dict(capture_output=True, text=True, check=True)
-    return subprocess.run(["git", *words], cwd=there, env=ENVIRONMENT, timeout=PATIENCE, **options).stdout
+    return subprocess.run(["git", *words], cwd=folder, env=ENVIRONMENT, timeout=PATIENCE, **options).stdout
 
 
-def test_every_notebook_survives_an_editor(tmp_path):
+def test_notebooks_do_not_change_by_a_conversion_to_a_script_and_back(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     files = sorted((tmp_path / "nbs").rglob("*.ipynb"))
     jupytext = ROOT / ".venv/bin/jupytext"
@@ -51,25 +56,24 @@ def test_every_notebook_survives_an_editor(tmp_path):
     assert len(files) > 80 and changed == []
 
 
-def test_make_edit_changes_what_was_edited_and_nothing_else(project):
+def test_make_edit_changes_the_edited_lines_only(project):
     notebook = project / "nbs/01_progress.ipynb"
     assert make(project, "edit", f"NB={notebook.relative_to(project)}", EDITOR="true").returncode == 0
     assert git(project, "status", "--porcelain") == ""
     done = make(project, "edit", f"NB={notebook.relative_to(project)}", VISUAL="sed -i 's/^# # Progress/# # Onward/'")
     assert done.returncode == 0, done.stderr
-    assert git(project, "diff", "--no-ext-diff", "--shortstat", "nbs").split(",")[1:] == [
-        " 1 insertion(+)",
-        " 1 deletion(-)\n",
-    ]
+    changes = git(project, "diff", "--no-ext-diff", "--shortstat", "nbs").split(",")[1:]
+    assert changes == [" 1 insertion(+)", " 1 deletion(-)\n"]
     assert nbformat.read(notebook, 4).cells[0].source.startswith("# Onward")
     assert make(project, "edit", "NB=nbs/nothing.ipynb").returncode == 2
 
 
-def test_the_hook_refuses_what_is_not_clean_or_not_exported(project):
+def test_the_hook_refuses_notebooks_that_are_not_clean_or_not_exported(project):
     assert make(project, "hooks").returncode == 0
     notebook = project / "nbs/01_progress.ipynb"
     (project / "README.md").write_text("hello")
-    git(project, "add", "README.md"), git(project, "commit", "-qm", "no notebook in it")
+    git(project, "add", "README.md")
+    git(project, "commit", "-qm", "no notebook in it")
     nb = nbformat.read(notebook, 4)
     cell = next(c for c in nb.cells if "#| export" in c.source)
     cell.source, cell.execution_count = cell.source + "\n\nADDED = 1", 7
@@ -77,14 +81,12 @@ def test_the_hook_refuses_what_is_not_clean_or_not_exported(project):
     git(project, "add", "nbs")
     with pytest.raises(subprocess.CalledProcessError) as refused:
         git(project, "commit", "-qm", "not clean")
-    assert (
-        "modelfactory/progress.py" in refused.value.stdout + refused.value.stderr
-        and "nbs/01_progress.ipynb" in refused.value.stdout + refused.value.stderr
-    )
-    git(project, "add", "-A"), git(project, "commit", "-qm", "clean and exported")
-    assert "ADDED = 1" in git(project, "show", "HEAD:modelfactory/progress.py") and '"execution_count": 7' not in git(
-        project, "show", "HEAD:nbs/01_progress.ipynb"
-    )
+    output = refused.value.stdout + refused.value.stderr
+    assert "modelfactory/progress.py" in output and "nbs/01_progress.ipynb" in output
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "clean and exported")
+    assert "ADDED = 1" in git(project, "show", "HEAD:modelfactory/progress.py")
+    assert '"execution_count": 7' not in git(project, "show", "HEAD:nbs/01_progress.ipynb")
 
 
 def test_git_shows_notebooks_cell_by_cell(project):
@@ -93,5 +95,5 @@ def test_git_shows_notebooks_cell_by_cell(project):
     nb = nbformat.read(notebook, 4)
     nb.cells[0].source = nb.cells[0].source.replace("# Progress", "# Onward")
     nbformat.write(nb, notebook)
-    shown = git(project, "diff")
-    assert "nbdiff" in shown and "# Onward" in shown and '"source"' not in shown
+    diff = git(project, "diff")
+    assert "nbdiff" in diff and "# Onward" in diff and '"source"' not in diff

@@ -1,4 +1,4 @@
-"Pretrained models: a longer past that never crosses a symbol, checkpoints that are whole or named as missing, and work that is done once."
+"Pretrained models: contexts within one symbol, complete checkpoints, and a cache that several processes share."
 
 import json
 import os
@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory):
 
 
 def market(n=120, seed=0, symbols=("A", "B")):
-    "Bars of symbols with their raw columns, rows shuffled as upstream files have them."
+    "Bars of symbols with raw columns; the rows are shuffled, as in upstream files."
     rng, parts = np.random.default_rng(seed), []
     for s in symbols:
         close = 100 * np.exp(np.cumsum(rng.normal(0, 1e-3, n)))
@@ -50,52 +50,47 @@ def market(n=120, seed=0, symbols=("A", "B")):
     return pd.concat(parts).sample(frac=1, random_state=seed)
 
 
-# the longer past
+# Contexts
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 1000))
-def test_a_context_is_what_the_naive_loop_gives(bars, length, seed):
+def test_a_context_equals_that_of_a_loop_over_bars(bars, length, seed):
     rng, codes = np.random.default_rng(seed), np.repeat(np.arange(len(bars)), bars)
     values = np.where(rng.random(len(codes)) < 0.1, np.nan, rng.normal(size=len(codes)))
     ends = rng.integers(0, len(codes), 20)
     windows = Windows(np.zeros((len(codes), 1)), ends, 1, RawColumns(dict(close=values), codes))
-    found = history_windows(windows, "close", length)
-    for end, window in zip(ends, np.asarray(found).reshape(len(ends), length, 2)):
+    contexts = np.asarray(history_windows(windows, "close", length)).reshape(len(ends), length, 2)
+    for end, window in zip(ends, contexts, strict=True):
         first = np.flatnonzero(codes == codes[end])[0]
-        mine = values[max(first, end - length + 1) : end + 1]
-        expected = np.r_[np.full(length - len(mine), np.nan), mine]
+        bars_of_symbol = values[max(first, end - length + 1) : end + 1]
+        expected = np.r_[np.full(length - len(bars_of_symbol), np.nan), bars_of_symbol]
         assert np.array_equal(window[:, 1] == 1, np.isnan(expected))
         assert np.allclose(window[:, 0], np.nan_to_num(expected))
 
 
-def test_a_subset_keeps_its_past_and_an_array_says_that_it_has_none():
+def test_a_subset_keeps_its_history_and_an_array_without_history_is_an_error():
     ds = TimeSeriesDataset(read_split(market()), 5)
-    some = history_windows(ds.X.subset([7, 3]), "close", 9)
-    assert np.array_equal(some[:], history_windows(ds.X, "close", 9)[[7, 3]])
+    subset = history_windows(ds.X.subset([7, 3]), "close", 9)
+    assert np.array_equal(subset[:], history_windows(ds.X, "close", 9)[[7, 3]])
     with pytest.raises(ValueError, match="no history"):
         history_windows(Windows(np.zeros((4, 1)), [2, 3], 1), "close", 9)
     with pytest.raises(KeyError, match="volume.*high, low, close"):
         history_windows(ds.X, "volume", 9)
 
 
-# TimesFM on the real route: windows that carry the raw close
+# TimesFM on windows with the raw close
 
 
 def timesfm(checkpoint, ds, **config):
-    model = ModelRegistry.create(
-        "timesfm",
-        dict(checkpoint=str(checkpoint), sequence_length=1, context_length=64, cache=False, device="cpu", max_epochs=2)
-        | config,
-        5,
-        ds.feature_columns,
-    )
+    fixed = dict(sequence_length=1, context_length=64, cache=False, device="cpu", max_epochs=2)
+    model = ModelRegistry.create("timesfm", dict(checkpoint=str(checkpoint)) | fixed | config, 5, ds.feature_columns)
     model.fit(ds.X, ds.y, ds.X, ds.y, ds.metadata, ds.metadata)
     return model
 
 
 @pytest.mark.parametrize("mode", ["zero_shot", "probe", "finetune"])
-def test_a_row_is_its_own_and_its_symbol_s(checkpoints, mode, tmp_path):
+def test_a_prediction_depends_on_the_bars_of_its_symbol_only(checkpoints, mode, tmp_path):
     ds = TimeSeriesDataset(read_split(market()), 5)
     model = timesfm(checkpoints["timesfm"], ds, mode=mode)
     p = model.predict(ds.X, ds.metadata).probabilities
@@ -104,14 +99,14 @@ def test_a_row_is_its_own_and_its_symbol_s(checkpoints, mode, tmp_path):
     changed = market()
     changed.loc[changed.symbol == "B", "close"] *= np.linspace(1, 3, (changed.symbol == "B").sum())
     other = TimeSeriesDataset(read_split(changed), 5)
-    q, mine = model.predict(other.X, other.metadata).probabilities, (ds.metadata.symbol == "A").to_numpy()
-    assert np.array_equal(q[mine], p[mine]) or np.abs(q[mine] - p[mine]).max() < 1e-5
-    assert np.abs(q[~mine] - p[~mine]).max() > 1e-5
+    q, is_a = model.predict(other.X, other.metadata).probabilities, (ds.metadata.symbol == "A").to_numpy()
+    assert np.array_equal(q[is_a], p[is_a]) or np.abs(q[is_a] - p[is_a]).max() < 1e-5
+    assert np.abs(q[~is_a] - p[~is_a]).max() > 1e-5
     model.save(tmp_path)
     assert np.abs(load_model(tmp_path).predict(ds.X, ds.metadata).probabilities - p).max() < 1e-6
 
 
-def test_the_future_moves_nothing(checkpoints):
+def test_future_bars_do_not_change_predictions(checkpoints):
     ds = TimeSeriesDataset(read_split(market()), 5)
     model = timesfm(checkpoints["timesfm"], ds, mode="zero_shot")
     frame = market()
@@ -123,13 +118,13 @@ def test_the_future_moves_nothing(checkpoints):
     assert np.array_equal(p[early], q[early]) and not np.array_equal(p, q)
 
 
-def test_barriers_by_config_by_file_or_estimated(checkpoints, tmp_path):
+def test_barriers_from_config_from_file_or_estimated(checkpoints, tmp_path):
     ds = TimeSeriesDataset(read_split(market()), 5)
-    given = timesfm(checkpoints["timesfm"], ds, mode="zero_shot", barrier_up=1.5, barrier_down=1.2)
+    by_config = timesfm(checkpoints["timesfm"], ds, mode="zero_shot", barrier_up=1.5, barrier_down=1.2)
     for s in "AB":
         (tmp_path / f"{s}_ga_h5_best.json").write_text('{"best_k_up": 1.5, "best_k_down": 1.2}')
     by_file = timesfm(checkpoints["timesfm"], ds, mode="zero_shot", barrier_folder=str(tmp_path))
-    assert np.array_equal(*[m.predict(ds.X, ds.metadata).probabilities for m in (given, by_file)])
+    assert np.array_equal(*[m.predict(ds.X, ds.metadata).probabilities for m in (by_config, by_file)])
     assert len(timesfm(checkpoints["timesfm"], ds, mode="zero_shot").widths) == 2
     (tmp_path / "B_ga_h5_best.json").unlink()
     with pytest.raises(ValueError, match="B_ga_h5_best.json"):
@@ -141,7 +136,7 @@ def test_barriers_by_config_by_file_or_estimated(checkpoints, tmp_path):
         timesfm(checkpoints["timesfm"], bare, mode="zero_shot", barrier_up=1.0, barrier_down=1.0)
 
 
-def test_finetune_saves_the_layers_it_trained_and_no_others(checkpoints, tmp_path):
+def test_finetune_saves_the_trained_layers_only(checkpoints, tmp_path):
     from safetensors.torch import load_file
 
     ds = TimeSeriesDataset(read_split(market()), 5)
@@ -151,23 +146,11 @@ def test_finetune_saves_the_layers_it_trained_and_no_others(checkpoints, tmp_pat
 
 
 @pytest.mark.parametrize("control", ["none", "random_llm", "no_llm"])
-def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path, control):
+def test_rows_are_independent_on_bert(checkpoints, tmp_path, control):
     ds = TimeSeriesDataset(read_split(market()), 5, seq_len=16)
-    model = ModelRegistry.create(
-        "timellm",
-        dict(
-            checkpoint=str(checkpoints["bert"]),
-            control=control,
-            sequence_length=16,
-            max_epochs=2,
-            d_ff=16,
-            words=32,
-            prototypes=16,
-            device="cpu",
-        ),
-        5,
-        ds.feature_columns,
-    )
+    config = dict(checkpoint=str(checkpoints["bert"]), control=control, sequence_length=16, max_epochs=2, device="cpu")
+    sizes = dict(d_ff=16, words=32, prototypes=16)
+    model = ModelRegistry.create("timellm", config | sizes, 5, ds.feature_columns)
     model.fit(ds.X, ds.y, ds.X, ds.y)
     p, pick = model.predict(ds.X, ds.metadata).probabilities, np.random.default_rng(0).permutation(len(ds))[:40]
     assert np.abs(model.predict(ds.X.subset(pick), ds.metadata.iloc[pick]).probabilities - p[pick]).max() < 1e-5
@@ -181,10 +164,10 @@ def test_with_bert_too_a_row_is_its_own(checkpoints, tmp_path, control):
             load_model(tmp_path)
 
 
-# checkpoints: whole, or named
+# Checkpoints
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
+def test_a_checkpoint_with_missing_weights_is_refused(checkpoints, tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModel
 
@@ -200,97 +183,65 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
         find_checkpoint(str(tmp_path))
 
 
-def test_the_home_of_the_hub_is_honoured(checkpoints, tmp_path, monkeypatch):
+def test_checkpoints_are_read_from_the_folder_in_HF_HOME(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     listed = {m["name"]: m for m in ModelRegistry.list_models("foundation")}
-    assert (
-        not listed["timesfm"]["available"]
-        and "hf download google/timesfm-2.0-500m-pytorch" in listed["timesfm"]["reason"]
-    )
+    assert not listed["timesfm"]["available"]
+    assert "hf download google/timesfm-2.0-500m-pytorch" in listed["timesfm"]["reason"]
     snapshot = tmp_path / "hub/models--google--timesfm-2.0-500m-pytorch/snapshots/abc"
     snapshot.mkdir(parents=True)
     for f in checkpoints["timesfm"].iterdir():
         (snapshot / f.name).write_bytes(f.read_bytes())
     (refs := snapshot.parents[1] / "refs").mkdir()
     (refs / "main").write_text("abc")
-    assert {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")} == dict(
-        timesfm=True, timellm=False
-    )
+    available = {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")}
+    assert available == dict(timesfm=True, timellm=False)
     ds = TimeSeriesDataset(read_split(market()), 5)
-    model = ModelRegistry.create(
-        "timesfm", dict(sequence_length=1, context_length=64, cache=False), 5, ds.feature_columns
-    )
+    config = dict(sequence_length=1, context_length=64, cache=False)
+    model = ModelRegistry.create("timesfm", config, 5, ds.feature_columns)
     model.fit(ds.X, ds.y, ds.X, ds.y)
     assert model.pretrained["revision"] == "abc" and len(model.pretrained["sha256"]["model.safetensors"]) == 64
 
 
-def test_a_yaml_that_points_to_a_folder_counts_when_models_are_listed(checkpoints, tmp_path, monkeypatch):
+def test_models_are_listed_with_the_checkpoint_of_their_yaml(checkpoints, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models/timellm.yaml").write_text(f"checkpoint: {checkpoints['bert']}\n")
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     assert {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")}["timellm"]
 
 
-def cli(*args, **env):
-    command, options = [sys.executable, "-m", "modelfactory.cli", *args], dict(capture_output=True, text=True)
+def cli(command_line, *args, **env):
+    command = [sys.executable, "-m", "modelfactory.cli", *command_line.split(), *map(str, args)]
+    options = dict(capture_output=True, text=True)
     return subprocess.run(command, env=os.environ | env, cwd=ROOT, timeout=PATIENCE, **options)
 
 
-def test_without_weights_a_grid_says_so_and_goes_on(tmp_path, checkpoints):
+def test_a_grid_reports_missing_weights_and_continues(tmp_path, checkpoints):
     grid = tmp_path / "grid.yaml"
     grid.write_text("data: planted\nmodels: [timesfm, logistic_regression]\nhorizons: [5]\npreset: quick\n")
-    done = cli("experiment", str(grid), "--output", str(tmp_path / "runs"), HF_HOME=str(tmp_path))
-    assert (
-        done.returncode == 0
-        and "1 ok" in done.stdout.replace("unavailable", "")
-        and "timesfm h5 planted: unavailable: checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download"
-        in done.stdout
-    )
-    alone = cli(
-        "train",
-        "--model",
-        "timesfm",
-        "--horizon",
-        "5",
-        "--data",
-        "planted",
-        "--output",
-        str(tmp_path / "runs"),
-        HF_HOME=str(tmp_path),
-    )
+    done = cli("experiment", grid, "--output", tmp_path / "runs", HF_HOME=str(tmp_path))
+    reason = "checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download"
+    assert done.returncode == 0 and "1 ok" in done.stdout.replace("unavailable", "")
+    assert f"timesfm h5 planted: unavailable: {reason}" in done.stdout
+    train = "train --model timesfm --horizon 5 --data planted --output"
+    alone = cli(train, tmp_path / "runs", HF_HOME=str(tmp_path))
     assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "hf download" in alone.stderr
     assert [r.manifest["model"] for r in list_runs(tmp_path / "runs")] == ["logistic_regression"]
 
 
-def test_a_run_names_its_checkpoint_by_hash(tmp_path, checkpoints):
-    done = cli(
-        "train",
-        "--model",
-        "timesfm",
-        "--horizon",
-        "5",
-        "--data",
-        "planted",
-        "--preset",
-        "quick",
-        "--set",
-        f"checkpoint={checkpoints['timesfm']}",
-        "--set",
-        "mode=zero_shot",
-        "--output",
-        str(tmp_path / "runs"),
-        MODELFACTORY_CACHE=str(tmp_path / "cache"),
-    )
+def test_the_manifest_of_a_run_has_the_hashes_of_its_checkpoint(tmp_path, checkpoints):
+    train = "train --model timesfm --horizon 5 --data planted --preset quick --set mode=zero_shot --set"
+    checkpoint, cache = f"checkpoint={checkpoints['timesfm']}", tmp_path / "cache"
+    done = cli(train, checkpoint, "--output", tmp_path / "runs", MODELFACTORY_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     manifest = json.loads(next((tmp_path / "runs").glob("timesfm*/manifest.json")).read_text())
-    assert set(manifest["pretrained"]["sha256"]) == {"config.json", "model.safetensors"} and list(
-        (tmp_path / "cache").rglob("*.npy")
-    )
+    assert set(manifest["pretrained"]["sha256"]) == {"config.json", "model.safetensors"}
+    assert list(cache.rglob("*.npy"))
 
 
-# work that is done once
+# Cache
 
 WORKER = """
 import sys, time
@@ -315,11 +266,11 @@ def test_two_processes_compute_a_row_once(tmp_path):
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(100))
 
 
-def test_a_killed_one_loses_a_block_at_most(tmp_path):
+def test_a_killed_process_loses_at_most_one_block(tmp_path):
     first, log = worker(tmp_path), tmp_path / "log"
-    until(lambda: log.is_file() and len(log.read_text().split()) >= 40 or first.poll() is not None, "40 rows of 100")
+    until(lambda: log.is_file() and len(log.read_text().split()) >= 40 or first.poll() is not None, "40 of 100 rows")
     first.send_signal(signal.SIGKILL)
-    assert first.wait(PATIENCE) == -signal.SIGKILL, "it ended before it was killed"
+    assert first.wait(PATIENCE) == -signal.SIGKILL, "the process ended before it was killed"
     (tmp_path / "cache/000099.partial").write_bytes(b"half")
     assert worker(tmp_path).wait(PATIENCE) == 0
     times = pd.Series((tmp_path / "log").read_text().split()).value_counts()

@@ -1367,7 +1367,7 @@ def test_notebooks_of_a_folder_without_settings_are_not_executed(tmp_path, monke
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs/compare.ipynb").write_text("evil")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("modelfactory.configuration._find_file", lambda: None)
+    monkeypatch.setattr("modelfactory.configuration._find_settings_file", lambda: None)
     assert find_notebook("compare.ipynb").parent == PACKAGE_ROOT / "nbs"
 
 

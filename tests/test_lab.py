@@ -1,6 +1,6 @@
-"""Notebooks as a person sees them: opened in a real JupyterLab in Chromium, and run there.
+"""Notebooks in a browser: opened and run in a JupyterLab in Chromium.
 
-`make browser` runs every tutorial; the suite runs the first page and only opens the others."""
+`make browser` runs every tutorial. The suite runs the first page only, and opens the others."""
 
 import json
 import os
@@ -17,19 +17,22 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, ROOT, until
 
-EVERYTHING = bool(os.environ.get("BROWSER_RUNS_ALL"))
+RUN_ALL = bool(os.environ.get("BROWSER_RUNS_ALL"))
 PAGES = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "nbs/tutorials").glob("*.ipynb"))
 CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(c => ({
-  prompt: (c.querySelector('.jp-InputPrompt') || {}).textContent || '', source: ((c.querySelector('.cm-content') || {}).innerText || '').trim(),
-  error: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')].map(e => e.innerText.slice(-800)).join(),
-  stderr: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.stderr"]')].map(e => e.innerText.slice(0, 400)).join(),
+  prompt: (c.querySelector('.jp-InputPrompt') || {}).textContent || '',
+  source: ((c.querySelector('.cm-content') || {}).innerText || '').trim(),
+  error: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')]
+    .map(e => e.innerText.slice(-800)).join(),
+  stderr: [...c.querySelectorAll('[data-mime-type="application/vnd.jupyter.stderr"]')]
+    .map(e => e.innerText.slice(0, 400)).join(),
   widget: /Error displaying widget|Loading widget/.test(c.innerText),
   images: [...c.querySelectorAll('.jp-RenderedImage img, .jp-RenderedHTMLCommon img')].map(m => m.naturalWidth)}))"""
 
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
-    "Address of a JupyterLab over a copy of the project, which it may save into; its runs are one run and a comparison."
+    "Addresses of notebooks in a JupyterLab, over a copy of the project with one run and a comparison."
     home = tmp_path_factory.mktemp("lab")
     for name in ("nbs", "params"):
         shutil.copytree(ROOT / name, home / "project" / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
@@ -97,7 +100,7 @@ def _free_port():
 
 
 def _wait_for(url, server, log):
-    def answers():
+    def has_answered():
         try:
             urllib.request.urlopen(url, timeout=20).close()
         except OSError:
@@ -105,15 +108,15 @@ def _wait_for(url, server, log):
         else:
             return True
 
-    until(answers, "JupyterLab to answer")
+    until(has_answered, "JupyterLab to answer")
 
 
 @pytest.fixture
 def page(browser):
-    opened = browser.new_page(viewport=dict(width=1440, height=1000))
-    opened.set_default_timeout(PATIENCE * 1000)
-    yield opened
-    opened.close()
+    new_page = browser.new_page(viewport=dict(width=1440, height=1000))
+    new_page.set_default_timeout(PATIENCE * 1000)
+    yield new_page
+    new_page.close()
 
 
 def show(page, address):
@@ -124,29 +127,29 @@ def show(page, address):
 
 def run_all(page, seconds=PATIENCE):
     page.wait_for_selector("[data-status=idle]")
-    page.click("text=Run >> nth=0"), page.click("text='Run All Cells'")
+    page.click("text=Run >> nth=0")
+    page.click("text='Run All Cells'")
     end = time.monotonic() + seconds
     while True:
         page.wait_for_timeout(700)
         cells = page.evaluate(CELLS)
-        if not any("*" in c["prompt"] for c in cells) and (
-            any(c["error"] for c in cells) or all(c["prompt"].strip(" []:") or not c["source"] for c in cells)
-        ):
+        running = [c for c in cells if "*" in c["prompt"]]
+        is_complete = all(c["prompt"].strip(" []:") or not c["source"] for c in cells)
+        if not running and (is_complete or any(c["error"] for c in cells)):
             return
-        assert time.monotonic() < end, [c for c in cells if "*" in c["prompt"]]
+        assert time.monotonic() < end, running
 
 
-def look(page):
-    "Raises `AssertionError` on an error output, something on stderr, a broken widget or a missing picture; the pictures there are."
+def checked_images(page):
+    "Number of images; raises `AssertionError` on an error, output on stderr, a broken widget or a missing image."
     cells = page.evaluate(CELLS)
-    assert cells and not [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]], [
-        c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]
-    ]
+    broken = [c for c in cells if c["error"] or c["stderr"] or c["widget"] or 0 in c["images"]]
+    assert cells and not broken, broken
     return sum(len(c["images"]) for c in cells)
 
 
-def test_what_is_broken_is_seen(page, lab, tmp_path_factory):
-    "This check can fail: on an error output, and on a picture that is not there."
+def test_errors_and_missing_images_are_detected(page, lab, tmp_path_factory):
+    "The check fails on an error output, and on an image that does not exist."
     import nbformat
     from nbformat import v4
 
@@ -156,33 +159,31 @@ def test_what_is_broken_is_seen(page, lab, tmp_path_factory):
         picture=v4.new_output("display_data", {"text/html": "<img src='nowhere.png'>"}),
     )
     for name, output in outputs.items():
-        nbformat.write(
-            v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[output], execution_count=1)]),
-            project / f"{name}.ipynb",
-        )
+        cell = v4.new_code_cell("1", outputs=[output], execution_count=1)
+        nbformat.write(v4.new_notebook(cells=[cell]), project / f"{name}.ipynb")
         show(page, lab(f"{name}.ipynb"))
         with pytest.raises(AssertionError):
-            look(page)
+            checked_images(page)
 
 
 def test_the_first_page_runs(page, lab):
     show(page, lab("nbs/index.ipynb"))
     run_all(page)
-    look(page)
+    checked_images(page)
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_tutorials_show(page, lab, path):
+def test_tutorials_open_without_errors(page, lab, path):
     show(page, lab(path))
-    if EVERYTHING:
+    if RUN_ALL:
         run_all(page)
-    look(page)
+    checked_images(page)
 
 
-@pytest.mark.parametrize("pattern, pictures", [("runs/lightgbm_*/train.ipynb", 6), ("runs/compare.ipynb", 6)])
-def test_what_papermill_executed_shows(page, lab, tmp_path_factory, pattern, pictures):
-    project = tmp_path_factory.getbasetemp().glob(f"lab*/project/{pattern}")
-    show(page, lab(next(str(f).split("/project/")[1] for f in project)))
-    assert look(page) >= pictures
+@pytest.mark.parametrize("pattern, n_images", [("runs/lightgbm_*/train.ipynb", 6), ("runs/compare.ipynb", 6)])
+def test_notebooks_executed_by_papermill_show_images_and_tables(page, lab, tmp_path_factory, pattern, n_images):
+    files = tmp_path_factory.getbasetemp().glob(f"lab*/project/{pattern}")
+    show(page, lab(next(str(f).split("/project/")[1] for f in files)))
+    assert checked_images(page) >= n_images
     tables = page.evaluate("() => document.querySelectorAll('.jp-RenderedHTMLCommon table').length")
-    assert tables >= 2, "tables of an untrusted notebook are shown, too"
+    assert tables >= 2, "tables of an untrusted notebook are shown as well"

@@ -1,7 +1,7 @@
-"""The examples and assertions of every notebook hold for the module it exports.
+"""Runs the examples and assertions of every notebook on its exported module.
 
-`nbdev-test` runs a notebook's own cells. Here the exported module stands in for the export cells, so it is the package that is
-tested, from where it is installed, and coverage counts its lines."""
+`nbdev-test` runs all cells of a notebook. These tests use the exported module instead of the export cells. They test
+the installed package, and coverage counts its lines."""
 
 import ast
 import contextlib
@@ -21,14 +21,11 @@ FILES = [
 ]
 
 
-def cells(file):
+def example_cells(file):
     for c in json.loads(file.read_text())["cells"]:
         source = "".join(c["source"])
-        if (
-            c["cell_type"] == "code"
-            and not re.match(r"#\|\s*(export|default_exp)", source)
-            and "nbdev_export()" not in source
-        ):
+        is_export = re.match(r"#\|\s*(export|default_exp)", source) or "nbdev_export()" in source
+        if c["cell_type"] == "code" and not is_export:
             yield source
 
 
@@ -36,10 +33,10 @@ def cells(file):
 def test_notebook(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     name = re.search(r"#\|\s*default_exp\s+([\w.]+)", file.read_text())[1]
-    space = dict(vars(importlib.import_module(f"modelfactory.{name}"))) | dict(__name__="__main__")
+    namespace = dict(vars(importlib.import_module(f"modelfactory.{name}"))) | dict(__name__="__main__")
     with contextlib.redirect_stdout(io.StringIO()):
-        for source in cells(file):
-            exec(compile(ast.parse(source), str(Path(file).name), "exec"), space)
+        for source in example_cells(file):
+            exec(compile(ast.parse(source), str(Path(file).name), "exec"), namespace)
     from matplotlib import pyplot
 
     pyplot.close("all")

@@ -150,7 +150,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
     "a test that hangs": (
         "ended and named, the others go on",
         "test_waiting",
-        ["what_hangs_is_ended_and_named_and_the_others_go_on", "nothing_is_waited_for_without_a_limit"],
+        ["a_hanging_test_is_ended_and_reported_and_the_others_run", "every_wait_has_a_limit"],
     ),
     "manifests that name files elsewhere, links, pipes": (
         "refused, nothing outside is written",

@@ -1,4 +1,4 @@
-"The training loop of networks: killed and gone on with, on another device's path, compiled, beside a caller's own generator."
+"The training loop of networks: resumed after a kill, on a device, compiled, and without effects on global state."
 
 import contextlib
 import json
@@ -45,49 +45,54 @@ def fit_in_a_process(folder, out, kill_after=None):
     ready = out.with_name("ready")
     ready.unlink(missing_ok=True)
     process = interruptible([sys.executable, "-c", FIT, json.dumps(SMALL), folder, out, ready])
-    until(lambda: ready.exists() or process.poll() is not None, "a process that fits")
+    until(lambda: ready.exists() or process.poll() is not None, "the process to start its fit")
     if kill_after is not None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(kill_after)
         process.kill()
-    written = finish(process)
-    assert process.returncode in ([0] if kill_after is None else [0, -signal.SIGKILL]), written
+    output = finish(process)
+    assert process.returncode in ([0] if kill_after is None else [0, -signal.SIGKILL]), output
 
 
-def test_a_fit_killed_at_random_moments_ends_where_the_uninterrupted_one_ends(tmp_path):
-    fit_in_a_process(tmp_path / "whole", tmp_path / "whole.npz")
-    chance = random.Random(1)
+def test_a_fit_killed_at_random_times_and_resumed_equals_an_uninterrupted_fit(tmp_path):
+    fit_in_a_process(tmp_path / "uninterrupted", tmp_path / "uninterrupted.npz")
+    rng = random.Random(1)
     for _ in range(5):
-        fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz", chance.uniform(0.02, 0.6))
+        fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz", rng.uniform(0.02, 0.6))
     fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz")
-    whole, killed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
-    for name in whole:
-        np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
+    uninterrupted, killed = (np.load(tmp_path / f"{name}.npz") for name in ("uninterrupted", "killed"))
+    for name in uninterrupted:
+        np.testing.assert_array_equal(uninterrupted[name], killed[name], err_msg=name)
     assert [f.name for f in (tmp_path / "killed").glob("round_*")] == ["round_6"]
 
 
-def test_batches_of_a_device_are_those_of_the_buffer():
+def test_batches_made_on_a_device_equal_batches_of_the_cpu_buffer():
     windows = standardise_windows(TASK.X, np.zeros(5, np.float32), np.ones(5, np.float32))
     idx = np.array([5, 599, 0, 5])
     assert torch.equal(Batches(windows, "cpu:0").take(idx), Batches(windows, "cpu").take(idx))
 
 
-def test_one_row_is_a_window_too():
+def test_a_window_of_one_row():
     rows = TASK.X[:][:, -1]
     model = ModelRegistry.create("gru", SMALL | dict(sequence_length=1), 5, TASK.features)
     model.fit(rows, TASK.y, rows, TASK.y)
     assert len(model.predict(rows, TASK.meta)) == 600
 
 
-def test_a_compiled_network_learns_the_same(monkeypatch):
-    used, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: used.append(net) or compile(net, backend="eager"))
+def test_a_compiled_network_has_the_same_losses(monkeypatch):
+    compiled_networks, compile = [], torch.compile
+
+    def compile_eager(net):
+        compiled_networks.append(net)
+        return compile(net, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eager)
     (_, plain), (model, compiled) = fitted(), fitted(compile=True)
     np.testing.assert_allclose(plain["val_loss"], compiled["val_loss"], rtol=1e-5)
-    assert used and not any("_orig_mod" in name for name in model.net.state_dict())
+    assert compiled_networks and not any("_orig_mod" in name for name in model.net.state_dict())
 
 
-def test_a_fit_leaves_generator_and_threads_as_they_were():
+def test_a_fit_restores_random_generator_and_threads():
     torch.manual_seed(7)
     expected, threads = torch.rand(1), torch.get_num_threads()
     torch.manual_seed(7)
@@ -95,20 +100,20 @@ def test_a_fit_leaves_generator_and_threads_as_they_were():
     assert torch.equal(torch.rand(1), expected) and torch.get_num_threads() == threads
 
 
-def test_the_batch_size_of_prediction_does_not_matter():
+def test_predictions_do_not_depend_on_the_batch_size():
     model, _ = fitted(max_epochs=2)
-    whole = model.predict(TASK.X_val, TASK.meta_val).probabilities
+    expected = model.predict(TASK.X_val, TASK.meta_val).probabilities
     model.config.batch_size = 7
-    np.testing.assert_allclose(model.predict(TASK.X_val, TASK.meta_val).probabilities, whole, atol=1e-5)
+    np.testing.assert_allclose(model.predict(TASK.X_val, TASK.meta_val).probabilities, expected, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_an_error():
+def test_a_missing_device_is_an_error():
     with pytest.raises(ValueError, match="device: cuda, but torch sees no GPU"):
         fitted(device="cuda")
 
 
-def test_label_smoothing_keeps_a_network_less_sure():
-    (sure, _), (less, _) = fitted(early_stopping=False), fitted(early_stopping=False, label_smoothing=0.4)
-    top = [m.predict(TASK.X_val, TASK.meta_val).probabilities.max(1).mean() for m in (sure, less)]
+def test_label_smoothing_lowers_the_highest_probability():
+    (plain, _), (smoothed, _) = fitted(early_stopping=False), fitted(early_stopping=False, label_smoothing=0.4)
+    top = [m.predict(TASK.X_val, TASK.meta_val).probabilities.max(1).mean() for m in (plain, smoothed)]
     assert top[1] < top[0] - 0.05

@@ -1,4 +1,4 @@
-"Tests wait for events, each with a limit; what hangs all the same is ended, named, and does not stop the others."
+"Tests wait for events with a time limit. A test that hangs is ended and reported, and the other tests run."
 
 import ast
 import re
@@ -37,7 +37,7 @@ def test_quick(i): pass
 """
 
 
-def test_what_hangs_is_ended_and_named_and_the_others_go_on(tmp_path):
+def test_a_hanging_test_is_ended_and_reported_and_the_others_run(tmp_path):
     (tmp_path / "test_hangs.py").write_text(HANGS)
     (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-o", "faulthandler_timeout=3", "-n", "2"]
@@ -49,17 +49,17 @@ def test_what_hangs_is_ended_and_named_and_the_others_go_on(tmp_path):
         assert 'test_hangs.py", line' in done.stderr, "the stacks of the threads"
 
 
-def without_limit(call):
-    "What is wrong with a call that waits; empty when nothing is."
-    name, given = ast.unparse(call.func), {k.arg for k in call.keywords}
-    method, limited = name.rpartition(".")[2], bool(call.args) or "timeout" in given
+def missing_limit(call):
+    "Why a call may wait without a limit; empty if it has a limit or does not wait."
+    name, keywords = ast.unparse(call.func), {k.arg for k in call.keywords}
+    method, limited = name.rpartition(".")[2], bool(call.args) or "timeout" in keywords
     if name == "time.sleep":
-        return "waits for a time: wait for an event, by conftest.until"
-    if "preexec_fn" in given:
+        return "waits for a fixed time: use conftest.until to wait for an event"
+    if "preexec_fn" in keywords:
         return "may hang before the process starts: see conftest.interruptible"
-    if re.fullmatch(r"subprocess\.(run|call|check_\w+)", name) and "timeout" not in given:
+    if re.fullmatch(r"subprocess\.(run|call|check_\w+)", name) and "timeout" not in keywords:
         return "has no timeout"
-    if method == "FileLock" and "timeout" not in given:
+    if method == "FileLock" and "timeout" not in keywords:
         return "has no timeout"
     if method in ("wait", "communicate", "result", "join", "acquire") and not limited:
         return "has no limit"
@@ -67,12 +67,12 @@ def without_limit(call):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("*.py")), ids=lambda f: f.stem)
-def test_nothing_is_waited_for_without_a_limit(file):
+def test_every_wait_has_a_limit(file):
     calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
-    wrong = [f"line {c.lineno}: {ast.unparse(c.func)} {why}" for c in calls if (why := without_limit(c))]
+    unlimited = [f"line {c.lineno}: {ast.unparse(c.func)} {why}" for c in calls if (why := missing_limit(c))]
     if file.stem == "conftest":
-        wrong = [w for w in wrong if "time.sleep" not in w]  # the one that looks again and again
-    assert wrong == []
+        unlimited = [line for line in unlimited if "time.sleep" not in line]  # in conftest.until
+    assert unlimited == []
 
 
 @pytest.mark.parametrize(
@@ -87,5 +87,5 @@ def test_nothing_is_waited_for_without_a_limit(file):
         "subprocess.Popen(['x'], preexec_fn=f)",
     ],
 )
-def test_a_wait_without_a_limit_is_seen(source):
-    assert without_limit(ast.parse(source).body[0].value)
+def test_a_wait_without_a_limit_is_detected(source):
+    assert missing_limit(ast.parse(source).body[0].value)
