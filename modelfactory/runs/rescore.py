@@ -87,7 +87,7 @@ def matching_rows(
     rows = index.get_indexer(pd.MultiIndex.from_arrays([times, frame["symbol"]]))
     n_missing = (rows < 0).sum()
     if n_missing:
-        raise RunError(f"{n_missing} of {len(rows)} predicted rows are not samples of the data any more")
+        raise RunError(f"{n_missing} of {len(rows)} predicted rows are no longer samples of the data")
     n_different = int((dataset.y[rows] != frame["y_true"].to_numpy()).sum())
     if n_different:
         raise RunError(f"{n_different} of {len(rows)} labels in the data differ from those of the predictions")
