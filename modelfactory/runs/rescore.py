@@ -122,7 +122,7 @@ def score_with_data(
     scored.datasets = trainer.datasets | {split: matching_rows(trainer.datasets[split], frame)}
     scored.predictions = {split: stored_output(frame, trainer.config.data.classes)}
     scored.robustness_by_split, scored.baseline_metrics = {}, {}
-    metrics = scored.score(scored.predictions[split], split) | (scored.nulls(split) if nulls else {})
+    metrics = scored.score(scored.predictions[split], split) | (scored.null_metrics(split) if nulls else {})
     scored.metrics = {split: Metrics(metrics | _timings(run))}
     return scored
 
