@@ -61,12 +61,12 @@ class GridConfig(HTMLConfig):
     preset: str | None = None  # name of a preset in each model's YAML
     overrides: dict[str, dict] = field(default_factory=dict)  # model -> config keys
     dataset: dict = field(default_factory=dict)  # further keys of DatasetConfig, for every data set
-    allow: tuple[str, ...] = ()  # columns that the leak audit does not check, because you know that they do not leak
+    allow: tuple[str, ...] = ()  # columns that the leak audit permits, because you know that they do not leak
     name: str = "grid"  # stored in the manifests of its runs; the name of the grid's file
 
 # %% ../../nbs/runs/05_grid.ipynb #1224e3d1
 def grid_config(
-    values: dict | Path,  # keys of `GridConfig`, or a YAML file with them, or the name of a grid in params/grids
+    values: dict | str | Path,  # keys of `GridConfig`, a YAML file with them, or the name of a grid in params/grids
 ) -> GridConfig:
     "A `GridConfig`; missing keys come from the settings. Raises `ConfigError` on an unknown key or an unknown model."
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
@@ -217,7 +217,7 @@ class GridResult(list):
 
 # %% ../../nbs/runs/05_grid.ipynb #d24b91e5
 def run_grid(
-    grid: GridConfig | dict | Path,  # see `grid_config`
+    grid: GridConfig | dict | str | Path,  # see `grid_config`
     runs: Path | None = None,  # None: settings' runs folder
     workers: int | None = None,  # runs at a time; None: `default_workers`
     timeout: float | None = None,  # seconds a run may take
@@ -346,7 +346,7 @@ class GridStatus(list):
 
 # %% ../../nbs/runs/05_grid.ipynb #01f0b5ea
 def grid_status(
-    grid: GridConfig | dict | Path,  # see `grid_config`
+    grid: GridConfig | dict | str | Path,  # see `grid_config`
     runs: Path | None = None,  # None: settings' runs folder
 ) -> GridStatus:
     "Which jobs of a grid are done, running, failed or waiting; raises `ConfigError`."

@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from ..models.loading import load_model
 from ..models.persistence import read_header
 from ..models.registry import ModelRegistry
 from .run_folder import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'REQUEST_SECONDS', 'MAX_REPLY_BYTES', 'serve_model', 'limits_note', 'IsolatedModel']
@@ -171,7 +175,11 @@ class IsolatedModel(WrappedModel):
             raise RunError(f"{self.checkpoint}: {reply[1:].decode(errors='replace')}")
         return reply[1:]
 
-    def predict(self, X, metadata) -> PredictionOutput:
+    def predict(
+        self,
+        X: np.ndarray,  # (n, T, F), or the windows of a dataset
+        metadata: pd.DataFrame,  # datetime, symbol, horizon of each row
+    ) -> PredictionOutput:
         "Predictions of the saved model; raises `RunError` where the process fails or its answer is not valid."
         n, K = len(check_X(self, X)), len(self.classes)
         check_metadata(self, metadata, n)

@@ -29,7 +29,7 @@ class Run(StoredRun):
 
     def predict(
         self,
-        data,  # new bars, without labels: see `predict_run`
+        data: object,  # new bars, without labels, as a frame, a file or a folder: see `predict_run`
         ahead: bool = False,  # see `predict_run`
     ) -> pd.DataFrame:
         "Predictions of new bars."

@@ -114,7 +114,7 @@ def is_alive(attempt: Path) -> bool:
 # %% ../../nbs/runs/00_run_folder.ipynb #c0e35b4c
 def write_json(
     file: Path,  # its folder is created if it is missing
-    values,  # dicts, lists, numbers and text
+    values: object,  # dicts, lists, numbers and text
 ) -> None:
     "Writes plain data as JSON by one rename; NaN and infinity become null."
     Path(file).parent.mkdir(parents=True, exist_ok=True)
