@@ -1,4 +1,4 @@
-"Runs that survive: faults injected into real processes, and what a person is told of them."
+"Faults are injected into real processes of runs; outcomes, messages and leftover processes are checked."
 
 import json
 import os
@@ -38,7 +38,7 @@ class FaultyConfig(LogisticRegressionConfig):
 
 @ModelRegistry.register("faulty", family="examples")
 class Faulty(LogisticRegressionModel):
-    "Goes wrong in the way it is told to."
+    "A model whose fit fails in the way that its config sets."
     Config = FaultyConfig
     def fit(self, *args, **kw):
         fault = self.config.fault
@@ -54,8 +54,8 @@ class Faulty(LogisticRegressionModel):
         if fault == "poison" or fault == "once" and not os.path.exists(self.config.flag):
             if self.config.flag: open(self.config.flag, "w").close()
             import psutil
-            worker = psutil.Process(os.getppid()).parent()  # a kernel's parent is the run, and its parent the worker
-            if "ray::" in " ".join(worker.cmdline()): worker.kill()  # else the worker is gone, and this its grandparent
+            worker = psutil.Process(os.getppid()).parent()  # kernel -> run -> worker
+            if "ray::" in " ".join(worker.cmdline()): worker.kill()  # otherwise the worker has ended already
         return super().fit(*args, **kw)
 """
 
@@ -70,31 +70,28 @@ def faulty(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def marked(monkeypatch):
-    "Processes of other tests, which run at the same time, are not ours."
+def process_mark(monkeypatch):
+    "Marks the processes of this test, since other tests run at the same time."
     monkeypatch.setenv("ENGINE_TEST", uuid.uuid4().hex)
 
 
-def ours():
-    "Processes of this test's runs that are alive."
-    found = []
+def run_processes():
+    "Numbers of the living processes of this test's runs."
+    pids = set()
     for p in psutil.process_iter():
         try:
             environment = p.environ()
-            if (
-                environment.get(RUN_ENV_VAR)
-                and environment.get("ENGINE_TEST") == os.environ["ENGINE_TEST"]
-                and p.status() != psutil.STATUS_ZOMBIE
-            ):
-                found.append(p.pid)
+            is_own = environment.get(RUN_ENV_VAR) and environment.get("ENGINE_TEST") == os.environ["ENGINE_TEST"]
+            if is_own and p.status() != psutil.STATUS_ZOMBIE:
+                pids.add(p.pid)
         except (psutil.Error, OSError):
             pass
-    return set(found)
+    return pids
 
 
-def gone(before):
-    "Whether no process of a run is left but those that were there before; they sleep for longer than this waits."
-    return until(lambda: not ours() - before, "the processes of a run to end")
+def all_ended(before):
+    "Waits until no process of a run is alive except those in `before`; a leftover process would sleep longer."
+    return until(lambda: not run_processes() - before, "the processes of a run to end")
 
 
 @pytest.mark.parametrize(
@@ -106,45 +103,41 @@ def gone(before):
         ("kill kernel", Limits(PATIENCE), "killed", "kernel died"),
     ],
 )
-def test_what_goes_wrong_is_named_and_leaves_no_process(faulty, tmp_path, fault, limits, status, reason):
-    before = ours()
+def test_a_fault_is_reported_and_no_process_remains(faulty, tmp_path, fault, limits, status, reason):
+    before = run_processes()
     outcome = run_notebook(faulty(fault), tmp_path / "runs", limits)
     assert outcome.status == status and reason in outcome.reason and (outcome.path / "run.log").is_file()
     assert json.loads((outcome.path / "outcome.json").read_text())["status"] == status
-    assert (
-        list_runs(tmp_path / "runs") == []
-        and list((tmp_path / "runs" / PARTIAL_FOLDER).iterdir()) == []
-        and gone(before)
-    )
+    assert list_runs(tmp_path / "runs") == [] and list((tmp_path / "runs" / PARTIAL_FOLDER).iterdir()) == []
+    assert all_ended(before)
 
 
-def test_a_kernel_that_does_not_start_is_tried_again_and_a_model_that_fails_is_not(tmp_path, monkeypatch):
-    asked = []
+def test_a_failed_kernel_start_is_repeated_and_a_failed_model_is_not(tmp_path, monkeypatch):
+    reasons = []
 
-    def attempt(said):
-        def made(parameters, *args):
-            asked.append(said)
-            return engine.Outcome("x", "failed" if len(asked) < 3 else "ok", said)
+    def attempt_with(reason):
+        def attempt(parameters, *args):
+            reasons.append(reason)
+            return engine.Outcome("x", "failed" if len(reasons) < 3 else "ok", reason)
 
-        return made
+        return attempt
 
-    monkeypatch.setattr(engine, "_attempt", attempt("RuntimeError: Kernel died before replying to kernel_info"))
-    assert run_notebook(dict(model="svm", horizon=5), tmp_path).status == "ok" and len(asked) == 3
-    asked.clear()
-    monkeypatch.setattr(engine, "_attempt", attempt("ValueError: C must be positive (cell 4)"))
-    assert run_notebook(dict(model="svm", horizon=5), tmp_path).status == "failed" and len(asked) == 1
+    monkeypatch.setattr(engine, "_attempt", attempt_with("RuntimeError: Kernel died before replying to kernel_info"))
+    assert run_notebook(dict(model="svm", horizon=5), tmp_path).status == "ok" and len(reasons) == 3
+    reasons.clear()
+    monkeypatch.setattr(engine, "_attempt", attempt_with("ValueError: C must be positive (cell 4)"))
+    assert run_notebook(dict(model="svm", horizon=5), tmp_path).status == "failed" and len(reasons) == 1
 
 
-def test_stopping_ends_a_run_and_what_it_started(faulty, tmp_path):
-    before, stop, flag = ours(), threading.Event(), tmp_path / "started"
+def test_stop_ends_a_run_and_its_child_processes(faulty, tmp_path):
+    before, stop, flag = run_processes(), threading.Event(), tmp_path / "started"
+    parameters = faulty("children", flag=str(flag))
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(
-            run_notebook, faulty("children", flag=str(flag)), tmp_path / "runs", Limits(PATIENCE), stop
-        )
+        future = pool.submit(run_notebook, parameters, tmp_path / "runs", Limits(PATIENCE), stop)
         until(lambda: flag.exists() or future.done(), "the run to start a process")
         stop.set()
         outcome = future.result(PATIENCE)
-    assert outcome.status == "interrupted" and gone(before), outcome
+    assert outcome.status == "interrupted" and all_ended(before), outcome
 
 
 GRID = "data: planted\nmodels: [logistic_regression]\nhorizons: [5, 20]\nseeds: [1, 2]\npreset: quick\n"
@@ -156,41 +149,42 @@ def start(tmp_path, *args):
     return interruptible([*command, "--output", tmp_path / "runs", *args], start_new_session=True)
 
 
-def test_ctrl_c_stops_and_says_how_to_go_on(tmp_path):
-    before, runner = ours(), start(tmp_path)
-    until(lambda: ours() - before or runner.poll() is not None, "a run")
+def test_ctrl_c_ends_a_grid_and_prints_how_to_continue(tmp_path):
+    before, runner = run_processes(), start(tmp_path)
+    until(lambda: run_processes() - before or runner.poll() is not None, "a run")
     runner.send_signal(signal.SIGINT)
     out, err = finish(runner)
-    assert runner.returncode == 130 and "goes on where it stopped" in err and gone(before), out + err
-    assert len(list_runs(tmp_path / "runs")) < 4, "it waited for all runs instead of ending them"
+    assert runner.returncode == 130 and "goes on where it stopped" in err and all_ended(before), out + err
+    assert len(list_runs(tmp_path / "runs")) < 4, "the runner waited for all runs"
 
 
-def test_a_killed_runner_takes_its_runs_with_it_and_the_next_one_goes_on(tmp_path):
-    before, runner = ours(), start(tmp_path, "--workers", "1")
+def test_runs_of_a_killed_runner_end_and_the_next_grid_completes_them(tmp_path):
+    before, runner = run_processes(), start(tmp_path, "--workers", "1")
 
     def scored():
         return [run for run in list_runs(tmp_path / "runs") if run.scored]
 
     until(lambda: (tmp_path / "runs").is_dir() and scored() or runner.poll() is not None, "a run that is scored")
-    kept = scored()[0].path
-    runner.kill(), runner.wait(PATIENCE)
-    assert gone(before)
+    first_run = scored()[0].path
+    runner.kill()
+    runner.wait(PATIENCE)
+    assert all_ended(before)
     status = grid_status(tmp_path / "grid.yaml", tmp_path / "runs")
     assert status.count("done") >= 1 and status.count("running") == 0
     assert run_grid(tmp_path / "grid.yaml", tmp_path / "runs", timeout=PATIENCE).ok
     runs = list_runs(tmp_path / "runs")
-    assert len(runs) == 4 and kept in [r.path for r in runs] and len({r.identity for r in runs}) == 4
+    assert len(runs) == 4 and len({r.identity for r in runs}) == 4 and first_run in [r.path for r in runs]
 
 
-def test_two_grids_on_one_folder_train_each_run_once(tmp_path):
-    both = [start(tmp_path), start(tmp_path)]
-    said = [finish(p)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+def test_two_grids_in_one_folder_train_each_run_once(tmp_path):
+    grids = [start(tmp_path), start(tmp_path)]
+    outputs = [finish(grid)[0] for grid in grids]
+    assert [grid.returncode for grid in grids] == [0, 0], outputs
     assert len(list_runs(tmp_path / "runs")) == 4
 
 
-def test_a_process_that_does_not_end_after_its_run_is_published_is_ended(tmp_path, monkeypatch):
-    "Such as one whose interpreter waits for a socket at its exit: the run is whole, and nobody waits for ever."
+def test_a_process_that_does_not_exit_after_publishing_is_ended(tmp_path, monkeypatch):
+    "Such as a process whose interpreter waits for a socket at its exit; the run is complete."
     runs, real = tmp_path / "runs", subprocess.Popen
     made = make_run(tmp_path / "made", "svm", bars(n=300)).path
 
@@ -201,12 +195,12 @@ def test_a_process_that_does_not_end_after_its_run_is_published_is_ended(tmp_pat
 
     monkeypatch.setattr(engine, "EXIT_SECONDS", 0)
     monkeypatch.setattr(engine.subprocess, "Popen", publishes)
-    before = ours()
+    before = run_processes()
     outcome = run_notebook(dict(model="svm", horizon=5), runs, Limits(PATIENCE))
-    assert outcome.status == "ok" and outcome.path.parent == runs and gone(before)
+    assert outcome.status == "ok" and outcome.path.parent == runs and all_ended(before)
 
 
-def test_a_corrupt_file_in_mid_grid_costs_its_own_runs(tmp_path):
+def test_a_file_that_becomes_corrupt_after_planning_fails_its_run(tmp_path):
     from modelfactory.data.bundled import resolve_data
 
     data = shutil.copytree(resolve_data("planted"), tmp_path / "data")
@@ -214,33 +208,30 @@ def test_a_corrupt_file_in_mid_grid_costs_its_own_runs(tmp_path):
     file = data / "train_scaled.parquet"
     file.write_bytes(file.read_bytes()[:-2000])
     outcome = run_notebook(jobs[0].parameters, tmp_path / "runs", Limits(PATIENCE))
-    assert (
-        outcome.status == "failed" and "train_scaled.parquet" in outcome.reason and list_runs(tmp_path / "runs") == []
-    )
+    assert outcome.status == "failed" and "train_scaled.parquet" in outcome.reason
+    assert list_runs(tmp_path / "runs") == []
 
 
-def test_a_runs_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "runs").write_text("a file stands where the folder should be")
+def test_a_runs_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
+    (tmp_path / "runs").write_text("a file in place of the folder")
     command = [Path(sys.executable).with_name("modelfactory"), "train", "--model", "svm", "--horizon", "5"]
-    options = dict(cwd=ROOT, capture_output=True, text=True)
-    done = subprocess.run(
-        [*command, "--data", "planted", "--output", str(tmp_path / "runs")], timeout=PATIENCE, **options
-    )
+    command += ["--data", "planted", "--output", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def on_ray(grid, runs):
-    "A grid on a real cluster of this machine, if Ray can start one within the half minute it gives itself."
+    "A grid on a real cluster of this machine; skips the test if Ray cannot start one within its limit of 30 s."
     try:
         return run_grid(grid, runs, engine="ray", workers=1, timeout=PATIENCE)
     except ConfigError as e:
         if "timed out during startup" not in str(e):
             raise
-        pytest.skip(f"NOT TRIED on Ray, which could not start on this busy machine: {e}")
+        pytest.skip(f"NOT TRIED: Ray could not start on this busy machine: {e}")
 
 
-def test_ray_gives_a_lost_worker_s_run_to_another(faulty, tmp_path, monkeypatch):
-    "A real cluster of this machine, whose worker is killed in the middle of a run."
+def test_ray_gives_the_run_of_a_lost_worker_to_another(faulty, tmp_path, monkeypatch):
+    "The worker of a real cluster is killed during a run."
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     flag = tmp_path / "once"
     grid = dict(
@@ -254,7 +245,7 @@ def test_ray_gives_a_lost_worker_s_run_to_another(faulty, tmp_path, monkeypatch)
     assert result.count("ok") == 1 and flag.is_file() and len(list_runs(tmp_path / "runs")) == 1, result
 
 
-def test_a_model_that_always_kills_its_worker_is_given_up_and_the_others_are_made(faulty, tmp_path, monkeypatch):
+def test_a_model_that_always_kills_its_worker_fails_and_other_models_are_trained(faulty, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     (tmp_path / "models").mkdir()
     (tmp_path / "models/logistic_regression.yaml").write_text(
@@ -267,19 +258,14 @@ def test_a_model_that_always_kills_its_worker_is_given_up_and_the_others_are_mad
         overrides=dict(faulty=dict(fault="poison")),
     )
     result = on_ray(grid, tmp_path / "runs")
-    assert [(o.name.split()[0], o.status) for o in sorted(result, key=lambda o: o.name)] == [
-        ("faulty", "killed"),
-        ("logistic_regression", "ok"),
-    ], result
-    assert (
-        "its worker was lost" in str(result)
-        and "Traceback" not in str(result)
-        and len(list_runs(tmp_path / "runs")) == 1
-    )
+    statuses = {o.name.split()[0]: o.status for o in result}
+    assert len(result) == 2 and statuses == dict(faulty="killed", logistic_regression="ok"), result
+    assert "its worker was lost" in str(result) and "Traceback" not in str(result)
+    assert len(list_runs(tmp_path / "runs")) == 1
 
 
 class SlowRay:
-    "Gives its start up `n_late` times, and leaves a process of it behind each time."
+    "A stand-in for ray: its start fails `n_late` times, and each start leaves a process."
 
     def __init__(self, n_late, folder):
         self.n_late, self.started, self.program = n_late, [], folder / "ray/raylet"
@@ -296,7 +282,7 @@ class SlowRay:
 
 
 @pytest.mark.parametrize("n_late, starts", [(0, 1), (2, 3), (99, 5)])
-def test_a_cluster_that_is_slow_to_start_is_tried_again_and_leaves_no_process(tmp_path, monkeypatch, n_late, starts):
+def test_a_slow_cluster_start_is_repeated_and_leaves_no_process(tmp_path, monkeypatch, n_late, starts):
     ray = SlowRay(n_late, tmp_path)
     monkeypatch.setattr("modelfactory.runs.executors._ray", lambda: ray)
     try:
@@ -308,18 +294,18 @@ def test_a_cluster_that_is_slow_to_start_is_tried_again_and_leaves_no_process(tm
         assert len(ray.started) == starts
         late = ray.started[:n_late]
         assert [p.wait(PATIENCE) for p in late] == [-signal.SIGKILL] * len(late)
-        assert all(p.poll() is None for p in ray.started[n_late:]), "the cluster that did start"
+        assert all(p.poll() is None for p in ray.started[n_late:]), "the cluster that started was killed"
     finally:
         for p in ray.started:
             p.kill()
 
 
-def test_nothing_of_ray_is_imported_with_the_local_engine():
+def test_the_local_engine_does_not_import_ray():
     code = "import modelfactory.runs.grid, sys; print('ray' in sys.modules)"
     options = dict(capture_output=True, text=True, cwd="/")
     assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE, **options).stdout.strip() == "False"
 
 
-def test_an_address_without_a_cluster_is_one_line():
+def test_an_address_without_a_cluster_is_an_error():
     with pytest.raises(ValueError, match="no cluster at"):
         RayEngine("127.0.0.1:1")

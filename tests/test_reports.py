@@ -1,6 +1,6 @@
-"""What was fed to the kit in reports of users and of comparable tools, and what comes out now: a table of the tests.
+"""A table of reported problems, from users and from comparable tools, with the present result and its tests.
 
-Each row names the tests that hold it; the tests of one area are in one file beside this one."""
+Each row lists the tests that check the result; the tests of one area are in one file in this folder."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 INPUTS, RUNS, TRAINING, TUNING = (f"test_reports_{area}" for area in ("inputs", "runs", "training", "tuning"))
 HOSTILE = "test_hostile"
 
-REPORTS = {  # what was fed: (what comes out, file, tests)
+REPORTS = {  # input: (present result, file, tests)
     "nulls of a pandas category label": (
         "rows without a label, as from a file",
         INPUTS,
@@ -38,7 +38,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "an edited network, a comment in plots": (
-        "another identity for what is imported to fit, the same one otherwise",
+        "another identity if the code is imported to fit, otherwise the same",
         RUNS,
         ["an_identity_holds_the_code_that_fits_and_predicts_and_no_other"],
     ),
@@ -48,7 +48,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ["a_key_that_the_task_decides_is_refused_with_its_option"],
     ),
     "two projects with data of one name, data that moved": (
-        "whole paths, data sets by fingerprint, --data",
+        "absolute paths, data sets by fingerprint, --data",
         RUNS,
         [
             "paths_are_kept_whole",
@@ -70,12 +70,12 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "bars of 1970": (
-        "refused with the unit that was forgotten",
+        "refused with the missing unit of the times",
         TRAINING,
         ["times_whose_unit_was_forgotten_are_refused_with_the_unit"],
     ),
     "labels that reach over a boundary": (
-        "their reach, what was counted, and purge, which makes them null",
+        "a message with their extent and number; purge sets them to null",
         TUNING,
         [
             "the_advice_is_the_reach_of_the_labels_and_what_was_counted",
@@ -93,7 +93,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ["symbols_of_any_type_are_text", "symbols_of_train_are_seen_in_new_bars"],
     ),
     "labels as text, words, noise, foreign values": (
-        "numbers, or what was found with counts",
+        "numbers, or an error with values and counts",
         INPUTS,
         [
             "labels_as_numeric_text_are_numbers",
@@ -103,17 +103,17 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "new bars with text, lists, times as features": (
-        "refused by name",
+        "refused with the name of the column",
         INPUTS,
         ["new_bars_of_another_type_are_refused_by_name"],
     ),
     "closes above the high by a rounding": (
-        "wider bars, counted",
+        "bars are widened and counted",
         INPUTS,
         ["closes_outside_by_a_rounding_widen_the_bar_and_are_counted"],
     ),
     "a loss that becomes NaN": (
-        "said when it happens, with what to lower",
+        "an error at once, with the setting to lower",
         TRAINING,
         [
             "a_fit_that_diverges_at_once_says_what_to_lower_before_anything_is_predicted",
@@ -126,7 +126,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ["options_say_what_of_the_data_is_used"],
     ),
     "an orphaned trial, odd paths of studies, MLflow's deleted experiment": (
-        "a study that ends, in the file named; one line with the mend",
+        "a study that ends, in the given file; one line with the fix",
         TUNING,
         [
             "a_trial_that_nobody_works_on_is_made_by_another",
@@ -135,12 +135,12 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "folders of parts, CSV, keys in the index": (
-        "read, or what to call",
+        "read, or an error with the function to call",
         INPUTS,
         ["folders_of_parts_are_read", "csv_is_read_in_place_of_parquet", "keys_in_the_index_are_keys"],
     ),
     "a class with almost no rows, a leak": (
-        "said by grid and comparison; check and grid end alike",
+        "reported by grid and comparison; check and grid give the same result",
         TRAINING,
         [
             "warnings_on_prices_and_classes_reach_check_run_grid_and_comparison",
@@ -148,7 +148,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "a test that hangs": (
-        "ended and named, the others go on",
+        "ended and reported; other tests continue",
         "test_waiting",
         ["a_hanging_test_is_ended_and_reported_and_the_others_run", "every_wait_has_a_limit"],
     ),
@@ -166,8 +166,8 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         HOSTILE,
         ["a_plugin_in_a_received_folder_of_runs_is_not_run", "where_plugins_run_and_where_not"],
     ),
-    "weights that crash their reader, archives that unpack to much": (
-        "an error of the caller",
+    "weights that crash their reader, archives that unpack to a large size": (
+        "an error in the caller",
         HOSTILE,
         [
             "a_flipped_byte_crashes_no_caller_and_changes_nothing_elsewhere",
@@ -175,22 +175,22 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "one damaged manifest among others": (
-        "one line; the comparison lists it",
+        "skipped with one line; the comparison lists it",
         HOSTILE,
         ["one_damaged_manifest_is_skipped_with_one_line", "the_comparison_lists_what_it_left_out"],
     ),
     "270 rows of nine classes": (
-        "leaves that fit; a fit that learnt nothing says so",
+        "leaf sizes that suit the data; a note if the fit learnt nothing",
         TRAINING,
         ["defaults_follow_rows_and_classes_and_a_fit_without_a_split_says_so"],
     ),
     "a grid with models that are not available, a plugin of the contract alone": (
-        "the documented exit code; a whole plugin",
+        "the documented exit code; a plugin with all functions",
         TUNING,
         ["the_exit_code_of_a_grid_is_the_one_its_help_promises", "a_plugin_that_keeps_to_the_contract_alone_is_whole"],
     ),
     "presets and parameters from another folder": (
-        "those of the package; an unknown one is an error",
+        "those of the package; an unknown name is an error",
         RUNS,
         [
             "from_a_folder_of_ones_own_presets_grids_and_notebooks_are_those_of_the_package",
@@ -198,7 +198,7 @@ REPORTS = {  # what was fed: (what comes out, file, tests)
         ],
     ),
     "files as upstream writes them": (
-        "a comparison, by the command line alone",
+        "a comparison, made with the command line only",
         "test_upstream_files",
         ["from_upstream_files_to_a_comparison_by_the_command_line_alone"],
     ),

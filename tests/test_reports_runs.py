@@ -1,4 +1,4 @@
-"Reports on configs, identities, paths, presets and kernels: what was fed, and what comes out."
+"Reported problems with configs, identities, paths, presets and kernels, and the present results."
 
 import json
 import os
@@ -67,7 +67,7 @@ def call(capsys, *args):
     ],
 )
 def test_a_key_that_the_task_decides_is_refused_with_its_option(capsys, tmp_path, command, pair, option):
-    "`--set random_seed=7` printed a finished run whose config says 42."
+    "Reported: `--set random_seed=7` trained with the seed 42 of the task."
     code, out, err = call(capsys, command, *TASK, "--set", pair)
     assert code == 2 and err.count("\n") == 1 and pair.split("=")[0] in err and f"use {option}" in err and out == ""
     key, value = pair.split("=")
@@ -89,18 +89,17 @@ def test_a_grid_and_a_model_yaml_refuse_what_the_task_decides(tmp_path, monkeypa
         dict(search={key: dict(type="categorical", choices=[value])}),
     ):
         if key == "model_name" and key in values:
-            continue  # a file says whose it is
+            continue  # a file may contain the name of its model
         file.write_text(yaml.safe_dump(values))
         with pytest.raises(ConfigError, match=f"{key} belongs to the task; .* use {TASK_KEYS[key].split()[0]}"):
             read_params("xgboost")
 
 
 def test_values_that_agree_with_the_task_are_no_mistake():
-    "A run's config.yaml holds every key; from it alone the same run is made."
-    first = make_trainer(dict(model="xgboost", horizon=5, data="planted", seed=7, config=dict(sequence_length=3)))
-    again = make_trainer(
-        dict(model="xgboost", horizon=5, data="planted", seed=7, config=first.resolved_config()["config"])
-    )
+    "A run's config.yaml has every key and reproduces the run."
+    task = dict(model="xgboost", horizon=5, data="planted", seed=7)
+    first = make_trainer(task | dict(config=dict(sequence_length=3)))
+    again = make_trainer(task | dict(config=first.resolved_config()["config"]))
     assert first.resolved_config() == again.resolved_config() and again.model_config["random_seed"] == 7
     assert again.model_config["sequence_length"] == 3
 
@@ -115,7 +114,7 @@ def test_data_in_dataset_and_shared_keys_of_members_are_refused():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    "The package as a wheel holds it, unpacked in a folder with nothing beside it."
+    "The package from its wheel, unpacked in an otherwise empty folder."
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in ("modelfactory", "params", "nbs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -128,8 +127,8 @@ def installed(tmp_path_factory):
     return site
 
 
-def elsewhere(site, folder, code, *args):
-    "What a Python program prints that runs in `folder` with the package of `site`."
+def run_python(site, folder, code, *args):
+    "Runs Python code in `folder` with the package in `site`; returns the completed process."
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MODELFACTORY_")}
     environment |= dict(PYTHONPATH=str(site))
     command = [sys.executable, "-c", code, *args]
@@ -137,44 +136,38 @@ def elsewhere(site, folder, code, *args):
 
 
 def test_a_wheel_holds_parameters_grids_and_notebooks(installed):
-    "All families of models too: a folder that is not named anywhere is found."
-    files = {f.relative_to(installed / "modelfactory") for f in (installed / "modelfactory").rglob("*") if f.is_file()}
-    assert {f for f in files if f.suffix == ".py"} == {
-        f.relative_to(ROOT / "modelfactory") for f in (ROOT / "modelfactory").rglob("*.py")
-    }
-    assert {f for f in files if f.suffix == ".yaml"} == {
-        f.relative_to(ROOT) for kind in ("models", "grids") for f in (ROOT / "params" / kind).glob("*.yaml")
-    }
+    "Also all families of models: their folders are not listed anywhere."
+    package = installed / "modelfactory"
+    files = {f.relative_to(package) for f in package.rglob("*") if f.is_file()}
+    sources = {f.relative_to(ROOT / "modelfactory") for f in (ROOT / "modelfactory").rglob("*.py")}
+    params = {f.relative_to(ROOT) for kind in ("models", "grids") for f in (ROOT / "params" / kind).glob("*.yaml")}
+    assert {f for f in files if f.suffix == ".py"} == sources
+    assert {f for f in files if f.suffix == ".yaml"} == params
     assert {f.name for f in files if f.suffix == ".ipynb"} == {"train.ipynb", "compare.ipynb", "study.ipynb"}
 
 
 def test_from_a_folder_of_ones_own_presets_grids_and_notebooks_are_those_of_the_package(installed, tmp_path):
-    "`--preset quick` trained 500 rounds instead of 150."
+    "Reported: `--preset quick` trained 500 rounds instead of 150."
     (tmp_path / "params/models").mkdir(parents=True)
     (tmp_path / "params/models/svm.yaml").write_text("presets: {quick: {C: 7.5}}")
     (tmp_path / "settings.ini").write_text("[modelfactory]\n")
-    done = elsewhere(
-        installed,
-        tmp_path,
-        "\n".join(
-            [
-                "import modelfactory",
-                "from modelfactory.models.params import resolve_config",
-                "from modelfactory.runs.engine import find_notebook",
-                "from modelfactory.runs.grid import grid_config",
-                "print(modelfactory.__file__, resolve_config('xgboost', 5, 'quick')['n_rounds'])",
-                "print(resolve_config('svm', 5, 'quick')['C'], len(grid_config('demo').models))",
-                "print(*[find_notebook(f'{name}.ipynb').parent.name for name in ('train', 'compare', 'study')])",
-            ]
-        ),
-    )
+    lines = [
+        "import modelfactory",
+        "from modelfactory.models.params import resolve_config",
+        "from modelfactory.runs.engine import find_notebook",
+        "from modelfactory.runs.grid import grid_config",
+        "print(modelfactory.__file__, resolve_config('xgboost', 5, 'quick')['n_rounds'])",
+        "print(resolve_config('svm', 5, 'quick')['C'], len(grid_config('demo').models))",
+        "print(*[find_notebook(f'{name}.ipynb').parent.name for name in ('train', 'compare', 'study')])",
+    ]
+    done = run_python(installed, tmp_path, "\n".join(lines))
     first, second, third = done.stdout.splitlines()
     assert first == f"{installed}/modelfactory/__init__.py 150"
     assert second == "7.5 6" and third == "notebooks notebooks notebooks"
 
 
 @pytest.mark.parametrize(
-    "ask, says",
+    "load, message",
     [
         (lambda: resolve_config("gru", 5, "nonsense"), "gru: unknown preset 'nonsense', valid: quick, tiny"),
         (lambda: resolve_config("gru", 5, "quik"), "'quik', did you mean 'quick'? (presets: quick, tiny)"),
@@ -190,25 +183,22 @@ def test_from_a_folder_of_ones_own_presets_grids_and_notebooks_are_those_of_the_
         (lambda: grid_config("quik"), "quik: no such file, and no grid of that name: did you mean 'quick'?"),
     ],
 )
-def test_an_unknown_preset_or_grid_is_an_error_that_lists_those_there_are(bare, ask, says):
+def test_an_unknown_preset_or_grid_is_an_error_that_lists_those_there_are(bare, load, message):
     with pytest.raises(ConfigError) as refused:
-        ask()
-    assert says in str(refused.value)
+        load()
+    assert message in str(refused.value)
 
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     "A model without a YAML."
-    (tmp_path / "bare.py").write_text(
-        "\n".join(
-            [
-                "from modelfactory.models.classical.logistic_regression import LogisticRegressionModel",
-                "from modelfactory.models.registry import ModelRegistry",
-                "@ModelRegistry.register('bare', family='examples')",
-                "class Bare(LogisticRegressionModel): 'Has no file of parameters.'",
-            ]
-        )
-    )
+    lines = [
+        "from modelfactory.models.classical.logistic_regression import LogisticRegressionModel",
+        "from modelfactory.models.registry import ModelRegistry",
+        "@ModelRegistry.register('bare', family='examples')",
+        "class Bare(LogisticRegressionModel): 'Has no file of parameters.'",
+    ]
+    (tmp_path / "bare.py").write_text("\n".join(lines))
     monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "bare.py"))
 
 
@@ -226,7 +216,7 @@ names = [m["name"] for m in ModelRegistry.list_models()]
 def versions(): return {name: code_version(name) for name in names}
 
 def changed(edit, *files):
-    "Models whose version is another one after an edit of some files."
+    "Models whose code version changes with an edit of some files."
     texts = {package / file: (package / file).read_text() for file in files}
     for file, text in texts.items(): file.write_text(edit(text))
     after = versions()
@@ -243,10 +233,10 @@ print(json.dumps(dict(names=sorted(names), prose=changed(prose, *files), code=by
 
 
 def test_an_identity_holds_the_code_that_fits_and_predicts_and_no_other(tmp_path):
-    "An edit of neural/lstm.py left GRU's identity as it was; a comment in plots.py changed every model's."
+    "Reported: an edit of neural/lstm.py did not change GRU's identity; a comment in plots.py changed all identities."
     for name in ("modelfactory", "params"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    nothing = (
+    unused = (
         "figures/tear_sheet.py",
         "evaluation/metrics.py",
         "runs/attempt.py",
@@ -254,20 +244,26 @@ def test_an_identity_holds_the_code_that_fits_and_predicts_and_no_other(tmp_path
         "configuration.py",
         "data/market.py",
     )
-    everything = ("data/dataset.py", "data/splits.py", "models/base.py", "models/calibration.py", "training/trainer.py")
-    some = {
+    used_by_all = (
+        "data/dataset.py",
+        "data/splits.py",
+        "models/base.py",
+        "models/calibration.py",
+        "training/trainer.py",
+    )
+    used_by_some = {
         "models/neural/lstm.py": ["gru", "lstm"],
         "models/neural/gru.py": ["gru"],
-        "models/boosting/lightgbm.py": ["average", "lightgbm", "stacking"],
-    }  # with their members
-    done = elsewhere(tmp_path, tmp_path, EDITS, *nothing, *everything, *some, "models/sequence.py")
+        "models/boosting/lightgbm.py": ["average", "lightgbm", "stacking"],  # ensembles have it as a member
+    }
+    done = run_python(tmp_path, tmp_path, EDITS, *unused, *used_by_all, *used_by_some, "models/sequence.py")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     names, code = result["names"], result["code"]
     assert len(names) > 20 and result["prose"] == []
-    of_networks = code.pop("models/sequence.py")
-    assert {"gru", "tcn", "rwkv_ts"} < set(of_networks) and "xgboost" not in of_networks
-    assert code == some | {file: [] for file in nothing} | {file: names for file in everything}
+    networks = code.pop("models/sequence.py")
+    assert {"gru", "tcn", "rwkv_ts"} < set(networks) and "xgboost" not in networks
+    assert code == used_by_some | {file: [] for file in unused} | {file: names for file in used_by_all}
 
 
 HELPED = """
@@ -276,7 +272,7 @@ from modelfactory.models.registry import ModelRegistry
 
 @ModelRegistry.register("helped", family="examples")
 class Helped(LogisticRegressionModel):
-    "Has its layers elsewhere."
+    "Imports its layers from other files."
     def fit(self, *args, **kw):
         from modelfactory_plugins.layers import scale
         import helper
@@ -285,14 +281,12 @@ class Helped(LogisticRegressionModel):
 
 
 def test_an_identity_holds_what_a_plugin_imports(tmp_path, monkeypatch):
-    "From another plugin, a notebook, and from a module beside it."
+    "A plugin that is a notebook, and a module in the same folder."
     layers, helper = tmp_path / "layers.ipynb", tmp_path / "helper.py"
 
     def notebook(*sources):
-        cells = [
-            dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None)
-            for i, s in enumerate(sources)
-        ]
+        fields = dict(cell_type="code", metadata={}, outputs=[], execution_count=None)
+        cells = [fields | dict(id=f"c{i}", source=source) for i, source in enumerate(sources)]
         layers.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
 
     (tmp_path / "helped.py").write_text(HELPED)
@@ -328,19 +322,19 @@ def test_a_grid_that_trains_again_because_of_other_code_says_so(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory):
-    "Two projects, each with other data in its folder `splits`."
+    "Two projects with different data in folders of the same name, `splits`."
     root = tmp_path_factory.mktemp("projects")
     for project, n in (("one", 900), ("two", 960)):
         folder = root / project / "splits"
         folder.mkdir(parents=True)
         train, rest = cut_and_purge(market(n), 0.6)
-        for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5))):
+        for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5)), strict=True):
             frame.to_parquet(folder / f"{name}_scaled.parquet", index=False)
     return root
 
 
 def trained(runs, data, **task):
-    "A finished run, made in this process."
+    "The folder of a finished run that was trained in this process."
     trainer = make_trainer(dict(model="logistic_regression", horizon=5, data=str(data)) | task)
     trainer.run_full_pipeline()
     attempt = start_attempt(runs, trainer.config.model, 5)
@@ -349,18 +343,16 @@ def trained(runs, data, **task):
 
 
 def test_paths_are_kept_whole(projects, monkeypatch):
-    "A worker in another folder failed on what planned fine."
+    "Reported: a worker in another folder failed on a grid whose plan had succeeded."
     monkeypatch.chdir(projects / "one")
-    closes = [
-        pd.read_parquet(file, columns=["datetime", "symbol", "close"]) for file in Path("splits").glob("*.parquet")
-    ]
+    columns = ["datetime", "symbol", "close"]
+    closes = [pd.read_parquet(file, columns=columns) for file in Path("splits").glob("*.parquet")]
     pd.concat(closes).to_parquet("p.parquet")
     grid = dict(data="splits", models=["logistic_regression"], horizons=[5], dataset=dict(prices="p.parquet"))
     (job,) = plan_grid(grid_config(grid))
-    assert job.parameters["data"] == job.resolved_config["data"]["data"] == str(projects / "one/splits")
-    assert (
-        job.parameters["dataset"]["prices"] == job.resolved_config["data"]["prices"] == str(projects / "one/p.parquet")
-    )
+    data, prices = str(projects / "one/splits"), str(projects / "one/p.parquet")
+    assert job.parameters["data"] == job.resolved_config["data"]["data"] == data
+    assert job.parameters["dataset"]["prices"] == job.resolved_config["data"]["prices"] == prices
     twice = dict(grid, data=["splits", str(projects / "one/splits")])
     assert len(plan_grid(grid_config(twice))) == 1
     monkeypatch.chdir(projects)
@@ -381,30 +373,27 @@ def test_two_projects_with_data_of_one_name_keep_their_runs(projects, tmp_path, 
 
 
 def test_runs_are_of_one_data_set_by_fingerprint_or_whole_path(tmp_path):
-    "Earlier versions kept paths as they were typed: these say nothing."
-    table, models = bars(n=240), iter("abcdefgh")
-    for data, digit in [
-        ("splits", "1"),
-        ("splits", "2"),
-        ("/one/splits", "1"),
-        ("/moved", "1"),
-        ("/two", "3"),
-        ("/two", "4"),
-        ("planted", "5"),
-        ("/bundled/planted", "5"),
-    ]:
-        make_run(tmp_path, next(models), table, data=data, fingerprint=digit * 16)
-    runs = list_runs(tmp_path)
-    assert {r.manifest["model"]: r.data for r in runs} == dict(
-        a="/moved", b="splits", c="/moved", d="/moved", e="/two", f="/two", g="planted", h="planted"
+    "Earlier versions stored relative paths, which do not identify a data set."
+    table = bars(n=240)
+    stored = dict(  # model: data, and the digit of its fingerprint
+        a=("splits", "1"),
+        b=("splits", "2"),
+        c=("/one/splits", "1"),
+        d=("/moved", "1"),
+        e=("/two", "3"),
+        f=("/two", "4"),
+        g=("planted", "5"),
+        h=("/bundled/planted", "5"),
     )
+    for model, (data, digit) in stored.items():
+        make_run(tmp_path, model, table, data=data, fingerprint=digit * 16)
+    runs = list_runs(tmp_path)
+    expected = dict(a="/moved", b="splits", c="/moved", d="/moved", e="/two", f="/two", g="planted", h="planted")
+    assert {r.manifest["model"]: r.data for r in runs} == expected
     assert len(runs.latest()) == 8
     other = make_run(tmp_path, "a", table, data="splits", fingerprint="6" * 16)
-    runs = list_runs(tmp_path)
-    assert {r.data for r in runs if r.manifest["model"] in "b" or r.path == other.path} == {
-        "splits (22222222)",
-        "splits (66666666)",
-    }
+    names = {r.data for r in list_runs(tmp_path) if r.manifest["model"] in "b" or r.path == other.path}
+    assert names == {"splits (22222222)", "splits (66666666)"}
 
 
 def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_path, monkeypatch, capsys):
@@ -427,13 +416,13 @@ def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_p
         scoring_trainer(stored[0])
     use_moved_data(stored, dict(splits=moved))
     assert scoring_trainer(stored[0]).datasets["val"].y.size
-    for pair, says in (
+    for pair, message in (
         (f"splits={projects / 'two/splits'}", "holds other data"),
         (f"split={moved}", "did you mean 'splits'"),
         ("splits", "expected key=value"),
     ):
         code, out, err = call(capsys, "compare", runs, "--json", "--data", pair)
-        assert code == 2 and says in err and out == ""
+        assert code == 2 and message in err and out == ""
     assert call(capsys, "rescore", run)[0] == 1
     code, out, _ = call(capsys, "rescore", run, "--data", moved)
     assert code in (0, None) and out == f"{run.name}: all\n"
@@ -442,11 +431,11 @@ def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_p
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory):
-    "Splits with NaN in three features, a leaking column, a name like the future, and prices in a file."
-    folder = tmp_path_factory.mktemp("odd")
+def odd_splits(tmp_path_factory):
+    "Splits with NaN in three features, a leaking column, a feature named like future data, and prices in a file."
+    folder = tmp_path_factory.mktemp("odd_splits")
     train, rest = cut_and_purge(market(6000), 0.6)
-    splits = dict(zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5))))
+    splits = dict(zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5)), strict=True))
     prices = pd.concat(splits.values())[["datetime", "symbol", "close"]]
     prices.to_parquet(folder / "prices.parquet", index=False)
     rng = np.random.default_rng(0)
@@ -467,101 +456,79 @@ def odd(tmp_path_factory):
     return folder
 
 
-OPTIONS = (
-    "--nan",
-    "median",
-    "--exclude",
-    "late",
-    "--features",
-    "quality_score",
-    "--allow",
-    "leak",
-    "--classes",
-    "-1,0,1",
-)
+OPTIONS = tuple("--nan median --exclude late --features quality_score --allow leak --classes -1,0,1".split())
 COMMANDS = [("check",), ("train", *TASK[:4], "--data"), ("tune", *TASK[:4], "--data")]
 
 
 def without_kernel(monkeypatch):
-    "The parameters that `train` would give to a notebook."
-    asked = {}
+    "A dict that gets the parameters which `train` passes to a notebook; no notebook is executed."
+    passed = {}
 
     def run(parameters, *args):
-        return asked.update(parameters) or Outcome("x", "failed")
+        passed.update(parameters)
+        return Outcome("x", "failed")
 
     monkeypatch.setattr(engine, "run_notebook", run)
-    return asked
+    return passed
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0])
-def test_options_say_what_of_the_data_is_used(capsys, odd, tmp_path, monkeypatch, command):
-    "The error told the user to set nan='median', and no option did."
-    asked = without_kernel(monkeypatch)
-    monkeypatch.setattr(OptunaModelTuner, "run", lambda tuner: asked.update(config=tuner.config) or exit(1))
-    code, _, err = call(capsys, *command, odd)
+def test_options_say_what_of_the_data_is_used(capsys, odd_splits, tmp_path, monkeypatch, command):
+    "Reported: an error recommended nan='median', and no option set it."
+    passed = without_kernel(monkeypatch)
+    monkeypatch.setattr(OptunaModelTuner, "run", lambda tuner: passed.update(config=tuner.config) or exit(1))
+    code, _, err = call(capsys, *command, odd_splits)
     assert code == 2 and err.count("\n") == 1 and "--nan" in err and "--exclude" in err
     listed = "3 of 5 features with NaN: few (train 0.03%); many (train 25.00%, val 25.00%"
     if command[0] == "tune":  # reads train alone
         listed = "2 of 5 features with NaN: few (train 0.03%); many (train 25.00%); set"
     assert listed in err and ("late (val 50.00%)" in err) == (command[0] != "tune"), err
-    code, _, err = call(capsys, *command, odd, *OPTIONS[:6])
+    code, _, err = call(capsys, *command, odd_splits, *OPTIONS[:6])
     if command[0] != "check":
-        assert code == 2 and "leak" in err and asked == {}
-    code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "prices.parquet")
+        assert code == 2 and "leak" in err and passed == {}
+    code, out, err = call(capsys, *command, odd_splits, *OPTIONS, "--prices", odd_splits / "prices.parquet")
     if command[0] == "check":
         assert code in (0, None) and "permitted: leak" in out
         assert "quality_score" not in out.split("Not features")[1].split("warning")[0]
-        code, out, err = call(capsys, *command, odd, *OPTIONS, "--prices", odd / "nothing.parquet")
+        code, out, err = call(capsys, *command, odd_splits, *OPTIONS, "--prices", odd_splits / "nothing.parquet")
         assert code == 2 and "no such price file" in err
     elif command[0] == "train":
-        assert asked["dataset"] == dict(
-            nan="median",
-            exclude=["late"],
-            features=["quality_score"],
-            classes=[-1, 0, 1],
-            prices=str(odd / "prices.parquet"),
-        )
+        values = dict(nan="median", exclude=["late"], features=["quality_score"], classes=[-1, 0, 1])
+        assert passed["dataset"] == values | dict(prices=str(odd_splits / "prices.parquet"))
     else:
-        assert asked["config"].data == DatasetConfig(
-            str(odd), 1, ("quality_score",), ("late",), "median", (-1, 0, 1), str(odd / "prices.parquet")
+        values = (
+            str(odd_splits),
+            1,
+            ("quality_score",),
+            ("late",),
+            "median",
+            (-1, 0, 1),
+            str(odd_splits / "prices.parquet"),
         )
-    for bad, says in (
+        assert passed["config"].data == DatasetConfig(*values)
+    for bad, message in (
         (("--nan", "mean"), "'mean'"),
         (("--classes", "up,down"), "whole numbers"),
         (("--exclude", "lat"), "did you mean 'late'"),
     ):
-        code, _, err = call(capsys, *command, odd, *OPTIONS, *bad)
-        assert code == 2 and says in err and err.count("\n") == 1
+        code, _, err = call(capsys, *command, odd_splits, *OPTIONS, *bad)
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_set_reaches_keys_of_the_data_set(capsys, odd, monkeypatch):
-    asked = without_kernel(monkeypatch)
-    task = (
-        "train",
-        *TASK[:4],
-        "--data",
-        odd,
-        *OPTIONS,
-        "--classes",
-        "0,1",
-        "--set",
-        "dataset.nan=zero",
-        "--set",
-        "dataset.gap=0",
-        "--set",
-        "max_depth=3",
-    )
+def test_set_reaches_keys_of_the_data_set(capsys, odd_splits, monkeypatch):
+    passed = without_kernel(monkeypatch)
+    values = "--classes 0,1 --set dataset.nan=zero --set dataset.gap=0 --set max_depth=3".split()
+    task = ("train", *TASK[:4], "--data", odd_splits, *OPTIONS, *values)
     code, _, err = call(capsys, *task)
     assert code == 1, err
-    assert asked["config"] == dict(max_depth=3) and asked["dataset"] == dict(
-        nan="zero", gap=0, exclude=["late"], features=["quality_score"], classes=[0, 1]
-    )
-    for pair, says in (("dataset.nann=zero", "did you mean 'nan'"), ("dataset.data=planted", "--data")):
+    dataset = dict(nan="zero", gap=0, exclude=["late"], features=["quality_score"], classes=[0, 1])
+    assert passed["config"] == dict(max_depth=3) and passed["dataset"] == dataset
+    for pair, message in (("dataset.nann=zero", "did you mean 'nan'"), ("dataset.data=planted", "--data")):
         code, _, err = call(capsys, *task, "--set", pair)
-        assert code == 2 and says in err
+        assert code == 2 and message in err
 
 
-NAMES = {"f0": "ret_$5k_$10k", "f1": "$A_$"}  # between two dollar signs matplotlib reads a formula
+NAMES = {"f0": "ret_$5k_$10k", "f1": "$A_$"}  # matplotlib reads text between two dollar signs as a formula
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +537,7 @@ def dollars(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "$B_^$"
     folder.mkdir()
     train, rest = cut_and_purge(market(900), 0.6)
-    for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5))):
+    for name, frame in zip(("train", "val", "test"), (train, *cut_and_purge(rest, 0.5)), strict=True):
         rng = np.random.default_rng(len(frame))
         frame = frame.assign(**{column: rng.normal(size=len(frame)) for column in NAMES.values()})
         frame.assign(symbol="$C_" + frame.symbol + "_$").to_parquet(folder / f"{name}_scaled.parquet", index=False)
@@ -578,7 +545,7 @@ def dollars(tmp_path_factory):
 
 
 def test_a_run_is_made_whatever_its_names_and_folders_are_called(dollars, tmp_path, monkeypatch):
-    "Dollar signs, braces, a folder for temporary files of 150 characters, and a kernel called python3 that is none."
+    "Dollar signs, braces, a temporary folder of 150 characters, and a broken kernel spec called python3."
     runs, temporary = tmp_path / "runs {of} {0} {", tmp_path / ("t" * 150)
     temporary.mkdir()
     for name in ("python3", "python"):
@@ -593,13 +560,12 @@ def test_a_run_is_made_whatever_its_names_and_folders_are_called(dollars, tmp_pa
     assert outcome.status == "ok", outcome
     run = list_runs(runs)[0]
     run.verify()
-    assert run.path == outcome.path and {"importance.png", "robustness.png", "predictions.png"} <= {
-        file.name for file in (run.path / "plots").iterdir()
-    }
+    figures = {file.name for file in (run.path / "plots").iterdir()}
+    assert run.path == outcome.path and {"importance.png", "robustness.png", "predictions.png"} <= figures
 
 
 def drawn_texts(figure):
-    "The texts that a figure draws, as a reader sees them."
+    "The visible texts of a figure, without formulas."
     figure.canvas.draw()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     shown = [text._preprocess_math(text.get_text()) for text in texts]
@@ -611,11 +577,8 @@ def test_pictures_show_names_as_they_are(dollars, tmp_path):
     importance = dict.fromkeys([*NAMES.values(), "plain"], 1.0)
     assert set(importance) <= drawn_texts(tear_sheet.plot_importance(importance))
     splits = read_splits(dollars, (5,), splits=("train", "val"))
-    predictions = to_output(
-        np.full((4, 3), 1 / 3),
-        pd.DataFrame(dict(datetime=pd.date_range("2024", periods=4), symbol="$C_A_$", horizon=5)),
-        (-1, 0, 1),
-    )
+    samples = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=4), symbol="$C_A_$", horizon=5))
+    predictions = to_output(np.full((4, 3), 1 / 3), samples, (-1, 0, 1))
     assert symbols <= drawn_texts(tear_sheet.plot_probabilities(predictions))
     assert symbols <= drawn_texts(explore.plot_class_balance(explore.class_balance(splits["train"], 5)))
     assert any("$C_A_$" in text for text in drawn_texts(explore.plot_labels(splits["train"], 5)))
@@ -623,11 +586,8 @@ def test_pictures_show_names_as_they_are(dollars, tmp_path):
     for model in ("one", "two"):
         make_run(tmp_path, model, table, data=str(dollars))
     rows = leaderboard(comparison(tmp_path))
-    drawn = (
-        model_comparison.plot_forest(rows, "$B_^$", "directional_skill"),
-        model_comparison.plot_time_against_score(rows, "$B_^$"),
-    )
-    for figure in drawn:
+    forest = model_comparison.plot_forest(rows, "$B_^$", "directional_skill")
+    for figure in (forest, model_comparison.plot_time_against_score(rows, "$B_^$")):
         assert tear_sheet.figure_png(figure).startswith(b"\x89PNG")
 
 

@@ -72,10 +72,10 @@ def run_here(runs, parameters):
                 space.update(parameters | dict(output=str(attempt)))
         attempts.close_attempt(attempt, runs / attempt.name)
     except BaseException as e:
-        write_json(attempt / "error.json", engine._error(e))
+        write_json(attempt / "error.json", engine._error_values(e))
         code = 1
-    status_and_reason = engine._why(code, attempt) if attempt.is_dir() else ("", "")
-    return engine._ended(attempt, runs, *status_and_reason, time.monotonic())
+    status_and_reason = engine._failure_reason(code, attempt) if attempt.is_dir() else ("", "")
+    return engine._attempt_outcome(attempt, runs, *status_and_reason, time.monotonic())
 
 
 def make_task(folder, **kw):

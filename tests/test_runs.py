@@ -1,4 +1,4 @@
-"Runs in real processes: killed at any moment, made by a model from outside, failing beside others."
+"Runs in real processes: killed at random moments, with a model from outside the package, failing next to others."
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def call(*args, cwd=ROOT, **env):
 
 
 def under_way(runs, starter, seed=None):
-    "Process and folder of a run, by its claim; None before it has a process besides the one that starts it."
+    "Number of the process and folder of a run, from its file `pid`; None before the run has its own process."
     for attempt in (runs / PARTIAL_FOLDER).glob("*"):
         try:
             job, pid = json.loads((attempt / "job.json").read_text()), int((attempt / "pid").read_text().split()[0])
@@ -49,16 +49,16 @@ def kill_group(process):
 STAGES = ["pid", "train.ipynb", "checkpoints", "predictions", "metrics", "plots", "result.json", "no such file"]
 
 
-def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
-    "16 runs killed as soon as a file of theirs is there and a moment later, from the start of the process to the end."
+def test_sigkill_at_any_moment_leaves_complete_runs_or_none(tmp_path):
+    "16 runs, killed when a certain file exists or shortly after, from the start of the process to its end."
     resolve_data("planted")
-    moments = random.Random(7)
+    rng = random.Random(7)
 
     def killed(i):
-        runs, stage, later = tmp_path / f"runs_{i % 2}", STAGES[i // 2], moments.uniform(0, 0.3)
+        runs, stage, delay = tmp_path / f"runs_{i % 2}", STAGES[i // 2], rng.uniform(0, 0.3)
 
         def reached():
-            "A file is in the attempt, in the folder that is about to be published, or in the run."
+            "Whether the file is in the attempt, in the folder that will be published, or in the run."
             if not (run := under_way(runs, os.getpid(), i)):
                 return False
             return any((folder / stage).exists() for folder in (run[1], run[1] / run[1].name, runs / run[1].name))
@@ -66,7 +66,7 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(run_notebook, PARAMETERS | dict(seed=i), runs, Limits(PATIENCE, threads=1))
             until(lambda: reached() or future.done(), f"{stage} of run {i}")
-            wait([future], later)
+            wait([future], delay)
             if run := under_way(runs, os.getpid(), i):
                 kill_group(run[0])
             return future.result(PATIENCE).status
@@ -75,39 +75,35 @@ def test_sigkill_at_any_moment_leaves_whole_runs_or_none(tmp_path):
         statuses = list(pool.map(killed, range(16)))
     folders = [tmp_path / f"runs_{k}" for k in (0, 1)]
     visible = [f for runs in folders for f in runs.iterdir() if not f.name.startswith(".")]
-    assert (
-        len(visible)
-        == sum(len(list_runs(runs)) for runs in folders)
-        == statuses.count("ok") + statuses.count("not scored")
-    )
+    n_published = statuses.count("ok") + statuses.count("not scored")
+    assert len(visible) == sum(len(list_runs(runs)) for runs in folders) == n_published
     for folder in visible:
         load_run(folder).verify()
         load_run(folder).model()
     assert statuses.count("killed") + statuses.count("not scored") >= 5, statuses
 
 
-def test_a_killed_runner_leaves_work_that_is_cleared_later(tmp_path):
+def test_the_attempt_of_a_killed_runner_is_removed_later(tmp_path):
     code = f"from modelfactory.runs.engine import run_notebook; run_notebook({PARAMETERS!r}, {str(tmp_path)!r})"
     runner = interruptible([sys.executable, "-c", code], start_new_session=True)
     run = until(lambda: under_way(tmp_path, runner.pid) or runner.poll() is not None, "the process of the run")
     assert run is not True, finish(runner)
     process, attempt = run
-    runner.kill(), runner.wait(PATIENCE)
+    runner.kill()
+    runner.wait(PATIENCE)
     kill_group(process)
-    until(lambda: not is_alive(attempt), "the killed run to be gone")
+    until(lambda: not is_alive(attempt), "the killed run to end")
     assert list_runs(tmp_path) == [] and clear_partial(tmp_path) == [attempt.name]
     assert list((tmp_path / PARTIAL_FOLDER).iterdir()) == []
 
 
 def test_a_model_from_outside_the_package(tmp_path):
-    "`new` writes a model in a folder of its own; the grid trains it; no file of the package changes."
-    before = {
-        f: sha256(f.read_bytes()).hexdigest()
-        for f in ROOT.rglob("*")
-        if f.is_file()
-        and f.parts[len(ROOT.parts)] in ("modelfactory", "nbs", "params")
-        and f.suffix in (".py", ".ipynb", ".yaml")
-    }
+    "`new` writes a model into a separate folder, and a grid trains it; no file of the package changes."
+    package_files = [f for folder in ("modelfactory", "nbs", "params") for f in (ROOT / folder).rglob("*")]
+    before = {}
+    for f in package_files:
+        if f.is_file() and f.suffix in (".py", ".ipynb", ".yaml"):
+            before[f] = sha256(f.read_bytes()).hexdigest()
     made = call("new", "mymodel", "--family", "myfamily", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     (tmp_path / "grid.yaml").write_text(
@@ -117,13 +113,13 @@ def test_a_model_from_outside_the_package(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     runs = list_runs(tmp_path / "runs")
     assert {r.manifest["model"] for r in runs} == {"mymodel", "logistic_regression"}
-    mine = next(r for r in runs if r.manifest["model"] == "mymodel")
-    assert mine.family == "myfamily" and (mine.path / "train.ipynb").is_file()
+    run = next(r for r in runs if r.manifest["model"] == "mymodel")
+    assert run.family == "myfamily" and (run.path / "train.ipynb").is_file()
     assert "mymodel" in call("models", cwd=tmp_path).stdout and call("compare", cwd=tmp_path).returncode == 0
     assert before == {f: sha256(f.read_bytes()).hexdigest() for f in before}
 
 
-def test_the_same_run_is_not_trained_twice_and_runs_from_its_config_alone(tmp_path):
+def test_a_run_is_not_trained_twice_and_is_reproduced_from_its_config(tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text("data: planted\nmodels: [lightgbm]\nhorizons: [5]\npreset: quick\n")
     first, second = (call("experiment", grid, "--output", tmp_path / "runs") for _ in range(2))
@@ -133,16 +129,16 @@ def test_the_same_run_is_not_trained_twice_and_runs_from_its_config_alone(tmp_pa
 
     trainer = Trainer(run.path / "config.yaml")
     trainer.run_full_pipeline()
-    assert (
-        trainer.predictions["val"].probabilities == run.predictions()[["p_down", "p_flat", "p_up"]].to_numpy()
-    ).all()
+    stored = run.predictions()[["p_down", "p_flat", "p_up"]].to_numpy()
+    assert (trainer.predictions["val"].probabilities == stored).all()
     assert trainer.metrics["val"]["sharpe_net"] == pytest.approx(run.metrics["sharpe_net"])
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text(
-        "data: planted\nmodels: [svm, logistic_regression]\nhorizons: [5]\npreset: quick\noverrides: {svm: {exact: true, max_exact_rows: 10}}\n"
+        "data: planted\nmodels: [svm, logistic_regression]\nhorizons: [5]\npreset: quick\n"
+        "overrides: {svm: {exact: true, max_exact_rows: 10}}\n"
     )
     done = call("experiment", grid, "--output", tmp_path / "runs")
     assert done.returncode == 1 and "1 ok, 1 failed" in done.stdout.replace("1 failed, 1 ok", "1 ok, 1 failed")
@@ -150,22 +146,8 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path):
 
 
 def test_train_and_predict_by_command(tmp_path):
-    done = call(
-        "train",
-        "--model",
-        "xgboost",
-        "--horizon",
-        "20",
-        "--data",
-        "planted",
-        "--preset",
-        "quick",
-        "--set",
-        "n_rounds=20",
-        "--output",
-        tmp_path / "runs",
-        "--test",
-    )
+    task = "--model xgboost --horizon 20 --data planted --preset quick --set n_rounds=20".split()
+    done = call("train", *task, "--output", tmp_path / "runs", "--test")
     assert done.returncode == 0, done.stderr
     run = list_runs(tmp_path / "runs")[0]
     assert run.config["config"]["n_rounds"] == 20 and run.manifest["splits"] == ["val", "test"]
@@ -174,14 +156,13 @@ def test_train_and_predict_by_command(tmp_path):
     assert end.value.code == 0
     import pandas as pd
 
-    both = run.predictions("test").merge(
-        pd.read_parquet(tmp_path / "p.parquet"), on=["datetime", "symbol"], suffixes=("", "_again")
-    )
+    again = pd.read_parquet(tmp_path / "p.parquet")
+    both = run.predictions("test").merge(again, on=["datetime", "symbol"], suffixes=("", "_again"))
     assert len(both) == len(run.predictions("test")) and (both.p_up - both.p_up_again).abs().max() < 1e-6
 
 
-def test_training_never_opens_the_test_split(tmp_path):
-    "Without test_scaled.parquet a training works; asked for by name, it is missed."
+def test_training_does_not_read_the_test_split(tmp_path):
+    "A training works without test_scaled.parquet; scoring test raises `MissingFile`."
     for f in resolve_data("planted").iterdir():
         if f.is_file() and "test" not in f.name:
             shutil.copy(f, tmp_path)
@@ -194,19 +175,16 @@ def test_training_never_opens_the_test_split(tmp_path):
         trainer.evaluate("test")
 
 
-def test_demo_says_what_it_means(capsys, tmp_path):
-    "A small grid over the three kinds of data ends in three sentences."
+def test_the_demo_grid_gives_a_sentence_for_each_data_set(capsys, tmp_path):
+    "A small grid over the three kinds of data gives three sentences."
     from modelfactory.runs.compare import compare
     from modelfactory.runs.comparison import comparison
     from modelfactory.runs.grid import run_grid
     from modelfactory.runs.sentences import conclusion
 
-    result = run_grid(
-        dict(data=["eurusd", "planted", "null"], models=["logistic_regression"], horizons=[5], preset="quick"), tmp_path
-    )
-    assert result.ok
-    said = conclusion(comparison(tmp_path))
-    assert [s.split(":")[0] for s in said] == ["planted", "null", "eurusd"]
-    assert (
-        compare(tmp_path).is_file() and (tmp_path / "model_comparison.md").read_text().count("logistic_regression") >= 6
-    )
+    grid = dict(data=["eurusd", "planted", "null"], models=["logistic_regression"], horizons=[5], preset="quick")
+    assert run_grid(grid, tmp_path).ok
+    sentences = conclusion(comparison(tmp_path))
+    assert [s.split(":")[0] for s in sentences] == ["planted", "null", "eurusd"]
+    assert compare(tmp_path).is_file()
+    assert (tmp_path / "model_comparison.md").read_text().count("logistic_regression") >= 6

@@ -1,4 +1,4 @@
-"A handful of the faults of `soak.py`; `make soak` makes a hundred."
+"A few of the faults of `soak.py`; `make soak` injects a hundred."
 
 import os
 import time
@@ -10,32 +10,34 @@ import soak
 from modelfactory.runs.run_folder import clear_partial, is_alive, start_attempt
 
 
-def test_random_moments(tmp_path):
-    fallen = soak.soak(3, tmp_path, seed=3)
-    assert sum(fallen.values()) == 3 and set(fallen) & set(soak.VICTIMS), fallen
+def test_kills_at_random_moments(tmp_path):
+    n_killed = soak.soak(3, tmp_path, seed=3)
+    assert sum(n_killed.values()) == 3 and set(n_killed) & set(soak.VICTIMS), n_killed
 
 
 @pytest.mark.parametrize("fault", soak.FAULTS, ids=lambda f: f.__name__)
-def test_a_fault_is_told_and_leaves_nothing(fault, tmp_path):
+def test_a_fault_is_reported_and_leaves_nothing(fault, tmp_path):
     try:
         fault(tmp_path)
-    except soak.Cannot as e:
+    except soak.NotPossible as e:
         pytest.skip(f"NOT TRIED: {fault.__name__}: {e}")
 
 
-@pytest.mark.parametrize("moved", [-(10**9), -3600, 0, 3600, 10**9])
-def test_times_of_files_do_not_say_who_lives(tmp_path, moved):
-    "A clock that jumped leaves files from the future or from long ago; a claim of this machine is judged by its process."
-    mine, dead = start_attempt(tmp_path, "svm", 5), start_attempt(tmp_path, "svm", 20)
+@pytest.mark.parametrize("shift", [-(10**9), -3600, 0, 3600, 10**9])
+def test_file_times_do_not_decide_whether_a_local_attempt_is_alive(tmp_path, shift):
+    """A clock that jumped leaves files with times far in the future or in the past.
+
+    Whether an attempt of this machine is alive depends on its process alone."""
+    alive, dead = start_attempt(tmp_path, "svm", 5), start_attempt(tmp_path, "svm", 20)
     (dead / "pid").write_text("999999999 0")
-    for attempt in (mine, dead):
-        os.utime(attempt / "pid", (time.time() + moved,) * 2)
-    assert clear_partial(tmp_path) == [dead.name] and mine.is_dir()
+    for attempt in (alive, dead):
+        os.utime(attempt / "pid", (time.time() + shift,) * 2)
+    assert clear_partial(tmp_path) == [dead.name] and alive.is_dir()
 
 
 @pytest.mark.parametrize("jump", [-3600, -2, 2, 3600])
-def test_a_clock_that_jumps_does_not_make_a_living_run_dead(tmp_path, jump, monkeypatch):
-    "The system says when a process started as the time of its boot, which moves with the clock, and the ticks since."
+def test_a_jump_of_the_clock_does_not_make_a_running_attempt_dead(tmp_path, jump, monkeypatch):
+    "The system gives the start of a process as its boot time, which moves with the clock, plus ticks since boot."
     attempt = start_attempt(tmp_path, "svm", 5)
     boot = psutil.boot_time() + jump
     monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot)
