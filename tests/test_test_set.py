@@ -125,9 +125,9 @@ def test_the_card_of_a_run_knows_what_the_ledger_says(tmp_path):
     assert call(*TRAIN, folder) == 0
     (run,) = list_runs(folder)
     card = model_card(run)
-    assert "test was never scored by this run" in card and "Validation took no part in training" in card
+    assert "The run was never scored on test" in card and "Validation was not used in training" in card
     final_scores([run.path])
-    assert "test was scored 1 time by this run" in model_card(run)
+    assert "The run was scored on test 1 time" in model_card(run)
 
 
 def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):

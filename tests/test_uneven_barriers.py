@@ -26,7 +26,7 @@ def task(tmp_path_factory):
 
 def test_no_model_can_be_told_from_the_better_constant_call(task):
     text = " ".join(describe(task))
-    assert "no model can be told from the better constant call" in text
+    assert "no model differs significantly from the better constant prediction" in text
     assert not task["direction_significant"] and not any(m["direction_significant"] for m in task["models"])
 
 
