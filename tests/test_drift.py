@@ -91,7 +91,7 @@ def test_features_that_were_not_scaled_are_named(train, known, bars):
 
 def test_a_few_bars_are_not_judged(train, known):
     assert warnings_of(stretch(train, 300, SEGMENT_LENGTHS[0] - 1), known) == [
-        "too few bars to say whether features are distributed as in train: fewer than 19 a symbol"
+        "too few bars to check features for drift: fewer than 19 for each symbol"
     ]
     assert population_stability_index(stretch(train, 300, 12), known).limit.isna().all()
 
@@ -102,7 +102,7 @@ def test_runs_without_limits_are_not_judged(train, known):
         symbols=known["symbols"],
         features={f: {k: v for k, v in b.items() if k != "limits"} for f, b in known["features"].items()},
     )
-    assert warnings_of(stretch(train, 300, 61), old) == ["this run stored no limits: drift is not judged"]
+    assert warnings_of(stretch(train, 300, 61), old) == ["the run stored no limits, so drift is not checked"]
 
 
 def test_bars_of_all_symbols_together_are_like_train():

@@ -45,7 +45,7 @@ def test_export_and_predict_by_command_line(run, bars, tmp_path, capsys):
         assert call("predict", source, tmp_path / "new.parquet", "--ahead", "--output", tmp_path / out) == 0
     a, b = (pd.read_parquet(tmp_path / f) for f in ("a.parquet", "b.parquet"))
     assert a.equals(b) and len(a) == 300 - 12 + 1 and a.datetime.isna().sum() == 1
-    assert "12 bars without a whole window" in capsys.readouterr().out
+    assert "12 bars are not predicted, because they have no full window before them" in capsys.readouterr().out
     assert call("export", run, "--output", tmp_path / "bundle") == 2
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.parquet", "b.parquet", "bundle", "new.parquet"]
 
@@ -73,7 +73,7 @@ def test_runs_without_bins_say_so(run, bars, tmp_path):
     said = json.loads((old / MANIFEST_FILE).read_text())
     del said["files"][FEATURES_FILE]
     (old / MANIFEST_FILE).write_text(json.dumps(said))
-    assert "drift is not known" in prediction_warnings(load_run(old).predict(bars[:50]))[-1]
+    assert "drift is not checked" in prediction_warnings(load_run(old).predict(bars[:50]))[-1]
 
 
 @pytest.mark.parametrize(
