@@ -23,7 +23,7 @@ __all__ = ['plot_robustness']
 def plot_robustness(
     tables: Robustness,
 ) -> Figure:
-    "Cost, months, confidence thresholds, and slices with their intervals; without prices the first two are empty."
+    "Cost, months, confidence thresholds, and slices with their intervals; without prices, the first two have a note."
     from modelfactory.figures.tear_sheet import new_axes
 
     fig, axes = new_axes(2, 2, size=(8, 5), layout="constrained")

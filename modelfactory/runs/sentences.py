@@ -210,7 +210,7 @@ def _range_text(fractions):
 def _null_sentence(tasks, skilled):
     head = f"{tasks[0]['data']}: the simulated market has no signal; "
     if not skilled:
-        return head + f"{_none_text(tasks)} has directional skill."
+        return head + f"{_none_text(tasks)} has significant directional skill."
     warning = "Find the cause of this false positive before you trust the pipeline."
     return f"{head}{_skill_text(tasks, skilled)} ({_names(skilled)}). {warning}"
 
