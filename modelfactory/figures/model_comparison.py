@@ -217,7 +217,7 @@ def plot_equities(
     tear_sheet.date_axis(below)
     return fig
 
-
+# %% ../../nbs/figures/02_model_comparison.ipynb #a45f73c5
 def _by_sharpe(net):
     "Models by the Sharpe ratio of their daily profit, best first."
     spread = net.std().where(net.std() > 0)

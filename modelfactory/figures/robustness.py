@@ -37,7 +37,7 @@ def plot_robustness(
             ax.set_title(NO_PRICES_NOTE, fontsize=8, loc="left")
     return fig
 
-
+# %% ../../nbs/figures/03_robustness.ipynb #be2f0389
 def _plot_costs(ax, table):
     ax.plot(table.cost_bps, table.sharpe_net, "o-", color="#0072B2", ms=3, lw=1.2)
     ax.axhline(0, color="black", lw=0.6)

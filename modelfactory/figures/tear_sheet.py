@@ -212,7 +212,7 @@ def plot_equity(
     date_axis(axes[-1, 0])
     return fig
 
-
+# %% ../../nbs/figures/00_tear_sheet.ipynb #7342fc1a
 def _plot_curves(ax, book, days):
     before_cost, after_cost = dict(color="#7f7f7f", ls="--"), dict(color="#0072B2")
     start = days.insert(0, days[0] - pd.Timedelta("1D"))

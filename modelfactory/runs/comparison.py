@@ -193,7 +193,7 @@ def _model_entry(task, model, metrics, tests):
     )
     return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
 
-
+# %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
 def _averaged(task, model):
     "Class metrics of the mean of the seeds' probabilities."
     table, classes = task.predictions[model], pd.Index(task.classes)
@@ -240,7 +240,7 @@ LEADERBOARD_METRICS = (
     "fit_seconds",
 )
 
-
+# %% ../../nbs/runs/09_comparison.ipynb #cf766e9b
 def _task_entry(task, trials):
     metrics, baselines, daily, reason = _task_scores(task)
     tests = task_significance(task, trials, daily, reason)
@@ -264,7 +264,7 @@ def _task_entry(task, trials):
 def _baseline_entry(name, values):
     return dict(model=name, family="baseline") | seed_statistics([values])
 
-
+# %% ../../nbs/runs/09_comparison.ipynb #db7d1e1c
 def _task_limits(task):
     "What limits the comparison of a task: old scores, warnings on data and fits, versions of the data."
     return dict(
@@ -319,7 +319,7 @@ def comparison(
         )
     )
 
-
+# %% ../../nbs/runs/09_comparison.ipynb #1c92d768
 def _unscored_row(run):
     title = f"{run.manifest['model']} h{run.horizon} {Path(run.data).name}"
     reason = f"{run.reason}; `modelfactory rescore` finishes it"

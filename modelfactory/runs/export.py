@@ -81,7 +81,7 @@ def model_card(
     ]
     return "\n".join(parts)
 
-
+# %% ../../nbs/runs/15_export.ipynb #37470a00
 def _card_head(run, report):
     m = run.manifest
     data = f"`{escape_markdown(Path(run.data).name)}` (fingerprint {m['data_fingerprint']})"
@@ -163,7 +163,7 @@ print(*prediction_warnings(predictions), sep="\\n")
 predictions.to_parquet(output, index=False)
 '''
 
-
+# %% ../../nbs/runs/15_export.ipynb #82253810
 def export_run(
     run: Path,  # folder of a finished run
     output: Path | None = None,  # folder to create; None: `<name>_bundle` beside the run

@@ -89,7 +89,7 @@ def predict_run(
     )
     return frame
 
-
+# %% ../../nbs/runs/12_predict.ipynb #155b386c
 def _skipped_bars(bars, keys):
     "Number of bars of each symbol that have no prediction; symbols without such bars are not listed."
     predicted = keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0)

@@ -190,7 +190,7 @@ def _best_row(task):
         verdict=best_verdict(task),
     )
 
-
+# %% ../../nbs/runs/10_report.ipynb #85157220
 def best_verdict(
     task: dict,  # a task of `comparison`
 ) -> str:
@@ -223,8 +223,8 @@ def verdict_table(
 
 def _n_not_worse(task):
     "Number of models that are not significantly worse than the best; a dash where that was not tested."
-    others = task["not_worse"]
-    return "–" if others is None else len([m for m in others if m != task["best"]])
+    not_worse = task["not_worse"]
+    return "–" if not_worse is None else len([m for m in not_worse if m != task["best"]])
 
 # %% ../../nbs/runs/10_report.ipynb #0f250cbd
 def seed_table(

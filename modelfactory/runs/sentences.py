@@ -69,7 +69,7 @@ def _in_brackets(*parts):
     text = ", ".join(filter(None, parts))
     return f" ({text})" if text else ""
 
-
+# %% ../../nbs/runs/07_sentences.ipynb #ef778f55
 def _direction_sentence(task):
     p, models = task["p_direction"], [claim_figures(m) for m in task["models"]]
     if p is None and "direction" in task["why"]:
@@ -101,11 +101,11 @@ def _log_loss_sentence(task):
     head = f"{best} has a better log loss than the class shares of train{details}"
     if len(models) == 1 or task["not_worse"] is None:
         return head + "."
-    others = [m for m in task["not_worse"] if m != best]
-    if not others:
+    not_worse = [m for m in task["not_worse"] if m != best]
+    if not not_worse:
         return head + "; every other model is significantly worse."
-    subject = "1 other model is" if len(others) == 1 else f"{len(others)} other models are"
-    return head + f"; {subject} not significantly worse ({', '.join(others)})."
+    subject = "1 other model is" if len(not_worse) == 1 else f"{len(not_worse)} other models are"
+    return head + f"; {subject} not significantly worse ({', '.join(not_worse)})."
 
 # %% ../../nbs/runs/07_sentences.ipynb #84979fe0
 BENCHMARK_LABELS = dict(
@@ -199,7 +199,8 @@ def _planted_sentence(tasks, skilled):
     attained = f"; {subject} {_range_text(fractions)} of the ceiling" if fractions else ""
     best = [f"best directional accuracy {max(accuracies):.3f}"] if accuracies else []
     figures = ", ".join([*best, f"one-row policy {bounds['one_row_policy']:.3f}", f"ceiling {bounds['ceiling']:.3f}"])
-    return f"{tasks[0]['data']}: the simulated market has a signal; {_skill_text(tasks, skilled)}{attained} ({figures})."
+    head = f"{tasks[0]['data']}: the simulated market has a signal; "
+    return f"{head}{_skill_text(tasks, skilled)}{attained} ({figures})."
 
 
 def _range_text(fractions):
@@ -286,7 +287,7 @@ def _unread_note(unread):
         return [f"1 folder is not readable as a run and is excluded: {names}."]
     return [f"{len(unread)} folders are not readable as runs and are excluded: {names}{more}."]
 
-
+# %% ../../nbs/runs/07_sentences.ipynb #a8776f80
 def task_notes(
     task: dict,  # of `comparison`
 ) -> list[str]:  # sentences

@@ -219,8 +219,7 @@ def _scored_predictions(run, split):
     if missing := {"family", "train_shares"} - set(run.manifest):
         raise RunError(f"{name}: its manifest has no {sorted(missing)[0]!r}; train the run again")
     try:
-        classes = _classes(run)
-        run.config["cost_bps"], run.config["config"]
+        classes, _, _ = _classes(run), run.config["cost_bps"], run.config["config"]
     except (KeyError, TypeError) as e:
         raise RunError(f"{name}: config.yaml has no {e}; train the run again") from None
     if len(run.manifest["train_shares"] or ()) != len(classes):

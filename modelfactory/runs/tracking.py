@@ -80,7 +80,7 @@ class TrackingStore:
         "Identifies the runs folder among those that share a store."
         return _digest(platform.node(), str(self.runs))
 
-
+# %% ../../nbs/runs/16_tracking.ipynb #a9e76a69
 def _digest(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
@@ -290,7 +290,7 @@ def _session(store: TrackingStore):
 
 BROKEN_STORE_PATTERN = re.compile("no such (table|column)|not a database|malformed|database schema")  # of a sqlite file
 
-
+# %% ../../nbs/runs/16_tracking.ipynb #87d318c6
 def _short_reason(e, uri):
     "The cause of an exception in one line, without the credentials in `uri`."
     cause = e
