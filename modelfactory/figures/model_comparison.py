@@ -23,16 +23,15 @@ if TYPE_CHECKING:
     from modelfactory.runs.task import Task
 
 # %% auto #0
-__all__ = ['FAMILIES', 'FAMILY_COLOURS', 'FAMILY_STYLE', 'family_style', 'plot_forest', 'null_score', 'prediction_correlations',
-           'error_overlap', 'plot_agreement', 'null_band', 'plot_equities', 'plot_reliabilities',
-           'plot_time_against_score']
+__all__ = ['FAMILY_STYLE', 'family_style', 'plot_forest', 'null_score', 'prediction_correlations', 'error_overlap',
+           'plot_agreement', 'null_band', 'plot_equities', 'plot_reliabilities', 'plot_time_against_score']
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #62339603
-FAMILIES = ("boosting", "timeseries", "classical", "foundation", "neural", "ensemble", "baseline")
-FAMILY_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7f7f7f")
+_FAMILIES = ("boosting", "timeseries", "classical", "foundation", "neural", "ensemble", "baseline")
+_FAMILY_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7f7f7f")
 FAMILY_STYLE = {
     family: dict(color=color, marker=marker)
-    for family, color, marker in zip(FAMILIES, FAMILY_COLOURS, "osD^vPx", strict=True)
+    for family, color, marker in zip(_FAMILIES, _FAMILY_COLOURS, "osD^vPx", strict=True)
 }
 
 
@@ -47,7 +46,7 @@ def plot_forest(
     table: pd.DataFrame,  # a leaderboard
     data: str,  # name of a data set
     metric: str = "directional_skill",  # for which directional accuracy is drawn beside it
-) -> Figure:  # one panel a horizon
+) -> Figure:  # one panel per horizon
     "Each model's score and interval beside the null score; the interval of the best model is shaded."
     from matplotlib import pyplot as plt
 
@@ -248,7 +247,7 @@ def plot_reliabilities(
     classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
     columns: int = 7,  # panels in a row, at most
 ) -> Figure:
-    "Mean confidence against the share of correct predictions, one panel a model."
+    "Mean confidence against the share of correct predictions, one panel per model."
     from matplotlib import pyplot as plt
 
     wrong, models = row_losses(frame, "error", classes), stacked_models(frame, classes)
@@ -278,7 +277,7 @@ def plot_time_against_score(
     table: pd.DataFrame,  # a leaderboard
     data: str,  # name of a data set
     metric: str = "log_loss",
-) -> Figure:  # one panel a horizon
+) -> Figure:  # one panel per horizon
     "Training time in seconds (log scale) against a metric; models on the Pareto front are named."
     from matplotlib import pyplot as plt
 

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from modelfactory.evaluation.backtest import Backtest
 
 # %% auto #0
-__all__ = ['CLASS_COLOURS', 'CLASS_MARKERS', 'class_styles', 'new_axes', 'figure_png', 'classes_of', 'plot_confusion',
-           'bin_means', 'plot_reliability', 'precision_recall', 'plot_precision_recall', 'plot_equity', 'date_axis',
-           'plot_importance', 'plot_learning_curve', 'prediction_shares', 'plot_probabilities']
+__all__ = ['class_styles', 'new_axes', 'figure_png', 'classes_of', 'plot_confusion', 'bin_means', 'plot_reliability',
+           'precision_recall', 'plot_precision_recall', 'plot_equity', 'date_axis', 'plot_importance',
+           'plot_learning_curve', 'prediction_shares', 'plot_probabilities']
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #cad45edd
-CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7f7f7f")  # Okabe and Ito
-CLASS_MARKERS = "osD^vPX*<"
+_CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7f7f7f")  # Okabe and Ito
+_CLASS_MARKERS = "osD^vPX*<"
 
 
 def class_styles(
@@ -37,7 +37,7 @@ def class_styles(
     if tuple(classes) == (-1, 0, 1):
         names, colours, markers = ("down", "flat", "up"), ("#D55E00", "#7f7f7f", "#0072B2"), "vs^"
     else:
-        names, colours, markers = map(str, classes), CLASS_COLOURS, CLASS_MARKERS
+        names, colours, markers = map(str, classes), _CLASS_COLOURS, _CLASS_MARKERS
     return {
         c: dict(label=name, color=colours[i % len(colours)], marker=markers[i % len(markers)])
         for i, (c, name) in enumerate(zip(classes, names, strict=True))

@@ -74,7 +74,7 @@ _SPREAD = dict(sd=lambda v: v.std(ddof=1), min=np.min, max=np.max)
 
 
 def seed_statistics(
-    metrics: list[dict],  # metrics of one model, one dict a seed
+    metrics: list[dict],  # metrics of one model, one dict per seed
 ) -> dict[str, float]:  # <metric>: mean; with several seeds also <metric>_sd, <metric>_min, <metric>_max
     "Mean of each metric over seeds, and its spread. Values that are not numbers are dropped."
     names = [name for name, value in metrics[0].items() if _is_number(value)]

@@ -158,7 +158,7 @@ from modelfactory.runs.predict import prediction_warnings
 
 run = load_run(Path(__file__).resolve().parent)  # every file is checked against its hash before it is used
 bars, output = sys.argv[1], sys.argv[2]
-predictions = run.predict(bars, ahead=True)  # one row a bar; the row of the next bar of each symbol has no datetime
+predictions = run.predict(bars, ahead=True)  # one row per bar; the row of the next bar of each symbol has no datetime
 print(*prediction_warnings(predictions), sep="\\n")
 predictions.to_parquet(output, index=False)
 '''

@@ -18,13 +18,13 @@ from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, entry_log_loss
 from .sentences import MIN_CEILING_GAP, claim_figures, no_skill_text
 
 # %% auto #0
-__all__ = ['INTERVAL_ENDS', 'DIRECTION_COLUMNS', 'BEST_COLUMNS', 'HIDDEN_CLAIM_KEYS', 'SHOWN_CLAIM_KEYS', 'VERDICT_COLUMNS',
-           'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard', 'escape_markdown', 'FormattedTable', 'leaderboard_table',
-           'direction_tests', 'best_per_horizon', 'best_verdict', 'verdict_table', 'seed_table', 'variance_table',
-           'fraction_of_ceiling', 'ceiling_table', 'seconds_table', 'excluded_table']
+__all__ = ['DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard',
+           'escape_markdown', 'FormattedTable', 'leaderboard_table', 'direction_tests', 'best_per_horizon',
+           'best_verdict', 'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table',
+           'seconds_table', 'excluded_table']
 
 # %% ../../nbs/runs/10_report.ipynb #b09da8bb
-INTERVAL_ENDS = ("_ci_low", "_ci_high", "_sd", "_min", "_max")
+_INTERVAL_ENDS = ("_ci_low", "_ci_high", "_sd", "_min", "_max")
 
 
 def leaderboard(
@@ -54,7 +54,7 @@ def _row(task, entry, metrics):
     )
     for metric in metrics:
         row[metric] = entry.get(metric)
-        row |= {f"{metric}{end}": entry[f"{metric}{end}"] for end in INTERVAL_ENDS if f"{metric}{end}" in entry}
+        row |= {f"{metric}{end}": entry[f"{metric}{end}"] for end in _INTERVAL_ENDS if f"{metric}{end}" in entry}
     return row
 
 # %% ../../nbs/runs/10_report.ipynb #0c8c4937
@@ -208,9 +208,9 @@ def best_verdict(
     return no_skill_text(models)
 
 # %% ../../nbs/runs/10_report.ipynb #8767dfb5
-HIDDEN_CLAIM_KEYS = ("n_blocks", "why")
-SHOWN_CLAIM_KEYS = [k for k in CLAIM_KEYS if k not in HIDDEN_CLAIM_KEYS and not k.endswith("_significant")]
-VERDICT_COLUMNS = ("data", "horizon", *SHOWN_CLAIM_KEYS)
+_HIDDEN_CLAIM_KEYS = ("n_blocks", "why")
+_SHOWN_CLAIM_KEYS = [k for k in CLAIM_KEYS if k not in _HIDDEN_CLAIM_KEYS and not k.endswith("_significant")]
+VERDICT_COLUMNS = ("data", "horizon", *_SHOWN_CLAIM_KEYS)
 
 
 def verdict_table(
@@ -334,7 +334,7 @@ def _percent(value):
 # %% ../../nbs/runs/10_report.ipynb #3c44ab42
 def seconds_table(
     table: pd.DataFrame,  # of `leaderboard`
-) -> pd.DataFrame:  # one row a model, one column a task
+) -> pd.DataFrame:  # one row per model, one column per task
     "Training time of each model, in seconds."
     models = table[table.family != "baseline"]
     task = models.data.astype(str) + " h" + models.horizon.astype(int).astype(str)

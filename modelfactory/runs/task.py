@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SEED_KEYS', 'DATA_PATH_KEYS', 'RESCORE_HINT', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task',
-           'stack_predictions', 'count_trials', 'trials_so_far', 'daily_profit', 'stored_daily', 'task_significance',
+__all__ = ['SEED_KEYS', 'RESCORE_HINT', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task', 'stack_predictions',
+           'count_trials', 'trials_so_far', 'daily_profit', 'stored_daily', 'task_significance',
            'plot_task_differences']
 
 # %% ../../nbs/runs/06_task.ipynb #10ef5f95
@@ -36,7 +36,7 @@ def task_runs(
     runs: RunList,
     data: str,  # name of a data set, as in `data_names`
     horizon: int,  # bars ahead
-) -> dict[str, list[StoredRun]]:  # model name -> its runs, one a seed, in the order of seeds
+) -> dict[str, list[StoredRun]]:  # model name -> its runs, one per seed, in the order of seeds
     "The newest run of each model on one task, and its other seeds."
     return _runs_by_model(runs, data, horizon, _shared_setup)
 
@@ -55,7 +55,7 @@ def _runs_by_model(runs, data, horizon, read):
 
 
 SEED_KEYS = ("seed", "random_seed")
-DATA_PATH_KEYS = ("data", "prices")  # ignored: the fingerprint identifies the data, in whichever folder they are
+_DATA_PATH_KEYS = ("data", "prices")  # ignored: the fingerprint identifies the data, in whichever folder they are
 
 
 def _shared_setup(run):
@@ -65,7 +65,7 @@ def _shared_setup(run):
     except ConfigError:
         config = {}
     shared = {name: value for name, value in config.items() if name not in SEED_KEYS}
-    for part, ignored in (("config", SEED_KEYS), ("data", DATA_PATH_KEYS)):
+    for part, ignored in (("config", SEED_KEYS), ("data", _DATA_PATH_KEYS)):
         if isinstance(shared.get(part), dict):
             shared[part] = {name: value for name, value in shared[part].items() if name not in ignored}
     return json.dumps([shared, run.manifest.get("data_fingerprint")], sort_keys=True, default=str)
@@ -106,7 +106,7 @@ class Task:
     data: str
     horizon: int  # bars ahead of the label
     classes: tuple
-    models: dict[str, list[StoredRun]]  # model -> its runs, one a seed
+    models: dict[str, list[StoredRun]]  # model -> its runs, one per seed
     tables: dict[str, pd.DataFrame]  # name of a run's folder -> its predictions
     n_left_out: int = 0  # rows that some runs scored and others did not
 
@@ -322,7 +322,7 @@ RESCORE_HINT = "scored by an earlier version: run `modelfactory rescore`"
 
 
 def daily_profit(
-    tables: list[pd.DataFrame],  # `daily_pnl` of the backtests of one model, one a seed
+    tables: list[pd.DataFrame],  # `daily_pnl` of the backtests of one model, one per seed
 ) -> pd.DataFrame:  # by day: net, hold, constant; share of capital
     "Daily profit of a model: the mean over its seeds."
     tables = [t.filter(["net", "hold", "constant"]) for t in tables]
