@@ -591,10 +591,10 @@ def test_a_folder_without_permission_is_listed_as_unread(tmp_path, monkeypatch):
     run, listed = make_run(tmp_path, "a", bars(n=60)), stored._listed
     (tmp_path / "closed").mkdir()
 
-    def denied(path):
+    def denied(path, *args):
         if path.name == "closed":
             raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
+        return listed(path, *args)
 
     monkeypatch.setattr(stored, "_listed", denied)
     runs = list_runs(tmp_path)
