@@ -12,7 +12,7 @@ import pytest
 from fabricate import bars, make_run, probabilities
 
 from modelfactory.cli import main
-from modelfactory.runs import compare, report, rescore
+from modelfactory.runs import compare, report
 from modelfactory.runs.comparison import comparison, read_comparison
 from modelfactory.runs.report import (
     best_per_horizon,
@@ -611,8 +611,8 @@ def test_class_metrics_are_computed_without_prices(tmp_path, monkeypatch):
     def missing_prices(*args, **kw):
         raise MissingFile("prices.parquet: no such file")
 
-    monkeypatch.setattr(rescore, "scoring_trainer", lambda run: object())
-    monkeypatch.setattr(rescore, "score_with_data", missing_prices)
+    monkeypatch.setattr("modelfactory.runs.comparison.scoring_trainer", lambda run: object())
+    monkeypatch.setattr("modelfactory.runs.comparison.score_with_data", missing_prices)
     (task,) = comparison(tmp_path)["tasks"]
     assert task["n_left_out"] == 60 and "prices.parquet: no such file" in task["why"]["profit"]
     assert all(m["log_loss"] and m["sharpe_net"] is None for m in task["models"])
