@@ -185,6 +185,8 @@ def _horizons_text(tasks):
 
 def _skill_text(tasks, skilled):
     "How many of the models tested have directional skill."
+    if not skilled:
+        return f"{_none_text(tasks)} has directional skill"
     verb = "has" if _n_models(skilled) == 1 else "have"
     return f"{_n_models(skilled)} of {_count_text(tasks)} {verb} directional skill"
 
@@ -229,12 +231,12 @@ def _real_sentence(tasks, skilled):
     if not tested:
         return head + _not_tested(tasks[0], "direction", "directional skill")
     task, best = max(tested, key=lambda pair: pair[1]["directional_skill"])
-    figure = f"{best['model']} h{task['horizon']}: directional skill {_interval_text(best)}"
+    figure = f"best: {best['model']} h{task['horizon']}, directional skill {_interval_text(best)}"
     if skilled:
-        return f"{head}{_skill_text(tasks, skilled)}, {_trials_text(task)} ({_names(skilled)}; best {figure})."
+        return f"{head}{_skill_text(tasks, skilled)}, {_trials_text(task)} ({_names(skilled)}; {figure})."
     constant = f"; {text}" if (text := constant_call_text(best)) else ""
     text = no_skill_text([m for _, m in tested], _none_text(tasks))
-    return head + f"{text}, {_trials_text(task)} (best {figure}{constant})."
+    return head + f"{text}, {_trials_text(task)} ({figure}{constant})."
 
 # %% ../../nbs/runs/07_sentences.ipynb #fe1fbd59
 def _data_kind(tasks):
