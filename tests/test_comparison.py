@@ -1,4 +1,4 @@
-"The comparison as one dictionary: its schema, and every branch of every sentence that is made from it."
+"The comparison as one dictionary: its schema, and every branch of every sentence made from it."
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import pytest
 from fabricate import bars, make_run, probabilities
 
 from modelfactory.cli import main
-from modelfactory.runs import compare, report, rescore
+from modelfactory.runs import compare, report
 from modelfactory.runs.comparison import comparison, read_comparison
 from modelfactory.runs.report import (
     best_per_horizon,
@@ -63,7 +63,7 @@ PLAIN = re.compile(r"nan|None|\binf\b|\[\]|\{|\}|  |\( |,\s*\)|\(\)")
 
 
 def checked(sentences):
-    "Sentences that a person can read: no value of Python in them, one full stop at the end."
+    "Returns the sentences; fails on a Python value in one, or on other than one full stop at its end."
     for s in sentences:
         assert not PLAIN.search(s), s
         assert s.endswith(".") and not s.endswith(".."), s
@@ -72,7 +72,7 @@ def checked(sentences):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "Six models without skill on labels with class shares 60/40/0, one run that cannot be read."
+    "Six models without skill on labels with class shares 60/40/0, and one run that cannot be read."
     runs = tmp_path_factory.mktemp("runs")
     table = bars(shares=(40, 0, 60), n=600)
     for i in range(6):
@@ -87,7 +87,7 @@ def result(folder):
     return comparison(folder)
 
 
-def test_the_dictionary_is_that_of_the_contract(result):
+def test_the_dictionary_has_the_keys_of_schema_1(result):
     assert result["schema"] == 1 and {"tasks", "excluded", "failed", "unread"} <= set(result)
     (task,) = result["tasks"]
     assert TASK_KEYS <= set(task) and all(MODEL_KEYS <= set(m) for m in task["models"])
@@ -101,15 +101,10 @@ def test_the_dictionary_is_that_of_the_contract(result):
 
 
 def test_class_shares_60_40_0_give_no_claim_of_direction(result):
-    "The words of the issue: no model can be told from the better constant call."
-    sentences = checked(summary_sentences(result))
-    assert any(
-        "no model can be told from the better constant call" in s and "always up would be right 60%" in s
-        for s in sentences
-    )
-    assert not result["tasks"][0]["direction_significant"] and not any(
-        m["direction_significant"] for m in result["tasks"][0]["models"]
-    )
+    sentences, (task,) = checked(summary_sentences(result)), result["tasks"]
+    text = "no model differs significantly from the better constant prediction"
+    assert any(text in s and "always up would be right 60% of the time" in s for s in sentences)
+    assert not task["direction_significant"] and not any(m["direction_significant"] for m in task["models"])
 
 
 def test_a_folder_that_cannot_be_read_does_not_end_the_comparison(folder, result, tmp_path):
@@ -121,14 +116,13 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_comparison(folder, result
     (victims[2] / "manifest.json").write_text('{"files": {}}')
     (victims[3] / "manifest.json").unlink()
     again = comparison(runs)
-    assert {row["folder"] for row in again["unread"]} == {"broken", *(v.name for v in victims[:4])} and len(
-        again["tasks"][0]["models"]
-    ) == 2
+    assert {row["folder"] for row in again["unread"]} == {"broken", *(v.name for v in victims[:4])}
+    assert len(again["tasks"][0]["models"]) == 2
     assert all(row["reason"] for row in again["unread"])
-    assert any("5 folders are not readable" in s for s in checked(comparison_notes(again)))
+    assert any("5 folders are not readable as runs and are excluded" in s for s in checked(comparison_notes(again)))
 
 
-def test_every_run_unreadable_is_a_comparison_without_tasks(tmp_path):
+def test_a_folder_of_unreadable_runs_gives_a_comparison_without_tasks(tmp_path):
     run = make_run(tmp_path, "model_0", bars(n=60))
     (run.path / "metrics/baselines.json").unlink()
     result = comparison(tmp_path)
@@ -138,8 +132,8 @@ def test_every_run_unreadable_is_a_comparison_without_tasks(tmp_path):
     leaderboard_table(leaderboard(result))
 
 
-def test_tables_and_sentences_need_nothing_but_the_dictionary(folder, result, tmp_path):
-    "A comparison that was stored and read gives the same page, when the runs are gone."
+def test_tables_and_sentences_need_only_the_dictionary(folder, result, tmp_path):
+    "A stored comparison gives the same tables and sentences without the runs."
     file = tmp_path / "c.json"
     file.write_text(json.dumps(result))
     stored = read_comparison(file)
@@ -157,20 +151,17 @@ def test_tables_and_sentences_need_nothing_but_the_dictionary(folder, result, tm
         read_comparison(file)
 
 
-def test_json_is_all_that_the_command_prints(folder, tmp_path, capsys):
+def test_the_command_prints_only_json(folder, tmp_path, capsys):
     runs = shutil.copytree(folder, tmp_path / "runs")
     with pytest.raises(SystemExit) as end:
         main(["compare", str(runs), "--json"])
     printed = json.loads(capsys.readouterr().out)
-    assert (
-        end.value.code == 0
-        and printed == read_comparison(runs / compare.COMPARISON_FILE)
-        and printed["tasks"][0]["n_models"] == 6
-    )
+    assert end.value.code == 0 and printed["tasks"][0]["n_models"] == 6
+    assert printed == read_comparison(runs / compare.COMPARISON_FILE)
     assert not (runs / "model_comparison.html").exists()
 
 
-def test_an_empty_folder_is_one_line(tmp_path, capsys):
+def test_an_empty_folder_is_a_one_line_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["compare", str(tmp_path), "--json"])
     assert end.value.code == 2 and "no finished run" in capsys.readouterr().err
@@ -290,7 +281,7 @@ PROFIT = dict(
 
 
 @pytest.mark.parametrize("models", MODELS)
-def test_every_sentence_of_a_task_can_be_read(models):
+def test_every_combination_of_claims_gives_readable_sentences(models):
     for direction, log_loss, profit in itertools.product(DIRECTION.values(), LOG_LOSS.values(), PROFIT.values()):
         why = direction.get("why", {}) | profit.get("why", {})
         task = a_task(MODELS[models], **direction | log_loss | profit | dict(why=why))
@@ -302,26 +293,26 @@ def test_every_sentence_of_a_task_can_be_read(models):
 @pytest.mark.parametrize(
     "models, text",
     [
-        ("one", "no model can be told"),
+        ("one", "no model differs significantly"),
         ("first", "a has directional skill"),
-        ("other", "not this one: b has directional skill"),
+        ("other", "not this model: b has directional skill"),
         ("all", "a has directional skill"),
         ("alone", "a has directional skill"),
-        ("negative", "no model is better than the better constant call"),
-        ("nothing", "too few rows to say"),
+        ("negative", "no model is better than the better constant prediction"),
+        ("nothing", "too few rows to test"),
         ("undirected", "no direction in these classes"),
     ],
 )
 def test_the_verdict_beside_the_best_by_log_loss(models, text):
-    "`other` is what ended in a TypeError: the best by log loss makes no claim and another model does."
+    "`other` once raised a TypeError: another model than the best by log loss is significant."
     task = a_task(MODELS[models])
     assert text in best_verdict(task)
     assert text in best_per_horizon(dict(tasks=[task])).verdict.item()
 
 
-def test_two_others_have_skill_and_one_has():
+def test_the_verdict_names_all_other_models_with_skill():
     both = a_task([a_model(), a_model("b", True), a_model("c", True)])
-    assert best_verdict(both) == "not this one: b, c have directional skill"
+    assert best_verdict(both) == "not this model: b, c have directional skill"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +321,8 @@ def test_two_others_have_skill_and_one_has():
         (
             a_task(MODELS["six"]),
             [
-                "no model can be told from the better constant call (always up would be right 69%, p = 0.400, corrected for 12 trials)"
+                "no model differs significantly from the better constant prediction "
+                "(always up would be right 69% of the time, p = 0.400, corrected for 12 trials)"
             ],
         ),
         (
@@ -340,20 +332,21 @@ def test_two_others_have_skill_and_one_has():
         (a_task(MODELS["all"], direction_significant=True, p_direction=0.01), ["3 of 3 models have directional skill"]),
         (
             a_task(MODELS["two"], direction_significant=True, p_direction=0.01),
-            ["the 2 models together have directional skill", "none of them by itself"],
+            ["the 2 models together have directional skill", "no single model has it"],
         ),
         (
             a_task([a_model(constant_class=-1, directional_accuracy_constant=0.6), a_model("b", skill=-1.0)]),
-            ["always down would be right 60%"],
+            ["always down would be right 60% of the time"],
         ),
         (a_task(MODELS["two"], p_profit=None, why=dict(profit="no prices")), ["net profit is not tested: no prices"]),
-        (a_task(MODELS["two"], **LOG_LOSS["yes"]), ["1 other is not significantly worse (b)"]),
-        (a_task(MODELS["six"], **LOG_LOSS["yes"]), ["5 others are not significantly worse"]),
-        (a_task(MODELS["two"], **LOG_LOSS["alone"]), ["and a better one than every other model"]),
+        (a_task(MODELS["two"], **LOG_LOSS["yes"]), ["1 other model is not significantly worse (b)"]),
+        (a_task(MODELS["six"], **LOG_LOSS["yes"]), ["5 other models are not significantly worse"]),
+        (a_task(MODELS["two"], **LOG_LOSS["alone"]), ["; every other model is significantly worse."]),
         (
             a_task(MODELS["one"], trials=1),
             [
-                "the log loss of a is not better than that of the class shares of train (p = 0.400, corrected for 1 trial)"
+                "the log loss of a is not significantly better than that of the class shares of train "
+                "(p = 0.400, corrected for 1 trial)"
             ],
         ),
         (
@@ -363,70 +356,64 @@ def test_two_others_have_skill_and_one_has():
         (
             a_task(MODELS["two"], p_profit=0.06, p_profit_cash=0.01, p_profit_hold=0.02, p_profit_constant=0.03),
             [
-                "better than that of not trading, buy-and-hold of the same symbols and its own mean position at once (p = 0.060"
+                "better than that of not trading, buy-and-hold of the same symbols and its own mean position "
+                "at once (p = 0.060"
             ],
         ),
         (a_task(MODELS["two"]), ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting 60%"]),
         (
             a_task(MODELS["one"], **PROFIT["yes"]),
             [
-                "the net profit of a is better than that of not trading, buy-and-hold of the same symbols and its own mean position"
+                "the net profit of a is significantly better than that of not trading, "
+                "buy-and-hold of the same symbols and its own mean position"
             ],
         ),
     ],
 )
-def test_what_the_sentences_say(task, texts):
-    said = " ".join(describe(task))
+def test_the_text_of_each_claim(task, texts):
+    sentences = " ".join(describe(task))
     for text in texts:
-        assert text in said, said
+        assert text in sentences, sentences
 
 
 @pytest.mark.parametrize("models", MODELS)
 def test_the_conclusion_of_each_kind_of_data(models):
     ceiling = dict(directional_accuracy=dict(null_score=0.5, one_row_policy=0.6, ceiling=0.7))
-    nothing = [m | dict(fraction_of_ceiling=dict(directional_accuracy=None)) for m in MODELS[models]]
+    without_fraction = [m | dict(fraction_of_ceiling=dict(directional_accuracy=None)) for m in MODELS[models]]
+    no_gap = dict(directional_accuracy=dict(null_score=0.7, one_row_policy=0.7, ceiling=0.7))
     tasks = [
         a_task(MODELS[models]),
         a_task(MODELS[models], horizon=5),
         a_task(MODELS[models], data="planted", ceiling=ceiling),
-        a_task(
-            nothing,
-            data="null",
-            ceiling=dict(directional_accuracy=dict(null_score=0.7, one_row_policy=0.7, ceiling=0.7)),
-        ),
+        a_task(without_fraction, data="null", ceiling=no_gap),
     ]
     sentences = checked(conclusion(dict(tasks=tasks)))
     assert [s.split(":")[0] for s in sentences] == ["planted", "null", "bars"]
     skilled = any(m["direction_significant"] for m in MODELS[models])
-    assert ("claims one" in sentences[1]) != skilled and any(
-        text in sentences[2] for text in ("can be told", "is better than", "not tested")
-    ) != skilled
+    assert ("false positive" in sentences[1]) == skilled
+    no_claim = ("differs significantly", "is better than", "not tested")
+    assert any(text in sentences[2] for text in no_claim) != skilled
     assert ("at 2 horizons" in sentences[2]) == (models not in ("nothing", "undirected"))
 
 
 def test_notes_on_a_task():
     lstm = a_model("lstm", seeds=[1, 2, 3], log_loss=1.0, log_loss_min=0.99, log_loss_max=1.02)
     task = a_task([lstm, a_model("gru", log_loss=1.003)], versions=2, earlier_scoring=["x", "y"], n_left_out=53)
-    said = checked(task_notes(task))
-    assert (
-        len(said) == 4
-        and "53 rows that not every model could score are left out" in said[2]
-        and "run `modelfactory rescore`" in said[1]
-    )
-    assert "lstm: 0.0300 between 3 seeds, 0.0030 to gru" in said[3]
+    notes = checked(task_notes(task))
+    assert len(notes) == 4 and "run `modelfactory rescore`" in notes[1]
+    assert "53 rows are excluded because not every model predicted them" in notes[2]
+    assert "lstm: 0.0300 between 3 seeds, 0.0030 to gru" in notes[3]
     assert task_notes(a_task([lstm | dict(log_loss_max=0.991), a_model("gru", log_loss=1.1)])) == []
-    assert (
-        "1 row that not every model could score is left out"
-        in checked(task_notes(a_task([a_model()], n_left_out=1, earlier_scoring=["x"])))[1]
-    )
+    notes = checked(task_notes(a_task([a_model()], n_left_out=1, earlier_scoring=["x"])))
+    assert "1 row is excluded because not every model predicted it" in notes[1]
 
 
 def test_early_stopping_is_one_sentence(monkeypatch, folder):
     from modelfactory.training import trainer
 
     monkeypatch.setattr(trainer, "early_stopping_note", lambda config: "Early stopping saw val.", raising=False)
-    said = [s for s in summary_sentences(comparison(folder)) if "Early stopping" in s]
-    assert said == ["Early stopping saw val. (here: model_0, model_1, model_2, model_3, model_4, model_5)"]
+    sentences = [s for s in summary_sentences(comparison(folder)) if "Early stopping" in s]
+    assert sentences == ["Early stopping saw val. Models: model_0, model_1, model_2, model_3, model_4, model_5."]
 
 
 # runs that differ
@@ -437,61 +424,51 @@ def test_classes_without_direction_are_compared_by_log_loss(tmp_path):
     for name in ("a", "b"):
         make_run(tmp_path, name, table, classes=(0, 1, 2), skill=0.8 * (name == "a"))
     (task,) = comparison(tmp_path)["tasks"]
-    assert (
-        task["p_direction"] is None
-        and "direction" in task["why"]
-        and task["best"] == "a"
-        and task["log_loss_significant"]
-    )
+    assert task["p_direction"] is None and "direction" in task["why"]
+    assert task["best"] == "a" and task["log_loss_significant"]
     assert "no direction" in describe(task)[0] and "net profit is not tested" in describe(task)[2]
     checked(describe(task))
 
 
-def test_few_bars_say_so(tmp_path):
+def test_few_bars_are_too_few_for_a_test(tmp_path):
     make_run(tmp_path, "a", bars(n=40, symbols=("A",)))
     result = comparison(tmp_path)
-    said = checked(summary_sentences(result))
-    assert "too few rows to say" in said[0] and not result["tasks"][0]["direction_significant"]
+    sentences = checked(summary_sentences(result))
+    assert "too few rows" in sentences[0] and not result["tasks"][0]["direction_significant"]
 
 
-def test_models_scored_on_different_rows_are_compared_on_those_that_all_have(tmp_path):
-    "Without the data folder class metrics are computed on the common rows, and what needs prices is unknown."
+def test_models_scored_on_different_rows_are_compared_on_their_common_rows(tmp_path):
+    "Without the data folder, class metrics are computed on the common rows, and those that need prices are undefined."
     table = bars(n=300)
-    make_run(tmp_path, "whole", table, skill=0.5)
+    make_run(tmp_path, "long", table, skill=0.5)
     make_run(tmp_path, "short", table.groupby("symbol").tail(270), skill=0.5)
     (task,) = comparison(tmp_path)["tasks"]
     assert task["n_left_out"] == 60 and task["n_samples"] == 540 == task["models"][0]["n_samples"]
-    whole = next(m for m in task["models"] if m["model"] == "whole")
-    frame = load_run(tmp_path / whole["runs"][0]).predictions().groupby("symbol").tail(270)
-    column = dict(zip((-1, 0, 1), ("p_down", "p_flat", "p_up")))
+    entry = next(m for m in task["models"] if m["model"] == "long")
+    frame = load_run(tmp_path / entry["runs"][0]).predictions().groupby("symbol").tail(270)
+    column = dict(zip((-1, 0, 1), ("p_down", "p_flat", "p_up"), strict=True))
     loss = -np.log([row[column[row["y_true"]]] for _, row in frame.iterrows()]).mean()
-    assert (
-        math.isclose(whole["log_loss"], loss, rel_tol=1e-5)
-        and whole["sharpe_net"] is None
-        and whole["log_loss_ci_low"] < loss
-    )
-    assert "60 rows that not every model could score are left out" in " ".join(checked(task_notes(task)))
+    assert math.isclose(entry["log_loss"], loss, rel_tol=1e-5) and entry["log_loss_ci_low"] < loss
+    assert entry["sharpe_net"] is None
+    assert "60 rows are excluded because not every model predicted them" in " ".join(checked(task_notes(task)))
     assert "no prices" in task["why"]["profit"]
 
 
-def test_old_runs_load_and_say_that_they_are_old(tmp_path):
+def test_runs_of_an_earlier_scoring_version_load_and_are_reported(tmp_path):
     run = make_run(tmp_path, "old", bars(), scoring=1)
     values = json.loads((run.path / "metrics/metrics.json").read_text())
     former = values | dict(f1_floor=0.31, f1_floor_ci_low=0.3, f1_above_floor=0.02, directional_accuracy_p_shift=0.4)
     (run.path / "metrics/metrics.json").write_text(json.dumps(former))
     old = load_run(run.path)
-    assert (
-        old.scoring == 1
-        and old.metrics["f1_null"] == 0.31
-        and old.metrics["f1_null_ci_low"] == 0.3
-        and old.metrics["f1_skill"] == 0.02
-    )
+    assert old.scoring == 1 and old.metrics["f1_skill"] == 0.02
+    assert old.metrics["f1_null"] == 0.31 and old.metrics["f1_null_ci_low"] == 0.3
     assert not {"f1_floor", "f1_above_floor", "directional_accuracy_p_shift"} & set(old.metrics)
     result = comparison(tmp_path)
     assert result["tasks"][0]["earlier_scoring"] == [run.path.name]
-    said = checked(summary_sentences(result))
-    assert any("1 run was scored by an earlier version" in s for s in said)
-    assert any("net profit is not tested: scored by an earlier version: run `modelfactory rescore`" in s for s in said)
+    sentences = checked(summary_sentences(result))
+    assert any("1 run was scored by an earlier version" in s for s in sentences)
+    text = "net profit is not tested: scored by an earlier version: run `modelfactory rescore`"
+    assert any(text in s for s in sentences)
 
 
 def test_a_run_shows_its_claim(tmp_path):
@@ -501,27 +478,24 @@ def test_a_run_shows_its_claim(tmp_path):
     assert "corrected for 2 trials" in repr(load_run(run.path))
 
 
-def test_a_claim_that_the_test_of_all_denies_is_no_claim(tmp_path, monkeypatch):
+def test_a_claim_needs_the_test_of_all_models_together(tmp_path, monkeypatch):
     from modelfactory.evaluation import significance
 
     make_run(tmp_path, "a", bars(), skill=1.0)
     summary_of = significance.significance_summary
 
     def denied(*args, **kw):
-        found = summary_of(*args, **kw)
-        rows = {m: row | dict(direction_significant=False) for m, row in found["models"].items()}
-        return found | dict(direction_significant=False, p_direction=0.2, models=rows)
+        summary = summary_of(*args, **kw)
+        rows = {m: row | dict(direction_significant=False) for m, row in summary["models"].items()}
+        return summary | dict(direction_significant=False, p_direction=0.2, models=rows)
 
     monkeypatch.setattr(significance, "significance_summary", denied)
     model = comparison(tmp_path)["tasks"][0]["models"][0]
-    assert (
-        not model["direction_significant"]
-        and model["verdict"] == "not significant"
-        and "does not confirm it" in model["direction"]
-    )
+    assert not model["direction_significant"] and model["verdict"] == "not significant"
+    assert "does not confirm it" in model["direction"]
 
 
-def test_a_bundle_is_no_run_of_a_comparison(tmp_path):
+def test_a_bundle_is_not_compared(tmp_path):
     run = make_run(tmp_path, "a", bars())
     bundle = shutil.copytree(run.path, tmp_path / f"{run.path.name}_bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -529,7 +503,7 @@ def test_a_bundle_is_no_run_of_a_comparison(tmp_path):
     assert [r.path for r in list_runs(tmp_path)] == [run.path] and "Its claim" in repr(load_run(bundle))
 
 
-def test_the_probabilities_of_the_helper_have_skill_only_when_asked():
+def test_the_fabricated_probabilities_have_skill_only_on_request():
     table = bars(n=2000)
 
     def accuracy(skill):
@@ -546,36 +520,33 @@ def test_the_number_of_models_that_are_not_worse_is_counted_without_the_best():
         assert verdict_table(dict(tasks=[task])).frame.not_worse.item() == expected
 
 
-def test_runs_on_another_version_of_the_data_without_common_rows_are_left_out(tmp_path):
+def test_runs_on_another_version_of_the_data_without_common_rows_are_excluded(tmp_path):
     old = make_run(tmp_path, "old", bars(n=300, symbols=("C",)), fingerprint="0" * 16)
-    make_run(tmp_path, "a", bars(n=300)), make_run(tmp_path, "b", bars(n=300), noise=1)
-    created(old, "2024-01-01T00:00:00+00:00")
+    make_run(tmp_path, "a", bars(n=300))
+    make_run(tmp_path, "b", bars(n=300), noise=1)
+    set_created(old, "2024-01-01T00:00:00+00:00")
     result = comparison(tmp_path)
     (task,) = result["tasks"]
-    assert [m["model"] for m in sorted(task["models"], key=lambda m: m["model"])] == ["a", "b"] and task[
-        "n_left_out"
-    ] == 0
-    assert [row["folder"] for row in result["unread"]] == [old.path.name] and "another version" in result["unread"][0][
-        "reason"
-    ]
+    (unread,) = result["unread"]
+    assert sorted(m["model"] for m in task["models"]) == ["a", "b"] and task["n_left_out"] == 0
+    assert unread["folder"] == old.path.name and "another version" in unread["reason"]
 
 
-def created(run, when):
+def set_created(run, when):
     file = run.path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(created=when)))
 
 
-def test_runs_with_other_classes_are_left_out(tmp_path):
+def test_runs_with_other_classes_are_excluded(tmp_path):
     old = make_run(tmp_path, "old", bars(n=300, shares=(1, 1)).assign(y_true=lambda t: t.y_true + 1), classes=(0, 1))
     make_run(tmp_path, "new", bars(n=300))
-    created(old, "2024-01-01T00:00:00+00:00")
+    set_created(old, "2024-01-01T00:00:00+00:00")
     result = comparison(tmp_path)
-    assert [m["model"] for m in result["tasks"][0]["models"]] == ["new"] and "classes [0, 1]" in result["unread"][0][
-        "reason"
-    ]
+    assert [m["model"] for m in result["tasks"][0]["models"]] == ["new"]
+    assert "classes [0, 1]" in result["unread"][0]["reason"]
 
 
-def edited(file, change):
+def edit_json(file, change):
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
@@ -586,12 +557,12 @@ def without(*names):
 DAMAGE = dict(
     config=lambda path: (path / "config.yaml").write_text("{}"),
     metrics=lambda path: (path / "metrics/metrics.json").write_text("[]"),
-    loss=lambda path: edited(path / "metrics/metrics.json", without("log_loss")),
+    loss=lambda path: edit_json(path / "metrics/metrics.json", without("log_loss")),
     baselines=lambda path: (path / "metrics/baselines.json").write_text("[]"),
     baseline=lambda path: (path / "metrics/baselines.json").write_text('{"prior": 1}'),
-    prior=lambda path: edited(path / "metrics/baselines.json", without("prior")),
-    family=lambda path: edited(path / "manifest.json", without("family")),
-    shares=lambda path: edited(path / "manifest.json", without("train_shares")),
+    prior=lambda path: edit_json(path / "metrics/baselines.json", without("prior")),
+    family=lambda path: edit_json(path / "manifest.json", without("family")),
+    shares=lambda path: edit_json(path / "manifest.json", without("train_shares")),
     column=lambda path: pd.read_parquet(path / PREDICTIONS).drop(columns="p_up").to_parquet(path / PREDICTIONS),
 )
 PREDICTIONS = "predictions/val_predictions.parquet"
@@ -599,49 +570,49 @@ PREDICTIONS = "predictions/val_predictions.parquet"
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("older", [False, True])
-def test_a_damaged_run_is_left_out_with_a_reason(tmp_path, damage, older):
+def test_a_damaged_run_is_excluded_with_a_reason(tmp_path, damage, older):
     "Where the newest run of a model is damaged, the one before it is compared."
     table = bars(n=200)
     make_run(tmp_path, "a", table)
     if older:
-        created(make_run(tmp_path, "b", table), "2024-01-01T00:00:00+00:00")
-    spoilt = make_run(tmp_path, "b", table)
-    created(spoilt, "2099-01-01T00:00:00+00:00")
-    DAMAGE[damage](spoilt.path)
+        set_created(make_run(tmp_path, "b", table), "2024-01-01T00:00:00+00:00")
+    damaged = make_run(tmp_path, "b", table)
+    set_created(damaged, "2099-01-01T00:00:00+00:00")
+    DAMAGE[damage](damaged.path)
     result = comparison(tmp_path)
     assert {m["model"] for m in result["tasks"][0]["models"]} == ({"a", "b"} if older else {"a"})
-    assert [row["folder"] for row in result["unread"]] == [spoilt.path.name] and result["unread"][0]["reason"]
+    assert [row["folder"] for row in result["unread"]] == [damaged.path.name] and result["unread"][0]["reason"]
     checked(summary_sentences(result))
 
 
 def test_a_folder_without_permission_is_listed_as_unread(tmp_path, monkeypatch):
-    from modelfactory.runs import run, stored
+    from modelfactory.runs import stored
 
     run, listed = make_run(tmp_path, "a", bars(n=60)), stored._listed
     (tmp_path / "closed").mkdir()
 
-    def denied(path):
+    def denied(path, *args):
         if path.name == "closed":
             raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
+        return listed(path, *args)
 
     monkeypatch.setattr(stored, "_listed", denied)
     runs = list_runs(tmp_path)
     assert [r.path for r in runs] == [run.path] and "Permission denied" in runs.unread[0]["reason"]
 
 
-def test_prices_that_are_gone_leave_class_metrics(tmp_path, monkeypatch):
+def test_class_metrics_are_computed_without_prices(tmp_path, monkeypatch):
     from modelfactory.data.splits import MissingFile
 
     table = bars(n=300)
-    make_run(tmp_path, "whole", table)
+    make_run(tmp_path, "long", table)
     make_run(tmp_path, "short", table.groupby("symbol").tail(270))
 
-    def gone(*args, **kw):
+    def missing_prices(*args, **kw):
         raise MissingFile("prices.parquet: no such file")
 
-    monkeypatch.setattr(rescore, "scoring_trainer", lambda run: object())
-    monkeypatch.setattr(rescore, "score_with_data", gone)
+    monkeypatch.setattr("modelfactory.runs.comparison.scoring_trainer", lambda run: object())
+    monkeypatch.setattr("modelfactory.runs.comparison.score_with_data", missing_prices)
     (task,) = comparison(tmp_path)["tasks"]
     assert task["n_left_out"] == 60 and "prices.parquet: no such file" in task["why"]["profit"]
     assert all(m["log_loss"] and m["sharpe_net"] is None for m in task["models"])
@@ -660,11 +631,11 @@ def test_two_models_at_one_time_have_no_plot_of_differences(tmp_path, n):
     checked(summary_sentences(comparison(tmp_path)))
 
 
-def test_models_that_are_worse_are_not_called_equal():
+def test_significantly_worse_models_are_not_reported_as_equal():
     worse = a_task(MODELS["negative"])
     for text in (describe(worse)[0], best_verdict(worse), conclusion(dict(tasks=[worse]))[0]):
-        assert "is better than the better constant call" in text and "can be told" not in text
-    assert "can be told" in conclusion(dict(tasks=[a_task(MODELS["two"])]))[0]
+        assert "is better than the better constant prediction" in text and "differs significantly" not in text
+    assert "differs significantly" in conclusion(dict(tasks=[a_task(MODELS["two"])]))[0]
 
 
 def test_models_at_two_horizons_are_counted_once():
@@ -677,7 +648,7 @@ def test_models_at_two_horizons_are_counted_once():
 def test_a_task_without_a_ceiling_adds_no_claim_to_a_simulated_market():
     ceiling = dict(directional_accuracy=dict(null_score=0.7, one_row_policy=0.7, ceiling=0.7))
     tasks = [a_task(MODELS["two"], data="null", ceiling=ceiling), a_task(MODELS["alone"], data="null", horizon=5)]
-    assert "none of 2 models claims one" in conclusion(dict(tasks=tasks))[0]
+    assert "none of 2 models has significant directional skill" in conclusion(dict(tasks=tasks))[0]
 
 
 def test_an_undefined_number_is_a_dash(tmp_path):

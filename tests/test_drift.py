@@ -92,7 +92,7 @@ def test_unscaled_features_are_reported(train, train_bins, bars):
 
 def test_too_few_bars_have_no_limit(train, train_bins):
     assert warnings_of(segment(train, 300, SEGMENT_LENGTHS[0] - 1), train_bins) == [
-        "too few bars to say whether features are distributed as in train: fewer than 19 a symbol"
+        "too few bars to check features for drift: fewer than 19 for each symbol"
     ]
     assert population_stability_index(segment(train, 300, 12), train_bins).limit.isna().all()
 
@@ -103,7 +103,7 @@ def test_runs_without_stored_limits_report_no_drift(train, train_bins):
         symbols=train_bins["symbols"],
         features={f: {k: v for k, v in b.items() if k != "limits"} for f, b in train_bins["features"].items()},
     )
-    assert warnings_of(segment(train, 300, 61), old) == ["this run stored no limits: drift is not judged"]
+    assert warnings_of(segment(train, 300, 61), old) == ["the run stored no limits, so drift is not checked"]
 
 
 def test_segments_of_all_symbols_together_are_not_reported():

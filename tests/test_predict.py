@@ -1,4 +1,4 @@
-"New bars, and a bundle that is handed over: by the command line, in folders of their own."
+"Prediction of new bars with a run and with its bundle, in Python and by the command line."
 
 import json
 import shutil
@@ -20,8 +20,8 @@ from modelfactory.runs.run_folder import FEATURES_FILE, MANIFEST_FILE
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = dict(max_epochs=1, sequence_length=12, calibration="temperature")
-    asked = dict(model="gru", horizon=5, data="planted", preset="quick", config=config)
-    outcome = run_notebook(asked, tmp_path_factory.mktemp("predict"), Limits(PATIENCE))
+    parameters = dict(model="gru", horizon=5, data="planted", preset="quick", config=config)
+    outcome = run_notebook(parameters, tmp_path_factory.mktemp("predict"), Limits(PATIENCE))
     assert outcome.status == "ok", outcome
     return outcome.path
 
@@ -45,35 +45,34 @@ def test_export_and_predict_by_command_line(run, bars, tmp_path, capsys):
         assert call("predict", source, tmp_path / "new.parquet", "--ahead", "--output", tmp_path / out) == 0
     a, b = (pd.read_parquet(tmp_path / f) for f in ("a.parquet", "b.parquet"))
     assert a.equals(b) and len(a) == 300 - 12 + 1 and a.datetime.isna().sum() == 1
-    assert "12 bars without a whole window" in capsys.readouterr().out
+    assert "12 bars are not predicted, because they have no full window before them" in capsys.readouterr().out
     assert call("export", run, "--output", tmp_path / "bundle") == 2
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.parquet", "b.parquet", "bundle", "new.parquet"]
 
 
-def test_pieces_are_the_whole(run, bars):
-    "Two symbols, bars that come one by one, each call with no more past than a window needs."
-    run, some = load_run(run), pd.concat([b[:40] for _, b in bars.groupby("symbol")])
-    whole = run.predict(some)
-    for symbol, mine in some.groupby("symbol"):
-        pieces = pd.concat([run.predict(mine[i - 12 : i + 1]) for i in range(12, 40)])
-        assert np.allclose(pieces.p_up, whole[whole.symbol == symbol].p_up, rtol=0, atol=1e-6)
+def test_bars_one_by_one_are_predicted_as_in_a_batch(run, bars):
+    "Two symbols; each call has only the bars that a window needs."
+    run, table = load_run(run), pd.concat([b[:40] for _, b in bars.groupby("symbol")])
+    batch = run.predict(table)
+    for symbol, of_symbol in table.groupby("symbol"):
+        pieces = pd.concat([run.predict(of_symbol[i - 12 : i + 1]) for i in range(12, 40)])
+        assert np.allclose(pieces.p_up, batch[batch.symbol == symbol].p_up, rtol=0, atol=1e-6)
 
 
-def test_the_future_of_other_bars_changes_nothing(run, bars):
+def test_later_bars_do_not_change_earlier_predictions(run, bars):
     run, one = load_run(run), bars[bars.symbol == "SYN1"][:60]
-    later = one.assign(
-        **{f: np.where(np.arange(60) >= 40, one[f] * -3 + 1, one[f]) for f in run.cached_model.feature_columns}
-    )
+    is_later = np.arange(60) >= 40
+    later = one.assign(**{f: np.where(is_later, one[f] * -3 + 1, one[f]) for f in run.cached_model.feature_columns})
     assert np.array_equal(run.predict(one).p_up[: 40 - 12 + 1], run.predict(later).p_up[: 40 - 12 + 1])
 
 
-def test_runs_without_bins_say_so(run, bars, tmp_path):
+def test_drift_is_not_checked_for_runs_without_bins(run, bars, tmp_path):
     old = shutil.copytree(run, tmp_path / "old")
     (old / FEATURES_FILE).unlink()
-    said = json.loads((old / MANIFEST_FILE).read_text())
-    del said["files"][FEATURES_FILE]
-    (old / MANIFEST_FILE).write_text(json.dumps(said))
-    assert "drift is not known" in prediction_warnings(load_run(old).predict(bars[:50]))[-1]
+    manifest = json.loads((old / MANIFEST_FILE).read_text())
+    del manifest["files"][FEATURES_FILE]
+    (old / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert "drift is not checked" in prediction_warnings(load_run(old).predict(bars[:50]))[-1]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_runs_without_bins_say_so(run, bars, tmp_path):
         (lambda b: b.assign(rsi_14=np.nan) if "rsi_14" in b else b.assign(**{b.columns[8]: np.nan}), "NaN"),
     ],
 )
-def test_bad_bars_are_refused_in_one_line(run, bars, breaks, words):
+def test_bad_bars_raise_a_one_line_error(run, bars, breaks, words):
     with pytest.raises(SplitsError, match=words) as e:
         load_run(run).predict(breaks(bars[:50]))
     assert "\n" not in str(e.value)

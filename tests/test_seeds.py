@@ -1,4 +1,4 @@
-"Seeds of one model are one model: one row, one entry in the tests, one trial each."
+"Seeds of a model share one row and one entry in the tests; each seed is a trial."
 
 import json
 
@@ -47,18 +47,15 @@ def test_a_model_with_three_seeds_is_one_row(folder, result):
     for metric in ("directional_skill", "directional_accuracy"):
         values = [r.metrics[metric] for r in task_runs(list_runs(folder), "bars", 5)["lstm"]]
         expected = dict(sd=np.std(values, ddof=1), min=min(values), max=max(values))
-        assert lstm[metric] == pytest.approx(np.mean(values)), "the row's figures are those of the seeds"
+        assert lstm[metric] == pytest.approx(np.mean(values)), "the row holds figures of the seeds"
         assert {k: lstm[f"{metric}_{k}"] for k in expected} == pytest.approx(expected)
         assert lstm[f"{metric}_ci_low"] < lstm[metric] < lstm[f"{metric}_ci_high"]
-        assert lstm["averaged"][metric] != pytest.approx(lstm[metric]), "the claim's are those of the mean"
+        assert lstm["averaged"][metric] != pytest.approx(lstm[metric]), "the claim is on the mean of the probabilities"
     tests = direction_tests(result).set_index("model").loc["lstm"]
     assert tests.skill == lstm["averaged"]["directional_skill"] and tests.low < tests.skill < tests.high
     table = leaderboard(result)
-    assert (
-        (table.model == "lstm").sum() == 1
-        and "lstm (3 seeds)" in str(leaderboard_table(table))
-        and " ± " in str(leaderboard_table(table))
-    )
+    text = str(leaderboard_table(table))
+    assert (table.model == "lstm").sum() == 1 and "lstm (3 seeds)" in text and " ± " in text
 
 
 def test_the_entry_in_the_tests_is_the_mean_of_the_probabilities(folder, result):
@@ -79,47 +76,43 @@ def test_each_seed_is_a_trial(folder):
     assert count_trials(list_runs(folder), "bars") == 5
 
 
-def test_variance_is_split_and_the_spread_is_said(result):
+def test_variance_is_split_and_a_wide_spread_is_noted(result):
     assert seed_table(result).frame["of mean probabilities"].notna().all() and len(seed_table(result).frame) == 1
     losses = variance_table(result).frame.set_index("metric").loc["log_loss"]
     assert losses.seed_share > 0.5
     sentences = " ".join(task_notes(result["tasks"][0]))
     lstm = next(m for m in result["tasks"][0]["models"] if m["model"] == "lstm")
-    assert ("lstm: " in sentences) == (lstm["rank"] < 3), "said of every model but the last"
+    assert ("lstm: " in sentences) == (lstm["rank"] < 3), "there is a note on every model but the last"
 
 
 def test_one_seed_each_gives_no_split(tmp_path):
     for i in range(2):
         make_run(tmp_path, f"m{i}", bars(n=100), noise=i)
     result = comparison(tmp_path)
-    assert (
-        seed_table(result) is None
-        and variance_table(result) is None
-        and result["tasks"][0]["models"][0]["averaged"] is None
-    )
+    assert seed_table(result) is None and variance_table(result) is None
+    assert result["tasks"][0]["models"][0]["averaged"] is None
 
 
 @pytest.mark.parametrize("between, within", [(0.02, 0.01), (0.0, 0.01), (0.02, 0.0)])
-def test_variance_split_finds_what_was_put_in(between, within):
+def test_variance_split_recovers_simulated_standard_deviations(between, within):
     rng = np.random.default_rng(0)
     scores = {i: m + within * rng.normal(size=4) for i, m in enumerate(between * rng.normal(size=400))}
-    found = variance_split(scores)
-    assert found["model_sd"] == pytest.approx(between, abs=0.003) and found["seed_sd"] == pytest.approx(
-        within, abs=0.001
-    )
+    split = variance_split(scores)
+    assert split["model_sd"] == pytest.approx(between, abs=0.003)
+    assert split["seed_sd"] == pytest.approx(within, abs=0.001)
 
 
-def altered(run, **values):
-    "The run with other values in its config."
+def set_config(run, **values):
+    "Changes values in the config of a run."
     file = run.path / "config.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
 
 
-def test_runs_of_other_configs_or_data_are_no_seeds_of_the_newest_run(tmp_path):
-    "Depth 3 with seed 1 and depth 9 with seed 42 are two models of one name: the newest is compared."
+def test_runs_with_another_config_or_data_are_not_seeds_of_the_newest_run(tmp_path):
+    "Depth 3 with seed 1 and depth 9 with seed 42 are two models with one name; the newest is compared."
     table = bars(n=300)
     for seed, depth in ((1, 3), (7, 9), (42, 9)):
-        altered(make_run(tmp_path, "xgboost", table, seed=seed), config=dict(max_depth=depth, random_seed=seed))
+        set_config(make_run(tmp_path, "xgboost", table, seed=seed), config=dict(max_depth=depth, random_seed=seed))
     make_run(tmp_path, "other", table, seed=1, fingerprint="0" * 16)
     make_run(tmp_path, "other", table, seed=2)
     times = {seed: f"2024-01-01T00:00:0{i}+00:00" for i, seed in enumerate((1, 2, 7, 42))}

@@ -1,4 +1,4 @@
-"Every use of a test set is in the ledger; the fingerprint covers it; it is checked against the earlier splits."
+"Each use of a test set is in the ledger; the fingerprint includes test; test is checked against the earlier splits."
 
 import json
 
@@ -19,7 +19,7 @@ from modelfactory.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):
-    "A runs folder of its own."
+    "A separate runs folder for each test."
     monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
 
@@ -34,7 +34,7 @@ LOGISTIC = dict(model="logistic_regression", horizon=5, data="in memory")
 TRAIN = ("train", "--model", "logistic_regression", "--horizon", 5, "--data", "planted", "--output")
 
 
-def trainer(data=None, **kw):
+def make_trainer(data=None, **kw):
     return Trainer(LOGISTIC, data or frames(), **kw)
 
 
@@ -45,15 +45,16 @@ def call(*args):
 
 
 def test_a_trainer_in_a_notebook_records_each_use_before_it_returns(runs, tmp_path):
-    ours = trainer()
-    ours.run_full_pipeline()
+    logistic = make_trainer()
+    logistic.run_full_pipeline()
     assert not (runs / LEDGER_FILE).exists()
-    ours.evaluate("test"), ours.evaluate("test")
-    trainer(runs=tmp_path / "elsewhere").evaluate("test")
+    logistic.evaluate("test")
+    logistic.evaluate("test")
+    make_trainer(runs=tmp_path / "elsewhere").evaluate("test")
     ledger = read_ledger(runs)
     assert ledger.model.tolist() == ["logistic_regression"] * 2
     assert set(ledger.run) == {""} and set(ledger.horizon) == {5}
-    assert set(ledger.fingerprint) == {ours.fingerprint()} and len(read_ledger(tmp_path / "elsewhere")) == 1
+    assert set(ledger.fingerprint) == {logistic.fingerprint()} and len(read_ledger(tmp_path / "elsewhere")) == 1
     assert test_set_uses(runs) == [
         "in memory: the test set was used 2 times, for 1 model: its scores are no longer those of a single use."
     ]
@@ -61,13 +62,13 @@ def test_a_trainer_in_a_notebook_records_each_use_before_it_returns(runs, tmp_pa
 
 def test_no_score_is_returned_where_the_use_cannot_be_recorded(tmp_path):
     (tmp_path / "file").write_text("")
-    ours = trainer(runs=tmp_path / "file")
+    logistic = make_trainer(runs=tmp_path / "file")
     with pytest.raises(OSError):
-        ours.evaluate("test")
-    assert "test" not in ours.metrics and "test" not in ours.predictions
+        logistic.evaluate("test")
+    assert "test" not in logistic.metrics and "test" not in logistic.predictions
 
 
-def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(tmp_path, capsys):
+def test_train_with_test_and_final_each_record_one_use_with_the_name_of_the_run(tmp_path, capsys):
     folder = tmp_path / "output"
     assert call(*TRAIN, folder, "--test") == 0
     (run,) = list_runs(folder)
@@ -79,7 +80,7 @@ def test_train_with_test_and_final_record_one_use_each_with_the_name_of_the_run(
     assert not (tmp_path / "runs" / LEDGER_FILE).exists()
 
 
-def test_a_run_whose_fingerprint_left_test_out_can_still_be_scored_on_test(tmp_path):
+def test_a_run_with_a_fingerprint_of_train_and_val_only_can_be_scored_on_test(tmp_path):
     folder = tmp_path / "output"
     assert call(*TRAIN, folder) == 0
     (run,) = list_runs(folder)
@@ -99,7 +100,7 @@ def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
     assert new == "mine (1): the test set was used 1 time, for 1 model."
 
 
-def test_folders_of_one_name_are_two_test_sets(tmp_path):
+def test_folders_with_the_same_name_are_two_test_sets(tmp_path):
     for folder in ("x/scaled", "y/scaled"):
         (tmp_path / folder).mkdir(parents=True)
         record_test_use(tmp_path, tmp_path / folder, folder, "gru", 5, "gru_h5_1")
@@ -109,7 +110,7 @@ def test_folders_of_one_name_are_two_test_sets(tmp_path):
     assert read_ledger(tmp_path)["data"].tolist() == [str(tmp_path / "x/scaled"), str(tmp_path / "y/scaled")]
 
 
-def test_a_use_that_an_earlier_version_recorded_by_name_is_of_the_same_test_set(tmp_path):
+def test_a_use_recorded_by_name_in_an_earlier_version_is_of_the_same_test_set(tmp_path):
     (tmp_path / "mine").mkdir()
     line = dict(when="2024-01-01T00:00:00+00:00", run="gru_h5_1", data="mine", fingerprint="0", model="gru", horizon=5)
     (tmp_path / LEDGER_FILE).write_text(json.dumps(line) + "\n")
@@ -118,19 +119,19 @@ def test_a_use_that_an_earlier_version_recorded_by_name_is_of_the_same_test_set(
     assert sentence.startswith("mine: the test set was used 2 times, for 2 models")
 
 
-def test_the_card_of_a_run_knows_what_the_ledger_says(tmp_path):
+def test_the_card_of_a_run_shows_its_uses_of_test(tmp_path):
     from modelfactory.runs.export import model_card
 
     folder = tmp_path / "output"
     assert call(*TRAIN, folder) == 0
     (run,) = list_runs(folder)
     card = model_card(run)
-    assert "test was never scored by this run" in card and "Validation took no part in training" in card
+    assert "The run was never scored on test" in card and "Validation was not used in training" in card
     final_scores([run.path])
-    assert "test was scored 1 time by this run" in model_card(run)
+    assert "The run was scored on test 1 time" in model_card(run)
 
 
-def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):
+def test_the_fingerprint_includes_test_if_it_exists(tmp_path):
     data = frames()
     other = data | dict(test=data["test"].assign(rsi=0.0))
     without = {k: v for k, v in data.items() if k != "test"}
@@ -138,31 +139,31 @@ def test_the_fingerprint_covers_test_where_there_is_one(tmp_path):
     assert fingerprint(data, ("train", "val")) == fingerprint(without) == fingerprint(other, ("train", "val"))
     for name, frame in data.items():
         frame.to_parquet(tmp_path / f"{name}_scaled.parquet")
-    whole = fingerprint(tmp_path)
+    original = fingerprint(tmp_path)
     other["test"].to_parquet(tmp_path / "test_scaled.parquet")
     changed = fingerprint(tmp_path)
     (tmp_path / "test_scaled.parquet").write_bytes(b"no parquet: hashed, not read")
-    assert len({whole, changed, fingerprint(tmp_path)}) == 3
+    assert len({original, changed, fingerprint(tmp_path)}) == 3
     (tmp_path / "test_scaled.parquet").unlink()
     assert fingerprint(tmp_path) == fingerprint(tmp_path, ("train", "val"))
 
 
-def test_labels_of_val_that_bars_of_test_decide_are_found_when_test_is_read(runs):
-    "Today only train is checked against test."
+def test_labels_of_val_that_reach_into_test_are_refused_when_test_is_read(runs):
+    "Both train and val are checked against test."
     train, rest = cut_and_purge(market(900), 0.6)
     val, test = cut(rest, [0.5])
-    ours = trainer(dict(train=train, val=val, test=test))
-    assert ours.run_full_pipeline()["n_samples"] > 0
+    logistic = make_trainer(dict(train=train, val=val, test=test))
+    assert logistic.run_full_pipeline()["n_samples"] > 0
     with pytest.raises(SplitOverlap, match="val frame: label_h5: 10 rows decided by bars of test frame"):
-        ours.evaluate("test")
-    assert "test" not in ours.metrics and read_ledger(runs).empty
+        logistic.evaluate("test")
+    assert "test" not in logistic.metrics and read_ledger(runs).empty
 
 
-def test_test_has_its_context_from_val(tmp_path):
+def test_the_history_of_test_comes_from_val(tmp_path):
     data = frames()
-    ours = Trainer(LOGISTIC | dict(config=dict(sequence_length=30)), data)
-    ours.evaluate("test")
-    ds = ours.datasets["test"]
+    logistic = Trainer(LOGISTIC | dict(config=dict(sequence_length=30)), data)
+    logistic.evaluate("test")
+    ds = logistic.datasets["test"]
     assert len(ds) == len(data["test"]) - data["test"].label_h5.isna().sum() and len(ds.context) == 2 * 30
     last = pd.concat([part.tail(30) for _, part in data["val"].groupby("symbol")])
     assert np.array_equal(np.sort(ds.context.matrix[:, 0]), np.sort(last.rsi.to_numpy(np.float32)))

@@ -1,4 +1,4 @@
-"MLflow as a view of run folders: what goes in, what never does, and what happens when it is not there."
+"MLflow as a view of run folders: what is written, what is never written, and what happens when MLflow fails."
 
 import json
 import logging
@@ -31,66 +31,58 @@ from modelfactory.runs.tracking import (
     try_track,
 )
 
-DEAD = "http://bob:hunter2@127.0.0.1:9"
+UNREACHABLE = "http://bob:hunter2@127.0.0.1:9"
 ODD = """<img src=x onerror=alert(1)> "o'clock" ü 100%41"""
 
 
 def make_run(runs, name="xgboost_h5_20260101_000000_abcdef", rounds=3, config=None, extra=None, grid="", **manifest):
-    "A published run of small files, as a training leaves them."
+    "A published run of small files, like those of a training."
     attempt = runs / ".partial" / name
     attempt.mkdir(parents=True)
-    (attempt / "config.yaml").write_text(
-        yaml.safe_dump(
-            dict(
-                model="xgboost",
-                horizon=5,
-                data=dict(data="planted", classes=[-1, 0, 1], nan=None),
-                config=config or dict(max_depth=4),
-                seed=42,
-            ),
-            allow_unicode=True,
-        )
+    settings = dict(
+        model="xgboost",
+        horizon=5,
+        data=dict(data="planted", classes=[-1, 0, 1], nan=None),
+        config=config or dict(max_depth=4),
+        seed=42,
     )
+    (attempt / "config.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True))
     (attempt / "train.ipynb").write_text(json.dumps(dict(cells=[], name=name)))
-    write_json(
-        attempt / "metrics/metrics.json",
-        dict(log_loss=0.98, sharpe=float("nan"), n_samples=100, returns_source="close"),
+    metrics = dict(log_loss=0.98, sharpe=float("nan"), n_samples=100, returns_source="close")
+    history = dict(
+        train_loss=[1 / (i + 1) for i in range(rounds)],
+        val_loss=[1 / (i + 2) for i in range(rounds)],
+        best_round=rounds - 1,
     )
+    write_json(attempt / "metrics/metrics.json", metrics)
     write_json(attempt / "metrics/test_metrics.json", dict(log_loss=1.01))
     write_json(attempt / "metrics/baselines.json", dict(prior=dict(log_loss=1.05)))
-    write_json(
-        attempt / "metrics/history.json",
-        dict(
-            train_loss=[1 / (i + 1) for i in range(rounds)],
-            val_loss=[1 / (i + 2) for i in range(rounds)],
-            best_round=rounds - 1,
-        ),
+    write_json(attempt / "metrics/history.json", history)
+    for file in [*FILES, *(extra or [])]:
+        (attempt / file).parent.mkdir(exist_ok=True, parents=True)
+        (attempt / file).write_bytes(file.encode())
+    result = dict(
+        model="xgboost",
+        family="boosting",
+        horizon=5,
+        data="planted",
+        data_fingerprint="f1",
+        seed=42,
+        identity=f"id of {name}",
+        code="c0de",
+        splits=["val", "test"],
+        seconds=dict(fit=2.0, predict=0.5),
     )
-    for file in [
-        "plots/equity.png",
-        "predictions/val_predictions.parquet",
-        "checkpoints/model.ubj",
-        ".ipynb_checkpoints/x.ipynb",
-        *(extra or []),
-    ]:
-        (attempt / file).parent.mkdir(exist_ok=True, parents=True), (attempt / file).write_bytes(file.encode())
-    write_json(
-        attempt / RESULT_FILE,
-        dict(
-            model="xgboost",
-            family="boosting",
-            horizon=5,
-            data="planted",
-            data_fingerprint="f1",
-            seed=42,
-            identity=f"id of {name}",
-            code="c0de",
-            splits=["val", "test"],
-            seconds=dict(fit=2.0, predict=0.5),
-        )
-        | manifest,
-    )
+    write_json(attempt / RESULT_FILE, result | manifest)
     return load_run(publish(attempt, runs, grid))
+
+
+FILES = [
+    "plots/equity.png",
+    "predictions/val_predictions.parquet",
+    "checkpoints/model.ubj",
+    ".ipynb_checkpoints/x.ipynb",
+]
 
 
 def client_of(runs, uri="sqlite"):
@@ -102,14 +94,15 @@ def client_of(runs, uri="sqlite"):
 
 
 def snapshot(runs, uri="sqlite"):
-    "Everything MLflow shows, with names in place of its random ids."
+    "Everything that MLflow shows, with run names instead of its random ids."
     client, rows = client_of(runs, uri)
     names = {r.info.run_id: r.info.run_name for r in rows}
 
-    def files(r, p=None):
-        return [
-            f for a in client.list_artifacts(r.info.run_id, p) for f in (files(r, a.path) if a.is_dir else [a.path])
-        ]
+    def files(r, folder=None):
+        paths = []
+        for artifact in client.list_artifacts(r.info.run_id, folder):
+            paths += files(r, artifact.path) if artifact.is_dir else [artifact.path]
+        return paths
 
     def points(r):
         return {
@@ -144,18 +137,27 @@ def python(code, *args, **env):
     )
 
 
+TRACK_ALL = """
+import sys
+from pathlib import Path
+from modelfactory.runs.tracking import *
+runs = Path(sys.argv[1])
+print(track_runs(runs))
+track_study("s", [(0, {}, 1.0, "COMPLETE")], runs=runs)
+print(try_track(next(runs.glob("xg*")), "http://u:canary-g@127.0.0.1:9"))
+"""
 TRACK = "import sys; from modelfactory.runs.tracking import track_runs; print(track_runs(sys.argv[1]))"
 
 
-def test_what_was_written_is_read_again(tmp_path, capfd):
+def test_mlflow_shows_the_values_and_files_of_the_run(tmp_path, capfd):
     run = make_run(tmp_path, grid="demo 3f", commit="a1b2c3")
-    before, handlers, there = dict(os.environ), list(logging.getLogger().handlers), set(Path().iterdir())
+    before, handlers, files = dict(os.environ), list(logging.getLogger().handlers), set(Path().iterdir())
     run_id = track_run(run)
-    assert dict(os.environ) == before and logging.getLogger().handlers == handlers and set(Path().iterdir()) == there
+    assert dict(os.environ) == before and logging.getLogger().handlers == handlers and set(Path().iterdir()) == files
     assert capfd.readouterr() == ("", "")
     client, _ = client_of(tmp_path)
-    shown = client.get_run(run_id)
-    assert shown.data.params == {
+    tracked = client.get_run(run_id)
+    assert tracked.data.params == {
         "model": "xgboost",
         "horizon": "5",
         "data.data": "planted",
@@ -164,7 +166,7 @@ def test_what_was_written_is_read_again(tmp_path, capfd):
         "config.max_depth": "4",
         "seed": "42",
     }
-    assert shown.data.metrics == {
+    assert tracked.data.metrics == {
         "log_loss": 0.98,
         "n_samples": 100,
         "test/log_loss": 1.01,
@@ -178,7 +180,7 @@ def test_what_was_written_is_read_again(tmp_path, capfd):
         (1, 1 / 3),
         (2, 1 / 4),
     ]
-    told = dict(
+    tags = dict(
         run=run.path.name,
         data_fingerprint="f1",
         seed="42",
@@ -188,9 +190,9 @@ def test_what_was_written_is_read_again(tmp_path, capfd):
         commit="a1b2c3",
         returns_source="close",
     )
-    assert told.items() <= shown.data.tags.items() and shown.data.tags["mlflow.source.git.commit"] == "a1b2c3"
-    assert client.get_run(shown.data.tags["mlflow.parentRunId"]).info.run_name == "demo 3f"
-    assert shown.info.status == "FINISHED" and shown.info.end_time - shown.info.start_time == 2500
+    assert tags.items() <= tracked.data.tags.items() and tracked.data.tags["mlflow.source.git.commit"] == "a1b2c3"
+    assert client.get_run(tracked.data.tags["mlflow.parentRunId"]).info.run_name == "demo 3f"
+    assert tracked.info.status == "FINISHED" and tracked.info.end_time - tracked.info.start_time == 2500
     files = snapshot(tmp_path)[run.path.name][-1]
     assert files == {
         f: (run.path / f).read_bytes()
@@ -211,29 +213,27 @@ def test_what_was_written_is_read_again(tmp_path, capfd):
     assert mlflow.active_run() is None
 
 
-def test_a_run_is_there_once_and_whole(tmp_path):
+def test_a_run_is_tracked_once_and_completely(tmp_path):
     run = make_run(tmp_path)
     run_id = track_run(run)
     assert track_run(run) == run_id == track_run(load_run(run.path))
     client, rows = client_of(tmp_path)
-    cut_short = client.create_run(
-        rows[0].info.experiment_id, tags={k: v for k, v in rows[0].data.tags.items() if k.startswith("modelfactory.")}
-    ).info.run_id
+    tags = {k: v for k, v in rows[0].data.tags.items() if k.startswith("modelfactory.")}
+    interrupted = client.create_run(rows[0].info.experiment_id, tags=tags).info.run_id
     assert track_run(run) == run_id and [r.info.run_id for r in client_of(tmp_path)[1]] == [run_id]
-    client.delete_run(run_id), client.restore_run(cut_short)
-    assert track_run(run) not in (run_id, cut_short) and len(client_of(tmp_path)[1]) == 1
+    client.delete_run(run_id)
+    client.restore_run(interrupted)
+    assert track_run(run) not in (run_id, interrupted) and len(client_of(tmp_path)[1]) == 1
     assert [f for f in tmp_path.iterdir() if f.name.startswith(".mlflow.db")] == []
 
 
-def test_checkpoints_go_only_when_asked_for(tmp_path):
+def test_checkpoints_are_tracked_only_on_request(tmp_path):
     run = make_run(tmp_path)
-    assert (
-        "checkpoints/model.ubj" not in run_view(run).files
-        and "checkpoints/model.ubj" in run_view(run, checkpoints=True).files
-    )
+    assert "checkpoints/model.ubj" not in run_view(run).files
+    assert "checkpoints/model.ubj" in run_view(run, checkpoints=True).files
 
 
-def test_rebuilt_from_files_alone_it_is_the_same(tmp_path):
+def test_a_store_rebuilt_from_the_files_is_the_same(tmp_path):
     runs = [make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="night" if i else "") for i in range(3)]
     assert track_runs(tmp_path).added == 3
     first = snapshot(tmp_path)
@@ -246,23 +246,22 @@ def test_rebuilt_from_files_alone_it_is_the_same(tmp_path):
     track_study("kept", [(0, {}, 1.0, "COMPLETE")], runs=tmp_path)
     again = rebuild(tmp_path)
     assert (again.added, again.removed) == (2, 1)
-    left = {name: row for name, row in snapshot(tmp_path).items() if row[2][KIND_TAG] in ("run", "grid")}
-    assert left == {name: row for name, row in first.items() if name != runs[2].path.name} and "kept" in snapshot(
-        tmp_path
-    )
+    after = snapshot(tmp_path)
+    remaining = {name: row for name, row in after.items() if row[2][KIND_TAG] in ("run", "grid")}
+    assert remaining == {name: row for name, row in first.items() if name != runs[2].path.name} and "kept" in after
 
 
-def test_rebuilding_leaves_the_runs_of_another_folder(tmp_path):
+def test_a_rebuild_keeps_the_runs_of_another_folder(tmp_path):
     uri = f"sqlite:///{tmp_path}/shared.db"
-    for folder in ("mine", "theirs"):
-        make_run(tmp_path / folder, f"{folder}_h5_20260101_000000_abcdef"), track_runs(tmp_path / folder, uri)
-    shutil.rmtree(next((tmp_path / "mine").glob("mine*")))
-    assert rebuild(tmp_path / "mine", uri).removed == 1 and list(snapshot(tmp_path, uri)) == [
-        "theirs_h5_20260101_000000_abcdef"
-    ]
+    for folder in ("first", "second"):
+        make_run(tmp_path / folder, f"{folder}_h5_20260101_000000_abcdef")
+        track_runs(tmp_path / folder, uri)
+    shutil.rmtree(next((tmp_path / "first").glob("first*")))
+    assert rebuild(tmp_path / "first", uri).removed == 1
+    assert list(snapshot(tmp_path, uri)) == ["second_h5_20260101_000000_abcdef"]
 
 
-def test_a_moved_folder_says_what_to_do(tmp_path):
+def test_the_error_of_a_moved_folder_names_the_fix(tmp_path):
     run = make_run(tmp_path / "runs")
     track_run(run)
     (tmp_path / "runs").rename(tmp_path / "moved")
@@ -272,37 +271,31 @@ def test_a_moved_folder_says_what_to_do(tmp_path):
     assert rebuild(tmp_path / "moved").added == 1 and not (tmp_path / "runs").exists()
 
 
-def test_a_dead_server_costs_a_line(tmp_path, capsys, monkeypatch):
+def test_an_unreachable_server_gives_one_line(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path)
     files = {f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()}
-    tracker, asked = Tracker(DEAD), []
-    monkeypatch.setattr(tracking, "try_track", lambda *args: asked.append(args) or try_track(*args))
+    tracker, calls = Tracker(UNREACHABLE), []
+    monkeypatch.setattr(tracking, "try_track", lambda *args: calls.append(args) or try_track(*args))
     for _ in range(40):
         tracker(run.path)
-    assert len(asked) == 1, "a server that did not answer is not asked again"
+    assert len(calls) == 1, "a server that did not answer is not tried again"
     out, err = capsys.readouterr()
-    assert (
-        out.count("\n") == 1
-        and out.startswith("not tracked: ")
-        and "refused" in out
-        and "modelfactory track" in out
-        and err == ""
-    )
+    assert out.count("\n") == 1 and out.startswith("not tracked: ") and err == ""
+    assert "refused" in out and "modelfactory track" in out
     assert "hunter2" not in out + tracker.reason and "bob" not in out + tracker.reason
-    assert list_runs(tmp_path)[0].path == run.path and files == {
-        f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()
-    }
+    assert list_runs(tmp_path)[0].path == run.path
+    assert files == {f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()}
 
 
-def test_a_server_that_never_answers_is_left(tmp_path, capsys, monkeypatch):
+def test_a_server_that_never_answers_times_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        reason = try_track(make_run(tmp_path).path, f"http://127.0.0.1:{deaf.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        reason = try_track(make_run(tmp_path).path, f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert "timed out" in reason.lower()
 
 
 @pytest.mark.parametrize("uri", ["file:mlruns", "mlruns", "bob:hunter2@host", "sqlite://", "sqlite:///:memory:"])
-def test_an_address_that_cannot_work_is_refused(uri, tmp_path):
+def test_an_unsupported_address_is_refused(uri, tmp_path):
     with pytest.raises(TrackingError, match="expected sqlite") as refused:
         tracking_store(uri, tmp_path)
     assert "hunter2" not in str(refused.value) and "\n" not in str(refused.value) and not any(tmp_path.iterdir())
@@ -323,7 +316,7 @@ def test_credentials_are_not_shown(text):
     assert "hunter2" not in redact(text) and "***" in redact(text)
 
 
-def test_a_broken_store_is_one_line(tmp_path):
+def test_a_broken_store_gives_a_one_line_error(tmp_path):
     run = make_run(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
     for uri in (
@@ -337,7 +330,7 @@ def test_a_broken_store_is_one_line(tmp_path):
         assert "\n" not in str(refused.value) and "hunter2" not in str(refused.value) and len(str(refused.value)) < 500
 
 
-def test_no_secret_of_the_environment_gets_in(tmp_path):
+def test_no_secret_of_the_environment_is_stored(tmp_path):
     make_run(tmp_path, config=dict(prices="s3://AKIAUSER:canary-a@bucket/x"), grid="g")
     secrets = dict(
         AWS_SECRET_ACCESS_KEY="canary-b",
@@ -349,48 +342,43 @@ def test_no_secret_of_the_environment_gets_in(tmp_path):
         GIT_AUTHOR_NAME="canary-h",
         USER="canary-i",
     )
-    code = "import sys; from modelfactory.runs.tracking import *; print(track_runs(sys.argv[1])); track_study('s', [(0, {}, 1., 'COMPLETE')], runs=sys.argv[1]); print(try_track(list(__import__('pathlib').Path(sys.argv[1]).glob('xg*'))[0], 'http://u:canary-g@127.0.0.1:9'))"
-    said, _ = (p := python(code, tmp_path, **secrets)).communicate(timeout=PATIENCE)
-    assert p.returncode == 0 and "1 tracked" in said and "canary" not in said
-    written = [
-        f
-        for f in tmp_path.rglob("*")
-        if f.is_file() and (f.name.startswith((".mlflow", "mlflow")) or "mlflow-artifacts" in f.parts)
-    ]
-    holds = {f.name for f in written if b"canary" in f.read_bytes()}
-    assert len(written) > 8 and holds == {"config.yaml"}, "only the run's own config, which the user wrote"
+    p = python(TRACK_ALL, tmp_path, **secrets)
+    output, _ = p.communicate(timeout=PATIENCE)
+    assert p.returncode == 0 and "1 tracked" in output and "canary" not in output
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    written = [f for f in files if f.name.startswith((".mlflow", "mlflow")) or "mlflow-artifacts" in f.parts]
+    with_secret = {f.name for f in written if b"canary" in f.read_bytes()}
+    assert len(written) > 8 and with_secret == {"config.yaml"}, "only the config of the run, which the user wrote"
 
 
 def test_two_processes_at_once(tmp_path):
-    "On a store that is not there yet: every run once, whole, and no error."
+    "Both create the store: every run is tracked once and completely, without an error."
     for i in range(6):
         make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="both")
     both = [python(TRACK, tmp_path) for _ in range(2)]
-    said = [finish(p)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    assert sum(int(s.split()[0]) for s in said) == 6 and all("0 failed" in s for s in said)
+    outputs = [finish(p)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    assert sum(int(s.split()[0]) for s in outputs) == 6 and all("0 failed" in s for s in outputs)
     rows = client_of(tmp_path)[1]
-    assert (
-        len(rows) == 7
-        and {r.info.status for r in rows} == {"FINISHED"}
-        and len({r.data.tags["modelfactory.key"] for r in rows}) == 7
-    )
+    assert len(rows) == 7 and {r.info.status for r in rows} == {"FINISHED"}
+    assert len({r.data.tags["modelfactory.key"] for r in rows}) == 7
 
 
-def test_killed_at_any_moment_the_next_goes_on(tmp_path):
+def test_tracking_continues_after_a_killed_process(tmp_path):
     for i in range(8):
         make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", rounds=200)
 
-    def begun():
+    def database_started():
         return (tmp_path / ".mlflow.db.partial").exists()
 
-    def second():
+    def two_runs_tracked():
         return len([*(tmp_path / "mlflow-artifacts").glob("*")]) >= 2
 
-    for reached in (begun, second):
+    for reached in (database_started, two_runs_tracked):
         p = python(TRACK, tmp_path)
-        until(lambda: reached() or p.poll() is not None, "a run that is tracked")
-        p.kill(), finish(p)
+        until(lambda reached=reached, p=p: reached() or p.poll() is not None, "a run that is tracked")
+        p.kill()
+        finish(p)
     done = track_runs(tmp_path)
     assert done.added + done.unchanged == 8 and done.added > 0 and not done.failed
     rows = client_of(tmp_path)[1]
@@ -417,21 +405,16 @@ def test_odd_names_and_long_values(tmp_path):
     assert try_track(run.path) == ""
     track_study(ODD, [(0, {ODD: ODD}, 1.0, "COMPLETE")], runs=runs)
     client, rows = client_of(runs)
-    shown = next(r for r in rows if r.data.tags[KIND_TAG] == "run")
-    assert (
-        len(rows) == 4
-        and len(shown.data.params) == len(run_view(run).params) > 150
-        and all(len(v) <= 500 for v in shown.data.params.values())
-    )
-    assert len(client.get_metric_history(shown.info.run_id, "val_loss")) == 1500
-    assert (
-        shown.data.tags["run"] == run.path.name
-        and "(10,002 characters)" not in str(shown.data.params)
-        and "(10,000 characters)" in shown.data.params["config.long"]
-    )
+    tracked = next(r for r in rows if r.data.tags[KIND_TAG] == "run")
+    params = tracked.data.params
+    assert len(rows) == 4 and len(params) == len(run_view(run).params) > 150
+    assert all(len(v) <= 500 for v in params.values())
+    assert len(client.get_metric_history(tracked.info.run_id, "val_loss")) == 1500
+    assert tracked.data.tags["run"] == run.path.name
+    assert "(10,002 characters)" not in str(params) and "(10,000 characters)" in params["config.long"]
 
 
-def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path):
+def test_damaged_runs_are_listed_and_the_others_are_tracked(tmp_path):
     good, changed, outside, link, odd = (make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef") for i in range(5))
     (changed.path / "plots/equity.png").write_bytes(b"other")
     secret = tmp_path / "secret.txt"
@@ -440,13 +423,13 @@ def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path):
     (outside.path / "manifest.json").write_text(
         json.dumps(manifest | dict(files={"../secret.txt": manifest["files"]["config.yaml"]}))
     )
-    (link.path / "train.ipynb").unlink(), (link.path / "train.ipynb").symlink_to(secret)
+    (link.path / "train.ipynb").unlink()
+    (link.path / "train.ipynb").symlink_to(secret)
     (odd.path / "metrics/metrics.json").write_text("[1, 2]")
     done = track_runs(tmp_path)
     assert done.added == 1 and set(done.failed) == {r.path.name for r in (changed, outside, link, odd)}
-    assert (
-        "outside the run" in done.failed[outside.path.name]
-        and "symbolic link" in done.failed[link.path.name]
-        and "changed since" in done.failed[changed.path.name]
-    )
-    assert [f for f in (tmp_path / "mlflow-artifacts").rglob("*") if f.is_file() and b"canary" in f.read_bytes()] == []
+    assert "outside the run" in done.failed[outside.path.name]
+    assert "symbolic link" in done.failed[link.path.name]
+    assert "changed since" in done.failed[changed.path.name]
+    artifacts = [f for f in (tmp_path / "mlflow-artifacts").rglob("*") if f.is_file()]
+    assert not any(b"canary" in f.read_bytes() for f in artifacts)

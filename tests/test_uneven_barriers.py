@@ -29,7 +29,7 @@ def task(tmp_path_factory):
 
 def test_no_model_is_better_than_the_constant_call(task):
     text = " ".join(describe(task))
-    assert "no model can be told from the better constant call" in text
+    assert "no model differs significantly from the better constant prediction" in text
     assert not task["direction_significant"] and not any(m["direction_significant"] for m in task["models"])
 
 

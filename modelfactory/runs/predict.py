@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,78 +18,87 @@ from ..data.splits import SPLIT_ORDER, BadValue, parquet_parts, read_split, spli
 from ..files import printable
 from .attempt import prediction_frame
 
+if TYPE_CHECKING:
+    from modelfactory.runs.stored import StoredRun
+
 # %% auto #0
 __all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
-def _rows(bars, own, seq_len, gap, ahead):
-    "Row that each prediction is for (one beyond the last for the bar to come), in the order of symbols, then time."
+def _predicted_rows(bars, own, seq_len, gap, ahead):
+    "Rows to predict, by symbol and time. The next bar of a symbol is half a row after the last one."
     predicted = np.zeros(len(bars), bool)
     predicted[own] = True
     rows = sample_rows(bars.codes, predicted, seq_len, gap)
     if not ahead or not gap:
         return rows
     last = np.searchsorted(bars.codes, np.arange(len(bars.symbols)), side="right") - 1
-    whole = last - np.searchsorted(bars.codes, np.arange(len(bars.symbols))) + 1 >= seq_len
-    return np.sort(np.r_[rows, last[whole] + 0.5]) + np.zeros(1)
+    has_window = last - np.searchsorted(bars.codes, np.arange(len(bars.symbols))) + 1 >= seq_len
+    return np.sort(np.r_[rows, last[has_window] + 0.5]) + np.zeros(1)
 
 
-def _keys(bars, rows, gap, horizon):
-    come = rows % 1 > 0
-    at, seen = np.where(come, 0, rows).astype(int), np.ceil(rows - gap).astype(int)
-    times = bars.datetimes[at].where(~come)
-    return pd.DataFrame(
-        dict(datetime=times, symbol=np.asarray(bars.symbols, object)[bars.codes[seen]], horizon=horizon)
-    ), seen
+def _prediction_keys(bars, rows, gap, horizon):
+    "Keys of the predictions, and the last row that each prediction uses."
+    is_next = rows % 1 > 0
+    at, last_used = np.where(is_next, 0, rows).astype(int), np.ceil(rows - gap).astype(int)
+    times = bars.datetimes[at].where(~is_next)
+    symbols = np.asarray(bars.symbols, object)[bars.codes[last_used]]
+    return pd.DataFrame(dict(datetime=times, symbol=symbols, horizon=horizon)), last_used
 
 # %% ../../nbs/runs/12_predict.ipynb #1aec0933
 def predict_run(
-    run,  # a `StoredRun`, or the folder of one
-    data,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts, a folder of splits or a bundled name
+    run: StoredRun | Path | str,  # a run, or its folder
+    data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or of splits, or a bundled name
     split: str = "test",  # which split of a folder
-    ahead: bool = False,  # also the bar to come of each symbol
-) -> (
-    pd.DataFrame
-):  # datetime, symbol, horizon, prediction, probabilities, after; `.attrs`: skipped, unseen, drift, limits
-    "Predictions by the run's verified model; raises `SplitsError` or `RunError`."
+    ahead: bool = False,  # also the next bar of each symbol
+) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after
+    """Predictions by the run's verified model; raises `SplitsError` or `RunError`.
+
+    `.attrs` holds `skipped` (symbol -> bars without a full window), `unseen` (symbols that are not in train), `drift`
+    (a row for each feature), `limits` (lengths for which the run stored drift limits) and `isolated`.
+    """
     from modelfactory.runs.stored import StoredRun, open_run
 
     run = run if isinstance(run, StoredRun) else open_run(run)
-    model, asked = run.cached_model, run.config["data"]
+    model, data_config = run.cached_model, run.config["data"]
+    gap, nan, seq_len = data_config["gap"], data_config["nan"], model.config.sequence_length
     folder = _folder_of_splits(data)
     if folder is not None:
         data = split_files(folder, (split,))[split]
-    bars = read_split(data, split, (), model.feature_columns, nan=asked["nan"])
-    drifted = []
+    bars = read_split(data, split, (), model.feature_columns, nan=nan)
+    drift = []
     if run.train_features:
-        drifted = population_stability_index(bars, run.train_features).to_dict("records")
+        drift = population_stability_index(bars, run.train_features).to_dict("records")
     fills = run.report["fills"]
-    _fill(bars, fills, asked["nan"])
-    context_rows = model.history_length(vars(model.config)) + asked["gap"] - 1
-    joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, asked["nan"]))
-    rows = _rows(joined, own, model.config.sequence_length, asked["gap"], ahead)
-    keys, seen = _keys(joined, rows, asked["gap"], run.horizon)
-    windows = Windows(joined.matrix, seen, model.config.sequence_length, RawColumns(joined.market, joined.codes))
+    _fill_nan(bars, fills, nan)
+    context_rows = model.history_length(vars(model.config)) + gap - 1
+    joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
+    rows = _predicted_rows(joined, own, seq_len, gap, ahead)
+    keys, last_used = _prediction_keys(joined, rows, gap, run.horizon)
+    windows = Windows(joined.matrix, last_used, seq_len, RawColumns(joined.market, joined.codes))
     predictions = model.predict(windows, keys)
-    frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[seen])
-    skipped = (
-        pd.Series(bars.codes).value_counts().sort_index()
-        - keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0).to_numpy()
-    )
-    known = run.train_features or {}
-    of_train = set(known.get("symbols", bars.symbols))
+    frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[last_used])
+    train_features = run.train_features or {}
+    train_symbols = set(train_features.get("symbols", bars.symbols))
     frame.attrs |= dict(
-        skipped={bars.symbols[c]: int(n) for c, n in skipped.items() if n},
-        unseen=[s for s in bars.symbols if s not in of_train],
-        drift=drifted,
-        limits=known.get("lengths", []),  # lengths for which there are limits
+        skipped=_skipped_bars(bars, keys),
+        unseen=[s for s in bars.symbols if s not in train_symbols],
+        drift=drift,
+        limits=train_features.get("lengths", []),
         isolated=run.isolated or not run.is_own,
     )
     return frame
 
+# %% ../../nbs/runs/12_predict.ipynb #155b386c
+def _skipped_bars(bars, keys):
+    "Number of bars of each symbol that have no prediction; symbols without such bars are not listed."
+    predicted = keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0)
+    skipped = pd.Series(bars.codes).value_counts().sort_index() - predicted.to_numpy()
+    return {bars.symbols[code]: int(n) for code, n in skipped.items() if n}
 
+# %% ../../nbs/runs/12_predict.ipynb #f3c5f615
 def _folder_of_splits(data):
-    "The folder of splits that `data` names; None for everything else, a folder with the parts of one table included."
+    "The folder of splits that `data` names, or None: a folder with the parts of one table is no folder of splits."
     if not isinstance(data, (str, Path)):
         return None
     if str(data) in BUNDLED:
@@ -101,14 +111,14 @@ def _folder_of_splits(data):
 
 
 def _context(folder, bars, n, fills, nan):
-    "The last `n` rows of each symbol in the splits of a folder before this one; None where there are none."
+    "The last `n` rows of each symbol in the earlier splits of a folder; None where there are none."
     earlier, context = [], None
     for name in reversed(SPLIT_ORDER[: SPLIT_ORDER.index(bars.name)] if folder is not None and n else ()):
         file = split_path(folder, name)
         if file is None:
             continue
         split = read_split(file, name, (), bars.features, nan=nan)
-        _fill(split, fills, nan)
+        _fill_nan(split, fills, nan)
         earlier.insert(0, split)
         context = last_rows(earlier, bars.symbols, n)
         if context is not None and len(context) == n * len(bars.symbols):
@@ -116,58 +126,62 @@ def _context(folder, bars, n, fills, nan):
     return context
 
 
-def _fill(bars, fills, nan):
+def _fill_nan(bars, fills, nan):
+    "Fills NaN as in training; raises `BadValue` for a feature that had no NaN in train."
     for j, name in enumerate(bars.features):
         value = 0.0 if nan == "zero" else fills.get(name)
         if value is not None:
             np.nan_to_num(bars.matrix[:, j], copy=False, nan=value)
         elif nan == "median" and np.isnan(bars.matrix[:, j]).any():
             raise BadValue(
-                f"{bars.file}: {name}: NaN, which train never had, so there is no value fitted to fill it; fill it before predicting"
+                f"{bars.file}: {name}: found NaN, but train had none, so no fill value was fitted; "
+                "fill it before predicting"
             )
 
 # %% ../../nbs/runs/12_predict.ipynb #240ed617
 def prediction_warnings(
     frame: pd.DataFrame,  # of `predict_run`
 ) -> list[str]:  # sentences, the first one the number of predictions
-    "Rows left out, symbols that train does not have, features distributed unlike train."
+    "Bars that are not predicted, symbols that are not in train, features distributed unlike train."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
-    sentences = [f"{len(frame):,} predictions"]
+    sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}"]
     if skipped:
-        sentences.append(
-            f"{sum(skipped.values()):,} bars without a whole window before them: {', '.join(f'{s} {n}' for s, n in list(skipped.items())[:5])}"
-        )
+        sentences.append(_skipped_text(skipped))
     if unseen:
-        sentences.append(
-            f"{len(unseen)} symbols that train has not seen, predicted all the same: {', '.join(map(str, unseen[:5]))}"
-        )
+        symbols = "1 symbol is" if len(unseen) == 1 else f"{len(unseen)} symbols are"
+        sentences.append(f"{symbols} not in train but predicted like the others: {', '.join(map(str, unseen[:5]))}")
     if frame.attrs.get("isolated"):
         from modelfactory.runs.isolation import limits_note
 
-        sentences.append(f"the run was not made here, its model is read in a process of its own: {limits_note()}")
+        reason = "the run was not made by this installation, so a separate process loads its model"
+        sentences.append(f"{reason}: {limits_note()}")
     sentences += _drift_warnings(pd.DataFrame(drift), frame.attrs.get("limits", ()))
     return [" ".join(printable(sentence).split()) for sentence in sentences]
 
 
-OUT_OF_RANGE_SHARE = (
-    0.5  # share of a feature's values beyond all of train from which it is reported whatever the number of bars
-)
+def _skipped_text(skipped):
+    n = sum(skipped.values())
+    bars = "1 bar is not predicted, because it has" if n == 1 else f"{n:,} bars are not predicted, because they have"
+    symbols = ", ".join(f"{symbol} {n}" for symbol, n in list(skipped.items())[:5])
+    return f"{bars} no full window before {'it' if n == 1 else 'them'}: {symbols}"
+
+# %% ../../nbs/runs/12_predict.ipynb #bba99bc9
+OUT_OF_RANGE_SHARE = 0.5  # a feature with more of its values outside the range of train is reported at any length
 
 
 def _drift_warnings(drift, lengths):
     "At most one sentence on features distributed unlike train."
     if not len(drift):
-        return ["this run kept no bins of its features: drift is not known"]
+        return ["the run stored no distributions of its features, so drift is not checked"]
     unlike = drift[(drift["index"] > drift.limit) | (drift.outside > OUT_OF_RANGE_SHARE)]
     if len(unlike):
-        most = (
-            "MOST FEATURES ARE UNLIKE TRAIN, were they scaled in the same way? " if len(unlike) > len(drift) / 2 else ""
-        )
-        return [
-            f"{most}{len(unlike)} of {len(drift)} features are distributed otherwise than in train: {', '.join(unlike.feature[:5])}"
-        ]
+        most = len(unlike) > len(drift) / 2
+        head = "MOST FEATURES ARE UNLIKE TRAIN, check that they were scaled in the same way: " if most else ""
+        features = "feature is" if len(unlike) == 1 else "features are"
+        count = f"{len(unlike)} of {len(drift)} {features} distributed differently than in train"
+        return [f"{head}{count}: {', '.join(unlike.feature[:5])}"]
     if drift.limit.notna().any():
         return []
     if not len(lengths):
-        return ["this run stored no limits: drift is not judged"]
-    return [f"too few bars to say whether features are distributed as in train: fewer than {lengths[0]} a symbol"]
+        return ["the run stored no limits, so drift is not checked"]
+    return [f"too few bars to check features for drift: fewer than {lengths[0]} for each symbol"]

@@ -356,7 +356,7 @@ def _planted_table(strength, horizon, seed):
     )
     market = simulate_market(config)
     labels = triple_barrier(market.bars, horizon, *config.barriers(horizon))
-    observable, symbols = market.published, market.bars["symbol"]
+    observable, symbols = market.observable, market.bars["symbol"]
     news = []
     for part in _symbol_rows(market.bars):
         news.append(np.convolve(observable.pub_news[part], news_kernel())[: part.stop - part.start])
