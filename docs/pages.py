@@ -13,7 +13,13 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/_build/pages"
-LINKED = ("settings.ini", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/licences.md")  # files that pages link to
+LINKED = (
+    "settings.ini",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "docs/licences.md",
+)  # files that pages link to
 
 
 def write_pages(pages=PAGES):

@@ -2082,6 +2082,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'modelfactory/models/persistence.py'),
                                                  'modelfactory.models.persistence.checkpoint_errors': ( 'models/persistence.html#checkpoint_errors',
                                                                                                         'modelfactory/models/persistence.py'),
+                                                 'modelfactory.models.persistence.current_config': ( 'models/persistence.html#current_config',
+                                                                                                     'modelfactory/models/persistence.py'),
                                                  'modelfactory.models.persistence.file_hash': ( 'models/persistence.html#file_hash',
                                                                                                 'modelfactory/models/persistence.py'),
                                                  'modelfactory.models.persistence.find_unsafe_files': ( 'models/persistence.html#find_unsafe_files',

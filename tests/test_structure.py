@@ -6,9 +6,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import modelfactory
 import pytest
 from conftest import ROOT
+
+import modelfactory
 
 PACKAGE = ROOT / "modelfactory"
 LAYERS = ("data", "models", "evaluation", "figures", "training", "tuning", "runs", "cli")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['HEADER_FILE', 'DATA_SUFFIXES', 'MAX_ARCHIVE_FILES', 'MAX_ARCHIVE_BYTES', 'MAX_UNPACK_RATIO', 'CheckpointError',
-           'file_hash', 'find_unsafe_files', 'library_version', 'save_header', 'read_header', 'load_header',
-           'checkpoint_errors', 'check_archive']
+           'file_hash', 'find_unsafe_files', 'library_version', 'save_header', 'current_config', 'read_header',
+           'load_header', 'checkpoint_errors', 'check_archive']
 
 # %% ../../nbs/models/02_persistence.ipynb #30c65cbc
 class CheckpointError(PrintableError):
@@ -99,6 +99,16 @@ def save_header(
     return Path(path)
 
 # %% ../../nbs/models/02_persistence.ipynb #79ce04f2
+def current_config(
+    config: dict,  # of a model, as stored
+) -> dict:
+    "The config with the keys of this version: before 0.2 networks had `clip` and `warmup`."
+    if "max_epochs" not in config or "clip" not in config or "max_grad_norm" in config:
+        return config
+    names = dict(clip="max_grad_norm", warmup="warmup_fraction")
+    return {names.get(key, key): value for key, value in config.items()}
+
+
 def read_header(
     path: Path,  # folder of the checkpoint
 ) -> dict:
@@ -121,7 +131,7 @@ def read_header(
         and _are_names(header.get("feature_columns"))
     ):
         raise CheckpointError(f"{file}: not a header of a modelfactory model (format 1)")
-    return header
+    return header | dict(config=current_config(header["config"]))
 
 
 def _are_names(names):

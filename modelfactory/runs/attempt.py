@@ -20,6 +20,7 @@ from ..files import FileError, check_inner_name, check_tree, read_json
 from ..models.base import probability_columns
 from ..models.code import code_version
 from ..models.persistence import file_hash, library_version
+from .migrate import SCHEMA_VERSION
 from .run_folder import FEATURES_FILE, RESULT_FILE, RunError, write_json, write_manifest
 from .stored import StoredRun, open_run
 from ..training.test_set import runs_folder
@@ -212,7 +213,7 @@ def publish(
     files = folder_hashes(attempt)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     scored = score_files("val")["metrics"] in files
-    values = dict(status="ok", name=attempt.name, created=created, grid=grid or None)
+    values = dict(schema=SCHEMA_VERSION, status="ok", name=attempt.name, created=created, grid=grid or None)
     write_manifest(attempt, values | result | dict(scored=scored, files=files), own=True)
     return attempt.rename(Path(runs) / attempt.name)
 

@@ -5,8 +5,6 @@
 # %% ../../nbs/runs/07_sentences.ipynb #27e5abde
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from .run_folder import UNSCORED

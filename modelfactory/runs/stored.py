@@ -21,9 +21,9 @@ from annotated_types import Interval, MaxLen
 from ..configuration import ConfigError, PositiveInt, build_config, read_yaml, settings
 from ..files import FileError, check_inner_name, check_tree, printable, read_json
 from ..models.loading import load_model
-from ..models.persistence import file_hash
+from ..models.persistence import current_config, file_hash
 from ..models.registry import check_name
-from .migrate import read_metrics
+from .migrate import SCHEMA_VERSION, read_metrics
 from modelfactory.runs.run_folder import (
     FEATURES_FILE,
     MANIFEST_FILE,
@@ -63,6 +63,7 @@ class Manifest:
     created: ShortText  # time in ISO 8601
     identity: ShortText  # hash of what decides the results, see `run_identity`
     files: dict[ShortText, Annotated[str, MaxLen(64)]]  # name -> sha256
+    schema: PositiveInt = 1  # version of the manifest, see `runs.migrate`
     name: ShortText | None = None  # of the folder
     family: ShortText | None = None  # of the model
     grid: ShortText | None = None  # name of the grid that the run belongs to
@@ -111,6 +112,9 @@ def read_manifest(
     typed = {f.name: stored[f.name] for f in fields(Manifest) if f.name in stored}
     checked = build_config(Manifest, typed, f"{file}: not a manifest of this kit", RunError)
     manifest = stored | {name: getattr(checked, name) for name in {"splits", "seconds", "versions", *typed}}
+    if manifest.get("schema", 1) > SCHEMA_VERSION:
+        newer = f"schema {manifest['schema']}, expected at most {SCHEMA_VERSION}"
+        raise RunError(f"{file}: made by a later version ({newer}); update modelfactory")
     try:
         year = datetime.fromtimestamp(datetime.fromisoformat(manifest["created"]).timestamp()).year
     except (ValueError, OverflowError, OSError):
@@ -266,6 +270,8 @@ class StoredRun:
         file = self.file("config.yaml")
         try:
             config = read_yaml(file)
+            if isinstance(config.get("config"), dict):
+                config["config"] = current_config(config["config"])
             check_name(str(config.get("model", "")).rpartition(":")[2])
         except (ConfigError, ValueError) as e:
             raise RunConfigError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
