@@ -1,4 +1,4 @@
-"""The pages of the site: the stored notebooks, with the signature of exported names above each cell and its source folded.
+"""The pages of the site: the stored notebooks, with signatures of exported names above each cell and its source folded.
 
 python docs/pages.py    # writes docs/_build/pages with the folders of the project, so that links between notebooks work
 """

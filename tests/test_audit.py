@@ -28,7 +28,7 @@ from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_mark
 from modelfactory.data.readers import check_bars
 from modelfactory.data.splits import NO_TARGET, read_split, read_splits
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.training.selftest import future_perturbation, null_splits, peeking_features, prefix_test, selftest
+from modelfactory.training.selftest import future_perturbation, lookahead_features, null_splits, prefix_test, selftest
 from modelfactory.training.trainer import Trainer
 
 # Line counting slows thousands of small calls by half; the notebooks run the same lines.
@@ -407,7 +407,7 @@ def causal(bars):
 
 @pytest.mark.parametrize("features, expected", [(centred, ["smooth"]), (standardised, ["z"]), (causal, [])])
 def test_user_features_with_look_ahead_are_reported(features, expected):
-    assert peeking_features(features) == expected
+    assert lookahead_features(features) == expected
 
 
 def test_a_leaking_feature_is_reported_by_the_audit_and_by_every_model():

@@ -1,4 +1,4 @@
-"The documentation: it builds without a warning, every link leads somewhere, nothing comes from outside, and what the reference pages show is what the code says today."
+"The documentation builds without a warning, its links work, it loads nothing from outside, and reference pages are current."
 
 import importlib.util
 import os
@@ -120,7 +120,10 @@ def test_a_page_fits_a_desk_and_a_phone(site, browser, width):
     ]:
         page.goto(file.as_uri())
         wide, missing = page.evaluate(
-            "[Math.max(document.documentElement.scrollWidth, document.body.scrollWidth), [...document.images].filter(i => !i.naturalWidth).length]"
+            """[
+                Math.max(document.documentElement.scrollWidth, document.body.scrollWidth),
+                [...document.images].filter(i => !i.naturalWidth).length,
+            ]"""
         )
         if wide > width or missing:
             wrong.append((file.name, wide, missing))

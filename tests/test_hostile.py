@@ -1347,7 +1347,7 @@ def test_a_plugin_of_another_user_is_not_run(canary, tmp_path, monkeypatch):
     from modelfactory.runs.environment import check_environment
 
     row = next(f for f in check_environment() if f.what == "plugins")
-    assert row.state == "warn" and "not loaded" in row.found
+    assert row.state == "warn" and "not loaded" in row.value
 
 
 def test_server_and_notebook_keys_of_a_received_settings_file_are_ignored(canary, tmp_path, monkeypatch):

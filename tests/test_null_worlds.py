@@ -20,7 +20,7 @@ from modelfactory.training.null_zoo import (
     above_limit,
     claim_limit,
     claim_table,
-    judge_null_market,
+    evaluate_null_market,
     null_features,
     null_models,
     read_results,
@@ -288,7 +288,7 @@ WORST_WORLDS = ("barriers_1.5", "drift_.05", "own_drifts", "sparse_symbol")
 
 def test_few_claims_in_worlds_with_uneven_class_shares():
     "A constant call passed the earlier rule in many of these 16 markets; now at most three claims are allowed."
-    results = pd.DataFrame([judge_null_market(name, seed) for name in WORST_WORLDS for seed in range(4)])
+    results = pd.DataFrame([evaluate_null_market(name, seed) for name in WORST_WORLDS for seed in range(4)])
     shares = claim_table(results.assign(world="all")).loc["all"]
     assert shares.old_direction >= 0.4
     assert shares[["direction", "profit", "log_loss", "worse_slow", "worse_elsewhere"]].max() <= 3 / 16

@@ -12,7 +12,7 @@ from ..configuration import did_you_mean, settings
 from .splits import MissingFile
 
 # %% auto #0
-__all__ = ['BUNDLED', 'resolve_data', 'data_path', 'whole_paths']
+__all__ = ['BUNDLED', 'resolve_data', 'data_path', 'absolute_paths']
 
 # %% ../../nbs/data/08_bundled.ipynb #e1b35232
 def _build_eurusd(out):
@@ -64,7 +64,7 @@ def data_path(
     return str(Path(data).resolve())
 
 
-def whole_paths(
+def absolute_paths(
     values: dict,  # values by the keys of `DatasetConfig`
 ) -> dict:
     "The values with absolute paths in `data` and `prices`."

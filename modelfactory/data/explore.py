@@ -193,22 +193,22 @@ def _limits_of_length(total, shares, n_blocks, length):
 # %% ../../nbs/data/10_explore.ipynb #7fc36f33
 def population_stability_index(
     split: Split,
-    known: dict,  # of `feature_bins`, of train
+    train_bins: dict,  # of `feature_bins`, of train
 ) -> pd.DataFrame:  # feature, index, outside, limit
     """Population stability index of each feature against train; largest ratio of index to limit first.
 
     `outside` is the share of bars below the smallest or above the largest value of train. `limit` is NaN if `known` has
     no limits or if there are too few bars.
     """
-    features = [name for name in split.features if name in known["features"]]
+    features = [name for name in split.features if name in train_bins["features"]]
     bars = len(split) / max(1, len(np.unique(split.codes)))  # of a symbol
     rows = []
     for name in features:
         x = split.matrix[:, split.features.index(name)]
-        rows.append(_index_and_outside(x, known["features"][name], bars))
+        rows.append(_index_and_outside(x, train_bins["features"][name], bars))
     table = pd.DataFrame(rows, columns=["index", "outside"])
     table.insert(0, "feature", features)
-    table["limit"] = _limits_at(known, features, bars)
+    table["limit"] = _limits_at(train_bins, features, bars)
     order = (table["index"] / table.limit.fillna(1)).sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
 

@@ -23,7 +23,7 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['OHLCV', 'PRICE_ROUNDING', 'BAR_FORMATS', 'BarsError', 'read_eurusd', 'require_columns', 'parse_times', 'check_bars',
+__all__ = ['OHLCV', 'PRICE_ROUNDING', 'BAR_FORMATS', 'BarsError', 'read_eurusd', 'require_rows', 'parse_times', 'check_bars',
            'read_bars', 'nanoseconds', 'symbol_spans']
 
 # %% ../../nbs/data/03_readers.ipynb #154024c7
@@ -50,17 +50,17 @@ def read_eurusd() -> pd.DataFrame:  # datetime, symbol, open, high, low, close, 
     return bars
 
 # %% ../../nbs/data/03_readers.ipynb #14220869
-def require_columns(
+def require_rows(
     ok: np.ndarray | pd.Series,  # (N,) mask of good rows
     column: str,  # name of the column, for the message
     what: str,  # what is wrong with the bad rows
-    mend: str,  # how to fix them
+    fix: str,  # how to fix them
 ) -> None:
     "Raises `BarsError` with column, count and first row if `ok` is false in any row."
     bad = np.flatnonzero(~np.asarray(ok, bool))
     if len(bad):
         raise BarsError(
-            f"bars: {column}: {len(bad):,} row{'s' * (len(bad) > 1)} {what}, first at row {bad[0]:,}; {mend}"
+            f"bars: {column}: {len(bad):,} row{'s' * (len(bad) > 1)} {what}, first at row {bad[0]:,}; {fix}"
         )
 
 # %% ../../nbs/data/03_readers.ipynb #51e0ff74
@@ -74,15 +74,15 @@ def parse_times(
             "convert with pd.to_datetime(..., unit=...)"
         )
     if not pd.api.types.is_datetime64_any_dtype(column):
-        require_columns(column.notna(), "datetime", "with no time", "drop or fix them")
+        require_rows(column.notna(), "datetime", "with no time", "drop or fix them")
         offset = column.astype(str).str.extract(r"\d\d:\d\d(?::[\d.]+)? ?([+-]\d\d:?\d\d|Z)$")[0].fillna("none")
         same_zone = offset == offset.iloc[0] if len(offset) else []
-        require_columns(same_zone, "datetime", "in another time zone than row 0", "convert all to one")
+        require_rows(same_zone, "datetime", "in another time zone than row 0", "convert all to one")
         text, column = column, pd.to_datetime(column.astype(str), errors="coerce", format="ISO8601")
         what = f"not readable as a time ({text[column.isna()].head(1).tolist()})"
-        require_columns(column.notna(), "datetime", what, "use ISO 8601")
-    require_columns(column.notna(), "datetime", "with no time", "drop or fix them")
-    require_columns(column.dt.year >= FIRST_YEAR, "datetime", f"before {FIRST_YEAR} ({column.min()})", EPOCH_HINT)
+        require_rows(column.notna(), "datetime", what, "use ISO 8601")
+    require_rows(column.notna(), "datetime", "with no time", "drop or fix them")
+    require_rows(column.dt.year >= FIRST_YEAR, "datetime", f"before {FIRST_YEAR} ({column.min()})", EPOCH_HINT)
     return column.dt.as_unit("ns")
 
 # %% ../../nbs/data/03_readers.ipynb #22402bc9
@@ -92,14 +92,14 @@ PRICE_ROUNDING = 1e-9  # maximum distance of a close from [low, high], as a shar
 def _check_prices(bars):
     "The bars with low and high widened by rounding errors; raises `BarsError` on impossible prices."
     for c in OHLCV:
-        require_columns(np.isfinite(bars[c]), c, "with NaN or infinity", "drop or fix them")
+        require_rows(np.isfinite(bars[c]), c, "with NaN or infinity", "drop or fix them")
         if c != "volume":
-            require_columns(bars[c] > 0, c, "not above zero", "use traded prices, not differences or logs")
-    require_columns(bars.volume >= 0, "volume", "below zero", "set unknown volumes to 0")
+            require_rows(bars[c] > 0, c, "not above zero", "use traded prices, not differences or logs")
+    require_rows(bars.volume >= 0, "volume", "below zero", "set unknown volumes to 0")
     bars = _widen_low_high(bars)
-    require_columns(bars.high >= bars.low, "high", "below low", "swap or fix them")
+    require_rows(bars.high >= bars.low, "high", "below low", "swap or fix them")
     inside = (bars.close >= bars.low) & (bars.close <= bars.high)
-    require_columns(inside, "close", "outside [low, high]", "widen low and high, or fix the close")
+    require_rows(inside, "close", "outside [low, high]", "widen low and high, or fix the close")
     return bars
 
 
@@ -130,12 +130,12 @@ def check_bars(
             f"bars: no column {missing[0]!r}, expected datetime, symbol, {', '.join(OHLCV)}; "
             f"found {', '.join(map(str, bars.columns))}; rename or add it"
         )
-    require_columns(bars["symbol"].notna(), "symbol", "without a symbol", "name the symbol of every bar")
+    require_rows(bars["symbol"].notna(), "symbol", "without a symbol", "name the symbol of every bar")
     times = parse_times(bars["datetime"].reset_index(drop=True))
     symbols = _symbol_values(bars["symbol"])
     bars = pd.DataFrame(dict(datetime=times, symbol=symbols, **{c: _parse_float64(bars[c]) for c in OHLCV}))
     unique = ~bars.duplicated(["symbol", "datetime"])
-    require_columns(unique, "symbol, datetime", "repeating a key", "keep one row a bar")
+    require_rows(unique, "symbol, datetime", "repeating a key", "keep one row a bar")
     bars = _check_prices(bars)
     order = np.lexsort((bars.datetime, pd.factorize(bars.symbol)[0]))
     _check_bar_count(bars.symbol, at_least)
@@ -155,7 +155,7 @@ def _parse_float64(column):
     "Float64 values (N,); raises `BarsError` on anything that is not a number."
     values = pd.to_numeric(column, errors="coerce")
     what = f"not a number ({column[values.isna()].head(1).tolist()})"
-    require_columns(values.notna() | column.isna(), column.name, what, "convert or drop them")
+    require_rows(values.notna() | column.isna(), column.name, what, "convert or drop them")
     return values.to_numpy(np.float64, na_value=np.nan)
 
 

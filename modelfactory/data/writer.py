@@ -28,7 +28,7 @@ from modelfactory.data.readers import (
     check_bars,
     nanoseconds,
     parse_times,
-    require_columns,
+    require_rows,
     symbol_spans,
 )
 from modelfactory.data.splits import (
@@ -216,10 +216,10 @@ def _prepare_splits(table, horizons, shares, extra):
     symbol_spans(table)
     table = table.assign(high=checked["high"], low=checked["low"])  # in the same order
     for c in [f"{c}_h{h}" for h in horizons for c in ("label", "bars_to_hit")]:
-        require_columns(table[c].notna(), c, "without a value", f"write {NO_LABEL} where there is no label")
+        require_rows(table[c].notna(), c, "without a value", f"write {NO_LABEL} where there is no label")
     for f in names:
         is_finite = np.isfinite(table[f].to_numpy(np.float32))
-        require_columns(is_finite, f, "with NaN or infinity", "drop the warm-up and fix the other rows")
+        require_rows(is_finite, f, "with NaN or infinity", "drop the warm-up and fix the other rows")
     split = table["split"].to_numpy(object) if "split" in table else split_by_time(table["datetime"], shares)
     _check_split(table, split)
     return table.assign(datetime=parse_times(table["datetime"])), names, split

@@ -336,12 +336,12 @@ def sums_per_timestamp(
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #a0c22b6b
 def safe_ratio(
-    part: np.ndarray,
-    whole: np.ndarray,  # of the same shape
+    numerator: np.ndarray,
+    denominator: np.ndarray,  # of the same shape
 ) -> np.ndarray:
-    "Ratio, NaN where `whole` is not positive."
+    "Ratio, NaN where `denominator` is not positive."
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(whole > 0, part / whole, np.nan)
+        return np.where(denominator > 0, numerator / denominator, np.nan)
 
 
 def _direction_stats(cells, classes):

@@ -127,13 +127,13 @@ def plot_confusion(
 # %% ../../nbs/figures/00_tear_sheet.ipynb #15b95413
 def bin_means(
     p: np.ndarray,  # (n,) probabilities
-    happened: np.ndarray,  # (n,) bool, whether the class was true
+    occurred: np.ndarray,  # (n,) bool, whether the class was true
     n_bins: int = 10,
 ) -> tuple[np.ndarray, np.ndarray]:  # mean probability and observed share of each bin
     "Means in bins of equal count; bins without rows are dropped."
     bins = np.searchsorted(np.quantile(p, np.arange(1, n_bins) / n_bins), p)
-    means = pd.DataFrame(dict(p=p, happened=happened)).groupby(bins).mean()
-    return means.p.to_numpy(), means.happened.to_numpy()
+    means = pd.DataFrame(dict(p=p, occurred=occurred)).groupby(bins).mean()
+    return means.p.to_numpy(), means.occurred.to_numpy()
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #f1d36953
 def plot_reliability(
@@ -159,14 +159,14 @@ def plot_reliability(
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #aa534a8d
 def precision_recall(
-    happened: np.ndarray,  # (n,) bool, whether the class was true; true at least once
+    occurred: np.ndarray,  # (n,) bool, whether the class was true; true at least once
     p: np.ndarray,  # (n,) predicted probability of the class
 ) -> tuple[np.ndarray, np.ndarray]:  # precision, recall
     "Precision and recall from the highest threshold to the lowest; equal probabilities share one."
     order = np.argsort(-p, kind="stable")
     last = np.flatnonzero(np.diff(p[order], append=-1))
-    true_positives = np.cumsum(happened[order])[last]
-    return true_positives / (last + 1), true_positives / happened.sum()
+    true_positives = np.cumsum(occurred[order])[last]
+    return true_positives / (last + 1), true_positives / occurred.sum()
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #3959227d
 def plot_precision_recall(
@@ -191,44 +191,44 @@ def plot_precision_recall(
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #51d49544
 def plot_equity(
-    book: Backtest,
+    backtest: Backtest,
 ) -> Figure:
     """Equity before and after cost by day, the drawdown after cost, and the Sharpe ratio of a moving window.
 
     The window is half the days, at most 63; a window below 20 days is not drawn. Raises `EvaluationError` for a
     backtest without prices.
     """
-    if not book.has_prices:
+    if not backtest.has_prices:
         raise EvaluationError("labels without prices have no equity; expected a backtest on prices")
-    days, window = book.daily.index, min(63, len(book.daily) // 2)
+    days, window = backtest.daily.index, min(63, len(backtest.daily) // 2)
     n_panels, height = (3, 4.4) if window >= 20 else (2, 3.6)
     fig, axes = new_axes(n_panels, size=(6, height), sharex=True, height_ratios=[3, 1, 1][:n_panels])
     top, below = axes[0, 0], axes[1, 0]
-    _plot_curves(top, book, days)
-    below.fill_between(days, 100 * book.drawdown, color="#D55E00", alpha=0.5, lw=0)
+    _plot_curves(top, backtest, days)
+    below.fill_between(days, 100 * backtest.drawdown, color="#D55E00", alpha=0.5, lw=0)
     below.set(ylabel="drawdown, %", ylim=(None, 0))
     if window >= 20:
-        _plot_rolling_sharpe(axes[2, 0], book, window)
+        _plot_rolling_sharpe(axes[2, 0], backtest, window)
     date_axis(axes[-1, 0])
     return fig
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #7342fc1a
-def _plot_curves(ax, book, days):
+def _plot_curves(ax, backtest, days):
     before_cost, after_cost = dict(color="#7f7f7f", ls="--"), dict(color="#0072B2")
     start = days.insert(0, days[0] - pd.Timedelta("1D"))
-    ax.plot(start, np.r_[1, book.equity_gross], lw=1.4, label="before cost", **before_cost)
-    ax.plot(start, np.r_[1, book.equity], lw=1.4, label=f"after {book.cost_bps:g} bp", **after_cost)
+    ax.plot(start, np.r_[1, backtest.equity_gross], lw=1.4, label="before cost", **before_cost)
+    ax.plot(start, np.r_[1, backtest.equity], lw=1.4, label=f"after {backtest.cost_bps:g} bp", **after_cost)
     ax.axhline(1, color="black", lw=0.6)
-    stats = book.metrics()
+    stats = backtest.metrics()
     sharpe = f"Sharpe {stats['sharpe']:.2f} before, {stats['sharpe_net']:.2f} after cost"
     ax.set_ylabel("equity")
-    ax.set_title(f"{sharpe} · returns from {book.returns_source}", fontsize=9, loc="left")
+    ax.set_title(f"{sharpe} · returns from {backtest.returns_source}", fontsize=9, loc="left")
     ax.legend(frameon=False, fontsize=8)
 
 
-def _plot_rolling_sharpe(ax, book, window):
-    rolling = book.daily.net.rolling(window)
-    ax.plot(rolling.mean() / rolling.std() * book.trading_days**0.5, color="#0072B2", lw=1.1)
+def _plot_rolling_sharpe(ax, backtest, window):
+    rolling = backtest.daily.net.rolling(window)
+    ax.plot(rolling.mean() / rolling.std() * backtest.trading_days**0.5, color="#0072B2", lw=1.1)
     ax.axhline(0, color="black", lw=0.6)
     ax.set_ylabel(f"Sharpe,\n{window} days")
 

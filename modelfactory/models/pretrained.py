@@ -93,12 +93,12 @@ def _hash_of(file, mtime, size):
 
 
 def check_same_files(
-    said: dict[str, str],  # file name -> sha256 of the checkpoint that the model was trained on
-    found: dict[str, str],  # file name -> sha256 of the checkpoint at hand
+    expected: dict[str, str],  # file name -> sha256 of the checkpoint that the model was trained on
+    actual: dict[str, str],  # file name -> sha256 of the checkpoint at hand
     checkpoint: str,  # its name, for the message
 ) -> None:
     "Raises `CheckpointError` with the first file that differs."
-    if different := [name for name in said if found.get(name) != said[name]]:
+    if different := [name for name in expected if actual.get(name) != expected[name]]:
         raise CheckpointError(
             f"{checkpoint}: {different[0]} is not the file that the model was trained on; "
             "set checkpoint to the folder or revision of the training"
@@ -107,14 +107,14 @@ def check_same_files(
 # %% ../../nbs/models/09_pretrained.ipynb #084b7191
 def resolve_pinned(
     config: ModelConfig,  # with `checkpoint` and `revision`
-    known: dict | None = None,  # identity from an earlier call, which the files must match
+    pinned: dict | None = None,  # identity from an earlier call, which the files must match
 ) -> tuple[Path, dict]:  # folder; identity: checkpoint, revision (None for a local folder), sha256 by file name
-    "Finds a checkpoint; raises `ModelUnavailable` if it is missing, `CheckpointError` if it differs from `known`."
+    "Finds a checkpoint; raises `ModelUnavailable` if it is missing, `CheckpointError` if it differs from `pinned`."
     folder = find_checkpoint(config.checkpoint, config.revision)
     revision = folder.name if folder.parent.name == "snapshots" else None
     identity = dict(checkpoint=config.checkpoint, revision=revision, sha256=checkpoint_hashes(folder))
-    if known:
-        check_same_files(known["sha256"], identity["sha256"], config.checkpoint)
+    if pinned:
+        check_same_files(pinned["sha256"], identity["sha256"], config.checkpoint)
     return folder, identity
 
 
@@ -229,25 +229,26 @@ class RowCache:
         self,
         rows: np.ndarray,  # (n,) row numbers
         compute: Callable,  # (m,) row numbers -> (m, width) float32
-        told: Callable = lambda done, total: None,  # called after each block with the number of rows done and in all
+        on_progress: Callable = lambda done, total: None,  # called after each block: rows done, rows in all
     ) -> np.ndarray:  # (n, width) float32
         "Returns the values of `rows`; computes and stores the missing ones."
         unique, inverse = np.unique(rows, return_inverse=True)
         if self.folder is None:
-            return self._by_block(unique, lambda number, part: compute(part), told)[inverse]
+            return self._by_block(unique, lambda number, part: compute(part), on_progress)[inverse]
         from filelock import FileLock
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "lock"):
-            return self._by_block(unique, lambda number, part: self._load_block(number, part, compute), told)[inverse]
+            load = functools.partial(self._load_block, compute=compute)
+            return self._by_block(unique, load, on_progress)[inverse]
 
-    def _by_block(self, rows, values, told):
+    def _by_block(self, rows, values, on_progress):
         "Values of sorted rows, block by block."
         out, numbers = np.empty((len(rows), self.width), np.float32), rows // self.block
         for number in np.unique(numbers):
             is_in_block = numbers == number
             out[is_in_block] = values(number, rows[is_in_block])
-            told(int(np.flatnonzero(is_in_block)[-1]) + 1, len(rows))
+            on_progress(int(np.flatnonzero(is_in_block)[-1]) + 1, len(rows))
         return out
 
     def _load_block(self, number, rows, compute):

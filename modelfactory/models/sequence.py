@@ -221,14 +221,14 @@ def isolated_torch_state(config: SequenceConfig) -> Iterator[None]:
 
 
 def pick_device(
-    wanted: str,  # auto, cpu or cuda
+    requested: str,  # auto, cpu or cuda
 ) -> str:
     "Returns cpu or cuda; raises `ValueError` if cuda is requested and torch finds no GPU."
     import torch
 
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if requested == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda, but torch sees no GPU; set device to auto or cpu")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
 
 # %% ../../nbs/models/08_sequence.ipynb #af817f63
 def weighted_loss(
@@ -437,7 +437,7 @@ class NetworkModel(BaseModel):
         "Additional data that `load` needs to build the network, serialisable as JSON."
         return {}
 
-    def set_extra_state(self, facts: dict) -> None:
+    def set_extra_state(self, state: dict) -> None:
         "Restores the data that `get_extra_state` returned; called before the network is built."
 
     def batches(self, X: Windows | np.ndarray) -> Batches:

@@ -369,13 +369,13 @@ def run_notebook(
     """Trains a model in a separate process, publishes the run and returns its outcome.
 
     What goes wrong in that process is in the outcome. Raises `ConfigError` on a parameter that the notebook lacks."""
-    from modelfactory.data.bundled import whole_paths
+    from modelfactory.data.bundled import absolute_paths
 
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
     check_parameters(notebook, parameters)
-    parameters = whole_paths(parameters)
+    parameters = absolute_paths(parameters)
     if parameters.get("dataset"):
-        parameters = parameters | dict(dataset=whole_paths(parameters["dataset"]))
+        parameters = parameters | dict(dataset=absolute_paths(parameters["dataset"]))
     for _ in range(MAX_ATTEMPTS):
         outcome = _attempt(parameters, runs, notebook, limits, stop, grid)
         if outcome.status != "failed" or not RETRYABLE.search(outcome.reason):

@@ -29,7 +29,7 @@ class EnvironmentFinding:
     "The result of one check."
 
     what: str  # was checked
-    found: str  # in one line
+    value: str  # in one line
     state: str = "ok"  # ok; warn: a disadvantage; fail: nothing can be trained
     fix: str = ""  # what to do if the state is not ok
 
@@ -49,7 +49,7 @@ class Environment(list):
     def __repr__(self):
         lines = []
         for f in self:
-            lines.append(f"{STATE_MARKS[f.state]} {f.what:10} {f.found}")
+            lines.append(f"{STATE_MARKS[f.state]} {f.what:10} {f.value}")
             if f.fix:
                 lines.append(f"{'':13}{f.fix}")
         return printable("\n".join(lines))
@@ -60,7 +60,7 @@ class Environment(list):
             [
                 (STATE_MARKS[f.state], f"{top};color:{STATE_COLOURS[f.state]}"),
                 (f.what, top),
-                (escape(f.found) + (f"<br><b>{escape(f.fix)}</b>" if f.fix else ""), top),
+                (escape(f.value) + (f"<br><b>{escape(f.fix)}</b>" if f.fix else ""), top),
             ]
             for f in self
         )
@@ -69,7 +69,7 @@ class Environment(list):
 def versions_that_differ(
     constraints: Path,  # file with lines name==version
     names: list[str],  # distributions to check
-) -> list[str]:  # "name found, tested version"
+) -> list[str]:  # "name value, tested version"
     "Which of `names` are missing, or are installed in another version than the one in `constraints`."
     lines = re.findall(r"^([\w.-]+)==([^\s;]+)", constraints.read_text(), re.M)
     tested = {_normalised_name(name): version for name, version in lines}
@@ -100,10 +100,10 @@ _OLDEST_PYTHON = 3, 11
 
 
 def _python():
-    found = f"Python {sys.version.split()[0]}"
+    value = f"Python {sys.version.split()[0]}"
     if sys.version_info[:2] < _OLDEST_PYTHON:
-        return EnvironmentFinding("python", found, "fail", "3.11 or later is needed: make PYTHON=/path/to/python3.11")
-    return EnvironmentFinding("python", found)
+        return EnvironmentFinding("python", value, "fail", "3.11 or later is needed: make PYTHON=/path/to/python3.11")
+    return EnvironmentFinding("python", value)
 
 
 def _packages():
@@ -122,11 +122,11 @@ def _machine():
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
-    found = f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free"
+    value = f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free"
     if memory.available < 2 * 2**30:
         fix = "a training needs at least 2 GiB: end other programs, or use --workers 1"
-        return EnvironmentFinding("machine", found, "warn", fix)
-    return EnvironmentFinding("machine", found)
+        return EnvironmentFinding("machine", value, "warn", fix)
+    return EnvironmentFinding("machine", value)
 
 
 def _gpu():
@@ -136,9 +136,9 @@ def _gpu():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return EnvironmentFinding("gpu", "; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices))
     if shutil.which("nvidia-smi"):
-        found = f"nvidia-smi finds a GPU, but torch {torch.__version__} does not"
+        value = f"nvidia-smi finds a GPU, but torch {torch.__version__} does not"
         fix = "install the build of torch for its driver; until then networks train on the CPU"
-        return EnvironmentFinding("gpu", found, "warn", fix)
+        return EnvironmentFinding("gpu", value, "warn", fix)
     return EnvironmentFinding("gpu", "none: networks train on the CPU, so start with preset quick")
 
 # %% ../../nbs/runs/17_environment.ipynb #b5fe8d36
@@ -169,8 +169,8 @@ def _kernel():
 # %% ../../nbs/runs/17_environment.ipynb #47a0b882
 def _settings(current: Settings):
     file = current.root / "settings.ini"
-    found = str(file) if file.is_file() else "no settings.ini in this folder or above: defaults"
-    return EnvironmentFinding("settings", found)
+    value = str(file) if file.is_file() else "no settings.ini in this folder or above: defaults"
+    return EnvironmentFinding("settings", value)
 
 
 def _plugins(current: Settings):

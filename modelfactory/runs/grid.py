@@ -28,7 +28,7 @@ from modelfactory.configuration import (
     settings,
 )
 from ..data.audit import audit
-from ..data.bundled import data_path, resolve_data, whole_paths
+from ..data.bundled import absolute_paths, data_path, resolve_data
 from ..data.dataset import DatasetConfig
 from ..data.prices import check_split_prices
 from ..data.splits import fingerprint, present_splits, read_splits
@@ -131,7 +131,7 @@ def _make_job(grid, data, horizon, model, seed, fingerprints):
         seed=seed,
         preset=grid.preset,
         config=grid.overrides.get(model, {}),
-        dataset=whole_paths(grid.dataset),
+        dataset=absolute_paths(grid.dataset),
     )
     resolved = make_trainer(parameters).resolved_config()
     identity = run_identity(resolved, fingerprints[data])

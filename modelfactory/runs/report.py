@@ -302,14 +302,14 @@ BOUND_LABELS = dict(null_score="null score", one_row_policy="one-row policy", ce
 
 
 def ceiling_table(
-    reached: pd.DataFrame,  # of `fraction_of_ceiling`
+    fractions: pd.DataFrame,  # of `fraction_of_ceiling`
 ) -> FormattedTable:
     """Null score, one-row policy and ceiling, then each model.
 
     In brackets: the share of the distance from the null score to the one-row policy, and to the ceiling.
     """
     rows = []
-    for (data, horizon), task in reached.groupby(["data", "horizon"], sort=False):
+    for (data, horizon), task in fractions.groupby(["data", "horizon"], sort=False):
         first = task[task.model == task.model.iloc[0]].set_index("metric")
         for bound, name in BOUND_LABELS.items():
             rows.append(dict(data=data, horizon=horizon, model=name) | first[bound].map(_decimals).to_dict())

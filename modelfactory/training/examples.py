@@ -18,7 +18,7 @@ def planted_fit(
 ) -> Trainer:
     """Trains a network on the planted market at horizon 5 with its preset `quick`, and draws the learning curve.
 
-    Raises `AssertionError` unless the interval of its directional accuracy lies above .5, which is chance on this market.
+    Raises `AssertionError` unless the interval of its directional accuracy lies above .5, chance on this market.
     """
     config = dict(sequence_length=sequence_length)
     trainer = Trainer(dict(model=model, horizon=5, data="planted", preset="quick", config=config))

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['RETURN_SPANS', 'FEATURE_NAMES', 'BAR_MODELS', 'OPINION_BARS', 'TILT_STD', 'RULE_CERTAINTY', 'LIGHTGBM_PARAMS',
            'ALPHA', 'LOG_LOSS_NULL', 'EQUAL_PAIRS', 'CLAIM_LABELS', 'NOMINAL', 'STRENGTHS', 'CODE_MODULES',
-           'null_features', 'null_models', 'stacked_frame', 'judge_null_market', 'judge_planted_market', 'code_hash',
-           'read_results', 'run_zoo', 'claim_table', 'claim_limit', 'above_limit', 'plot_claims', 'main']
+           'null_features', 'null_models', 'stacked_frame', 'evaluate_null_market', 'evaluate_planted_market',
+           'code_hash', 'read_results', 'run_zoo', 'claim_table', 'claim_limit', 'above_limit', 'plot_claims', 'main']
 
 # %% ../../nbs/training/02_null_zoo.ipynb #9fe0d8e0
 RETURN_SPANS = (1, 2, 5, 10, 20, 60)  # bars of the returns
@@ -312,7 +312,7 @@ def _is_claim(p):
     return None if p is None else p <= ALPHA
 
 # %% ../../nbs/training/02_null_zoo.ipynb #538a2637
-def judge_null_market(
+def evaluate_null_market(
     world: str,  # name of a null world
     seed: int,  # random seed of the market; even: horizon 5, odd: horizon 20
 ) -> dict:  # world, seed, horizon, claims (bool by claim; None where no test is made), p, cards, seconds
@@ -371,7 +371,7 @@ def _planted_table(strength, horizon, seed):
     return table, np.column_stack([null_features(market.bars), effects])[keep]
 
 # %% ../../nbs/training/02_null_zoo.ipynb #789c51b8
-def judge_planted_market(
+def evaluate_planted_market(
     strength: float,  # of the signal, as a fraction of the signal of the bundled planted market
     seed: int,  # random seed of the market; even: horizon 5, odd: horizon 20
 ) -> dict:  # world, seed, horizon, claims, p, cards, seconds
@@ -421,8 +421,8 @@ def code_hash() -> str:
 def _judge(world, seed):
     "The result of one market: planted where the name of the world starts with planted_, else null."
     if world.startswith("planted_"):
-        return judge_planted_market(float(world.removeprefix("planted_")), seed)
-    return judge_null_market(world, seed)
+        return evaluate_planted_market(float(world.removeprefix("planted_")), seed)
+    return evaluate_null_market(world, seed)
 
 # %% ../../nbs/training/02_null_zoo.ipynb #42329f68
 def read_results(

@@ -30,7 +30,7 @@ from .trainer import Trainer
 
 # %% auto #0
 __all__ = ['TABULAR_MODELS', 'FALSE_ALARM_RATE', 'SELFTEST_ROWS', 'perturb_future', 'truncate', 'InvarianceResult',
-           'future_perturbation', 'prefix_test', 'peeking_features', 'null_splits', 'SelfTest', 'selftest']
+           'future_perturbation', 'prefix_test', 'lookahead_features', 'null_splits', 'SelfTest', 'selftest']
 
 # %% ../../nbs/training/01_selftest.ipynb #19a1e032
 def perturb_future(
@@ -156,7 +156,7 @@ def _joined_features(bars, features):
     return own if features is None else own.join(features(bars).set_axis(own.index))
 
 
-def peeking_features(
+def lookahead_features(
     features: Callable | None = None,  # function of bars that returns aligned feature columns; None: the kit's alone
     bars: pd.DataFrame | None = None,  # datetime, symbol, open, high, low, close, volume; None: a simulated market
     moments: int = 2,  # cutoffs that are tried
@@ -178,7 +178,7 @@ def null_splits(
     horizons: tuple,  # bars ahead
     seed: int,  # random seed of the market
     rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
-    features: Callable | None = None,  # as in `peeking_features`
+    features: Callable | None = None,  # as in `lookahead_features`
 ) -> Path:  # of the folder
     "Writes Phase 1 splits of a market without signal, with the features of the kit and of the user."
     market = simulate_market(replace(MARKET_PRESETS["null"], seed=seed, rows=rows))
@@ -336,4 +336,4 @@ def selftest(
             table.append(_test_model(model, horizon, folder, preset, level, seed))
         bar.update(len(jobs))
         bar.close()
-    return SelfTest(pd.DataFrame(table), report, peeking_features(features), level, seed)
+    return SelfTest(pd.DataFrame(table), report, lookahead_features(features), level, seed)

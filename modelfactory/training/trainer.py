@@ -23,7 +23,7 @@ from modelfactory.configuration import (
     read_yaml,
     settings,
 )
-from ..data.bundled import resolve_data, whole_paths
+from ..data.bundled import absolute_paths, resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.prices import check_dataset_prices
 from ..data.splits import fingerprint
@@ -81,7 +81,7 @@ def trainer_config(
     if isinstance(values.get("data"), (str, Path)):
         values["data"] = {"data": str(values["data"])}
     if isinstance(values.get("data"), dict):
-        values["data"] = whole_paths({"data": str(s.data), "gap": s.gap} | values["data"])
+        values["data"] = absolute_paths({"data": str(s.data), "gap": s.gap} | values["data"])
     if values.get("trading_days") == "auto":
         values["trading_days"] = None
     defaults = dict(seed=s.seed, cost_bps=s.cost_bps, trading_days=s.trading_days, day_start=s.day_start)

@@ -189,5 +189,5 @@ class TimeLLMModel(SequenceClassifier):
     def get_extra_state(self):
         return dict(pretrained=self.pretrained, prompt=self.prompt)
 
-    def set_extra_state(self, facts):
-        self.pretrained, self.prompt = facts["pretrained"], facts["prompt"]
+    def set_extra_state(self, state):
+        self.pretrained, self.prompt = state["pretrained"], state["prompt"]

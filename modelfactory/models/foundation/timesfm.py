@@ -133,7 +133,7 @@ def encode(
 # %% ../../../nbs/models/foundation/timesfm.ipynb #30bda4dd
 def read_quantiles(
     model: TimesFmModelForPrediction,
-    seen: torch.Tensor,  # (n, D + 2) of `encode`
+    states: torch.Tensor,  # (n, D + 2) of `encode`
     horizon: int,  # bars after the end of the context
 ) -> torch.Tensor:  # (n, Q) in units of the context, ascending
     "Quantile forecasts; raises `ValueError` when the horizon is longer than that of the checkpoint."
@@ -142,8 +142,8 @@ def read_quantiles(
         raise ValueError(
             f"horizon {horizon}: the checkpoint forecasts {c.horizon_length} bars; use mode probe or finetune"
         )
-    steps = model.horizon_ff_layer(seen[:, :-2]).view(len(seen), c.horizon_length, -1)[:, horizon - 1, 1:]
-    return (steps * seen[:, -1:] + seen[:, -2:-1]).sort(1).values
+    steps = model.horizon_ff_layer(states[:, :-2]).view(len(states), c.horizon_length, -1)[:, horizon - 1, 1:]
+    return (steps * states[:, -1:] + states[:, -2:-1]).sort(1).values
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f2008754
 class TimesFMEncoder:
@@ -169,11 +169,11 @@ class TimesFMEncoder:
         most = config.sequence_length if config.series in features else MAX_CONTEXT
         self.length = -(-min(config.context_length, most, MAX_CONTEXT) // patch) * patch
 
-    def past(self, windows: Windows) -> Windows:  # (n, length, 2)
+    def contexts(self, windows: Windows) -> Windows:  # (n, length, 2)
         "The contexts of windows."
         return forecast_context(windows, self.config.series, self.features, self.length)
 
-    def seen(self, past: Windows) -> np.ndarray:  # (n, D + 2)
+    def states(self, past: Windows) -> np.ndarray:  # (n, D + 2)
         "Last state, location and scale of every context; computed once when the cache is on."
         net, c = self.timesfm.config, self.config
         bytes_per_row = 4 * (self.length // net.patch_length) * (8 * net.hidden_size + 2 * net.intermediate_size)
@@ -209,14 +209,14 @@ class TimesFMEncoder:
     def quantiles(
         self,
         past: Windows,  # n contexts
-        seen: np.ndarray,  # (n, D + 2)
+        states: np.ndarray,  # (n, D + 2)
         horizon: int,  # bars
     ) -> np.ndarray:  # (n, Q)
         "Quantile forecasts as changes from the last value of the context."
         import torch
 
         with torch.no_grad():
-            forecast = read_quantiles(self.timesfm, torch.from_numpy(seen).to(self.device), horizon).cpu().numpy()
+            forecast = read_quantiles(self.timesfm, torch.from_numpy(states).to(self.device), horizon).cpu().numpy()
         return forecast.astype(np.float64) - past.base[past.ends, :1]
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #c569d998
@@ -437,8 +437,8 @@ class TimesFMModel(SequenceClassifier):
     def _head_features(self, X, metadata, codes=None):
         "Features of the head for each row; estimates the barriers when train's class codes are given."
         windows = as_windows(X)
-        past = self.reader.past(windows)
-        states = self.reader.seen(past)
+        past = self.reader.contexts(windows)
+        states = self.reader.states(past)
         if self.config.mode == "zero_shot":
             return self._barrier_scores(windows, past, states, metadata, codes)
         last = windows.base[windows.ends]
@@ -491,14 +491,14 @@ class TimesFMModel(SequenceClassifier):
         last = type(windows)(windows.base, windows.ends, 1)
         if np.isnan(windows.base[used_rows(last)]).any():
             raise_on_nan(self)
-        parts = self.reader.past(windows), standardise_windows(last, self.mean, self.scale)
+        parts = self.reader.contexts(windows), standardise_windows(last, self.mean, self.scale)
         return ContextBatches(*(Batches(part, self.device, self.config.batch_size) for part in parts))
 
     def get_extra_state(self):
         return dict(pretrained=self.pretrained, widths=self.widths)
 
-    def set_extra_state(self, facts):
-        self.pretrained, self.widths = facts["pretrained"], facts["widths"]
+    def set_extra_state(self, state):
+        self.pretrained, self.widths = state["pretrained"], state["widths"]
 
     def save(self, path):
         if self.config.mode == "finetune" or not self.fitted:
