@@ -1,4 +1,4 @@
-"The documentation builds without a warning, its links work, it loads nothing from outside, and reference pages are current."
+"The documentation builds without a warning, links work, nothing loads from outside, and reference pages are current."
 
 import importlib.util
 import os
