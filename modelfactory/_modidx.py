@@ -48,6 +48,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'modelfactory/configuration.py'),
                                             'modelfactory.configuration._check_node_count': ( 'configuration.html#_check_node_count',
                                                                                               'modelfactory/configuration.py'),
+                                            'modelfactory.configuration._field_comments': ( 'configuration.html#_field_comments',
+                                                                                            'modelfactory/configuration.py'),
                                             'modelfactory.configuration._find_settings_file': ( 'configuration.html#_find_settings_file',
                                                                                                 'modelfactory/configuration.py'),
                                             'modelfactory.configuration._first_problem': ( 'configuration.html#_first_problem',

@@ -5,10 +5,14 @@
 # %% ../nbs/00_configuration.ipynb #65609d92
 from __future__ import annotations
 
+import ast
 import configparser
 import inspect
+import io
 import os
 import re
+import textwrap
+import tokenize
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -120,8 +124,18 @@ def field_docs(
         if not is_dataclass(c):
             continue
         with suppress(OSError, TypeError):
-            docs |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(c), re.M))
+            docs |= _field_comments(textwrap.dedent(inspect.getsource(c)))
     return docs
+
+
+def _field_comments(source):
+    "The comments within the lines of each field of a class."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    fields_ = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    lines = {node.target.id: range(node.lineno, node.end_lineno + 1) for node in fields_}
+    texts = {name: " ".join(comments[n] for n in numbers if n in comments) for name, numbers in lines.items()}
+    return {name: text for name, text in texts.items() if text}
 
 # %% ../nbs/00_configuration.ipynb #82c2bdbb
 def html_table(

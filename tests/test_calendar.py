@@ -12,6 +12,8 @@ from modelfactory.evaluation.evaluator import ModelEvaluator
 from modelfactory.evaluation.permutation import shift_test
 from modelfactory.training.trainer import Trainer, trainer_config
 
+pytestmark = pytest.mark.slow
+
 ZONE = "America/New_York"
 
 

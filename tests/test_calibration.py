@@ -38,6 +38,8 @@ from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.grid import grid_config, plan_grid
 from modelfactory.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 TASK = planted_task()
 
 

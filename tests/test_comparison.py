@@ -27,6 +27,8 @@ from modelfactory.runs.run import list_runs, load_run
 from modelfactory.runs.run_folder import RunError
 from modelfactory.runs.sentences import comparison_notes, conclusion, describe, summary_sentences, task_notes
 
+pytestmark = pytest.mark.slow
+
 TASK_KEYS = {
     "data",
     "horizon",

@@ -19,6 +19,8 @@ from modelfactory.training.selftest import future_perturbation, prefix_test
 from modelfactory.training.trainer import Trainer
 from modelfactory.tuning.study import Objective
 
+pytestmark = pytest.mark.slow
+
 
 def examples(n):
     return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -16,6 +16,8 @@ from conftest import PATIENCE, ROOT
 from filelock import FileLock
 from nbclient import NotebookClient
 
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
 REFERENCE = sorted((ROOT / "nbs/reference").glob("*.ipynb"))
 
 

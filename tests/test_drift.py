@@ -12,6 +12,8 @@ from modelfactory.data.explore import PSI_ALERT, SEGMENT_LENGTHS, feature_bins, 
 from modelfactory.data.splits import Split, read_splits
 from modelfactory.runs.predict import prediction_warnings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["eurusd", "planted"])
 def train(request):

@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from conftest import PATIENCE, ROOT
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | dict(
     GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org", GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org"
 )

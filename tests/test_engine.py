@@ -24,6 +24,8 @@ from modelfactory.runs.grid import grid_config, grid_status, plan_grid, run_grid
 from modelfactory.runs.run import list_runs
 from modelfactory.runs.run_folder import PARTIAL_FOLDER
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 PLUGIN = """
 import os, signal, subprocess, sys, time
 import numpy as np

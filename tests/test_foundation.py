@@ -22,6 +22,8 @@ from modelfactory.models.pretrained import RowCache, find_checkpoint, load_pretr
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.run import list_runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):

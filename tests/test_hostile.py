@@ -49,7 +49,7 @@ from modelfactory.runs.report import (
     leaderboard,
     leaderboard_table,
 )
-from modelfactory.runs.rescore import rescore_run
+from modelfactory.runs.rescore import NOT_SCORED, rescore_run
 from modelfactory.runs.run import list_runs, load_run
 from modelfactory.runs.run_folder import (
     FAILED_FOLDER,
@@ -63,6 +63,8 @@ from modelfactory.runs.sentences import comparison_notes, summary_sentences
 from modelfactory.runs.tracking import run_view
 from modelfactory.training.test_set import read_ledger, record_test_use
 from modelfactory.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
 
 MODELS = dict(
     logistic_regression={},
@@ -1219,7 +1221,7 @@ def test_exporting_or_rescoring_a_foreign_run_does_not_make_it_an_own_run(publis
     own, bundle = load_run(published["xgboost"]), load_run(export_run(folder, tmp_path / "bundle"))
     assert own.is_own and not load_run(folder).is_own and not bundle.is_own
     assert load_run(export_run(own.path, tmp_path / "own")).is_own
-    assert rescore_run(folder, class_metrics=True)["scored"] != "left" and not load_run(folder).is_own
+    assert rescore_run(folder, class_metrics=True)["scored"] != NOT_SCORED and not load_run(folder).is_own
 
 
 # Foreign models

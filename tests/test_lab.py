@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, ROOT, until
 
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
 RUN_ALL = bool(os.environ.get("BROWSER_RUNS_ALL"))
 PAGES = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "nbs/tutorials").glob("*.ipynb"))
 CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(c => ({

@@ -16,6 +16,8 @@ from modelfactory.runs.migrate import SCHEMA_VERSION
 from modelfactory.runs.run_folder import RunError
 from modelfactory.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

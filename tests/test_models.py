@@ -12,6 +12,8 @@ from modelfactory.models.params import read_params
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs.grid import grid_config, plan_grid
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "name, config", [("logistic_regression", {}), ("xgboost", dict(n_rounds=80)), ("stacking", {})]

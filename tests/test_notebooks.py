@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 FILES = [
     f
     for f in sorted((ROOT / "nbs").rglob("*.ipynb"))

@@ -27,6 +27,8 @@ from modelfactory.training.null_zoo import (
     run_zoo,
 )
 
+pytestmark = pytest.mark.slow
+
 UNPREDICTABLE_WORLDS = [name for name, w in NULL_WORLDS.items() if not w.predictable]
 
 

@@ -16,6 +16,8 @@ from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import prediction_warnings
 from modelfactory.runs.run_folder import FEATURES_FILE, MANIFEST_FILE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

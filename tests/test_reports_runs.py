@@ -43,6 +43,8 @@ from modelfactory.runs.run_folder import RunError, start_attempt
 from modelfactory.training.test_set import test_set_uses as sentences_on_test
 from modelfactory.tuning.study import OptunaModelTuner
 
+pytestmark = pytest.mark.slow
+
 TASK = ("--model", "xgboost", "--horizon", "5", "--data", "planted")
 
 

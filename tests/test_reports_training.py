@@ -24,6 +24,8 @@ from modelfactory.runs.run import list_runs, load_run
 from modelfactory.runs.run_folder import PARTIAL_FOLDER, UNSCORED, RunError, start_attempt, write_json
 from modelfactory.training import trainer
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 
 def split_frame(n, start, classes=(-1, 0, 1), symbols=("A", "B"), seed=0, shares=None):
     "Hourly bars with closes and three features, of which the first predicts the label."

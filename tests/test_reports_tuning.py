@@ -31,6 +31,8 @@ from modelfactory.training.trainer import Trainer
 from modelfactory.tuning.result import n_trials_of, read_tuned
 from modelfactory.tuning.storage import MISSED_HEARTBEATS
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("train", "val", "test")
 at_home, home = test_tuner.at_home, test_tuner.home  # fixtures
 

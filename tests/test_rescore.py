@@ -28,6 +28,8 @@ from modelfactory.runs.run_folder import (
 )
 from modelfactory.training.trainer import Trainer, trainer_plots
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

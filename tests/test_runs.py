@@ -21,6 +21,8 @@ from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.run import list_runs, load_run
 from modelfactory.runs.run_folder import PARTIAL_FOLDER, clear_partial, is_alive
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 MODELFACTORY = Path(sys.executable).with_name("modelfactory")
 PARAMETERS = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
 

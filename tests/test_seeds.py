@@ -14,6 +14,8 @@ from modelfactory.runs.run import list_runs
 from modelfactory.runs.sentences import task_notes
 from modelfactory.runs.task import count_trials, read_task, stack_predictions, task_runs
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = probability_columns((-1, 0, 1))
 
 

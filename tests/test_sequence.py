@@ -16,6 +16,8 @@ from modelfactory.models.conformance import window_task
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.models.sequence import Batches, standardise_windows
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 SMALL = dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=6, batch_size=32, learning_rate=1e-2)
 TASK = window_task("trend", n=600)
 

@@ -9,6 +9,8 @@ import soak
 
 from modelfactory.runs.run_folder import clear_partial, is_alive, start_attempt
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 
 def test_kills_at_random_moments(tmp_path):
     n_killed = soak.soak(3, tmp_path, seed=3)

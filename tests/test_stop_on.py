@@ -10,6 +10,8 @@ from modelfactory.models.loading import load_model
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.training.trainer import EARLY_STOPPING_NOTE, Trainer, early_stopping_note
 
+pytestmark = pytest.mark.slow
+
 TASK = planted_task()
 SMALL = {name: dict(n_rounds=60, patience=5) for name in ("lightgbm", "xgboost", "catboost")} | dict(
     gru=dict(max_epochs=4, hidden_size=8, sequence_length=12),

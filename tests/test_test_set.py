@@ -16,6 +16,8 @@ from modelfactory.runs.run_folder import MANIFEST_FILE
 from modelfactory.training.test_set import LEDGER_FILE, read_ledger, record_test_use, test_set_uses
 from modelfactory.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ from modelfactory.runs.tracking import (
     try_track,
 )
 
+pytestmark = [pytest.mark.faults, pytest.mark.network, pytest.mark.slow]
+
 UNREACHABLE = "http://bob:hunter2@127.0.0.1:9"
 ODD = """<img src=x onerror=alert(1)> "o'clock" ü 100%41"""
 

@@ -16,6 +16,8 @@ from modelfactory.runs.sentences import describe
 from modelfactory.runs.stored import RunList
 from modelfactory.runs.task import count_trials
 
+pytestmark = pytest.mark.slow
+
 
 def add_study(file, name, n, **facts):
     "A study of `n` trials with user attributes."

@@ -23,6 +23,8 @@ from modelfactory.tuning.space import TunerError, read_space
 from modelfactory.tuning.storage import TRIAL_RETRIES, live_trials, open_storage
 from modelfactory.tuning.study import OptunaModelTuner
 
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
 PLUGIN = """
 import os, time
 from dataclasses import dataclass

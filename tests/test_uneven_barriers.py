@@ -14,6 +14,8 @@ from modelfactory.runs.grid import run_grid
 from modelfactory.runs.run import list_runs
 from modelfactory.runs.sentences import describe
 
+pytestmark = pytest.mark.slow
+
 MODELS = ["logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost"]
 
 

@@ -9,6 +9,8 @@ import pytest
 from modelfactory.cli import main
 from modelfactory.runs.run import list_runs
 
+pytestmark = pytest.mark.slow
+
 HORIZONS, MAX_BARS, N_FEATURES = (5, 20), 3, 160  # MAX_BARS in horizons
 ROWS = dict(train=1500, val=500, test=500)
 

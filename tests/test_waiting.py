@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import PATIENCE, ROOT
 
+pytestmark = pytest.mark.slow
+
 HANGS = """
 import re
 import threading

@@ -11,7 +11,7 @@ from modelfactory.data.dataset import TimeSeriesDataset, Windows
 from modelfactory.data.splits import SplitsError, read_split
 
 # Line counting slows thousands of small calls by half; the notebooks run the same lines.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.no_cover, pytest.mark.slow]
 
 
 def examples(n):

@@ -19,6 +19,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -246,6 +247,7 @@ def _quiet_mlflow():
     os.environ.update(added)
     try:
         with warnings.catch_warnings(action="ignore"):
+            import_module("mlflow")  # its import sets the levels of its loggers, so it comes before they are silenced
             with _silenced_loggers("mlflow", "alembic", "urllib3"):
                 yield
     finally:

@@ -1,0 +1,20 @@
+"One model of each kind: the conformance checks of a linear model and a network, and one training with its scores."
+
+import pytest
+
+from modelfactory import Trainer, check_model
+
+
+@pytest.mark.parametrize(
+    "name, config", [("logistic_regression", {}), ("gru", dict(hidden_size=16, max_epochs=20, batch_size=64))]
+)
+def test_conformance(name, config):
+    assert all(row["result"] == "ok" for row in check_model(name, config, seq_len=8))
+
+
+@pytest.mark.parametrize("model", ["lightgbm", "average"])
+def test_a_training_has_skill_where_a_signal_is_planted(model):
+    trainer = Trainer(dict(model=model, horizon=5, data="planted", preset="quick"))
+    metrics = trainer.run_full_pipeline()
+    assert metrics["directional_skill_ci_low"] > 0 and metrics["log_loss"] < trainer.baseline()["log_loss"]
+    assert trainer.direction_claim().significant
