@@ -94,7 +94,7 @@ def readme():
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     nb.cells = [c for c in nb.cells if "lab" not in c.metadata.get("tags", [])]  # cells for a live kernel only
     nb.metadata["language_info"] = dict(name="python")
-    text = MarkdownExporter().from_notebook_node(nb)[0].strip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", MarkdownExporter().from_notebook_node(nb)[0]).strip() + "\n"
     # Links are relative to nbs/ in the notebook, and to the root in README.md.
     return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda link: f"]({os.path.normpath('nbs/' + link[1])})", text)
 

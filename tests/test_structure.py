@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 import modelfactory
 
@@ -136,7 +136,7 @@ def test_public_names_are_importable_from_the_package():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, modelfactory; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert not {"numpy", "pandas", "torch", "sklearn", "matplotlib"} & set(done.stdout.split())
 
 

@@ -56,6 +56,11 @@ def check_parameters(
         if name not in names:
             raise ConfigError(f"{notebook.name}: no parameter {name!r}, {did_you_mean(name, names)}")
 
+
+def _escape_braces(path):
+    "A path for papermill, which replaces text in braces by parameters."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
 # %% ../../nbs/runs/03_engine.ipynb #44d175c9
 GC_THRESHOLD = 20_000  # new objects between two searches for reference cycles
 KERNEL_START_CODE = "; ".join(
@@ -91,11 +96,6 @@ def _kernel_manager(runtime):
         transport, ip = Unicode(kind), Unicode(address)
 
     return OwnKernelManager
-
-
-def _escape_braces(path):
-    "A path for papermill, which replaces text in braces by parameters."
-    return str(path).replace("{", "{{").replace("}", "}}")
 
 # %% ../../nbs/runs/03_engine.ipynb #0486c635
 def execute_notebook(
