@@ -302,7 +302,7 @@ SCALERS = ("mean and deviation", "median and quartiles", "minimum and maximum")
 def scaler_residuals(
     x: np.ndarray,  # (n,) values of a column
 ) -> list[float]:  # a distance for each of `SCALERS`
-    "Distance of a column from the statistics that each scaler gives the rows it was fitted on."
+    "For each scaler, distance of the column's statistics from those of data that the scaler was fitted on."
     x = x[~np.isnan(x)]
     if len(x) < 2:
         return [np.inf] * 3

@@ -212,7 +212,7 @@ def _last_pieces(splits, places, name, n):
 
 
 def _to_timezone(split, datetimes):
-    "The same instants in the time zone of `split`; raises `BadDatetime` if only one of both has a zone."
+    "The same instants in the time zone of `split`; raises `BadDatetime` if only one of the two has a time zone."
     zone = split.datetimes.tz
     if (datetimes.tz is None) != (zone is None):
         raise BadDatetime(

@@ -150,7 +150,7 @@ def _bin_numbers(x, b):
 def _psi(counts, shares, bars):
     """Index (...) of counts (..., 12) against the shares (..., 12) of train; NaN without rows.
 
-    Shares are at least half a bar of a symbol, where `bars` is the number of bars.
+    Each share is raised to at least `0.5 / bars`, half a bar, where `bars` is the number of bars of a symbol.
     """
     with np.errstate(invalid="ignore"):
         a, e = (np.maximum(p, np.float32(0.5 / bars)) for p in (counts / counts.sum(-1, keepdims=True), shares))

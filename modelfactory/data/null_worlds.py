@@ -264,7 +264,7 @@ def _bar_volatility(world):
 
 
 def _labels(world, bars, split, horizon):
-    "Label and bars until it is decided, for one symbol."
+    "For one symbol: the label of each row and the number of bars until it is decided."
     barriers, max_bars = world.barriers(horizon), world.max_bars * horizon
     if world.fixed_barriers:
         up, down = (k * AVERAGE_RANGE * _bar_volatility(world) for k in barriers)

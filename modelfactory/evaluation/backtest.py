@@ -391,7 +391,7 @@ def bar_returns(
     bars: pd.DataFrame,  # n rows with close, sorted by symbol, then time
     symbol: np.ndarray,  # (n,) codes
 ) -> np.ndarray:  # (n,)
-    "Return of each bar since the previous bar of its symbol, 0 at its first."
+    "Return of each bar since the previous bar of its symbol; 0 for the first bar of a symbol."
     return np.where(_is_first_row(symbol), 0, bars.close / bars.close.shift() - 1)
 
 

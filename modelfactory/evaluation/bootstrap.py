@@ -100,7 +100,7 @@ def block_length(
     horizon: int,  # bars ahead of the label
     series: np.ndarray | None = None,  # (T,) or (T, S) sums by timestamp that may be persistent; None: labels only
 ) -> float:  # timestamps
-    "Mean block length: four label lengths or the root of `T`, more where the series is persistent."
+    "Mean block length: the larger of four label lengths and the root of `T`; longer if the series is persistent."
     T, overlap = int(np.max(timestamps)) + 1, horizon * timestamps_per_bar(timestamps, symbols)
     longest = label_block_length(T, overlap) if series is None else series_block_length(series, overlap)
     return min(max(longest, T**0.5), T)

@@ -53,7 +53,7 @@ def ffill_index(
     stamps: np.ndarray,  # (n,) number of the timestamp of each row, 0..T-1
     symbols: np.ndarray,  # (n,) codes 0..S-1
 ) -> np.ndarray:  # (T, S) row numbers
-    "Last row of each symbol at or before each timestamp; before its first row, its last row (circular)."
+    "For each timestamp, the latest row of each symbol; before the first row of a symbol, its last row."
     T = stamps.max() + 1
     table = np.full((T, symbols.max() + 1), -1)
     table[stamps, symbols] = np.arange(len(stamps))
@@ -69,7 +69,7 @@ def random_shifts(
     seed: int = 42,
     step: int = 1,  # shifts are multiples of it, in timestamps
 ) -> np.ndarray:  # (at most n_draws,) distinct shifts in timestamps
-    "Random circular shifts, or all if fewer exist; raises `PermutationError` below 19, too few for p = .05."
+    "Random circular shifts, or all possible ones if there are fewer; raises `PermutationError` if fewer than 19 exist."
     shifts = np.arange(-(-margin // step) * step, T - margin + 1, step)
     if len(shifts) < 19:
         raise PermutationError(

@@ -437,7 +437,7 @@ def mcnemar(
 def holm_adjust(
     p: np.ndarray,  # (m,) p-values, NaN where undefined
 ) -> np.ndarray:  # (m,)
-    "P-values corrected for their number by Holm; NaN stays NaN and does not count."
+    "P-values with Holm's correction for multiple tests; NaN stays NaN and is not counted as a test."
     p = np.asarray(p, float)
     m = int((~np.isnan(p)).sum())
     order = np.argsort(p)[:m]

@@ -85,7 +85,7 @@ def _isotonic_curve(p, is_class, weight):
 def label_spans(
     metadata: pd.DataFrame,  # n rows: datetime, symbol, horizon, and label_bars if available
 ) -> tuple[np.ndarray, np.ndarray, int]:  # (n,) first and (n,) last timestamp of each label; number of timestamps
-    """Start and end of each label, as numbers of timestamps in their order.
+    """Start and end of each label, as indices into the sorted timestamps.
 
     A label that is decided after the last row of its symbol ends with the last timestamp.
     """

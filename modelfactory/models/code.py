@@ -81,7 +81,7 @@ def _plugin_file(name):
 
 
 def _module_file(name, folder):
-    "The file of a module of this package, of a plugin, or in `folder`; None if there is none."
+    "Path of the file of a module: in this package, in a plugin or in `folder`; None if there is none."
     if name.startswith(PLUGIN_PREFIX):
         return _plugin_file(name)
     if name.split(".")[0] == "modelfactory":

@@ -180,7 +180,7 @@ def output_shape_and_types(fixture: ModelFixture) -> None:
 
 @register_check
 def empty_input(fixture: ModelFixture) -> None:
-    "Zero rows of input give zero predictions"
+    "Input without rows gives an empty array of predictions"
     require(len(fixture.predict(fixture.task.X_val[:0])) == 0, "predictions were returned for zero rows")
 
 

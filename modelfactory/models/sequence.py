@@ -504,7 +504,7 @@ class SequenceClassifier(NetworkModel):
         return [None if a is None else torch.as_tensor(a, device=self.device) for a in arrays]
 
     def _run_training(self, train, val):
-        "Trains on (batches, codes, weights) of train, stops on those of val; returns the history."
+        "Trains on the (batches, codes, weights) of train, with early stopping on those of val; returns the history."
         c = self.config
         self.training = t = Training(self.net, c, c.max_epochs * -(-len(train[0]) // c.batch_size))
         config = json.loads(json.dumps(asdict(c)))

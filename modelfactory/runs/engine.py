@@ -80,7 +80,7 @@ MAX_SOCKET_BYTES = 100  # bytes of the path, before a number is added; macOS tak
 def _kernel_manager(runtime):
     """A kernel manager class that starts a kernel of this interpreter, whichever kernels are installed.
 
-    Its sockets are files in the folder `runtime` of this run; TCP ports where the path is too long for a socket."""
+    Its sockets are files in the folder `runtime` of this run; it uses TCP ports if that path is too long."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode

@@ -188,7 +188,7 @@ MAX_RAY_STARTS = 5  # attempts to start a cluster on this machine
 
 
 def _join(ray, address, options):
-    "Joins a cluster or starts one; raises `ConfigError` in one line, after it has killed the processes of the start."
+    "Joins a cluster or starts one; on failure, kills the processes that it started and raises `ConfigError`."
     import psutil
 
     for n_more in reversed(range(MAX_RAY_STARTS)):

@@ -249,7 +249,7 @@ def run_grid(
 
 
 def default_workers() -> int:
-    "Runs at a time on this machine: half the cores, at least 2 where there are 2."
+    "Number of parallel runs on this machine: half the cores, but at least 2; 1 on a single core."
     return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
 
 

@@ -127,7 +127,7 @@ def _context(folder, bars, n, fills, nan):
 
 
 def _fill_nan(bars, fills, nan):
-    "Fills NaN as in training; raises `BadValue` for a feature that had no NaN in train."
+    "Fills NaN as in training; raises `BadValue` if a feature has NaN now and had none in train."
     for j, name in enumerate(bars.features):
         value = 0.0 if nan == "zero" else fills.get(name)
         if value is not None:

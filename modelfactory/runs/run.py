@@ -59,7 +59,7 @@ class Run(StoredRun):
 
     @cached_property
     def claim(self) -> str:
-        "The sentence on directional skill, corrected for the number of trials in the runs folder."
+        "One sentence: whether the run has directional skill, corrected for the trials in the runs folder."
         if "claim" in self.manifest:
             return self.manifest["claim"]
         try:

@@ -56,7 +56,7 @@ __all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'tra
 # %% ../../nbs/training/00_trainer.ipynb #25f0a7d0
 @dataclass
 class TrainerConfig(HTMLConfig):
-    "Everything that decides the result of a training."
+    "All settings that determine the result of a training."
 
     model: str  # name in the registry
     horizon: PositiveInt  # bars ahead of the label

@@ -124,7 +124,7 @@ class OrphanedTrials:
         self.with_heartbeat = set()
 
     def fail(self, study: Study) -> None:
-        """Fails trials without a heartbeat for `MISSED_HEARTBEATS` heartbeats; other trials repeat them.
+        """Marks trials as failed after `MISSED_HEARTBEATS` missed heartbeats; new trials repeat them.
 
         optuna stores only the time of the last heartbeat. A trial whose process was killed before the first one is
         given one here, once."""

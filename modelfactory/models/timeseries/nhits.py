@@ -65,16 +65,16 @@ def library_nhits(
     c: NHITSConfig,
 ) -> NHITS:
     "neuralforecast's model of these sizes; raises `ValueError` unless `pooling` and `downsampling` have equal length."
-    from neuralforecast.losses.pytorch import MQLoss
-    from neuralforecast.models import NHITS
-
     n, q = len(c.pooling), c.n_quantiles
     if len(c.downsampling) != n:
         raise ValueError(
             f"nhits: {n} kernels in pooling and {len(c.downsampling)} rates in downsampling, expected equal numbers; "
             "give one of each for every block"
         )
-    with isolated_library_state():
+    with isolated_library_state():  # the first import sets variables of the environment, too
+        from neuralforecast.losses.pytorch import MQLoss
+        from neuralforecast.models import NHITS
+
         return NHITS(
             h=c.steps,
             input_size=T,
