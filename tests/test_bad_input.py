@@ -633,7 +633,7 @@ yaml_file(
 yaml_file(
     "overrides for a model that is not in the grid",
     "'xgboost'",
-    "does not hold",
+    "not a model of the grid",
     text="models: [svm]\noverrides: {xgboost: {max_depth: 4}}",
     call=read_grid,
     file=GRID,

@@ -15,14 +15,14 @@ REPORTS = {  # input: (present result, file, tests)
         "rows without a label, as from a file",
         INPUTS,
         [
-            "rows_without_a_label_stay_without_one_in_frame_and_file",
+            "missing_labels_are_missing_from_a_frame_and_a_file",
             "nulls_of_a_category_label_are_not_the_last_category",
         ],
     ),
     "numeric categories, decimals, nullable integers": (
         "features, from frames and files alike",
         INPUTS,
-        ["a_number_of_any_type_is_a_feature_in_frame_and_file"],
+        ["a_number_of_any_type_is_a_feature_in_a_frame_and_a_file"],
     ),
     "classes of which one is never predicted": (
         "pictures and scores of all classes of the config",
@@ -90,27 +90,27 @@ REPORTS = {  # input: (present result, file, tests)
     "symbols that are numbers, dates, bytes": (
         "text, seen in new bars",
         INPUTS,
-        ["symbols_of_any_type_are_text", "symbols_of_train_are_seen_in_new_bars"],
+        ["symbols_of_any_type_are_text", "symbols_of_train_are_recognised_in_new_bars"],
     ),
     "labels as text, words, noise, foreign values": (
         "numbers, or an error with values and counts",
         INPUTS,
         [
             "labels_as_numeric_text_are_numbers",
-            "labels_with_rounding_noise_are_the_class_and_said",
-            "labels_that_are_no_class_are_counted_in_a_warning",
-            "labels_of_another_type_are_refused_by_name",
+            "labels_with_rounding_errors_are_rounded_with_a_warning",
+            "labels_outside_the_classes_are_counted_in_a_warning",
+            "labels_of_another_type_raise_an_error_with_the_column",
         ],
     ),
     "new bars with text, lists, times as features": (
         "refused with the name of the column",
         INPUTS,
-        ["new_bars_of_another_type_are_refused_by_name"],
+        ["new_bars_of_another_type_raise_an_error_with_the_column"],
     ),
     "closes above the high by a rounding": (
         "bars are widened and counted",
         INPUTS,
-        ["closes_outside_by_a_rounding_widen_the_bar_and_are_counted"],
+        ["closes_outside_by_a_rounding_error_widen_the_bar_with_a_warning"],
     ),
     "a loss that becomes NaN": (
         "an error at once, with the setting to lower",
@@ -137,7 +137,7 @@ REPORTS = {  # input: (present result, file, tests)
     "folders of parts, CSV, keys in the index": (
         "read, or an error with the function to call",
         INPUTS,
-        ["folders_of_parts_are_read", "csv_is_read_in_place_of_parquet", "keys_in_the_index_are_keys"],
+        ["folders_of_parts_are_read", "csv_files_are_read_like_parquet_files", "keys_may_be_levels_of_the_index"],
     ),
     "a class with almost no rows, a leak": (
         "reported by grid and comparison; check and grid give the same result",
