@@ -531,7 +531,7 @@ class SequenceClassifier(NetworkModel):
             train_loss = t.epoch(number, *train)
             val_loss = float(weighted_loss(predict_logits(t.run, val[0], self.config.batch_size), *val[1:]))
             t.record(train_loss, val_loss)
-            if not np.isfinite([train_loss, val_loss]).all() and t.has_diverged:
+            if not np.isfinite([train_loss, t.losses["val_loss"][-1]]).all() and t.has_diverged:
                 if t.best is None:
                     raise DivergedError(divergence_message(self, number + 1))
                 break
