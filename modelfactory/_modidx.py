@@ -611,6 +611,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'modelfactory/data/readers.py'),
                                            'modelfactory.data.readers._parse_float64': ( 'data/readers.html#_parse_float64',
                                                                                          'modelfactory/data/readers.py'),
+                                           'modelfactory.data.readers._read_csv': ( 'data/readers.html#_read_csv',
+                                                                                    'modelfactory/data/readers.py'),
                                            'modelfactory.data.readers._read_file': ( 'data/readers.html#_read_file',
                                                                                      'modelfactory/data/readers.py'),
                                            'modelfactory.data.readers._symbol_values': ( 'data/readers.html#_symbol_values',

@@ -177,43 +177,45 @@ def read_bars(
 ) -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume; sorted by symbol and time
     "Checked and sorted bars; raises `BarsError` with file, column and count."
     if isinstance(source, pd.DataFrame):
-        return check_bars(_name_columns(source, symbol, "bars"))
+        return check_bars(_name_columns(source, symbol))
     source = Path(source)
     files = sorted(f for f in source.iterdir() if f.suffix in BAR_FORMATS) if source.is_dir() else [source]
     if not files:
         raise BarsError(f"{source}: no file that ends in {' or '.join(BAR_FORMATS)}")
-    return check_bars(pd.concat([_read_file(file, symbol) for file in files], ignore_index=True))
+    tables = [_read_file(file, symbol) for file in files]
+    return tables[0] if len(tables) == 1 else check_bars(pd.concat(tables, ignore_index=True))
 
 
-BAR_FORMATS = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
+def _read_csv(file):
+    "A CSV file whose symbols stay text, so that 001 is not 1."
+    return pd.read_csv(file, dtype=dict.fromkeys(("symbol", "Symbol", "SYMBOL"), str))
+
+
+BAR_FORMATS = {".parquet": pd.read_parquet, ".csv": _read_csv}
 
 # %% ../../nbs/data/03_readers.ipynb #75fa45d4
 def _read_file(file, symbol):
-    "The bars of one file, with standard column names; raises `BarsError`."
+    "The checked bars of one file; raises `BarsError` with its name."
     if file.suffix not in BAR_FORMATS:
         raise BarsError(f"{file}: found {file.suffix or 'no suffix'!r}, expected {' or '.join(BAR_FORMATS)}")
     try:
         table = BAR_FORMATS[file.suffix](file)
     except (OSError, ValueError) as e:
         raise BarsError(f"{file}: not readable ({' '.join(str(e).split())[:200]})") from None
-    return _name_columns(table, symbol or file.stem, file)
+    try:
+        return check_bars(_name_columns(table, symbol or file.stem))
+    except BarsError as e:
+        raise BarsError(f"{file}: {e}") from None
 
 
-def _name_columns(table, symbol, where):
-    "The table with its keys as columns, names in lower case, and times parsed from text."
-    table = with_keys(table.rename(columns=lambda c: c.lower() if isinstance(c, str) else c))
-    if "symbol" not in table:
-        if symbol is None:
-            raise BarsError(f"{where}: no column 'symbol'; name one: read_bars(..., symbol='EURUSD')")
-        table = table.assign(symbol=symbol)
-    if missing := [column for column in ("datetime", *OHLCV) if column not in table]:
-        raise BarsError(f"{where}: no column {missing[0]!r}; found {', '.join(map(str, table.columns))}")
-    if pd.api.types.is_string_dtype(table["datetime"]):
-        try:
-            table = table.assign(datetime=pd.to_datetime(table["datetime"]))
-        except (ValueError, TypeError) as e:
-            raise BarsError(f"{where}: datetime: not readable ({' '.join(str(e).split())[:120]})") from None
-    return table[["datetime", "symbol", *OHLCV]]
+def _name_columns(table, symbol):
+    "The table with names in lower case, and with the symbol where it has none."
+    table = table.rename(columns=lambda name: name.lower() if isinstance(name, str) else name)
+    if "symbol" in {*table.columns, *table.index.names}:
+        return table
+    if symbol is None:
+        raise BarsError("bars: no column 'symbol'; name one: read_bars(..., symbol='EURUSD')")
+    return table.assign(symbol=symbol)
 
 # %% ../../nbs/data/03_readers.ipynb #e0581b11
 def nanoseconds(
