@@ -9,14 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from ..configuration import settings
-from ..models.code import code_version
-from ..models.params import resolve_config
 from .grid import run_grid
 from .run import list_runs
-from .stored import RunList
+from .stored import RunList, open_run
 
 # %% auto #0
 __all__ = ['EXAMPLE_GRID', 'example_runs']
@@ -34,15 +30,11 @@ def example_runs(
     models: tuple[str, ...] = tuple(EXAMPLE_GRID["models"]),  # some of those of `EXAMPLE_GRID`
 ) -> RunList:  # in a temporary folder of its own, so that files can be added to it
     "Finished runs on the markets `planted` and `null`; raises `RuntimeError` when one could not be trained."
-    codes = [code_version(model, resolve_config(model, 5, "quick")) for model in EXAMPLE_GRID["models"]]
-    kept = Path(settings().bundled).resolve() / "example_runs" / "-".join(code[:6] for code in codes)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{kept}.lock"):
-        result = run_grid(EXAMPLE_GRID, kept)
+    result = run_grid(EXAMPLE_GRID, settings().bundled / "example_runs")
     if not result.ok:
-        raise RuntimeError(f"{kept}: not all example runs could be trained\n{result}")
+        raise RuntimeError(f"not all example runs could be trained\n{result}")
     folder = Path(tempfile.mkdtemp()) / "runs"
-    for run in list_runs(kept):
-        if run.manifest["model"] in models:
-            shutil.copytree(run.path, folder / run.path.name)
+    for outcome in result:
+        if open_run(outcome.path).manifest["model"] in models:
+            shutil.copytree(outcome.path, folder / outcome.path.name)
     return list_runs(folder)
