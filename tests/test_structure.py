@@ -4,7 +4,6 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT
@@ -150,4 +149,3 @@ def test_each_notebook_exports_one_module():
                 sources[module.replace(".", "/") + ".py"].append(notebook.relative_to(ROOT).as_posix())
     assert {m: f for m, f in sources.items() if len(f) > 1 and "{" not in m} == {}
     assert exported - set(sources) - {"_modidx.py"} == set()
-    assert all(Path(ROOT / f).is_file() for files in sources.values() for f in files)
