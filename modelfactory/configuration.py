@@ -176,7 +176,8 @@ def read_yaml(
     import yaml
 
     try:
-        values = yaml.safe_load(read_regular(path, MAX_YAML_BYTES).decode())
+        text = read_regular(path, MAX_YAML_BYTES).decode()
+        values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml is eight times as fast
         _check_node_count(values)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
