@@ -2330,6 +2330,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'modelfactory/models/tabular.py'),
                                              'modelfactory.models.tabular.flatten_windows': ( 'models/tabular.html#flatten_windows',
                                                                                               'modelfactory/models/tabular.py'),
+                                             'modelfactory.models.tabular.import_skops': ( 'models/tabular.html#import_skops',
+                                                                                           'modelfactory/models/tabular.py'),
                                              'modelfactory.models.tabular.leaf_size': ( 'models/tabular.html#leaf_size',
                                                                                         'modelfactory/models/tabular.py'),
                                              'modelfactory.models.tabular.n_threads': ( 'models/tabular.html#n_threads',

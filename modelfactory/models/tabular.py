@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ROWS_PER_LEAF', 'TabularConfig', 'n_threads', 'FlatRows', 'leaf_size', 'flatten_windows', 'TabularModel',
-           'SklearnModel']
+           'import_skops', 'SklearnModel']
 
 # %% ../../nbs/models/05_tabular.ipynb #6a83adb7
 @dataclass
@@ -146,6 +148,20 @@ class TabularModel(BaseModel):
         shares = total / total.sum() if total.sum() else total
         return {self.feature_columns[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable")}
 
+# %% ../../nbs/models/05_tabular.ipynb #32612fe1
+def import_skops() -> types.ModuleType:
+    "The module `skops.io`; its import does not import PyTorch."
+    unused = "sklearn.externals.array_api_compat.torch"
+    is_skipped = "torch" not in sys.modules
+    if is_skipped:
+        sys.modules[unused] = None  # the import of this module raises ImportError, and scikit-learn goes on
+    try:
+        import skops.io
+    finally:
+        if is_skipped:
+            del sys.modules[unused]
+    return skops.io
+
 # %% ../../nbs/models/05_tabular.ipynb #6efea3b1
 class SklearnModel(TabularModel):
     "A scikit-learn classifier: subclasses implement `estimator` and list the types that skops may load."
@@ -173,15 +189,11 @@ class SklearnModel(TabularModel):
         return p
 
     def write(self, folder):
-        from skops.io import dump
-
-        dump(self.fitted_estimator, folder / "estimator.skops")
+        import_skops().dump(self.fitted_estimator, folder / "estimator.skops")
 
     def read(self, folder):
-        from skops.io import load
-
         from modelfactory.models.persistence import check_archive, checkpoint_errors
 
         with checkpoint_errors(folder / "estimator.skops", "a scikit-learn estimator of trusted types") as file:
             check_archive(file)
-            self.fitted_estimator = load(file, trusted=list(self.trusted))
+            self.fitted_estimator = import_skops().load(file, trusted=list(self.trusted))
