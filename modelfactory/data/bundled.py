@@ -24,7 +24,7 @@ def _build_eurusd(out):
 
 
 def _market_builder(preset):
-    "Function that writes the splits of a simulated market to a given folder."
+    "Return a function that writes the splits of a simulated market to a given folder."
 
     def build(out):
         from modelfactory.data.market import build_market
@@ -40,7 +40,7 @@ BUNDLED = {"eurusd": _build_eurusd, **{preset: _market_builder(preset) for prese
 def resolve_data(
     data: str | Path,  # a folder, or the name of a bundled data set
 ) -> Path:
-    "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile` with similar names."
+    "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile`, which suggests similar names."
     if str(data) not in BUNDLED:
         if Path(data).is_dir():
             return Path(data)

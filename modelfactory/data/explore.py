@@ -104,8 +104,9 @@ def plot_labels(
 
 # %% ../../nbs/data/10_explore.ipynb #d09cba78
 MAX_BIN_ROWS = 20_000  # approximate number of rows used to compute the deciles
-SEGMENT_BARS = 19  # bars in the shortest segment; a prime, so that segments start at all times of day
-SEGMENT_LENGTHS = (19, 57, 190, 570, 1_900)  # bars of one symbol for which limits are stored; multiples of `SEGMENT_BARS`
+# Bars in the shortest segment; longer segments are multiples. A prime, so that segments start at all times of day.
+SEGMENT_BARS = 19
+SEGMENT_LENGTHS = (19, 57, 190, 570, 1_900)  # segment lengths with stored limits, in bars of one symbol
 MAX_SEGMENTS = 400  # maximum number of segments of each length
 PSI_ALERT = 0.25  # PSI below which a feature counts as distributed like train
 PSI_MARGIN = 1.1  # ratio of the limit to the largest PSI of the train segments
@@ -137,8 +138,8 @@ def _column_bins(x):
 def _bin_numbers(x, b):
     """Bin number of each value.
 
-    Bin 0 is below the smallest value of train, and the bin after those of train is above the largest value. Bin 12
-    holds non-finite values.
+    Bin 0 holds values below the smallest value of train. The bin after the train bins holds values above the largest
+    value of train. Bin 12 holds non-finite values.
     """
     edges = np.array([np.nextafter(np.float32(b["least"]), np.float32(-np.inf)), *b["edges"], b["most"]])
     numbers = np.searchsorted(edges, x.astype(float)).astype(np.uint8)
@@ -224,7 +225,7 @@ def _index_and_outside(x, b, bars):
 def _limits_at(train_bins, features, bars):
     """PSI limit of each feature for `bars` bars per symbol.
 
-    It is the larger limit of the two nearest lengths, because the PSI need not lie between the two limits.
+    The larger limit of the two nearest lengths is used, because the PSI need not lie between the two limits.
     """
     lengths = train_bins.get("lengths", [])
     if not lengths or bars < lengths[0]:
@@ -237,7 +238,7 @@ def _limits_at(train_bins, features, bars):
 def plot_drift(
     train: Split,
     other: Split,
-    top: int = 6,  # number of features, by PSI divided by limit
+    top: int = 6,  # number of features to show, largest PSI relative to limit first
 ) -> Figure:
     "Histograms of the features with the largest PSI relative to their limit; train is grey."
     from matplotlib import pyplot as plt

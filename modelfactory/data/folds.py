@@ -45,7 +45,7 @@ class FoldsError(SplitsError):
     "The dataset cannot be cut into the requested folds."
 
 # %% ../../nbs/data/09_folds.ipynb #c2aaf7cd
-MAX_NANOSECONDS = np.iinfo(np.int64).max // 2  # half of the int64 range, so that adding it to a time cannot overflow
+MAX_NANOSECONDS = np.iinfo(np.int64).max // 2  # half the maximum, so that a sum with a time does not overflow
 
 
 def max_duration(
@@ -209,7 +209,7 @@ def walk_forward(
     n_folds: int = 3,  # number of test parts
     embargo: int | pd.Timedelta | None = None,  # bars or time from training labels to the test part; None: horizon
 ) -> Folds:
-    "Folds with growing, purged training parts before their test parts; raises `FoldsError`."
+    "Folds whose training parts grow and precede their test parts, with purging; raises `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
     T = len(labels.stamps)
     _check_count(n_folds, "n_folds", 1, T - 1, f"the dataset has {T:,} timestamps")

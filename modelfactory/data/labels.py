@@ -33,7 +33,7 @@ def barrier_widths(
     horizon: int,  # horizon of the label in bars
     k_up: float | None = None,  # upper barrier in ATR; None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR; None: `default_barriers`
-    max_bars: int | None = None,  # bars after which the label is 0; None: the horizon
+    max_bars: int | None = None,  # number of bars after which the label is 0; None: `horizon`
 ) -> tuple[float, float, int]:  # k_up, k_down, max_bars
     "Barriers with default values filled in; raises `BarsError` for an invalid value."
     max_bars = horizon if max_bars is None else max_bars
@@ -62,9 +62,9 @@ def triple_barrier(
     horizon: int,  # horizon of the label in bars, part of the column names
     k_up: float | None = None,  # upper barrier in ATR(14); None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR(14); None: `default_barriers`
-    max_bars: int | None = None,  # bars after which the label is 0; None: the horizon
+    max_bars: int | None = None,  # number of bars after which the label is 0; None: `horizon`
 ) -> pd.DataFrame:  # label_h{H} (int8), bars_to_hit_h{H} (int32), aligned with `bars`; -99 if undefined
-    "Labels by the first touch of close +- k ATR within the next `max_bars` bars; raises `BarsError`."
+    "Labels from the first touch of close +- k ATR within the next `max_bars` bars; raises `BarsError`."
     k_up, k_down, max_bars = barrier_widths(horizon, k_up, k_down, max_bars)
     close, scale = bars["close"].to_numpy(), atr(bars)
     up, down = close + k_up * scale, close - k_down * scale
@@ -80,7 +80,7 @@ def first_touches(
     bars: pd.DataFrame,  # bars of one symbol
     up: np.ndarray,  # (rows,) upper barrier of each row's position, in price units
     down: np.ndarray,  # (rows,) lower barrier
-    max_bars: int,  # bars after which the label is 0
+    max_bars: int,  # number of bars after which the label is 0
 ) -> np.ndarray:  # (2, rows)
     "Labels of one symbol and the number of bars until each is decided; -99 if undefined."
     (op, high, low, close), n = bars[OHLCV[:4]].to_numpy().T, len(bars)

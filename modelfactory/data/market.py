@@ -45,7 +45,7 @@ class MarketConfig:
     volatility: float = 1e-3  # standard deviation of a bar's log return if all multipliers are 1
     garch: tuple = (0.06, 0.92)  # weights of the previous squared shock and the previous variance
     regimes: tuple = (0.75, 1.5)  # multipliers of the standard deviation in the low and high volatility regimes
-    switch: tuple = (0.0025, 0.005)  # probability per bar of leaving the low and the high volatility regime
+    switch: tuple = (0.0025, 0.005)  # probabilities per bar of leaving the low and the high volatility regime
     overnight: float = 4.0  # standard deviation of the overnight gap, in standard deviations of a bar
     phi: float = 0.97  # lag-1 autocorrelation of the two observable states
     barrier: float = 0.7  # barrier at horizon 1, in average true ranges; a third of the labels on `null` are flat
@@ -120,7 +120,7 @@ _TANH_RMS = _root_mean_square(lambda x, y: np.tanh(x) + 0 * y)
 
 def state_effect(
     a: np.ndarray | float,  # first observable state
-    b: np.ndarray | float,  # second observable state, of the same shape
+    b: np.ndarray | float,  # second observable state, same shape as `a`
 ) -> np.ndarray | float:  # same shape
     "Effect of the two states on the next bar; bounded, odd in `a`, with unit variance if both are N(0, 1)."
     return _raw_state_effect(a, b) / _STATE_EFFECT_RMS
@@ -432,7 +432,7 @@ def _class_probabilities(labels):
 
 # %% ../../nbs/data/07_market.ipynb #d6f42230
 def _simulated_probabilities(market, rows, horizon, k, gap, paths, rng, one_row):
-    "Probabilities of down, flat and up, and standard error of up (4, r), given bars up to `gap` before `rows`."
+    "Probabilities of down, flat and up, and standard error of up: (4, r), given bars until `gap` bars before `rows`."
     state, clock = _state_at(market, rows, gap)
     bars = _bars_ahead(market.config, state, clock, gap + horizon, paths // 2, rng, one_row)
     return _class_probabilities(_label_ahead(bars, market.ratio[rows - gap], *k, gap))
@@ -454,7 +454,7 @@ def bayes_probabilities(
     market: Market,
     horizon: int,  # horizon of the label in bars
     split: str = "val",  # "train", "val" or "test"
-    gap: int = 1,  # bars from the last observed bar to the labelled row, as in the windows
+    gap: int = 1,  # bars from the last observed bar to the labelled row, as in the windows of a dataset
     paths: int = 256,  # simulated futures per row, half of them mirrored; fewer than 128 bias the ceiling down
     seed: int = 0,  # random seed of the simulation, independent of the market's seed
     barriers: tuple[float, float] | None = None,  # (k_up, k_down) in average true ranges; None: from the config
@@ -572,7 +572,7 @@ def _is_built(out, request, overwrite):
     if not out.exists():
         return False
     if not manifest.is_file():
-        raise MarketError(f"{out}: no market.json, so this is not a simulated market; choose another folder or remove it")
+        raise MarketError(f"{out}: is not a simulated market (no market.json); choose another folder or remove it")
     stored = json.loads(manifest.read_text())
     differing = [name for name in request if request[name] != stored.get(name)]
     if differing == ["config"]:
@@ -605,7 +605,7 @@ def build_market(
     for horizon in request["horizons"]:
         _check_ceiling(c, "val", horizon, gap, paths)
     if not request["horizons"] or max(request["horizons"]) > c.tail:
-        raise MarketError(f"market: horizons={horizons}; expected at least one, each at most tail={c.tail}")
+        raise MarketError(f"market: horizons={horizons}; expected at least one horizon, none above tail={c.tail}")
     if _is_built(out, request, overwrite):
         return out
     return publish_folder(out.absolute(), lambda folder: _write_market(simulate_market(c), folder, request))

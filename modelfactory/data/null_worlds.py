@@ -29,7 +29,7 @@ class NullWorldError(SplitsError):
 
 @dataclass(frozen=True)
 class NullWorld:
-    "Distribution of a simulated market without skill."
+    "Distribution of a simulated market on which no model has skill."
 
     name: str
     doc: str  # difference from a symmetric random walk
@@ -294,7 +294,7 @@ def _symbol_table(world, s, times, split, steps, scale, horizon, rng):
 
 # %% ../../nbs/data/11_null_worlds.ipynb #522cb789
 def find_world(
-    world: NullWorld | str,  # a world, or the name of one in `NULL_WORLDS`
+    world: NullWorld | str,  # a world, or the name of a world in `NULL_WORLDS`
 ) -> NullWorld:
     "Null world with the given name; raises `NullWorldError` with similar names if the name is unknown."
     if isinstance(world, NullWorld):
@@ -305,7 +305,7 @@ def find_world(
 
 
 def simulate_null(
-    world: NullWorld | str,  # a world, or the name of one in `NULL_WORLDS`
+    world: NullWorld | str,  # a world, or the name of a world in `NULL_WORLDS`
     horizon: int = 5,  # horizon of the label in bars; 1 to 20 is valid in every world
     seed: int = 0,  # random seed of the market
 ) -> pd.DataFrame:  # datetime, symbol, OHLCV, label_h{H}, bars_to_hit_h{H}, split; mid if labels use it

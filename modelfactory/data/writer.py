@@ -63,8 +63,8 @@ _NO_EMBARGO = pd.Timedelta(0)
 
 
 def labels_crossing_split(
-    table: pd.DataFrame,  # datetime, symbol, label_h{H}, bars_to_hit_h{H}; in the order of `check_bars`
-    split: np.ndarray,  # (rows,) split names, as from `split_by_time`
+    table: pd.DataFrame,  # datetime, symbol, label_h{H}, bars_to_hit_h{H}; sorted as in `check_bars`
+    split: np.ndarray,  # (rows,) split names, as returned by `split_by_time`
     horizon: int,  # horizon of the label in bars
     embargo: pd.Timedelta = _NO_EMBARGO,  # minimum time between a label's last bar and the next split
 ) -> np.ndarray:  # (rows,) mask
@@ -91,7 +91,7 @@ def _column_statistics(x):
 
 
 def _fit_scaler(x):
-    "Scaler type, centre and scale of each column, and the statistics behind them."
+    "Scaler type, centre and scale of each column, and the statistics of each column."
     s = _column_statistics(x)
     kind = np.where(s["max"] == s["min"], "none", np.where((s["kurtosis"] > 3) & (s["iqr"] > 0), "robust", "standard"))
 
@@ -148,7 +148,7 @@ def _check_table(table, horizons, extra):
 
 # %% ../../nbs/data/06_writer.ipynb #81a91c84
 def _check_split(table, split):
-    "Raise `BarsError` unless each split has rows and ends before the next one starts."
+    "Raise `BarsError` unless each split has rows and ends before the next split starts."
     times = nanoseconds(table)
     if unexpected := set(split) - set(SPLITS):
         raise BarsError(f"table: found split {sorted(map(str, unexpected))[0]!r}, expected train, val or test")
@@ -159,7 +159,8 @@ def _check_split(table, split):
         if times[split == earlier].max() >= times[split == later].min():
             start = table["datetime"][split == later].min()
             raise BarsError(
-                f"table: {earlier} has rows at or after the start of {later} ({start}); cut all symbols at one time"
+                f"table: {earlier} has rows at or after the start of {later} ({start}); "
+                "split all symbols at the same time"
             )
 
 # %% ../../nbs/data/06_writer.ipynb #90944b62
@@ -175,8 +176,8 @@ def write_splits(
 ) -> Path:  # out
     """Split, purge and scale a table, and write it in the format of Phase 1.
 
-    A column `split` in the table overrides `shares`. The folder is published by a single rename. If the function raises
-    `SplitsError`, it leaves no new files.
+    A column `split` in the table overrides `shares`. All files are written to a temporary folder, which is then renamed
+    to `out`. An error (`SplitsError`) leaves no new files.
     """
     out = _check_target(out, overwrite)
     _write_and_check(table, out, horizons, shares, embargo, scale, extra_features)
@@ -214,7 +215,7 @@ def _prepare_splits(table, horizons, shares, extra):
     names, table = _check_table(table, horizons, extra), table.reset_index(drop=True)
     checked = check_bars(table)
     symbol_spans(table)
-    table = table.assign(high=checked["high"], low=checked["low"])  # same row order as `table`
+    table = table.assign(high=checked["high"], low=checked["low"])  # `checked` has the row order of `table`
     for c in [f"{c}_h{h}" for h in horizons for c in ("label", "bars_to_hit")]:
         require_rows(table[c].notna(), c, "without a value", f"write {NO_LABEL} where there is no label")
     for f in names:
@@ -290,13 +291,13 @@ def bars_to_splits(
 ) -> Path:  # out
     """Check bars, compute features and labels, and write splits.
 
-    If the function raises `SplitsError`, it leaves no new files. It issues a `SplitsWarning` for a horizon with too few
-    blocks in val or test, and for implausible prices.
+    An error (`SplitsError`) leaves no new files. A warning (`SplitsWarning`) reports a horizon with too few blocks in
+    val or test, or implausible prices.
     """
     out, barriers = _check_target(out, overwrite), barriers or {}
     _check_horizons(horizons)
     if unexpected := set(barriers) - set(horizons):
-        raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}")
+        raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}; add it to horizons or remove it")
     max_duration = max(barrier_widths(h, *barriers.get(h, ()))[2] for h in horizons)
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max_duration + 3)
     features = bar_features(bars).drop(columns=["datetime", "symbol"])

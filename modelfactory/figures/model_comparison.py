@@ -69,7 +69,7 @@ def plot_forest(
 def null_score(
     rows: pd.DataFrame,  # rows of a leaderboard, for one data set and horizon
     metric: str,
-) -> float:  # NaN if it is unknown
+) -> float:  # NaN if unknown
     "Null score: 0, or the score of the better constant prediction or of the class shares of train."
     if metric in ("directional_skill", "sharpe", "sharpe_net"):
         return 0.0
@@ -186,7 +186,7 @@ def plot_equities(
     title: str = "",
     top: int = 3,  # number of models in colour, ranked by net Sharpe ratio
 ) -> Figure | None:  # None if nothing was traded
-    "Equity after cost and drawdown, with the band of the best of equally many models without skill."
+    "Equity after cost and drawdown, with a band for the best of the same number of models without skill."
     from matplotlib import pyplot as plt
 
     net = task.net_profit()

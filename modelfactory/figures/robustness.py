@@ -23,7 +23,7 @@ __all__ = ['plot_robustness']
 def plot_robustness(
     tables: Robustness,
 ) -> Figure:
-    "Plot results by cost, month, confidence threshold and slice; without prices, the first two have a note."
+    "Plot results by cost, month, confidence threshold and slice; without prices, two panels show a note."
     from modelfactory.figures.tear_sheet import new_axes
 
     fig, axes = new_axes(2, 2, size=(8, 5), layout="constrained")

@@ -195,8 +195,8 @@ def plot_equity(
 ) -> Figure:
     """Daily equity before and after cost, drawdown after cost, and the Sharpe ratio of a moving window.
 
-    The window is half the number of days, at most 63. The Sharpe ratio is not drawn if the window is shorter than 20
-    days. Raises `EvaluationError` for a backtest without prices.
+    The window covers half of the days, but at most 63 days. The Sharpe ratio is not drawn if the window is shorter than
+    20 days. Raises `EvaluationError` for a backtest without prices.
     """
     if not backtest.has_prices:
         raise EvaluationError("labels without prices have no equity; expected a backtest on prices")
