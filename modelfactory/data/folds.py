@@ -273,7 +273,7 @@ def plot_folds(
 
 # %% ../../nbs/data/09_folds.ipynb #99bf0b45
 def _fold_segments(fold, ds):
-    "Timestamp ranges by state: state -> starts and widths in days."
+    "Dict of timestamp ranges: state -> starts and widths in days."
     times = ds.metadata.datetime.dt.tz_localize(None).to_numpy("datetime64[ns]")
     days, day_index = np.unique(times.view("i8") / 86_400e9, return_inverse=True)
     state = np.full(len(days), -1)

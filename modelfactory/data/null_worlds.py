@@ -39,15 +39,15 @@ class NullWorld:
     tail_dof: float | None = None  # degrees of freedom of Student-t bar returns; None: normal
     garch: tuple | None = None  # weights of the previous squared shock and variance; None: constant volatility
     bounce: float = 0.0  # half the bid-ask spread, in standard deviations of a bar
-    reversion: float = 0.0  # share of its deviation from the mean that the log price loses per bar
-    calendar: str = "sessions"  # sessions, out_of_step, around_the_clock, sparse or daily
+    reversion: float = 0.0  # share of the log price's deviation from its mean that is lost per bar
+    calendar: str = "sessions"  # name of the calendar: sessions, out_of_step, around_the_clock, sparse or daily
     bar_minutes: int = 5  # length of an intraday bar in minutes
     max_bars: int = 1  # number of horizons after which an undecided label is flat
     fixed_barriers: bool = False  # True: barriers are a fixed share of the price, from the mean true range
     val_volatility: float = 1.0  # bar volatility of val divided by bar volatility of train
     closes: bool = True  # whether a backtest may use closes; False: labels only
     marked: str = "close"  # price column for labels and the valuation of positions: close or mid
-    predictable: bool = False  # True: past bars predict the direction; only predictions for other markets are null
+    predictable: bool = False  # True: past bars predict the direction; null predictions must not use this market
 
     def barriers(
         self,
