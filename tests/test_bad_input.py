@@ -1065,7 +1065,10 @@ def _(work):
 
 
 @kind(
-    "a checkpoint for features in another order", FeatureMismatch, "another order", "'feature_1' where 'feature_0' was"
+    "a checkpoint for features in another order",
+    FeatureMismatch,
+    "another order",
+    "'feature_1' in place of 'feature_0'",
 )
 def _(work):
     model = ModelRegistry.create("xgboost", {}, 5, [f"feature_{j}" for j in (1, 0, 2, 3, 4)])

@@ -93,7 +93,7 @@ def test_a_grid_and_a_model_yaml_refuse_what_the_task_decides(tmp_path, monkeypa
         if key == "model_name" and key in values:
             continue  # a file may contain the name of its model
         file.write_text(yaml.safe_dump(values))
-        with pytest.raises(ConfigError, match=f"{key} belongs to the task; .* use {TASK_KEYS[key].split()[0]}"):
+        with pytest.raises(ConfigError, match=f"{key} is set by the task; .* use {TASK_KEYS[key].split()[0]}"):
             read_params("xgboost")
 
 
@@ -109,7 +109,9 @@ def test_values_that_agree_with_the_task_are_no_mistake():
 def test_data_in_dataset_and_shared_keys_of_members_are_refused():
     with pytest.raises(ConfigError, match="use --data"):
         make_trainer(dict(model="xgboost", horizon=5, data="planted", dataset=dict(data="null")))
-    with pytest.raises(ConfigError, match="lightgbm: patience = 3 would be ignored, 10 holds here; use patience"):
+    with pytest.raises(
+        ConfigError, match="lightgbm: patience = 3 would be ignored, because 10 is set already; use patience"
+    ):
         member_configs(EnsembleConfig(members=dict(lightgbm=dict(patience=3))))
     assert member_configs(EnsembleConfig(members=dict(lightgbm=dict(n_rounds=3))))["lightgbm"]["n_rounds"] == 3
 
@@ -175,7 +177,7 @@ def test_from_a_folder_of_ones_own_presets_grids_and_notebooks_are_those_of_the_
         (lambda: resolve_config("gru", 5, "quik"), "'quik', did you mean 'quick'? (presets: quick, tiny)"),
         (
             lambda: plan_grid(grid_config(dict(data="planted", models=["bare"], horizons=[5], preset="quick"))),
-            "bare: unknown preset 'quick', it has none; write presets: in params/models/bare.yaml",
+            "bare: unknown preset 'quick', the model has no presets; add presets: to params/models/bare.yaml",
         ),
         (
             lambda: make_trainer(dict(model="bare", horizon=5, data="planted", preset="nonsense")),

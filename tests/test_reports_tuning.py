@@ -342,7 +342,7 @@ def test_a_new_process_that_hangs_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(conformance, "NEW_PROCESS_SCRIPT", "import time; time.sleep(3600)")
     monkeypatch.setattr(conformance, "NEW_PROCESS_SECONDS", 0.1)
     meta = pd.DataFrame(dict(datetime=pd.date_range("2024", periods=2)))
-    with pytest.raises(ConformanceError, match="does not end within 0.1 s"):
+    with pytest.raises(ConformanceError, match="did not finish within 0.1 s"):
         conformance.predict_in_new_process(tmp_path, np.zeros((2, 1), np.float32), meta)
 
 

@@ -111,7 +111,7 @@ def test_predictions_do_not_depend_on_the_batch_size():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_device_is_an_error():
-    with pytest.raises(ValueError, match="device: cuda, but torch sees no GPU"):
+    with pytest.raises(ValueError, match="device is cuda, but torch finds no GPU"):
         fitted(device="cuda")
 
 

@@ -32,7 +32,7 @@ class CheckpointError(PrintableError):
 
 
 def file_hash(file: Path) -> str:  # 64 hex digits
-    "The sha256 hash of a file."
+    "Returns the SHA-256 hash of a file."
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -55,7 +55,7 @@ def _members(file):
 
 def find_unsafe_files(
     folder: Path,  # a checkpoint
-) -> list[str]:  # one sentence a file; empty if all files are allowed
+) -> list[str]:  # one message per unsafe file; empty if all files are allowed
     "Lists the files that hold a pickle or whose suffix is not in `DATA_SUFFIXES`."
     files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
     unknown = [f"{f.name}: not among {', '.join(DATA_SUFFIXES)}" for f in files if f.suffix not in DATA_SUFFIXES]
@@ -67,7 +67,7 @@ def find_unsafe_files(
 def library_version(
     library: str,  # import name
 ) -> str | None:
-    "Installed version of a library; None if it is not installed."
+    "Returns the installed version of a library, or None if it is not installed."
     try:
         return version({"sklearn": "scikit-learn"}.get(library, library))
     except PackageNotFoundError:
@@ -76,7 +76,7 @@ def library_version(
 # %% ../../nbs/models/02_persistence.ipynb #1964992f
 def save_header(
     model: BaseModel,
-    path: Path,  # folder of the checkpoint; created if needed
+    path: Path,  # checkpoint folder, created if needed
     **extra: object,  # additional values for `load`, serialisable as JSON
 ) -> Path:  # the folder
     "Writes `model.json`; raises `NotFittedError` if the model is not fitted."
@@ -100,9 +100,9 @@ def save_header(
 
 # %% ../../nbs/models/02_persistence.ipynb #79ce04f2
 def current_config(
-    config: dict,  # of a model, as stored
+    config: dict,  # stored config of a model
 ) -> dict:
-    "The config with the keys of this version: before 0.2 networks had `clip` and `warmup`."
+    "Renames outdated config keys: before version 0.2, networks had the keys `clip` and `warmup`."
     if "max_epochs" not in config or "clip" not in config or "max_grad_norm" in config:
         return config
     names = dict(clip="max_grad_norm", warmup="warmup_fraction")
@@ -139,10 +139,10 @@ def _are_names(names):
 
 # %% ../../nbs/models/02_persistence.ipynb #42524256
 def load_header(
-    model: BaseModel,  # created for the same features
+    model: BaseModel,  # new model, created with the same features
     path: Path,  # folder of the checkpoint
 ) -> dict:  # the header
-    """Reads the header and sets config, horizon and classes of `model`.
+    """Reads the header and sets the config, horizon and classes of `model`.
 
     Raises `FeatureMismatch` if the features differ, and `CheckpointError` if the checkpoint holds another model.
     """
@@ -155,7 +155,7 @@ def load_header(
     if saved != given:
         raise FeatureMismatch(
             f"{model.name}: {_describe_difference(saved, given)}; "
-            f"give the {len(saved)} features it was fitted on, in that order"
+            f"pass the {len(saved)} features that the model was fitted on, in the same order"
         )
     config = build_config(model.Config, header["config"], f"{path}/{HEADER_FILE}", CheckpointError)
     if config.calibration and not model.config.calibration:
@@ -168,19 +168,19 @@ def load_header(
 
 
 def _describe_difference(saved, given):
-    "How two different lists of feature names differ."
+    "Describes how two lists of feature names differ."
     missing = [name for name in saved if name not in given]
     unknown = [name for name in given if name not in saved]
     if missing or unknown:
         return f"missing features {missing[:5]}, unknown features {unknown[:5]}"
     old, new = next((s, g) for s, g in zip(saved, given, strict=False) if s != g)
-    return f"same features in another order, first at {new!r} where {old!r} was"
+    return f"same features in another order; the first difference is {new!r} in place of {old!r}"
 
 # %% ../../nbs/models/02_persistence.ipynb #8073d0f6
 @contextmanager
 def checkpoint_errors(
     file: Path,  # a file that `save` wrote
-    kind: str,  # what the file should hold, for the message
+    kind: str,  # expected content of the file, for the error message
 ) -> Iterator[Path]:  # the file
     "Converts every exception raised while `file` is read into a `CheckpointError`."
     if Path(file).is_symlink():
@@ -194,15 +194,18 @@ def checkpoint_errors(
         raise CheckpointError(f"{file}: not {kind} ({type(e).__name__}: {lines[0][:120]})") from None
 
 # %% ../../nbs/models/02_persistence.ipynb #08f99ec3
-MAX_ARCHIVE_FILES = 100_000  # members of an archive
-MAX_ARCHIVE_BYTES = 4 << 30  # bytes after unpacking
-MAX_UNPACK_RATIO = 10  # bytes after unpacking, per byte of the archive
+MAX_ARCHIVE_FILES = 100_000  # maximum number of members in an archive
+MAX_ARCHIVE_BYTES = 4 << 30  # maximum number of bytes after unpacking
+MAX_UNPACK_RATIO = 10  # maximum number of bytes after unpacking, per byte of the archive
 
 
 def check_archive(
     file: Path,  # a zip archive
 ) -> None:
-    "Raises `CheckpointError` if a zip has too many members or unpacks to too many bytes; skops does not compress."
+    """Raises `CheckpointError` if a zip archive has too many members or unpacks to too many bytes.
+
+    The files that skops writes are within the limits, because skops does not compress them.
+    """
     with zipfile.ZipFile(file) as z:
         sizes = [member.file_size for member in z.infolist()]
     size, unpacked = Path(file).stat().st_size, sum(sizes)

@@ -29,7 +29,7 @@ __all__ = ['hub_cache', 'missing_reason', 'find_checkpoint', 'checkpoint_hashes'
 
 # %% ../../nbs/models/09_pretrained.ipynb #4759e60c
 def hub_cache() -> Path:
-    "Folder of the Hugging Face cache, from the environment variables that set it."
+    "Returns the folder of the Hugging Face cache, as set by the environment variables."
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(name):
             return Path(os.environ[name]).expanduser()
@@ -38,17 +38,17 @@ def hub_cache() -> Path:
 
 # %% ../../nbs/models/09_pretrained.ipynb #97ef3aae
 def _snapshot(checkpoint, revision):
-    "Folder of a revision in the cache of the hub; it may not exist."
+    "Returns the folder of a revision in the Hugging Face cache; the folder need not exist."
     repo = hub_cache() / f"models--{checkpoint.replace('/', '--')}"
     ref = repo / "refs" / revision
     return repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
 
 
 def missing_reason(
-    checkpoint: str,  # a local folder, or the id of a model on the hub
+    checkpoint: str,  # a local folder, or the ID of a model on the Hugging Face hub
     revision: str = "main",  # branch, tag or commit on the hub
 ) -> str:  # one line; empty if the checkpoint is complete
-    "Why a checkpoint cannot be loaded on this machine, and how to get it."
+    "Explains why a checkpoint cannot be loaded on this machine, and how to get it."
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return _incomplete_reason(folder, checkpoint)
@@ -61,19 +61,19 @@ def missing_reason(
 
 # %% ../../nbs/models/09_pretrained.ipynb #c08597dd
 def _incomplete_reason(folder, checkpoint):
-    "Why a folder is not a complete checkpoint, in one line; empty if it is."
+    "Explains in one line why a folder is not a complete checkpoint; returns an empty string if it is complete."
     if not folder.is_dir():
         return f"checkpoint {checkpoint} is not on this machine"
     if not (folder / "config.json").is_file():
         return f"checkpoint {checkpoint} has no config.json"
-    return "" if any(folder.glob("*.safetensors")) else f"checkpoint {checkpoint} has no weights in safetensors"
+    return "" if any(folder.glob("*.safetensors")) else f"checkpoint {checkpoint} has no weights in safetensors format"
 
 
 def find_checkpoint(
-    checkpoint: str,  # a local folder, or the id of a model on the hub
+    checkpoint: str,  # a local folder, or the ID of a model on the Hugging Face hub
     revision: str = "main",  # branch, tag or commit on the hub
 ) -> Path:
-    "Folder of a checkpoint; raises `ModelUnavailable` with the reason if it is missing or incomplete."
+    "Returns the folder of a checkpoint; raises `ModelUnavailable` with the reason if it is missing or incomplete."
     if reason := missing_reason(checkpoint, revision):
         raise ModelUnavailable(reason)
     folder = Path(checkpoint).expanduser()
@@ -81,35 +81,35 @@ def find_checkpoint(
 
 # %% ../../nbs/models/09_pretrained.ipynb #778324bc
 def checkpoint_hashes(folder: Path) -> dict[str, str]:  # file name -> sha256
-    "Hashes of the config, weights and tokenizer files of a checkpoint."
+    "Returns the hashes of a checkpoint's config, weight and tokenizer files."
     files = sorted(f for f in Path(folder).iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
     return {f.name: _hash_of(f.resolve(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
 
 
 @functools.cache
 def _hash_of(file, mtime, size):
-    "Hash of a file; cached until its time or size changes."
+    "Returns the hash of a file, which is cached until the modification time or size of the file changes."
     return file_hash(file)
 
 
 def check_same_files(
-    expected: dict[str, str],  # file name -> sha256 of the checkpoint that the model was trained on
-    actual: dict[str, str],  # file name -> sha256 of the checkpoint at hand
-    checkpoint: str,  # its name, for the message
+    expected: dict[str, str],  # file name -> SHA-256, for the checkpoint used in training
+    actual: dict[str, str],  # file name -> SHA-256, for the checkpoint on this machine
+    checkpoint: str,  # name of the checkpoint, for the error message
 ) -> None:
-    "Raises `CheckpointError` with the first file that differs."
+    "Raises a `CheckpointError` that names the first file that differs, if any."
     if different := [name for name in expected if actual.get(name) != expected[name]]:
         raise CheckpointError(
             f"{checkpoint}: {different[0]} is not the file that the model was trained on; "
-            "set checkpoint to the folder or revision of the training"
+            "set checkpoint and revision to the values used in training"
         )
 
 # %% ../../nbs/models/09_pretrained.ipynb #084b7191
 def resolve_pinned(
-    config: ModelConfig,  # with `checkpoint` and `revision`
-    pinned: dict | None = None,  # identity from an earlier call, which the files must match
-) -> tuple[Path, dict]:  # folder; identity: checkpoint, revision (None for a local folder), sha256 by file name
-    "Finds a checkpoint; raises `ModelUnavailable` if it is missing, `CheckpointError` if it differs from `pinned`."
+    config: ModelConfig,  # config with the keys `checkpoint` and `revision`
+    pinned: dict | None = None,  # identity returned by an earlier call, which the files must match
+) -> tuple[Path, dict]:  # folder, and dict of checkpoint, revision (None: a local folder), sha256 by file
+    "Finds a checkpoint; raises `ModelUnavailable` if it is missing, and `CheckpointError` if it differs from `pinned`."
     folder = find_checkpoint(config.checkpoint, config.revision)
     revision = folder.name if folder.parent.name == "snapshots" else None
     identity = dict(checkpoint=config.checkpoint, revision=revision, sha256=checkpoint_hashes(folder))
@@ -120,14 +120,14 @@ def resolve_pinned(
 
 def checkpoint_unavailable_reason(
     cls: type[BaseModel],
-    config: dict,  # may hold `checkpoint` and `revision`
+    config: dict,  # config that may have the keys `checkpoint` and `revision`
 ) -> str:  # one line; empty if the checkpoint is complete
-    "`unavailable_reason` for models whose config has `checkpoint` and `revision`."
+    "Implements `unavailable_reason` for models whose config has the keys `checkpoint` and `revision`."
     return missing_reason(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
 
 # %% ../../nbs/models/09_pretrained.ipynb #65ea3484
 def freeze(module: Module) -> Module:  # the same module
-    "Freezes a module: it has no gradients, and `.train()` leaves it in evaluation mode."
+    "Freezes a module: its parameters get no gradients, and `.train()` leaves it in evaluation mode."
     module.requires_grad_(False).eval()
     module.train = lambda mode=True: module
     return module
@@ -150,7 +150,7 @@ def _transformers_silenced():
 def load_pretrained(
     cls: type,  # class of transformers with `from_pretrained`
     folder: Path,  # from `find_checkpoint`
-    **overrides: object,  # keys of the checkpoint's config
+    **overrides: object,  # values that override the checkpoint's config
 ) -> Module:  # float32, frozen
     "Loads a checkpoint without running its code; raises `CheckpointError` if a weight is missing."
     import torch
@@ -167,8 +167,8 @@ def load_pretrained(
         )
     if missing := sorted(k for k in info["missing_keys"] if "pooler" not in k):
         raise CheckpointError(
-            f"{folder}: {len(missing)} weights of {cls.__name__} are missing, {missing[0]} first; "
-            f"give a checkpoint of {cls.__name__}"
+            f"{folder}: {len(missing)} weights of {cls.__name__} are missing, the first is {missing[0]}; "
+            f"use a checkpoint of {cls.__name__}"
         )
     return freeze(model)
 
@@ -176,7 +176,7 @@ def load_pretrained(
 def tiny_checkpoint(
     kind: Literal["timesfm", "gpt2", "bert", "llama"],
     folder: Path,  # created
-    **config: object,  # config keys that replace the tiny defaults
+    **config: object,  # config values that override the tiny defaults
 ) -> Path:  # the folder
     "Writes a small checkpoint with random weights, for tests."
     import torch
@@ -201,7 +201,7 @@ def tiny_checkpoint(
 
 
 def _train_tokenizer(folder):
-    "Trains a tokenizer of single words, saves it in `folder` and returns it."
+    "Trains a word-level tokenizer, saves it in `folder` and returns it."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -215,13 +215,13 @@ def _train_tokenizer(folder):
 
 # %% ../../nbs/models/09_pretrained.ipynb #338bf410
 class RowCache:
-    "Stores rows of numbers in `folder` when they are first computed; without a folder, nothing is stored."
+    "Stores rows of numbers in `folder` when they are first computed; stores nothing if there is no folder."
 
     def __init__(
         self,
-        folder: Path | None,  # used for one data set and one checkpoint; None: no storage
-        width: int,  # numbers in a row
-        block: int = 1024,  # rows in a file
+        folder: Path | None,  # folder for one data set and one checkpoint; None: nothing is stored
+        width: int,  # number of values per row
+        block: int = 1024,  # number of rows per file
     ):
         self.folder, self.width, self.block = folder and Path(folder), width, block
 
@@ -229,9 +229,9 @@ class RowCache:
         self,
         rows: np.ndarray,  # (n,) row numbers
         compute: Callable,  # (m,) row numbers -> (m, width) float32
-        on_progress: Callable = lambda done, total: None,  # called after each block: rows done, rows in all
+        on_progress: Callable = lambda done, total: None,  # called after each block with the rows done and the total
     ) -> np.ndarray:  # (n, width) float32
-        "Returns the values of `rows`; computes and stores the missing ones."
+        "Returns the values of `rows`; computes and stores missing values."
         unique, inverse = np.unique(rows, return_inverse=True)
         if self.folder is None:
             return self._by_block(unique, lambda number, part: compute(part), on_progress)[inverse]
@@ -243,7 +243,7 @@ class RowCache:
             return self._by_block(unique, load, on_progress)[inverse]
 
     def _by_block(self, rows, values, on_progress):
-        "Values of sorted rows, block by block."
+        "Returns the values of sorted rows, obtained block by block."
         out, numbers = np.empty((len(rows), self.width), np.float32), rows // self.block
         for number in np.unique(numbers):
             is_in_block = numbers == number
@@ -252,7 +252,7 @@ class RowCache:
         return out
 
     def _load_block(self, number, rows, compute):
-        "Values of rows of one block; computes and stores the missing ones."
+        "Returns the values of rows in one block; computes and stores missing values."
         file, positions = self.folder / f"{number:06d}.npy", rows % self.block
         stored = np.load(file) if file.is_file() else np.full((self.block, self.width), np.nan, np.float32)
         is_new = np.isnan(stored[positions, 0])
@@ -266,11 +266,11 @@ class RowCache:
 
 # %% ../../nbs/models/09_pretrained.ipynb #72219946
 def batch_size_for_memory(
-    bytes_a_row: float,  # peak memory of one row
+    bytes_a_row: float,  # peak memory per row, in bytes
     device: str = "cpu",  # cpu or cuda
     most: int = 64,  # upper limit of the batch size
 ) -> int:
-    "The largest power of two, at most `most`, that fits a quarter of the free memory."
+    "Returns the largest batch size that fits in a quarter of the free memory: a power of two, at most `most`."
     if device == "cpu":
         import psutil
 
