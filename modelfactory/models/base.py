@@ -35,19 +35,19 @@ class ModelConfig(HTMLConfig):
     model_name: str = ""  # registry name, set by the model
     model_family: str = ""  # registry family, set by the model
     horizon: PositiveInt = 5  # label horizon, in bars
-    sequence_length: PositiveInt = 1  # rows in a window
+    sequence_length: PositiveInt = 1  # number of rows in a window
     random_seed: NonNegativeInt = 42  # seed for all random numbers that the model draws
     early_stopping: bool = True  # stop when the validation loss no longer falls, if the library supports it
     patience: PositiveInt = 10  # rounds or epochs without improvement before stopping
     stop_on: Literal["val", "train_tail"] = (
         "val"  # rows that decide when to stop: validation, or a holdout at the end of train
     )
-    stop_share: Annotated[float, Interval(gt=0, lt=1)] = 0.15  # share of train's timestamps held out by train_tail
+    stop_share: Annotated[float, Interval(gt=0, lt=1)] = 0.15  # share of train's timestamps that train_tail holds out
     classes: Annotated[tuple[int, ...], Len(2)] = (-1, 0, 1)  # label values, in the order of the probability columns
     class_weight: Literal["balanced"] | None = None  # weight each class by its inverse frequency in train
     sample_weight: Literal["column"] | None = None  # weight each row by the metadata column `sample_weight`
     calibration: Literal["temperature", "isotonic"] | None = None  # calibrate probabilities on the end of train
-    calibration_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of train's timestamps used to calibrate
+    calibration_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of train's timestamps used for calibration
 
 # %% ../../nbs/models/00_base.ipynb #a31b88b7
 @dataclass
@@ -78,7 +78,7 @@ def to_output(
     metadata: pd.DataFrame,  # n rows with columns datetime, symbol and horizon
     classes: tuple[int, ...],  # class values in column order
 ) -> PredictionOutput:
-    "Returns a `PredictionOutput`; scales each row of probabilities to sum to 1; a tie goes to the first class."
+    "Scales each row of probabilities to sum to 1 and predicts the most probable class; a tie goes to the first class."
     import pandas as pd
 
     p = np.asarray(probabilities, np.float64)
@@ -108,7 +108,10 @@ def _with_header(save):
 
 
 class BaseModel(ABC):
-    "A classifier of windows. Subclasses implement `fit`, `predict`, `save` and `load`; `check_model` tests a subclass."
+    """A classifier of windows.
+
+    Subclasses implement `fit`, `predict`, `save` and `load`; `check_model` tests the implementation.
+    """
 
     Config = ModelConfig  # config dataclass of the model
     name, family = "", ""  # set by the registry
@@ -144,7 +147,7 @@ class BaseModel(ABC):
 
     @classmethod
     def history_length(cls, config: dict) -> int:
-        "Returns the number of rows that a prediction reads, including the window; at least the window length."
+        "Returns how many rows, up to the window's last row, a prediction reads; at least the window length."
         return config["sequence_length"]
 
     @classmethod
@@ -200,7 +203,7 @@ def check_X(
     model: BaseModel,
     X: Windows | np.ndarray,  # (n, T, F) or (n, F), float32
 ) -> Windows | np.ndarray:  # X
-    "Returns X unchanged; raises `ValueError` if its shape or dtype is not the one that `model` expects."
+    "Returns X unchanged; raises `ValueError` if `model` expects another shape or dtype."
     expected, shape, dtype = expected_shape(model), tuple(np.shape(X)), getattr(X, "dtype", None)
     if shape[1:] != expected[1:] or len(shape) != len(expected) or dtype != np.float32:
         raise ValueError(f"{model.name}: X is {shape} {dtype}, expected ({', '.join(map(str, expected))}) float32")
@@ -212,7 +215,7 @@ def check_y(
     y: np.ndarray,  # (n,) class values
     n: int,  # rows of X
 ) -> np.ndarray:  # (n,) positions in `model.classes`
-    "Returns the class codes of `y`; raises `ValueError` if `y` is empty, has an unknown class or not `n` values."
+    "Returns the class codes of `y`; raises `ValueError` on an empty `y`, a wrong length or an unknown class."
     import pandas as pd
 
     y = np.asarray(y)
@@ -234,7 +237,7 @@ def check_two_classes(
 
 
 def raise_on_nan(model: BaseModel) -> None:
-    "Raises the `ValueError` for NaN in the X of a model that does not accept NaN."
+    "Raises a `ValueError` with the message that X holds NaN, which the model does not accept."
     raise ValueError(
         f"{model.name}: X holds NaN, but this model does not accept NaN; "
         "set nan='median' or 'zero' for the data, or use a model that accepts NaN"

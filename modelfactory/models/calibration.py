@@ -32,7 +32,7 @@ CALIBRATION_METHODS = ("temperature", "isotonic")
 
 @dataclass
 class Calibration:
-    "A map from the probabilities of a model to calibrated probabilities, as plain data."
+    "A map from model probabilities to calibrated probabilities, stored as plain data."
 
     kind: str  # one of `CALIBRATION_METHODS`
     temperature: float = 1.0  # above 1: calibration makes the model less confident
@@ -84,10 +84,10 @@ def _isotonic_curve(p, is_class, weight):
 # %% ../../nbs/models/10_calibration.ipynb #7fc2881f
 def label_spans(
     metadata: pd.DataFrame,  # n rows with datetime, symbol, horizon and, if available, label_bars
-) -> tuple[np.ndarray, np.ndarray, int]:  # (n,) first and (n,) last timestamp of each label; number of timestamps
+) -> tuple[np.ndarray, np.ndarray, int]:  # (n,) start and (n,) end of each label; number of timestamps
     """Returns the start and end of each label, as positions in the sorted timestamps.
 
-    If a label is decided after the last row of its symbol, its end is the last timestamp.
+    If a label is decided after the last row of its symbol, the label ends at the last timestamp.
     """
     timestamps, start = np.unique(metadata["datetime"].to_numpy(), return_inverse=True)
     symbol = np.unique(metadata["symbol"].to_numpy().astype(str), return_inverse=True)[1]
@@ -104,7 +104,7 @@ def purged_holdout(
     metadata: pd.DataFrame,  # as for `label_spans`
     share: float,  # share of the timestamps to hold out at the end of train
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the rows to fit on, and of the held-out rows
-    "Splits rows at one time; a row before the split whose label is decided after the split is in neither part."
+    "Splits rows at one timestamp; a row before the split whose label is decided after the split is in neither part."
     start, end, n_timestamps = label_spans(metadata)
     cut = min(int(n_timestamps * (1 - share)), n_timestamps - 1)
     return np.flatnonzero((start < cut) & (end < cut)), np.flatnonzero(start >= cut)
@@ -199,7 +199,7 @@ def part_rows(
 
 # %% ../../nbs/models/10_calibration.ipynb #06ed2986
 class TailEarlyStopping(WrappedModel):
-    "A model that stops early on the end of train; validation takes no part in its fit."
+    "A model that uses the end of train for early stopping; validation takes no part in its fit."
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         if not self.stops_early(vars(self.config)):

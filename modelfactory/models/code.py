@@ -54,14 +54,14 @@ def imported_names(
 # %% ../../nbs/models/12_code.ipynb #254f5aaf
 TRAINER_MODULE = "modelfactory.training.trainer"
 PLUGIN_PREFIX = "modelfactory_plugins."
-# modules that are imported to fit and predict, but do not change a prediction
+# modules that are imported for fitting and predicting, but do not change predictions
 UNHASHED_MODULES = (
     "modelfactory.evaluation",  # scoring has its own version number
     "modelfactory.runs",
     "modelfactory.figures",
     "modelfactory.training.test_set",
-    "modelfactory.data.bundled",  # the fingerprint of the data covers it
-    "modelfactory.configuration",  # the resolved config covers it
+    "modelfactory.data.bundled",  # covered by the fingerprint of the data
+    "modelfactory.configuration",  # covered by the resolved config
     "modelfactory.builtin",
     "modelfactory.progress",
 )
@@ -94,7 +94,7 @@ def _module_file(name, folder):
 
 
 def _root_folder(module):
-    "Returns the folder that holds the top package of a loaded module; None if the module is a notebook."
+    "Returns the folder that holds the top package of a loaded module, or None if the module is a notebook."
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or module == "__main__":
         return None

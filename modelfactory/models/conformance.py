@@ -55,9 +55,9 @@ class SampleTask:
 def planted_task(
     n: int = 900,  # number of training samples; validation has a third as many
     F: int = 5,  # features
-    seq_len: int = 1,  # rows in a window
+    seq_len: int = 1,  # number of rows in a window
     classes: tuple[int, ...] = (-1, 0, 1),  # class values
-    signal: bool = True,  # False shuffles the labels
+    signal: bool = True,  # if False, the labels are shuffled
     seed: int = 0,  # seed of the random numbers
 ) -> SampleTask:
     "Returns a task whose label is the quantile class of the first feature in the window's last row, plus noise."
@@ -114,7 +114,7 @@ class ModelFixture:
         self,
         name: str,  # registered name
         config: dict,  # config overrides that make the model small and fast
-        seq_len: int,  # rows in a window
+        seq_len: int,  # number of rows in a window
     ):
         self.name, self.seq_len = name, seq_len
         self.config = config | dict(sequence_length=seq_len)
@@ -264,7 +264,7 @@ def shape_errors(fixture: ModelFixture) -> None:
 # %% ../../nbs/models/06_conformance.ipynb #f20abd59
 @register_check
 def config_errors(fixture: ModelFixture) -> None:
-    "An unknown config key raises ConfigError, which names the most similar key"
+    "An unknown config key raises a ConfigError that names the most similar key"
     message = fixture.raises(
         ConfigError, ModelRegistry.create, fixture.name, {"random_sed": 1}, 5, fixture.task.features
     )
@@ -359,7 +359,7 @@ def load_restores_state(fixture: ModelFixture) -> None:
 
 @register_check
 def feature_mismatch_errors(fixture: ModelFixture) -> None:
-    "Loading into a model with other or reordered features raises FeatureMismatch, which names features"
+    "Loading a model with other or reordered features raises a FeatureMismatch that names a feature"
     with tempfile.TemporaryDirectory() as d:
         fixture.model.save(Path(d))
         names = fixture.task.features
@@ -456,7 +456,7 @@ def window_task(
     kind: Literal["level", "trend", "order"],
     n: int = 1200,  # number of training samples; validation has a third as many
     F: int = 5,  # number of features; the label depends on at most two of them
-    seq_len: int = 16,  # rows in a window
+    seq_len: int = 16,  # number of rows in a window
     seed: int = 0,  # seed of the random numbers
 ) -> SampleTask:
     "Returns a task of disjoint windows; the label is the tercile of a level or slope, or the order of two events."
@@ -500,7 +500,7 @@ def input_gradient(
 
 @register_network_check
 def uses_every_step_and_feature(fixture: ModelFixture) -> None:
-    "The logits depend on every step and feature, in windows of this length and of 60 rows"
+    "The logits depend on every step and feature, in windows of the given length and of 60 rows"
     wide = fixture.new(fixture.task, sequence_length=60)
     wide.build()
     for model in (fixture.model, wide):

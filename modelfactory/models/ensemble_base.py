@@ -41,7 +41,7 @@ def purged_blocks(
     metadata: pd.DataFrame,  # n rows with datetime, symbol, horizon and, if available, label_bars
     n_folds: int = 5,  # number of blocks
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # for each block: positions of the training rows and of the rows to predict
-    "Returns the rows of each block of consecutive timestamps, with the purged training rows of the block."
+    "Splits rows into blocks of consecutive timestamps; returns each block with its purged training rows."
     start, end, n_timestamps = label_spans(metadata)
     folds = []
     for block in np.array_split(np.arange(n_timestamps), n_folds):
@@ -200,7 +200,7 @@ class EnsembleModel(BaseModel):
 
 # %% ../../nbs/models/11_ensemble_base.ipynb #3cfb9de0
 def member_configs(config: EnsembleConfig) -> dict[str, dict]:  # name -> resolved config
-    "Returns the resolved config of each member; raises `ConfigError` if there are no members or one is an ensemble."
+    "Returns the resolved config of each member; raises `ConfigError` if there is no member or a member is an ensemble."
     if not config.members:
         raise ConfigError(f"{config.model_name}: members is empty, expected at least one model")
     if nested := [n for n in config.members if issubclass(ModelRegistry.get(n), EnsembleModel)]:

@@ -41,7 +41,7 @@ def read_params(
     name: str,  # registered name of the model
     folder: Path | None = None,  # folder of `<name>.yaml`; None: params/models of the settings, then of the package
 ) -> ModelParams:
-    "Reads a model's YAML; returns empty params if there is no file. Raises `ConfigError` on an unknown key."
+    "Reads a model's YAML, or returns empty params if there is no file; raises `ConfigError` on an unknown key."
     model = ModelRegistry.get(name)
     file = Path(folder) / f"{model.name}.yaml" if folder else params_file(f"models/{model.name}.yaml")
     if file is None or not file.is_file():

@@ -47,7 +47,7 @@ def _snapshot(checkpoint, revision):
 def missing_reason(
     checkpoint: str,  # a local folder, or the ID of a model on the Hugging Face hub
     revision: str = "main",  # branch, tag or commit on the hub
-) -> str:  # one line; empty if the checkpoint is complete
+) -> str:  # reason in one line; empty if the checkpoint is complete
     "Explains why a checkpoint cannot be loaded on this machine, and how to get it."
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
@@ -97,7 +97,7 @@ def check_same_files(
     actual: dict[str, str],  # file name -> SHA-256, for the checkpoint on this machine
     checkpoint: str,  # name of the checkpoint, for the error message
 ) -> None:
-    "Raises a `CheckpointError` that names the first file that differs, if any."
+    "Raises a `CheckpointError` if a file differs; the error names the first such file."
     if different := [name for name in expected if actual.get(name) != expected[name]]:
         raise CheckpointError(
             f"{checkpoint}: {different[0]} is not the file that the model was trained on; "
@@ -108,7 +108,7 @@ def check_same_files(
 def resolve_pinned(
     config: ModelConfig,  # config with the keys `checkpoint` and `revision`
     pinned: dict | None = None,  # identity returned by an earlier call, which the files must match
-) -> tuple[Path, dict]:  # folder, and dict of checkpoint, revision (None: a local folder), sha256 by file
+) -> tuple[Path, dict]:  # folder, and identity: checkpoint, revision (None for a local folder), sha256 by file
     "Finds a checkpoint; raises `ModelUnavailable` if it is missing, and `CheckpointError` if it differs from `pinned`."
     folder = find_checkpoint(config.checkpoint, config.revision)
     revision = folder.name if folder.parent.name == "snapshots" else None
@@ -121,7 +121,7 @@ def resolve_pinned(
 def checkpoint_unavailable_reason(
     cls: type[BaseModel],
     config: dict,  # config that may have the keys `checkpoint` and `revision`
-) -> str:  # one line; empty if the checkpoint is complete
+) -> str:  # reason in one line; empty if the checkpoint is complete
     "Implements `unavailable_reason` for models whose config has the keys `checkpoint` and `revision`."
     return missing_reason(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
 
@@ -148,7 +148,7 @@ def _transformers_silenced():
 
 
 def load_pretrained(
-    cls: type,  # class of transformers with `from_pretrained`
+    cls: type,  # class of the transformers library that has `from_pretrained`
     folder: Path,  # from `find_checkpoint`
     **overrides: object,  # values that override the checkpoint's config
 ) -> Module:  # float32, frozen
@@ -215,7 +215,7 @@ def _train_tokenizer(folder):
 
 # %% ../../nbs/models/09_pretrained.ipynb #338bf410
 class RowCache:
-    "Stores rows of numbers in `folder` when they are first computed; stores nothing if there is no folder."
+    "Stores rows of numbers in `folder` when they are first computed; stores nothing if `folder` is None."
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class RowCache:
         self,
         rows: np.ndarray,  # (n,) row numbers
         compute: Callable,  # (m,) row numbers -> (m, width) float32
-        on_progress: Callable = lambda done, total: None,  # called after each block with the rows done and the total
+        on_progress: Callable = lambda done, total: None,  # called after each block: rows done, number of rows
     ) -> np.ndarray:  # (n, width) float32
         "Returns the values of `rows`; computes and stores missing values."
         unique, inverse = np.unique(rows, return_inverse=True)
@@ -243,7 +243,7 @@ class RowCache:
             return self._by_block(unique, load, on_progress)[inverse]
 
     def _by_block(self, rows, values, on_progress):
-        "Returns the values of sorted rows, obtained block by block."
+        "Returns the values of sorted rows; gets them block by block."
         out, numbers = np.empty((len(rows), self.width), np.float32), rows // self.block
         for number in np.unique(numbers):
             is_in_block = numbers == number

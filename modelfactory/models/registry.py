@@ -39,7 +39,7 @@ class UnknownModel(KeyError):
 
 
 def check_name(name: str) -> str:
-    "Returns `name`, a model or family name; raises `ValueError` unless it is a plain lower-case word."
+    "Returns a model or family name unchanged; raises `ValueError` unless it is a plain lower-case word."
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(name)):
         raise ValueError(
             f"model or family name {name!r}: expected lower-case letters, digits and _, starting with a letter"
@@ -60,7 +60,7 @@ def class_source(
 def load_plugin(
     file: Path,  # a .py file or a notebook with `#| export` cells
 ) -> types.ModuleType:
-    "Runs a plugin once as the module `modelfactory_plugins.<stem>` and returns the module; propagates its exceptions."
+    "Runs a plugin once as the module `modelfactory_plugins.<stem>` and returns the module; exceptions propagate."
     name = f"modelfactory_plugins.{Path(file).stem}"
     if name in sys.modules and sys.modules[name].__file__ == str(file):
         return sys.modules[name]
@@ -99,7 +99,7 @@ def _missing_libraries(cls):
 
 
 def _yaml_config(cls):
-    "Returns the keys of the model's YAML, unchecked because listing must be fast; empty if the class needs none."
+    "Returns the model's YAML as a dict, unchecked because listing must be fast; empty if the class does not use it."
     if cls.unavailable_reason.__func__ is BaseModel.unavailable_reason.__func__:
         return {}
     if (file := params_file(f"models/{cls.name}.yaml")) is None:

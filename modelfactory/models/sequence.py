@@ -114,7 +114,7 @@ class SequenceConfig(ModelConfig):
     weight_decay: Annotated[float, Ge(0)] = 1e-2  # weight decay of AdamW
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1  # share of activations set to 0 during training
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # target probability spread evenly over all classes
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0  # norm to which larger gradients are clipped
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0  # maximum norm of the gradient; larger gradients are scaled down
     patience: PositiveInt = 6  # epochs without a lower validation loss before stopping
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     threads: NonNegativeInt = 0  # number of CPU threads; 0: OMP_NUM_THREADS if set, else all cores
@@ -170,13 +170,13 @@ def as_windows(
     return Windows(X.reshape(-1, X.shape[-1]), np.arange(1, len(X) + 1) * T - 1, T)
 
 # %% ../../nbs/models/08_sequence.ipynb #694f8696
-CLIP_SIGMA = 10.0  # limit of a standardised feature, in standard deviations
+CLIP_SIGMA = 10.0  # clipping limit of standardised features, in standard deviations
 
 
 def feature_mean_std(
     windows: Windows,
 ) -> tuple[np.ndarray, np.ndarray]:  # (F,) mean and standard deviation, float32
-    "Returns each feature's mean and standard deviation (1 if it is constant) over the rows of the windows."
+    "Returns mean and standard deviation of each feature over the windows' rows; constant features get deviation 1."
     rows = windows.base[used_rows(windows)]
     mean, std = rows.mean(0, np.float64), rows.std(0, dtype=np.float64)
     return mean.astype(np.float32), np.where(std > 1e-7 * abs(mean), std, 1).astype(np.float32)
@@ -381,7 +381,7 @@ def read_training(
     folder: Path,  # folder that `write_training` wrote to
     key: dict,  # as for `write_training`
 ) -> None:
-    "Restores the written state into `t`; raises `CheckpointError` if the key differs or a file is invalid."
+    "Sets `t` to the stored state; raises `CheckpointError` if the key differs or a file is invalid."
     from safetensors.torch import load_file
 
     with checkpoint_errors(folder / "training.json", "the state of a fit") as file:
@@ -526,7 +526,10 @@ class SequenceClassifier(NetworkModel):
         return history
 
     def _run_epochs(self, t, train, val, callbacks):
-        "Runs epochs until a callback stops them or the fit diverges; raises `DivergedError` if it has no best weights."
+        """Runs epochs until a callback stops the fit or the fit diverges.
+
+        Raises `DivergedError` if the fit diverges before an epoch with a finite validation loss.
+        """
         for number in range(len(t.losses["val_loss"]), self.config.max_epochs):
             train_loss = t.epoch(number, *train)
             val_loss = float(weighted_loss(predict_logits(t.run, val[0], self.config.batch_size), *val[1:]))
@@ -543,7 +546,7 @@ class SequenceClassifier(NetworkModel):
         self,
         path: Path,  # folder of a model that was saved during its fit
     ) -> None:
-        "Continues an interrupted fit; called at the start of a new fit."
+        "Continues an interrupted fit; called before the first epoch of the new fit."
         read_training(self.training, Path(path), self.key)
 
 
