@@ -134,7 +134,8 @@ class BaseModel(ABC):
         self.config = build_config(self.Config, {**config, **names}, self.name or type(self).__name__)
         self.horizon, self.feature_columns = self.config.horizon, list(feature_columns)
         self.classes = self.config.classes
-        self.callbacks, self.fitted = [], False
+        self.callbacks: list = []  # `Callback` objects; an import of the class would add its module to the code hash
+        self.fitted = False
 
     @classmethod
     def unavailable_reason(cls, config: dict) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from .loading import load_model
 from .params import read_params
 from .persistence import find_unsafe_files
 from .registry import ModelRegistry
+
+if TYPE_CHECKING:
+    from modelfactory.models.sequence import NetworkModel
 
 # %% auto #0
 __all__ = ['CHECKS', 'NETWORK_CHECKS', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECONDS', 'SampleTask', 'planted_task',
@@ -43,9 +46,9 @@ __all__ = ['CHECKS', 'NETWORK_CHECKS', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECOND
 class SampleTask:
     "A small task: training and validation rows with their metadata."
 
-    X: Windows  # (n, T, F) or (n, F)
+    X: Windows | np.ndarray  # (n, T, F) or (n, F)
     y: np.ndarray  # (n,) class values
-    X_val: Windows  # validation, as X
+    X_val: Windows | np.ndarray  # validation, as X
     y_val: np.ndarray  # validation, as y
     meta: pd.DataFrame  # metadata of train
     meta_val: pd.DataFrame  # metadata of validation
@@ -62,8 +65,8 @@ def planted_task(
 ) -> SampleTask:
     "Returns a task whose label is the quantile class of the first feature in the window's last row, plus noise."
     rng, sizes = np.random.default_rng(seed), (n, n // 3)
-    parts = [_planted_part(rng, size, F, seq_len, classes, signal) for size in sizes]
-    return _sample_task(*parts, F)
+    train, val = (_planted_part(rng, size, F, seq_len, classes, signal) for size in sizes)
+    return _sample_task(train, val, F)
 
 
 def _sample_task(train, val, F):
@@ -92,7 +95,8 @@ class ConformanceError(AssertionError):
     "A model fails at least one check of the interface."
 
 
-CHECKS, NETWORK_CHECKS = {}, {}
+CHECKS: dict[str, Callable] = {}
+NETWORK_CHECKS: dict[str, Callable] = {}
 
 
 def register_check(f: Callable) -> Callable:
@@ -121,7 +125,7 @@ class ModelFixture:
         self.is_network = hasattr(ModelRegistry.get(name), "backbone")
         self.glance = dict(max_epochs=1) if self.is_network else {}  # overrides for checks that test only shapes
         self.task = planted_task(seq_len=seq_len)
-        self.model = self.fitted(self.task)
+        self.model, self.history = self._fit(self.task)
 
     def new(self, task: SampleTask, **config: object) -> BaseModel:
         "Returns an unfitted model for the features of `task`."
@@ -129,15 +133,18 @@ class ModelFixture:
 
     def fitted(self, task: SampleTask, **config: object) -> BaseModel:
         "Returns a model fitted on `task`."
-        model = self.new(task, **config)
-        model.history = model.fit(task.X, task.y, task.X_val, task.y_val, task.meta, task.meta_val)
-        return model
+        return self._fit(task, **config)[0]
 
-    def probabilities(self, X: np.ndarray | None = None, model: BaseModel | None = None) -> np.ndarray:
+    def _fit(self, task: SampleTask, **config: object) -> tuple[BaseModel, dict]:
+        "Returns a model fitted on `task` and the history of the fit."
+        model = self.new(task, **config)
+        return model, model.fit(task.X, task.y, task.X_val, task.y_val, task.meta, task.meta_val)
+
+    def probabilities(self, X: Windows | np.ndarray | None = None, model: BaseModel | None = None) -> np.ndarray:
         "Probabilities of `predict`."
         return self.predict(X, model).probabilities
 
-    def predict(self, X: np.ndarray | None = None, model: BaseModel | None = None) -> PredictionOutput:
+    def predict(self, X: Windows | np.ndarray | None = None, model: BaseModel | None = None) -> PredictionOutput:
         "Predicts `X` (default: the validation rows) with `model` (default: the shared model)."
         X = self.task.X_val if X is None else X
         return (model or self.model).predict(X, self.task.meta_val[: len(X)])
@@ -154,7 +161,7 @@ class ModelFixture:
 
 
 def require(
-    condition: bool,
+    condition: bool | np.bool_,
     problem: str,  # message of the raised error
 ) -> None:
     "Raises `ConformanceError` unless the condition holds."
@@ -187,7 +194,7 @@ def empty_input(fixture: ModelFixture) -> None:
 @register_check
 def plain_history(fixture: ModelFixture) -> None:
     "`fit` returns a dict of numbers, strings and lists"
-    history = fixture.model.history
+    history = fixture.history
     plain_types = (list, int, float, str, type(None))
     is_plain = isinstance(history, dict) and all(isinstance(v, plain_types) for v in history.values())
     require(is_plain, f"history is {history!r}"[:200])
@@ -302,15 +309,15 @@ def predict_in_new_process(
     metadata: pd.DataFrame,  # n rows with columns datetime, symbol and horizon
 ) -> np.ndarray:  # (n, n_classes)
     "Loads a model in a new interpreter and predicts; raises `ConformanceError` if that fails or takes too long."
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
+    with tempfile.TemporaryDirectory() as name:
+        d = Path(name)
         np.save(d / "X.npy", X)
         metadata.to_parquet(d / "meta.parquet")
         command = [sys.executable, "-c", NEW_PROCESS_SCRIPT, folder, d / "X.npy", d / "meta.parquet", d / "p.npy"]
+        words = [str(word) for word in command]
         environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-        options = dict(capture_output=True, text=True, timeout=NEW_PROCESS_SECONDS, env=environment)
         try:
-            done = subprocess.run([str(word) for word in command], **options)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=NEW_PROCESS_SECONDS, env=environment)
         except subprocess.TimeoutExpired:
             message = f"a new process that loads the model did not finish within {NEW_PROCESS_SECONDS} s"
             raise ConformanceError(message) from None
@@ -323,7 +330,7 @@ def saves_data_only(fixture: ModelFixture) -> None:
     "The saved folder holds only data: no pickles and no files of unknown type"
     with tempfile.TemporaryDirectory() as d:
         fixture.model.save(Path(d))
-        require(not find_unsafe_files(d), "; ".join(find_unsafe_files(d)))
+        require(not find_unsafe_files(Path(d)), "; ".join(find_unsafe_files(Path(d))))
 
 
 @register_check
@@ -335,6 +342,7 @@ def loads_in_new_process(fixture: ModelFixture) -> str | None:
         fixture.model.save(Path(d))
         p = predict_in_new_process(Path(d), fixture.task.X_val[:], fixture.task.meta_val)
         require(np.abs(p - fixture.probabilities()).max() <= 1e-6, "a loaded model gives different probabilities")
+    return None
 
 
 def _is_importable(name):
@@ -461,8 +469,8 @@ def window_task(
 ) -> SampleTask:
     "Returns a task of disjoint windows; the label is the tercile of a level or slope, or the order of two events."
     rng = np.random.default_rng(seed)
-    parts = [_window_part(rng, kind, size, F, seq_len) for size in (n, n // 3)]
-    return _sample_task(*parts, F)
+    train, val = (_window_part(rng, kind, size, F, seq_len) for size in (n, n // 3))
+    return _sample_task(train, val, F)
 
 
 def _window_part(rng, kind, n, F, T):
@@ -484,7 +492,7 @@ def _window_part(rng, kind, n, F, T):
 
 # %% ../../nbs/models/06_conformance.ipynb #a018d462
 def input_gradient(
-    model: BaseModel,  # a `SequenceClassifier` with a built network
+    model: NetworkModel,  # with a built network
 ) -> np.ndarray:  # (T, F)
     "Returns the mean absolute gradient of the logits for each step and feature, over 32 random windows."
     import torch
@@ -494,17 +502,24 @@ def input_gradient(
     model.net.eval()
     logits = model.net(x)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
-    (logits * direction).sum().backward()
-    return x.grad.abs().mean(0).cpu().numpy()
+    (gradient,) = torch.autograd.grad((logits * direction).sum(), x)
+    return gradient.abs().mean(0).cpu().numpy()
+
+
+def _is_network(model: BaseModel) -> TypeGuard[NetworkModel]:
+    "Returns whether a model is a network, or a wrapper around a network."
+    return hasattr(model, "backbone")
 
 
 @register_network_check
 def uses_every_step_and_feature(fixture: ModelFixture) -> None:
     "The logits depend on every step and feature, in windows of the given length and of 60 rows"
-    wide = fixture.new(fixture.task, sequence_length=60)
+    model, wide = fixture.model, fixture.new(fixture.task, sequence_length=60)
+    if not (_is_network(model) and _is_network(wide)):
+        raise ConformanceError("the model is not a network: it has no `backbone`")
     wide.build()
-    for model in (fixture.model, wide):
-        gradient = input_gradient(model)
+    for network in (model, wide):
+        gradient = input_gradient(network)
         zeros = np.argwhere(gradient <= 1e-6 * gradient.max())
         first = f"step {zeros[0][0]} feature {zeros[0][1]}" if len(zeros) else ""
         message = f"{len(zeros)} of {gradient.size} inputs have no gradient at T={len(gradient)}, first {first}"

@@ -131,7 +131,9 @@ def _conflict(old, new):
 class ModelRegistry:
     "All registered models, by name."
 
-    _models, _broken, _discovered = {}, {}, False
+    _models: dict[str, type[BaseModel]] = {}
+    _broken: dict[str, str] = {}
+    _discovered = False
 
     @classmethod
     def register(
@@ -234,7 +236,7 @@ def _family_modules():
             yield from (m.name for m in pkgutil.iter_modules([str(folder)], package.name + "."))
 
 
-_printed_lines = set()  # lines printed by this process
+_printed_lines: set[str] = set()  # lines printed by this process
 
 
 def _print_once(line):
