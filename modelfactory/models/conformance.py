@@ -508,7 +508,7 @@ def input_gradient(
 
 def _is_network(model: BaseModel) -> TypeGuard[NetworkModel]:
     "Returns whether a model is a network, or a wrapper around a network."
-    return hasattr(model, "backbone")
+    return hasattr(model, "build")
 
 
 @register_network_check
@@ -516,7 +516,7 @@ def uses_every_step_and_feature(fixture: ModelFixture) -> None:
     "The logits depend on every step and feature, in windows of the given length and of 60 rows"
     model, wide = fixture.model, fixture.new(fixture.task, sequence_length=60)
     if not (_is_network(model) and _is_network(wide)):
-        raise ConformanceError("the model is not a network: it has no `backbone`")
+        raise ConformanceError("the model is not a network: it has no method `build`")
     wide.build()
     for network in (model, wide):
         gradient = input_gradient(network)
