@@ -148,7 +148,7 @@ class BaseModel(ABC):
 
     @classmethod
     def history_length(cls, config: dict) -> int:
-        "Returns how many rows, up to the window's last row, a prediction reads; at least the window length."
+        "Returns the number of rows that a prediction reads, up to the window's last row; at least the window length."
         return config["sequence_length"]
 
     @classmethod

@@ -243,7 +243,7 @@ class RowCache:
             return self._by_block(unique, load, on_progress)[inverse]
 
     def _by_block(self, rows, values, on_progress):
-        "Returns the values of sorted rows; gets them block by block."
+        "Collects the values of sorted rows block by block."
         out, numbers = np.empty((len(rows), self.width), np.float32), rows // self.block
         for number in np.unique(numbers):
             is_in_block = numbers == number
