@@ -297,7 +297,7 @@ def test_every_combination_of_claims_gives_readable_sentences(models):
     [
         ("one", "no model differs significantly"),
         ("first", "a has directional skill"),
-        ("other", "not this model: b has directional skill"),
+        ("other", "only b has directional skill"),
         ("all", "a has directional skill"),
         ("alone", "a has directional skill"),
         ("negative", "no model is better than the better constant prediction"),
@@ -314,7 +314,7 @@ def test_the_verdict_beside_the_best_by_log_loss(models, text):
 
 def test_the_verdict_names_all_other_models_with_skill():
     both = a_task([a_model(), a_model("b", True), a_model("c", True)])
-    assert best_verdict(both) == "not this model: b, c have directional skill"
+    assert best_verdict(both) == "only b, c have directional skill"
 
 
 @pytest.mark.parametrize(
