@@ -46,9 +46,9 @@ def to_html(
 # %% ../../nbs/runs/11_compare.ipynb #1c0589c3
 def to_markdown(
     notebook: Path,  # executed
-    output: Path,  # the figures go to the folder `<stem>_files` beside it
+    output: Path,  # the figures are written to the folder `<stem>_files` beside this file
 ) -> None:
-    "Writes an executed notebook as markdown without code; tables are markdown tables."
+    "Writes an executed notebook as markdown without code; tables become markdown tables."
     import shutil
 
     import nbformat
@@ -70,10 +70,10 @@ COMPARISON_FILE = "model_comparison.json"
 
 
 def write_comparison(
-    runs: Path | None = None,  # None: the runs folder of the settings
-    moved: dict | None = None,  # name of a data set in the comparison -> folder where it is now
+    runs: Path | None = None,  # None: the runs folder from the settings
+    moved: dict | None = None,  # name of a data set in the comparison -> its new folder
 ) -> dict:  # of `comparison`
-    "Writes `model_comparison.json` into a runs folder; raises `RunError` where no run can be compared."
+    "Writes `model_comparison.json` into a runs folder; raises `RunError` if no run can be compared."
     runs = Path(runs or settings().runs)
     listed = list_runs(runs)
     if not listed:
@@ -88,14 +88,14 @@ def write_comparison(
 
 def use_moved_data(
     runs: RunList,
-    moved: dict,  # name of a data set, as in `data_names` -> folder where it is now
+    moved: dict,  # name of a data set, as in `data_names` -> its new folder
 ) -> None:
-    "Makes runs read their data from another folder; raises `RunError` where that folder holds the data of no run."
+    "Makes runs read their data from new folders; raises `RunError` if a folder does not hold the data of any run."
     names = runs.data_names
     for data, folder in moved.items():
         on_data = [r for r in runs if names[r.data] == data]
         if not on_data:
-            raise RunError(f"--data {data}: no run on data of that name, {did_you_mean(data, set(names.values()))}")
+            raise RunError(f"--data {data}: no run used data of this name, {did_you_mean(data, set(names.values()))}")
         refusals = []
         for run in on_data:
             try:
@@ -108,10 +108,10 @@ def use_moved_data(
 
 # %% ../../nbs/runs/11_compare.ipynb #633f1afa
 def compare(
-    runs: Path | None = None,  # None: the runs folder of the settings
-    moved: dict | None = None,  # name of a data set in the comparison -> folder where it is now
+    runs: Path | None = None,  # None: the runs folder from the settings
+    moved: dict | None = None,  # name of a data set in the comparison -> its new folder
 ) -> Path:  # the HTML page
-    "Writes `model_comparison.json`, and from it `compare.ipynb`, an HTML page and markdown, into a runs folder."
+    "Writes `model_comparison.json` into a runs folder and makes `compare.ipynb`, an HTML page and markdown from it."
     from modelfactory.runs.engine import execute_notebook, find_notebook
 
     runs = Path(runs or settings().runs).resolve()

@@ -35,7 +35,7 @@ __all__ = ['CLAIM_KEYS', 'LEADERBOARD_METRICS', 'seed_statistics', 'variance_spl
 
 # %% ../../nbs/runs/09_comparison.ipynb #0d54e7c3
 def _task_scores(task):
-    "Metrics by run folder, metrics of the baselines, daily profit by model, and the reason where there is no profit."
+    "Metrics by run folder, metrics of the baselines, daily profit by model, and the reason if profit is missing."
     if not task.n_left_out:
         daily, reason = stored_daily(task)
         return {r.path.name: r.metrics for r in task.runs}, task.runs[-1].baselines, daily, reason
@@ -44,7 +44,7 @@ def _task_scores(task):
     if trainer is not None:
         try:
             return _scores_with_data(task, trainer, tables)
-        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # such as missing prices
+        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # for example, prices are missing
             reason = " ".join(str(e).split())
     scored = {name: score_without_data(*pair, nulls=False) for name, pair in tables.items()}
     metrics = {name: values for name, (values, _) in scored.items()}
@@ -60,7 +60,7 @@ def _scores_with_data(task, trainer, tables):
 
 
 def _task_trainer(task):
-    "A trainer with the data of a task, from the newest run whose data can be read; else None, and the reason."
+    "A trainer with the data of a task, from the newest run whose data can be read; otherwise None and the reason."
     reason = ""
     for run in sorted(task.runs, key=lambda r: r.created, reverse=True):
         try:
@@ -76,7 +76,7 @@ _SPREAD = dict(sd=lambda v: v.std(ddof=1), min=np.min, max=np.max)
 def seed_statistics(
     metrics: list[dict],  # metrics of one model, one dict per seed
 ) -> dict[str, float]:  # <metric>: mean; with several seeds also <metric>_sd, <metric>_min, <metric>_max
-    "Mean of each metric over seeds, and its spread. Values that are not numbers are dropped."
+    "Mean and spread of each metric over seeds. Non-numeric values are dropped."
     names = [name for name, value in metrics[0].items() if _is_number(value)]
     values = {name: np.array([m.get(name, math.nan) for m in metrics], float) for name in names}
     means = {name: float(v.mean()) for name, v in values.items()}
@@ -92,8 +92,8 @@ def _is_number(value):
 
 # %% ../../nbs/runs/09_comparison.ipynb #640c8124
 def variance_split(
-    scores: dict[str, list],  # model -> scores by seed
-) -> dict[str, float] | None:  # model_sd, seed_sd, seed_share; None without two models and one model with two seeds
+    scores: dict[str, list],  # model -> one score per seed
+) -> dict[str, float] | None:  # model_sd, seed_sd, seed_share; None unless there are two models and one has two seeds
     "Standard deviation of a score between models and between seeds of a model (one-way analysis of variance)."
     groups = [np.asarray(v, float) for v in scores.values() if np.isfinite(v).all()]
     freedom = sum(len(v) - 1 for v in groups)
@@ -107,7 +107,7 @@ def variance_split(
 
 # %% ../../nbs/runs/09_comparison.ipynb #58fdc0b0
 def _has_ceiling(data, horizon):
-    "Whether the Bayes optimum of a data set is stored beside it. Runs may outlive their data."
+    "Whether the Bayes optimum of a data set is stored beside it; False if the data set no longer exists."
     try:
         return (resolve_data(data) / f"ceiling_h{horizon}.parquet").is_file()
     except MissingFile:
@@ -115,11 +115,11 @@ def _has_ceiling(data, horizon):
 
 
 def ceiling_scores(
-    data: str,  # a folder or bundled name
+    data: str,  # a folder, or the name of a bundled data set
     horizon: int,  # bars ahead
-    predictions: pd.DataFrame,  # of a run: the rows to score
+    predictions: pd.DataFrame,  # predictions of a run, which define the rows to score
 ) -> dict[str, dict] | None:  # row and full: directional_accuracy, f1_macro, log_loss ...; None without a known optimum
-    "Class metrics of the optimum given one row (`row`) and given the full history (`full`), on these rows."
+    "Class metrics of the Bayes optimum on these rows, given one row (`row`) or the full history (`full`)."
     if not _has_ceiling(data, horizon):
         return None
     from modelfactory.data.market import read_ceiling
@@ -131,7 +131,7 @@ def ceiling_scores(
 
 
 def _class_scores(y, p):
-    "Class metrics, and as `f1_null` the F1 with the direction shuffled."
+    "Class metrics and `f1_null`, the F1 with shuffled direction."
     y_pred = p.argmax(1)
     confusion = shuffled_direction_confusion(y, y_pred, (-1, 0, 1)).sum(0)
     f1_null = float(classification_stats(np.pad(confusion, (0, 2)))["f1_macro"])
@@ -139,7 +139,7 @@ def _class_scores(y, p):
 
 # %% ../../nbs/runs/09_comparison.ipynb #7ef221ac
 def _ceiling(task, prior, constant):
-    "Null score, one-row policy and ceiling of a task, by metric; None without a known optimum."
+    "Scores of the null, the one-row policy and the ceiling of a task, by metric; None if the optimum is unknown."
     best = ceiling_scores(task.runs[-1].data_folder, task.horizon, next(iter(task.predictions.values())))
     if best is None:
         return None
@@ -150,7 +150,7 @@ def _ceiling(task, prior, constant):
 
 
 def _fraction(score, null_score, ceiling, metric):
-    "Share of the distance from the null score to a ceiling; NaN where that distance is too small."
+    "Share of the distance from the null score to the ceiling that a score covers; NaN if the distance is too small."
     gap = (ceiling - null_score) * metric_sign(metric)
     return (score - null_score) / (ceiling - null_score) if gap > MIN_CEILING_GAP[metric] else math.nan
 
@@ -160,7 +160,7 @@ def _fractions(entry, ceilings, bound):
 
 # %% ../../nbs/runs/09_comparison.ipynb #5112d2b8
 def _claim(tests, model):
-    "The claim on direction of a model: its sentence, verdict, significance and level."
+    "The claim on the directional skill of a model: sentence, verdict, significance and level."
     claim, significant = tests["claims"][model], bool(tests["models"][model]["direction_significant"])
     denied = claim.significant and not significant
     sentence = claim.sentence + (" The test of all models together does not confirm it." if denied else "")
@@ -169,7 +169,7 @@ def _claim(tests, model):
 
 
 def _direction_figures(claim):
-    "Figures of a claim, under the names of the metrics."
+    "The figures of a claim, keyed by metric name."
     return dict(
         directional_skill=claim.skill,
         directional_skill_ci_low=claim.low,
@@ -183,7 +183,7 @@ def _direction_figures(claim):
 def _model_entry(task, model, metrics, tests):
     runs, claimed = task.models[model], _direction_figures(tests["claims"][model])
     values = seed_statistics([metrics[r.path.name] for r in runs])
-    if len(runs) > 1:  # the row holds figures of the seeds; `averaged` holds those of the claim
+    if len(runs) > 1:  # the row holds metrics over seeds; `averaged` holds the figures of the claim
         averaged = _averaged(task, model) | claimed
         values = dict.fromkeys(claimed, math.nan) | values | dict(constant_class=claimed["constant_class"])
     else:
@@ -195,16 +195,16 @@ def _model_entry(task, model, metrics, tests):
 
 # %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
 def _averaged(task, model):
-    "Class metrics of the mean of the seeds' probabilities."
+    "Class metrics of the probabilities averaged over seeds."
     table, classes = task.predictions[model], pd.Index(task.classes)
     p = table[probability_columns(task.classes)].to_numpy(float)
     return classification_metrics(classes.get_indexer(table.y_true), p.argmax(1), p, task.classes)
 
 
 def entry_log_loss(
-    entry: dict,  # of a model in a task of `comparison`
+    entry: dict,  # entry of a model, from a task of `comparison`
 ) -> float:
-    "Log loss of a model; with several seeds that of the mean of their probabilities."
+    "Log loss of a model; with several seeds, the log loss of their averaged probabilities."
     return (entry["averaged"] or entry)["log_loss"]
 
 # %% ../../nbs/runs/09_comparison.ipynb #e988d1d8
@@ -266,7 +266,7 @@ def _baseline_entry(name, values):
 
 # %% ../../nbs/runs/09_comparison.ipynb #db7d1e1c
 def _task_limits(task):
-    "What limits the comparison of a task: old scores, warnings on data and fits, versions of the data."
+    "Limits of the comparison of a task: outdated scores, warnings on data and fits, and the number of data versions."
     return dict(
         earlier_scoring=[r.path.name for r in task.runs if r.scoring < SCORING_VERSION],
         data_notes=_data_notes(task),
@@ -276,7 +276,7 @@ def _task_limits(task):
 
 
 def _data_notes(task):
-    "Warnings on the data, as stored by the newest run of a task."
+    "Warnings on the data that the newest run of a task stored."
     newest = max(task.runs, key=lambda r: (r.created, r.path.name))
     try:
         return [str(text) for text in newest.report["warnings"]]
@@ -285,7 +285,7 @@ def _data_notes(task):
 
 
 def _variance(task, metrics):
-    "Variance of the main scores, split into models and seeds."
+    "Variance of the main scores, split between models and seeds."
     rows = []
     for m in LEADERBOARD_METRICS:
         scores = {model: [metrics[r.path.name].get(m, math.nan) for r in seeds] for model, seeds in task.models.items()}
@@ -297,7 +297,7 @@ def _variance(task, metrics):
 def comparison(
     runs: RunList | Path,  # finished runs, or the folder that holds them
 ) -> dict:  # schema 1: tasks, excluded, failed, unread, test_set_uses, early_stopping
-    "The comparison of all finished runs as plain values, from which every sentence and table is made."
+    "The comparison of all finished runs as plain values; every sentence and table is made from it."
     runs = runs if isinstance(runs, RunList) else list_runs(runs)
     unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
     names, unread, tasks = runs.data_names, list(runs.unread), []
@@ -327,7 +327,7 @@ def _unscored_row(run):
 
 
 def _early_stopping(runs):
-    "Sentences on early stopping, each with the models that it applies to."
+    "Sentences on early stopping, each with the models to which it applies."
     from modelfactory.training.trainer import early_stopping_note
 
     notes = {}
@@ -344,7 +344,7 @@ def _early_stopping(runs):
 def plain_data(
     value: object,  # nested dicts, lists and arrays
 ) -> object:  # nested dicts and lists
-    "A value as JSON holds it: Python numbers, None where undefined, printable text."
+    "A value converted for JSON: Python numbers, None for undefined numbers, printable text."
     if isinstance(value, dict):
         return {printable(k): plain_data(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -359,7 +359,7 @@ def plain_data(
 def read_comparison(
     file: Path,  # model_comparison.json
 ) -> dict:  # as returned by `comparison`
-    "A stored comparison; raises `RunError` where the file cannot be read or has another schema."
+    "Reads a stored comparison; raises `RunError` if the file cannot be read or has another schema."
     try:
         result = read_json(file)
     except FileError as e:
@@ -371,7 +371,7 @@ def read_comparison(
 
 # %% ../../nbs/runs/09_comparison.ipynb #7972e214
 def _excluded(runs):
-    "Columns that are not features, and rows without a label, from the newest run of each data set."
+    "Columns that are not features and rows without a label, read from the newest run on each data set."
     names, files = runs.data_names, {}
     for run in runs:
         file = run.path / "splits.json"
@@ -398,7 +398,7 @@ def _excluded_rows(file):
 def failed_runs(
     runs: Path,  # the runs folder
 ) -> list[dict]:  # run, status, reason, folder
-    "The newest failure of each model, data set, horizon and seed without a later finished run."
+    "The newest failure for each combination of model, data set, horizon and seed that has no finished run."
     finished = set()
     for run in list_runs(runs):
         finished |= {_job_key(data, run.manifest) for data in (run.data, run.manifest["data"])}

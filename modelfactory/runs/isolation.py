@@ -33,7 +33,7 @@ __all__ = ['MEMORY_GB', 'REQUEST_SECONDS', 'MAX_REPLY_BYTES', 'serve_model', 'li
 
 # %% ../../nbs/runs/13_isolation.ipynb #d9f31842
 MEMORY_GB = 12  # address space of the process, in addition to the size of a request
-REQUEST_SECONDS = 600  # wall clock for one request
+REQUEST_SECONDS = 600  # wall-clock time for one request
 MAX_REPLY_BYTES = 1 << 34
 
 
@@ -46,7 +46,7 @@ def _send(pipe, *parts):
 
 
 def _receive(pipe, max_bytes=MAX_REPLY_BYTES):
-    "Reads one message; raises `EOFError` where the pipe ends early, or the message is longer than `max_bytes`."
+    "Reads one message; raises `EOFError` if the pipe ends early or the message is longer than `max_bytes`."
     head = pipe.read(8)
     size = int.from_bytes(head, "little")
     if len(head) < 8 or size > max_bytes:
@@ -58,7 +58,7 @@ def _receive(pipe, max_bytes=MAX_REPLY_BYTES):
 
 # %% ../../nbs/runs/13_isolation.ipynb #743f950f
 def _limit(memory, seconds):
-    "Limits this process where the system can: no core file, address space in bytes, CPU time from now on."
+    "Sets the limits that the system supports: no core file, address space in bytes, CPU time from now on."
     try:
         import resource
     except ImportError:
@@ -71,11 +71,11 @@ def _limit(memory, seconds):
         try:
             resource.setrlimit(kind, (value if hard < 0 else min(value, hard), hard))
         except (ValueError, OSError):
-            pass  # macOS refuses a limit on the address space
+            pass  # macOS rejects a limit on the address space
 
 
 def serve_model() -> None:
-    "The work of the process: reads one checkpoint, then predicts until its input ends."
+    "Runs in the separate process: reads one checkpoint, then predicts until the input ends."
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # text that a library prints must not be read as a reply
     checkpoint, memory_gb, seconds = pickle.loads(_receive(requests))
@@ -109,7 +109,7 @@ if __name__ == "__main__" and sys.argv[0].endswith("isolation.py"):
 
 # %% ../../nbs/runs/13_isolation.ipynb #bc9ca1df
 def limits_note() -> str:  # one sentence
-    "The limits of the process of an isolated model on this system."
+    "The limits that this system sets on the process of an isolated model."
     if sys.platform == "linux":
         return f"at most {MEMORY_GB} GB of memory and {REQUEST_SECONDS} s for each request"
     return f"at most {REQUEST_SECONDS} s for each request; this system cannot limit the memory of a process"
@@ -127,7 +127,7 @@ def _end(process):
 
 
 class IsolatedModel(WrappedModel):
-    "A saved model that is read and predicts in a separate process; raises `RunError` where that process fails."
+    "A saved model that is loaded and run in a separate process; raises `RunError` if that process fails."
 
     fitted = True
 
@@ -154,7 +154,7 @@ class IsolatedModel(WrappedModel):
         self._ask((str(self.checkpoint.absolute()), MEMORY_GB, REQUEST_SECONDS))
 
     def _ask(self, request, max_bytes=10_000):
-        "The reply to a request, of at most `max_bytes` bytes; raises `RunError` where the process fails."
+        "Sends a request and returns the reply of at most `max_bytes` bytes; raises `RunError` if the process fails."
         expired, process = threading.Event(), self._process
         timer = threading.Timer(REQUEST_SECONDS, lambda: (expired.set(), process.kill()))
         timer.daemon = True
@@ -180,7 +180,7 @@ class IsolatedModel(WrappedModel):
         X: np.ndarray,  # (n, T, F), or the windows of a dataset
         metadata: pd.DataFrame,  # datetime, symbol, horizon of each row
     ) -> PredictionOutput:
-        "Predictions of the saved model; raises `RunError` where the process fails or its answer is not valid."
+        "Predictions of the saved model; raises `RunError` if the process fails or its answer is not valid."
         n, K = len(check_X(self, X)), len(self.classes)
         check_metadata(self, metadata, n)
         if self._process is None:
@@ -218,4 +218,4 @@ def _exit_reason(code, expired):
     if expired:
         return f"reading or predicting took more than {REQUEST_SECONDS} s"
     how = signal.Signals(-code).name if code is not None and -code in set(signal.Signals) else f"exit code {code}"
-    return f"the process that reads it ended with {how}: the files are damaged, or need more than {MEMORY_GB} GB"
+    return f"the process that loads the model ended with {how}: its files are damaged or need more than {MEMORY_GB} GB"

@@ -26,7 +26,7 @@ __all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
-    "Rows to predict, by symbol and time. The next bar of a symbol is half a row after the last one."
+    "Rows to predict, by symbol and time. The next bar of a symbol is numbered half a row after its last bar."
     predicted = np.zeros(len(bars), bool)
     predicted[own] = True
     rows = sample_rows(bars.codes, predicted, seq_len, gap)
@@ -50,12 +50,13 @@ def predict_run(
     run: StoredRun | Path | str,  # a run, or its folder
     data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or of splits, or a bundled name
     split: str = "test",  # which split of a folder
-    ahead: bool = False,  # also the next bar of each symbol
+    ahead: bool = False,  # also predict the next bar of each symbol
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after
-    """Predictions by the run's verified model; raises `SplitsError` or `RunError`.
+    """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
 
-    `.attrs` holds `skipped` (symbol -> bars without a full window), `unseen` (symbols that are not in train), `drift`
-    (a row for each feature), `limits` (lengths for which the run stored drift limits) and `isolated`.
+    `.attrs` of the frame holds `skipped` (symbol -> number of bars without a full window), `unseen` (symbols that are
+    not in train), `drift` (one row for each feature), `limits` (numbers of bars for which the run stored drift limits)
+    and `isolated` (whether the model ran in a separate process).
     """
     from modelfactory.runs.stored import StoredRun, open_run
 
@@ -91,14 +92,14 @@ def predict_run(
 
 # %% ../../nbs/runs/12_predict.ipynb #155b386c
 def _skipped_bars(bars, keys):
-    "Number of bars of each symbol that have no prediction; symbols without such bars are not listed."
+    "Number of bars without a prediction, for each symbol that has such bars."
     predicted = keys.symbol[keys.datetime.notna()].value_counts().reindex(bars.symbols, fill_value=0)
     skipped = pd.Series(bars.codes).value_counts().sort_index() - predicted.to_numpy()
     return {bars.symbols[code]: int(n) for code, n in skipped.items() if n}
 
 # %% ../../nbs/runs/12_predict.ipynb #f3c5f615
 def _folder_of_splits(data):
-    "The folder of splits that `data` names, or None: a folder with the parts of one table is no folder of splits."
+    "The folder of splits that `data` names; None for other data, such as a folder with the parts of one table."
     if not isinstance(data, (str, Path)):
         return None
     if str(data) in BUNDLED:
@@ -111,7 +112,7 @@ def _folder_of_splits(data):
 
 
 def _context(folder, bars, n, fills, nan):
-    "The last `n` rows of each symbol in the earlier splits of a folder; None where there are none."
+    "The last `n` rows of each symbol in the earlier splits of a folder; None if there are no such rows."
     earlier, context = [], None
     for name in reversed(SPLIT_ORDER[: SPLIT_ORDER.index(bars.name)] if folder is not None and n else ()):
         file = split_path(folder, name)
@@ -127,7 +128,7 @@ def _context(folder, bars, n, fills, nan):
 
 
 def _fill_nan(bars, fills, nan):
-    "Fills NaN as in training; raises `BadValue` if a feature has NaN now and had none in train."
+    "Fills NaN values as in training; raises `BadValue` if a feature has NaN values but had none in train."
     for j, name in enumerate(bars.features):
         value = 0.0 if nan == "zero" else fills.get(name)
         if value is not None:
@@ -141,8 +142,8 @@ def _fill_nan(bars, fills, nan):
 # %% ../../nbs/runs/12_predict.ipynb #240ed617
 def prediction_warnings(
     frame: pd.DataFrame,  # of `predict_run`
-) -> list[str]:  # sentences, the first one the number of predictions
-    "Bars that are not predicted, symbols that are not in train, features distributed unlike train."
+) -> list[str]:  # sentences; the first gives the number of predictions
+    "Sentences on bars that are not predicted, symbols that are not in train, and features that differ from train."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
     sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}"]
     if skipped:
@@ -166,11 +167,11 @@ def _skipped_text(skipped):
     return f"{bars} no full window before {'it' if n == 1 else 'them'}: {symbols}"
 
 # %% ../../nbs/runs/12_predict.ipynb #bba99bc9
-OUT_OF_RANGE_SHARE = 0.5  # a feature with more of its values outside the range of train is reported at any length
+OUT_OF_RANGE_SHARE = 0.5  # above this share of values outside the range of train, a feature is reported
 
 
 def _drift_warnings(drift, lengths):
-    "At most one sentence on features distributed unlike train."
+    "At most one sentence on features whose distribution differs from train."
     if not len(drift):
         return ["the run stored no distributions of its features, so drift is not checked"]
     unlike = drift[(drift["index"] > drift.limit) | (drift.outside > OUT_OF_RANGE_SHARE)]

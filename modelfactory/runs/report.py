@@ -30,7 +30,7 @@ def leaderboard(
     result: dict,  # of `comparison`
     metrics: tuple = LEADERBOARD_METRICS,  # names in `METRICS`
 ) -> pd.DataFrame:  # data, horizon, rank, model, family, seeds, metrics, their interval ends and spread over seeds
-    "Every model and the baselines, by data set and horizon; best log loss first."
+    "Models and baselines by data set and horizon, sorted by log loss from best to worst."
     rows = [_row(task, entry, metrics) for task in result["tasks"] for entry in task["models"] + task["baselines"]]
     if not rows:
         return pd.DataFrame(columns=["data", "horizon", "rank", "model", "family", "seeds", *metrics])
@@ -58,9 +58,9 @@ def _row(task, entry, metrics):
 
 # %% ../../nbs/runs/10_report.ipynb #0c8c4937
 def escape_markdown(
-    text: object,  # a name, or a sentence with names
+    text: object,  # a name, or a sentence that contains names
 ) -> str:  # one line
-    "Markdown that shows a text literally."
+    "Escapes a text so that markdown shows it literally."
     return html.escape(" ".join(printable(text).split()), quote=False).replace("|", r"\|").replace("](", r"]\(")
 
 
@@ -69,7 +69,7 @@ class FormattedTable:
     "A frame with its HTML and markdown representations."
 
     frame: pd.DataFrame
-    page: str = ""  # HTML to show; empty: that of the frame
+    page: str = ""  # HTML to show; empty: the HTML of the frame
 
     def __repr__(self):
         return self.frame.to_string(index=False, na_rep="–")
@@ -89,7 +89,7 @@ def _markdown_cell(value):
 
 # %% ../../nbs/runs/10_report.ipynb #306d56b7
 def _metric_cell(row, metric):
-    "A number with its spread over seeds and its interval, as `0.123 ± 0.010 [0.100, 0.150]`."
+    "A number with its spread over seeds and its interval, formatted as `0.123 ± 0.010 [0.100, 0.150]`."
     value, low, high, sd = row[metric], *(row.get(f"{metric}_{end}", math.nan) for end in ("ci_low", "ci_high", "sd"))
     if value != value:
         return "–"
@@ -100,7 +100,7 @@ def _metric_cell(row, metric):
 
 
 def _best_rows(table, metric):
-    "Index of the best model row of each data set and horizon."
+    "Row indices of the best model for each data set and horizon."
     models = table[(table.family != "baseline") & table[metric].notna()]
     if not metric_sign(metric) or not len(models):
         return set()
@@ -111,7 +111,7 @@ def leaderboard_table(
     table: pd.DataFrame,  # of `leaderboard`
     metrics: tuple = LEADERBOARD_METRICS,  # columns to show
 ) -> FormattedTable:
-    "A leaderboard with a number, its interval and its spread over seeds in one cell."
+    "Formats a leaderboard: each cell shows a number, its spread over seeds and its interval."
     metrics = [m for m in metrics if m in table]
     seeds = zip(table.model, table.seeds, strict=True)
     model = [f"{name} ({n:.0f} seeds)" if n > 1 else name for name, n in seeds]
@@ -153,7 +153,7 @@ DIRECTION_COLUMNS = dict(
 def direction_tests(
     result: dict,  # of `comparison`
 ) -> pd.DataFrame:  # data, horizon, model, skill, low, high, accuracy, constant, verdict, significant
-    "Directional skill of each model with the interval of its claim, and accuracy of the better constant prediction."
+    "Directional skill of each model with the interval of its claim; accuracy of the model and of the better constant."
     rows = [
         dict(data=task["data"], horizon=task["horizon"]) | {name: entry[key] for key, name in DIRECTION_COLUMNS.items()}
         for task in result["tasks"]
@@ -170,7 +170,7 @@ BEST_COLUMNS = ["data", "horizon", "model", "log_loss", "prior_log_loss", "sharp
 def best_per_horizon(
     result: dict,  # of `comparison`
 ) -> pd.DataFrame:  # data, horizon, model, log_loss, prior_log_loss, sharpe_net, directional_skill, verdict
-    "The model with the lowest log loss of each task, and which models have directional skill."
+    "For each task, the model with the lowest log loss and a verdict on which models have directional skill."
     return pd.DataFrame([_best_row(task) for task in result["tasks"]], columns=BEST_COLUMNS)
 
 
@@ -191,9 +191,9 @@ def _best_row(task):
 
 # %% ../../nbs/runs/10_report.ipynb #85157220
 def best_verdict(
-    task: dict,  # a task of `comparison`
+    task: dict,  # one of the `tasks` in the result of `comparison`
 ) -> str:
-    "Whether the model with the lowest log loss has directional skill, and if not, which models have."
+    "States whether the model with the lowest log loss has directional skill and, if not, which models do."
     models = task["models"]
     best, skilled = models[0], [m["model"] for m in models if m["direction_significant"]]
     if all(m["verdict"] == "no direction" for m in models):
@@ -201,7 +201,7 @@ def best_verdict(
     if best["model"] in skilled:
         return f"{best['model']} has directional skill"
     if skilled:
-        return f"not this model: {', '.join(skilled)} {'has' if len(skilled) == 1 else 'have'} directional skill"
+        return f"only {', '.join(skilled)} {'has' if len(skilled) == 1 else 'have'} directional skill"
     if all(m["verdict"] in ("too few rows", "no direction") for m in models):
         return "too few rows to test"
     return no_skill_text(models)
@@ -215,13 +215,13 @@ VERDICT_COLUMNS = ("data", "horizon", *_SHOWN_CLAIM_KEYS)
 def verdict_table(
     result: dict,  # of `comparison`
 ) -> FormattedTable:
-    "The tests of each task; `not_worse` counts the models that are not significantly worse than the best by log loss."
+    "The tests of each task; `not_worse` counts the models whose log loss is not significantly worse than the best."
     rows = [{k: task[k] for k in VERDICT_COLUMNS} | dict(not_worse=_n_not_worse(task)) for task in result["tasks"]]
     return FormattedTable(pd.DataFrame(rows, columns=VERDICT_COLUMNS))
 
 
 def _n_not_worse(task):
-    "Number of models that are not significantly worse than the best; a dash where that was not tested."
+    "Number of models that are not significantly worse than the best; a dash if this was not tested."
     not_worse = task["not_worse"]
     return "–" if not_worse is None else len([m for m in not_worse if m != task["best"]])
 
@@ -229,8 +229,8 @@ def _n_not_worse(task):
 def seed_table(
     result: dict,  # of `comparison`
     metric: str = "log_loss",
-) -> FormattedTable | None:  # None where no model has several seeds
-    "Mean, standard deviation and range over seeds of each model, and the score of the mean of their probabilities."
+) -> FormattedTable | None:  # None if no model has several seeds
+    "Mean, standard deviation and range of a metric over the seeds of each model; score of the averaged probabilities."
     rows = [
         _seed_row(task, model, metric)
         for task in result["tasks"]
@@ -249,7 +249,7 @@ def _seed_row(task, model, metric):
 
 def variance_table(
     result: dict,  # of `comparison`
-) -> FormattedTable | None:  # None where no model has several seeds
+) -> FormattedTable | None:  # None if no model has several seeds
     "Standard deviation of the main scores between models and between seeds of one model."
     rows = []
     for task in result["tasks"]:
@@ -276,7 +276,7 @@ FRACTION_COLUMNS = [
 def fraction_of_ceiling(
     result: dict,  # of `comparison`
 ) -> pd.DataFrame:  # `FRACTION_COLUMNS`; one row for each task, model and metric
-    "Scores beside their ceilings where the optimum is known, and as shares of the distance from the null score."
+    "Each score with its ceiling and as a share of the distance from the null score, for tasks with a known optimum."
     rows = []
     for task in result["tasks"]:
         for model in task["models"] if task["ceiling"] else ():
@@ -304,9 +304,9 @@ BOUND_LABELS = dict(null_score="null score", one_row_policy="one-row policy", ce
 def ceiling_table(
     fractions: pd.DataFrame,  # of `fraction_of_ceiling`
 ) -> FormattedTable:
-    """Null score, one-row policy and ceiling, then each model.
+    """Rows for the null score, the one-row policy and the ceiling, followed by one row for each model.
 
-    In brackets: the share of the distance from the null score to the one-row policy, and to the ceiling.
+    Brackets hold the share of the distance from the null score to the one-row policy, and to the ceiling.
     """
     rows = []
     for (data, horizon), task in fractions.groupby(["data", "horizon"], sort=False):
