@@ -44,7 +44,7 @@ def _task_scores(task):
     if trainer is not None:
         try:
             return _scores_with_data(task, trainer, tables)
-        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # for example, prices are missing
+        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # if prices are missing
             reason = " ".join(str(e).split())
     scored = {name: score_without_data(*pair, nulls=False) for name, pair in tables.items()}
     metrics = {name: values for name, (values, _) in scored.items()}
@@ -93,7 +93,7 @@ def _is_number(value):
 # %% ../../nbs/runs/09_comparison.ipynb #640c8124
 def variance_split(
     scores: dict[str, list],  # model -> one score per seed
-) -> dict[str, float] | None:  # model_sd, seed_sd, seed_share; None unless there are two models and one has two seeds
+) -> dict[str, float] | None:  # model_sd, seed_sd, seed_share; None with one model, or with one seed per model
     "Standard deviation of a score between models and between seeds of a model (one-way analysis of variance)."
     groups = [np.asarray(v, float) for v in scores.values() if np.isfinite(v).all()]
     freedom = sum(len(v) - 1 for v in groups)
@@ -118,7 +118,7 @@ def ceiling_scores(
     data: str,  # a folder, or the name of a bundled data set
     horizon: int,  # bars ahead
     predictions: pd.DataFrame,  # predictions of a run, which define the rows to score
-) -> dict[str, dict] | None:  # row and full: directional_accuracy, f1_macro, log_loss ...; None without a known optimum
+) -> dict[str, dict] | None:  # row and full: directional_accuracy, f1_macro, log_loss ...; None if no optimum is known
     "Class metrics of the Bayes optimum on these rows, given one row (`row`) or the full history (`full`)."
     if not _has_ceiling(data, horizon):
         return None
@@ -139,7 +139,7 @@ def _class_scores(y, p):
 
 # %% ../../nbs/runs/09_comparison.ipynb #7ef221ac
 def _ceiling(task, prior, constant):
-    "Scores of the null, the one-row policy and the ceiling of a task, by metric; None if the optimum is unknown."
+    "Null score, score of the one-row policy and ceiling of a task, by metric; None if the optimum is unknown."
     best = ceiling_scores(task.runs[-1].data_folder, task.horizon, next(iter(task.predictions.values())))
     if best is None:
         return None
@@ -276,7 +276,7 @@ def _task_limits(task):
 
 
 def _data_notes(task):
-    "Warnings on the data that the newest run of a task stored."
+    "Warnings on the data, as stored by the newest run of a task."
     newest = max(task.runs, key=lambda r: (r.created, r.path.name))
     try:
         return [str(text) for text in newest.report["warnings"]]

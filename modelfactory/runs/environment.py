@@ -43,7 +43,7 @@ class Environment(list):
 
     @property
     def ok(self) -> bool:
-        "Whether no check failed, so that a model can be trained."
+        "True if no check failed, so that a model can be trained."
         return not any(f.state == "fail" for f in self)
 
     def __repr__(self):

@@ -26,7 +26,7 @@ __all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
-    "Rows to predict, by symbol and time. The next bar of a symbol is numbered half a row after its last bar."
+    "Rows to predict, by symbol and time. The next bar of a symbol has the row number of its last bar plus 0.5."
     predicted = np.zeros(len(bars), bool)
     predicted[own] = True
     rows = sample_rows(bars.codes, predicted, seq_len, gap)
@@ -49,7 +49,7 @@ def _prediction_keys(bars, rows, gap, horizon):
 def predict_run(
     run: StoredRun | Path | str,  # a run, or its folder
     data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or of splits, or a bundled name
-    split: str = "test",  # which split of a folder
+    split: str = "test",  # split of the folder to predict
     ahead: bool = False,  # also predict the next bar of each symbol
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.

@@ -347,7 +347,7 @@ class _Session:
         return experiment.experiment_id
 
     def find(self, key: str, value: str) -> list:
-        "MLflow's runs whose tag `key` has this value."
+        "MLflow's runs whose tag `key` equals `value`."
         runs, token = [], ""
         while token is not None:
             page = self.client.search_runs(
@@ -424,7 +424,7 @@ def _grid_view(view):
 # %% ../../nbs/runs/16_tracking.ipynb #f7966ae4
 @dataclass
 class Tracked:
-    "Numbers of added, unchanged and removed entries of a runs folder, and its failures."
+    "Numbers of added, unchanged and removed entries of a runs folder, and the runs that failed."
 
     store: str
     added: int = 0
@@ -491,7 +491,7 @@ MLFLOW_STATUS = dict(COMPLETE="FINISHED", PRUNED="KILLED", FAIL="FAILED")  # opt
 
 
 def track_study(
-    name: str,  # name of the study; identifies it
+    name: str,  # name of the study, which identifies it
     trials: list[tuple],  # number, params, value, state
     uri: str = "sqlite",
     experiment: str = EXPERIMENT,

@@ -53,7 +53,7 @@ class TuningResult:
 
     @property
     def default(self) -> float | None:
-        "Value of the objective in the first trial, which uses the default parameters; None if it is not complete."
+        "Objective of the first trial, which uses the default parameters; None if that trial is not complete."
         for t in self.trials:
             if t.user_attrs.get("default") and t.state.name == "COMPLETE":
                 return t.value
@@ -262,7 +262,7 @@ def plot_history(study: Study) -> Figure:
 # %% ../../nbs/tuning/02_result.ipynb #3efda9e8
 def parameter_importances(
     study: Study,
-    seed: int = 42,  # of the random forest that fANOVA fits
+    seed: int = 42,  # seed of the random forest that fANOVA fits
 ) -> dict[str, float]:  # parameter -> share of the variance of the objective, largest first
     "Importance of each parameter by fANOVA; empty if there are too few trials or their values do not differ."
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances

@@ -26,7 +26,7 @@ __all__ = ['MISSED_HEARTBEATS', 'TRIAL_RETRIES', 'MAX_FAILURES', 'storage_url', 
 
 # %% ../../nbs/tuning/01_storage.ipynb #d26e6caf
 MISSED_HEARTBEATS = 6  # missed heartbeats after which a trial is marked as failed
-TRIAL_RETRIES = 2  # how often a trial is repeated after its worker was lost
+TRIAL_RETRIES = 2  # how often a trial is repeated if its worker is lost
 
 
 def storage_url(
@@ -99,7 +99,7 @@ def _without_password(url):
 
 # %% ../../nbs/tuning/01_storage.ipynb #82fd92a9
 def live_trials(study: Study) -> list[FrozenTrial]:
-    "The trials of a study that count, which excludes voided trials and trials that were repeated."
+    "All trials of a study except voided trials and trials that were repeated."
     trials = study.get_trials(deepcopy=False)
     repeated = {number for t in trials for number in t.system_attrs.get("retry_history", [])}
     return [t for t in trials if t.number not in repeated and "void" not in t.user_attrs]

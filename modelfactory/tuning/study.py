@@ -88,7 +88,7 @@ def _pruner():
 
 # %% ../../nbs/tuning/03_study.ipynb #3d449154
 class PruningCallback(Callback):
-    "Reports the loss of a fit, minus that of the class shares, to the trial; stops the fit if the trial is pruned."
+    "Reports the loss of a fit minus the loss of the class shares; stops the fit if the trial is pruned."
 
     def __init__(
         self,
@@ -298,7 +298,7 @@ class OptunaModelTuner:
     def __init__(
         self,
         config: TrainerConfig | dict | Path,  # model, horizon, data, preset, config, seed: see `trainer_config`
-        n_trials: int = 50,  # trials in the whole study, including other processes and earlier calls
+        n_trials: int = 50,  # trials in the whole study, including those of other processes and earlier calls
         objective: str = "log_loss",  # log_loss, f1_macro or sharpe_net; mean over the folds
         folds: int = 3,  # walk-forward folds inside train
         embargo: int | None = None,  # bars between a training label and the scored part; None: the horizon
