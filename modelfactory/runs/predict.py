@@ -54,9 +54,13 @@ def predict_run(
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
 
-    `.attrs` of the frame holds `skipped` (symbol -> number of bars without a full window), `unseen` (symbols that are
-    not in train), `drift` (one row for each feature), `limits` (numbers of bars for which the run stored drift limits)
-    and `isolated` (whether the model ran in a separate process).
+    The attribute `.attrs` of the frame holds:
+
+    - `skipped`: symbol -> number of bars without a full window
+    - `unseen`: symbols that are not in train
+    - `drift`: one row for each feature
+    - `limits`: numbers of bars for which the run stored drift limits
+    - `isolated`: whether the model ran in a separate process
     """
     from modelfactory.runs.stored import StoredRun, open_run
 

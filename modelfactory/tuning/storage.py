@@ -126,8 +126,8 @@ class OrphanedTrials:
     def fail(self, study: Study) -> None:
         """Marks trials as failed after `MISSED_HEARTBEATS` missed heartbeats; new trials repeat them.
 
-        optuna stores only the time of the last heartbeat. If a process was killed before its first heartbeat, this
-        method records one heartbeat for its trial."""
+        optuna detects a lost trial only by the time of its last heartbeat. If a process was killed before its first
+        heartbeat, this method records one heartbeat for its trial, so that optuna can detect the loss."""
         from optuna.storages import fail_stale_trials
 
         fail_stale_trials(study)
