@@ -156,7 +156,7 @@ def test_ctrl_c_ends_a_grid_and_prints_how_to_continue(tmp_path):
     until(lambda: run_processes() - before or runner.poll() is not None, "a run")
     runner.send_signal(signal.SIGINT)
     out, err = finish(runner)
-    assert runner.returncode == 130 and "goes on where it stopped" in err and all_ended(before), out + err
+    assert runner.returncode == 130 and "run the same command again" in err and all_ended(before), out + err
     assert len(list_runs(tmp_path / "runs")) < 4, "the runner waited for all runs"
 
 

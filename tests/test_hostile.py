@@ -1332,7 +1332,7 @@ def test_where_plugins_run_and_where_not(canary, tmp_path, monkeypatch):
         assert plugins_in(folder, monkeypatch) == ["p.py"]
     for name in ("runs", "runs/svm_h5_20260101_000000_abcdef", "runs/more"):
         assert plugins_in(write_settings_with_plugin(project / name, canary), monkeypatch) == [], name
-        assert "folder is one of runs" in refused_settings()
+        assert "folder is a runs folder" in refused_settings()
     other = write_settings_with_plugin(tmp_path / "shared", canary)
     (other / "svm_h5_20260101_000000_abcdef").mkdir()
     (other / "svm_h5_20260101_000000_abcdef/manifest.json").write_text("{}")
