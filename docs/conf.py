@@ -1,6 +1,6 @@
-"""The site: `make docs` writes its pages by pages.py, then docs/_build/html by Sphinx.
+"""Sphinx configuration of the site: `make docs` runs pages.py and then Sphinx, which writes docs/_build/html.
 
-Nothing is executed, and nothing is loaded from outside.
+The build executes no notebooks, and the pages load no external files.
 """
 
 from docutils.nodes import SkipNode
@@ -25,7 +25,7 @@ html_theme_options = dict(navigation_with_keys=True)
 
 
 def setup(app):
-    "Formulas as MathML, which browsers draw by themselves: MathJax would come from outside."
+    "Renders formulas as MathML, which browsers display without loading MathJax."
 
     def draw(display):
         def visit(self, node):

@@ -1,6 +1,6 @@
-"""The pages of the site: the stored notebooks, with signatures of exported names above each cell and its source folded.
+"""Writes the pages of the site: stored notebooks, with signatures above each exporting cell and its source folded.
 
-python docs/pages.py    # writes docs/_build/pages with the folders of the project, so that links between notebooks work
+python docs/pages.py    # writes docs/_build/pages with the project's folder structure, which keeps links working
 """
 
 import ast
@@ -19,7 +19,7 @@ LINKED = (
     "SECURITY.md",
     "CHANGELOG.md",
     "docs/licences.md",
-)  # files that pages link to
+)  # other files to which pages link
 
 
 def write_pages(pages=PAGES):
@@ -36,7 +36,7 @@ def write_pages(pages=PAGES):
 
 
 def processed(nb, tables=False):
-    "The notebook without directives and with documented names; code that makes tables of a reference page is folded."
+    "Removes directives from a notebook, documents exported names, and folds the code that makes reference tables."
     level, cells = 1, []
     for cell in nb.cells:
         directives, source = split(cell.source) if cell.cell_type == "code" else ([], cell.source)
@@ -60,7 +60,7 @@ def processed(nb, tables=False):
 
 
 def split(source):
-    "Directives (`#| …`) and the rest of a cell."
+    "Splits a cell into its directives (`#| …`) and the rest."
     lines = source.split("\n")
     return [line[2:].strip() for line in lines if line.startswith("#|")], "\n".join(
         line for line in lines if not line.startswith("#|")
@@ -68,7 +68,7 @@ def split(source):
 
 
 def documented(source, marks):
-    "Heading, signature and docstring of each public function and class, fields and methods included."
+    "Heading, signature and docstring of each public function and class, including fields and methods."
     for node in public(ast.parse(source).body):
         text = entry(source, node, f"{marks} {node.name}")
         if isinstance(node, ast.ClassDef):
@@ -88,7 +88,7 @@ def entry(source, node, heading):
     lines, body = source.encode().split(b"\n"), node.body[0]
     head = b"\n".join(
         [*lines[node.lineno - 1 : body.lineno - 1], lines[body.lineno - 1][: body.col_offset]]
-    ).rstrip()  # ast counts bytes
+    ).rstrip()  # column offsets of ast count bytes
     fields = (
         [f for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_")]
         if isinstance(node, ast.ClassDef)
