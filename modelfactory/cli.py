@@ -58,11 +58,11 @@ def doctor() -> None:
 
 # %% ../nbs/cli.ipynb #e6cd6d46
 Nan = Annotated[str | None, typer.Option(help="how to treat NaN: median, zero or keep; default: raise an error")]
-Exclude = Annotated[str | None, typer.Option(help="columns to exclude, comma separated")]
+Exclude = Annotated[str | None, typer.Option(help="columns to exclude, comma-separated")]
 Features = Annotated[
-    str | None, typer.Option(help="columns to use even if their names look like labels or keys, comma separated")
+    str | None, typer.Option(help="columns to use even if their names look like labels or keys, comma-separated")
 ]
-Allow = Annotated[str | None, typer.Option(help="columns or kinds of leak that the audit permits, comma separated")]
+Allow = Annotated[str | None, typer.Option(help="columns or kinds of leak that the audit permits, comma-separated")]
 Classes = Annotated[str | None, typer.Option(help="label values to predict, such as 0,1; default: -1,0,1")]
 Prices = Annotated[
     str | None,
@@ -81,9 +81,9 @@ def _split_commas(text):
 
 def dataset_keys(
     nan: str | None = None,  # treatment of NaN, as in `DatasetConfig`
-    exclude: str | None = None,  # columns, comma separated
-    features: str | None = None,  # columns, comma separated
-    classes: str | None = None,  # label values, comma separated
+    exclude: str | None = None,  # columns, comma-separated
+    features: str | None = None,  # columns, comma-separated
+    classes: str | None = None,  # label values, comma-separated
     prices: str | None = None,  # path of a parquet file with prices
 ) -> dict:  # the keys of `DatasetConfig` that were given
     "Converts command-line options to keys of `DatasetConfig`; raises `ConfigError` on invalid `classes`."
@@ -148,7 +148,7 @@ def purge(
 @app.command()
 def selftest(
     models: Annotated[
-        str | None, typer.Option(help="names or families, comma separated; default: the tabular models")
+        str | None, typer.Option(help="names or families, comma-separated; default: the tabular models")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed of the simulated market")] = 0,
 ) -> None:
@@ -278,7 +278,9 @@ def experiment(
     workers: Annotated[int | None, typer.Option(min=1, help="number of runs executed in parallel")] = None,
     timeout: Annotated[float | None, typer.Option(min=1, help="time limit of a run, in seconds")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="memory limit of a run, in GB")] = None,
-    engine: Annotated[str | None, typer.Option(help="local or ray; default: from settings.ini")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="engine of the grid: local or ray; default: from settings.ini")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="address of a Ray cluster; default: from settings.ini")] = None,
     force: Annotated[bool, typer.Option(help="train finished runs again")] = False,
 ) -> None:
