@@ -36,9 +36,9 @@ COST_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # basis points of the traded amoun
 
 def cost_sweep(
     backtest: Backtest,
-    costs: tuple = COST_LEVELS,  # basis points, for a change of position by 1
+    costs: tuple = COST_LEVELS,  # basis points per unit change in position
 ) -> pd.DataFrame:  # cost_bps, profit (share of capital), sharpe_net, max_drawdown
-    "Profit of the same trades at other costs, NaN without prices; `.attrs['break_even']` is in bp, or NaN."
+    "Profit of the same trades at each cost level, NaN without prices; `.attrs['break_even']` is in bp, or NaN."
     daily = {k: v.to_numpy() for k, v in backtest.daily.items()}
     rows = []
     for cost_bps in costs:
@@ -56,7 +56,7 @@ def expected_sign(
     predictions: PredictionOutput,
     classes: tuple = (-1, 0, 1),
 ) -> np.ndarray:  # (n,) positions from -1 to 1
-    "Probability of the positive classes minus that of the negative ones: a position that grows with confidence."
+    "Probability of positive classes minus probability of negative classes; a position that grows with confidence."
     return (predictions.probabilities @ np.sign(classes).astype(float)).clip(-1, 1)
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #2ecdc5c1
@@ -65,8 +65,8 @@ def by_slice(
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
-    masks: dict[str, np.ndarray],  # name -> (n,) bool, the rows of the slice
-) -> pd.DataFrame:  # a row a slice
+    masks: dict[str, np.ndarray],  # slice name -> (n,) bool, the rows of the slice
+) -> pd.DataFrame:  # one row per slice
     """Direction and profit of each slice, with intervals corrected for the number of slices.
 
     Columns: `slice`, `rows`, `calls`; `directional_accuracy`, `directional_skill` and `sharpe_net`, each with `_low`
@@ -88,7 +88,7 @@ def by_slice(
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #3b7ac388
 def _direction_figures(evaluator, predictions, y, mask):
-    "Directional accuracy, that of the better constant call, and directional skill; NaN ends with too few blocks."
+    "Directional accuracy of the model and of the constant call, and directional skill; NaN bounds with few blocks."
     gains, scored = _slice_gains(predictions, y, mask)
     agree = np.sign(predictions.predictions) == np.sign(y)
     accuracy = _mean_with_interval(evaluator, predictions, mask, "directional_accuracy", agree & scored, scored, 0)
@@ -98,7 +98,7 @@ def _direction_figures(evaluator, predictions, y, mask):
 
 
 def _slice_gains(predictions, y, mask):
-    "Gains (n,) and scored rows (n,) of a slice; base rates are of the slice, or of all rows if it has one side."
+    "Gains (n,) and scored rows (n,) of a slice; base rates are of the slice, or of all rows if it is one-sided."
     called, symbols = np.sign(predictions.predictions), np.asarray(predictions.symbols)
     within = np.where(mask, called, 0)
     one_sided = len(np.unique(within[(within != 0) & (np.sign(y) != 0)])) == 1
@@ -107,7 +107,7 @@ def _slice_gains(predictions, y, mask):
 
 
 def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowest):
-    "Mean over the scored rows of a slice; the interval is NaN below `MIN_BLOCKS` effective blocks."
+    "Mean over the scored rows of a slice, with its interval, which is NaN below `MIN_BLOCKS` effective blocks."
     if not scored.any():
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
     numbers = np.unique(predictions.timestamps[mask], return_inverse=True)[1]
@@ -119,7 +119,7 @@ def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowes
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #eb7a22f6
 def _constant_accuracy(predictions, y, mask):
-    "Directional accuracy of the better constant call on a slice, or of its only call."
+    "Directional accuracy of the better constant call on a slice, or of its sign if the slice is one-sided."
     called, truth = np.sign(predictions.predictions), np.sign(np.asarray(y))
     both = called * truth != 0
     sides = np.unique(called[mask & both])
@@ -146,12 +146,12 @@ def _profit_figures(evaluator, backtest):
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ecaa0db8
 def symbol_masks(predictions: PredictionOutput) -> dict[str, np.ndarray]:  # symbol -> (n,) bool
-    "The rows of each symbol."
+    "Mask of the rows of each symbol."
     return {s: predictions.symbols == s for s in pd.unique(predictions.symbols)}
 
 
 def side_masks(predictions: PredictionOutput) -> dict[str, np.ndarray]:  # long, short -> (n,) bool
-    "The rows predicted up and the rows predicted down."
+    "Masks of the rows predicted up and of the rows predicted down."
     return dict(long=predictions.predictions > 0, short=predictions.predictions < 0)
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #8e1e456d
@@ -159,7 +159,7 @@ def realised_volatility(
     predictions: PredictionOutput,
     prices: pd.DataFrame,  # datetime, symbol, close
     window: int = 50,  # bars
-) -> np.ndarray:  # (n,) NaN with fewer bars
+) -> np.ndarray:  # (n,) NaN if fewer than `window` returns precede the row
     "Standard deviation of log returns over the `window` bars before each row."
     bars = prices.assign(symbol=prices.symbol.astype(str)).sort_values(["symbol", "datetime"], ignore_index=True)
     log_returns = np.log(bars.close).groupby(bars.symbol).diff()
@@ -170,9 +170,9 @@ def realised_volatility(
 
 
 def regime_masks(
-    volatility: np.ndarray,  # (n,) of `realised_volatility`; rows with NaN are in no regime
+    volatility: np.ndarray,  # (n,) from `realised_volatility`; rows with NaN are in no regime
 ) -> dict[str, np.ndarray]:  # low, mid, high volatility -> (n,) bool
-    "Thirds of the rows by volatility."
+    "Masks that divide the rows into thirds by volatility."
     defined = volatility[np.isfinite(volatility)]
     low, high = np.quantile(defined, (1 / 3, 2 / 3)) if len(defined) else (np.nan, np.nan)
     thirds = volatility <= low, (volatility > low) & (volatility <= high), volatility > high
@@ -182,9 +182,10 @@ def regime_masks(
 def by_month(
     backtest: Backtest,
 ) -> pd.DataFrame:  # month, days, profit (share of capital), sharpe_net
-    """Net profit by calendar month, NaN without prices; the sum is the profit of the backtest.
+    """Net profit by calendar month, which sums to the profit of the backtest; NaN without prices.
 
-    `.attrs`: `share_with_profit`, of the months; `share_of_best`, the best month's share of total profit.
+    `.attrs` contains `share_with_profit`, the share of profitable months, and `share_of_best`, the share of the best
+    month in total profit.
     """
     net = backtest.daily.net
     months = net.groupby(net.index.tz_localize(None).to_period("M"))
@@ -200,11 +201,11 @@ def by_month(
 def compare_exit_rules(
     evaluator: ModelEvaluator,
     predictions: PredictionOutput,
-    y: np.ndarray,  # (n,) class values, for trades without prices
+    y: np.ndarray,  # (n,) true class values, for trades without prices
     prices: pd.DataFrame | None,  # datetime, symbol, close
     bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided; None: no barrier exit
 ) -> pd.DataFrame:  # strategy, sharpe, turnover, exposure, max_drawdown, n_trades, sharpe_net with _low and _high
-    "Metrics of fixed holding, positions by confidence, and exit at the barrier."
+    "Metrics of three strategies: fixed holding period, positions by confidence, and exit at the barrier."
     sign = np.sign(predictions.predictions).astype(float)
     positions = {"fixed": sign, "expected sign": expected_sign(predictions, evaluator.classes)}
     backtests = {k: evaluator.backtest_positions(predictions, v, prices, y) for k, v in positions.items()}
@@ -217,7 +218,7 @@ def compare_exit_rules(
 
 
 def _strategy_row(evaluator, backtest):
-    "The row of one strategy in the table."
+    "Table row of one strategy."
     metrics, profit = backtest.metrics(), _profit_figures(evaluator, backtest)
     shown = {k: metrics[k] for k in ("sharpe", "turnover", "exposure", "max_drawdown", "n_trades")}
     return shown | {k: v for k, v in profit.items() if k != "gross"}
@@ -228,9 +229,9 @@ def threshold_sweep(
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
-    thresholds: tuple | None = None,  # probabilities; None: ten, from all calls to one call in twenty
-) -> pd.DataFrame:  # a row a threshold
-    """Coverage, precision, skill and profit as fewer, more confident calls are traded; NaN without a call.
+    thresholds: tuple | None = None,  # probabilities; None: ten, from all to the 5% most confident predictions
+) -> pd.DataFrame:  # one row per threshold
+    """Coverage, precision, skill and profit at each confidence threshold; NaN if no prediction reaches it.
 
     Columns: `threshold`, `coverage`, `calls`, `precision`, `directional_accuracy`, `directional_skill` with `_low` and
     `_high`, `sharpe_net`.
@@ -251,7 +252,7 @@ def threshold_sweep(
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #18a1c71b
 def _threshold_row(evaluator, predictions, y, prices, mask):
-    "Precision, direction and profit of the calls of `mask`."
+    "Precision, directional metrics and net Sharpe ratio of the predictions in `mask`."
     gains, scored = _slice_gains(predictions, y, mask)
     skill = _mean_with_interval(evaluator, predictions, mask, "directional_skill", gains, scored, -1)
     if not mask.any():
@@ -269,23 +270,23 @@ def _threshold_row(evaluator, predictions, y, prices, mask):
 # %% ../../nbs/evaluation/07_robustness.ipynb #0299b848
 @dataclass
 class Robustness:
-    "Tables of what the profit of a strategy depends on."
+    "Tables that break down the profit of a strategy."
 
     costs: pd.DataFrame  # from `cost_sweep`
     slices: pd.DataFrame  # from `by_slice`: sides, symbols, regimes
     months: pd.DataFrame  # from `by_month`
     strategies: pd.DataFrame  # from `compare_exit_rules`
     thresholds: pd.DataFrame  # from `threshold_sweep`
-    has_prices: bool = True  # whether profit comes from prices
+    has_prices: bool = True  # whether profit is computed from prices
     gap: int = 1  # bars from the last feature bar to the predicted bar
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        "The tables by name."
+        "All tables, by name."
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("has_prices", "gap")}
 
     def to_dict(self) -> dict:
-        "Plain data for JSON: a list of rows for each table, and `notes`; NaN becomes None."
+        "JSON-compatible data: a list of rows for each table, and `notes`; NaN becomes None."
 
         def nan_to_none(t):
             return t.astype(object).where(t.notna(), None)
@@ -295,7 +296,7 @@ class Robustness:
         return {name: nan_to_none(t).to_dict("records") for name, t in self.tables.items()} | dict(notes=notes)
 
     def _limitations(self):
-        "Notes on what limits the figures, by name."
+        "Notes on the limitations of the figures, by name."
         notes = {}
         if not self.has_prices:
             notes["no_prices"] = NO_PRICES_NOTE
@@ -314,7 +315,7 @@ class Robustness:
         return f"breaks even at {self.costs.attrs['break_even']:.1f} bp; {share}"
 
     def _headings(self):
-        "Heading of each table, with the level of its intervals."
+        "Heading of each table, with the level of its intervals if corrected."
         levels = dict(slices=self.slices.attrs["slice_level"], thresholds=self.thresholds.attrs["threshold_level"])
         text = "{0}: intervals at {1:.2%}, corrected for {2} {0}".format
         headings = {name: name for name in self.tables}
@@ -344,12 +345,12 @@ def _cells_as_text(table):
 
 
 def _interval_text(low, high):
-    "An interval as text, a dash if it has no ends."
+    "An interval as text; a dash if its bounds are NaN."
     return " [–]" if np.isnan(low) else f" [{_value_text(low)}, {_value_text(high)}]"
 
 
 def _value_text(value):
-    "A cell as text, a dash for NaN."
+    "A cell value as text; a dash for NaN."
     if isinstance(value, str):
         return value
     if pd.isna(value):
@@ -357,7 +358,7 @@ def _value_text(value):
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ae4bd1d6
-MAX_SYMBOL_SLICES = 20  # number of symbols with a slice, those with the most rows
+MAX_SYMBOL_SLICES = 20  # maximum number of symbol slices; symbols with the most rows are kept
 
 
 def analyse_robustness(
@@ -367,9 +368,9 @@ def analyse_robustness(
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
     bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided; None: no barrier exit
 ) -> Robustness:
-    "All tables of this module; raises `EvaluationError` for unsigned classes."
+    "All tables of this module; raises `EvaluationError` for classes without both signs."
     if not has_direction(evaluator.classes):
-        message = "have no direction to trade; expected negative and positive ones"
+        message = "have no direction to trade; expected negative and positive classes"
         raise EvaluationError(f"classes {tuple(evaluator.classes)} {message}")
     backtest, symbols = evaluator.backtest(predictions, prices, y), symbol_masks(predictions)
     regimes = {} if prices is None else regime_masks(realised_volatility(predictions, prices))
