@@ -176,7 +176,7 @@ def trading_stats(
 # %% ../../nbs/evaluation/02_backtest.ipynb #7bed08c9
 @dataclass
 class Backtest:
-    "Result of a backtest of staggered positions, by bar, by day and by trade."
+    "Result of a backtest of overlapping positions, by bar, by day and by trade."
 
     bars: pd.DataFrame  # by datetime: gross, net (share of capital), turnover, exposure (mean over symbols)
     daily: pd.DataFrame  # by day: sums of `bars`; trades, wins, gains, losses by entry day; hold, constant
@@ -354,7 +354,7 @@ def traded_bars(
     if not (positive := (prices.close > 0) & np.isfinite(prices.close)).all():
         raise BacktestError(f"prices: close is {prices.close[~positive].iloc[0]}, expected positive numbers")
     if prices.datetime.dt.tz != signals.datetime.dt.tz:
-        zones = f"time zone {prices.datetime.dt.tz}, but predictions have {signals.datetime.dt.tz}"
+        zones = f"time zone {prices.datetime.dt.tz}, expected {signals.datetime.dt.tz} as in the predictions"
         raise BacktestError(f"prices: {zones}")
     prices = prices[["datetime", "symbol", "close"]].assign(symbol=prices.symbol.astype(str))
     bars = prices[prices.symbol.isin(signals.symbol.unique())].merge(signals, on=["datetime", "symbol"], how="outer")

@@ -31,7 +31,7 @@ SCORING_VERSION = 2  # increased when the same predictions would get different s
 
 @dataclass
 class ModelEvaluator:
-    "Scores predictions of one horizon."
+    "Scores predictions for one horizon."
 
     horizon: int  # label horizon in bars
     cost_bps: float = 1.0  # basis points per unit change in position
@@ -100,7 +100,7 @@ class ModelEvaluator:
         self,
         predictions: PredictionOutput,
         y_true: np.ndarray,  # (n,) class values
-        trials: int = 1,  # number of models tried, this one included
+        trials: int = 1,  # number of models tried, including this one
     ) -> DirectionClaim:
         "Directional skill of the predictions, with its interval and verdict."
         return self._claim(_claim_rows(predictions, y_true), trials)

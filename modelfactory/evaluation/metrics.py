@@ -268,8 +268,8 @@ def directional_accuracy(
 def directional_gains(
     y: np.ndarray,  # (n,) labels; their sign is the direction
     prediction: np.ndarray,  # (n,) or (n, models) predicted labels
-    symbols: np.ndarray,  # (n,) names or codes
-) -> tuple[np.ndarray, np.ndarray]:  # gain of each row and whether the row is scored; shaped as `prediction`
+    symbols: np.ndarray,  # (n,) symbol names or codes
+) -> tuple[np.ndarray, np.ndarray]:  # gain of each row and whether the row is scored; same shape as `prediction`
     "Product of the predicted and true sign, each minus its symbol mean; 0 where either sign is 0."
     q, z = np.sign(np.asarray(prediction, float)), np.sign(np.asarray(y, float))
     z = z.reshape(z.shape + (1,) * (q.ndim - 1))
@@ -291,7 +291,7 @@ def _sum_by(x, codes, n):
 def directional_skill(
     y: np.ndarray,  # (n,) labels
     prediction: np.ndarray,  # (n,) predicted labels
-    symbols: np.ndarray,  # (n,) names or codes
+    symbols: np.ndarray,  # (n,) symbol names or codes
 ) -> float:  # -1 to 1; NaN if no row has two non-zero signs
     "Mean gain over the scored rows: the covariance of predicted and true sign within symbols."
     gains, scored = directional_gains(y, prediction, symbols)

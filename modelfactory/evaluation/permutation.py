@@ -155,7 +155,7 @@ class ShiftTest:
         return ranges.assign(p=pd.Series(self.p_values))
 
     def band(self, level: float = 0.95) -> pd.DataFrame:
-        "Daily equity band (low, high) with a share `level` of the draws; raises `PermutationError` without prices."
+        "Daily equity band (low, high) that covers `level` of the draws; raises `PermutationError` without prices."
         if self.pnl is None:
             raise PermutationError("no equity: nothing was traded; expected prices and signed classes")
         equity = equity_curve(self.pnl.to_numpy().T)
@@ -180,7 +180,7 @@ def shift_test(
     cost_bps: float = 1.0,  # basis points per unit change in position
     trading_days: float | None = None,  # trading days per year; None: estimated from the bars
     classes: tuple = (-1, 0, 1),
-    step: int = 1,  # all shifts are multiples of this; one day's bars keep the time of day
+    step: int = 1,  # all shifts are multiples of it; the number of bars per day keeps the time of day
     day_start: int = 0,  # hour at which a trading day begins
 ) -> ShiftTest:
     "Compares scores with those of shifted predictions; raises `PermutationError` for too few rows, `BacktestError`."

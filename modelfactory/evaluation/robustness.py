@@ -203,7 +203,7 @@ def compare_exit_rules(
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) true class values, for trades without prices
     prices: pd.DataFrame | None,  # datetime, symbol, close
-    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided; None: no barrier exit
+    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is known; None: no barrier exit
 ) -> pd.DataFrame:  # strategy, sharpe, turnover, exposure, max_drawdown, n_trades, sharpe_net with _low and _high
     "Metrics of three strategies: fixed holding period, positions by confidence, and exit at the barrier."
     sign = np.sign(predictions.predictions).astype(float)
@@ -366,7 +366,7 @@ def analyse_robustness(
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
-    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is decided; None: no barrier exit
+    bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is known; None: no barrier exit
 ) -> Robustness:
     "All tables of this module; raises `EvaluationError` for classes without both signs."
     if not has_direction(evaluator.classes):

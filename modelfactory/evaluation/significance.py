@@ -207,7 +207,7 @@ def spa_test(
     studentise: bool = True,  # False: gains are not standardised and not corrected for few blocks
     benchmarks: int = 1,  # number of benchmarks; columns: all models against the first, then the second
 ) -> dict[str, float]:  # p-values: lower, consistent, upper (Hansen) and white
-    "P-values of the best of many models against the benchmarks; raises `SignificanceError` for infinite gains."
+    "P-values for the best of many models against the benchmarks; raises `SignificanceError` for infinite gains."
     gains = np.asarray(gains, float)
     if gains.ndim != 2 or len(gains) < 3 or not np.isfinite(gains).all():
         raise SignificanceError(f"gains: shape {gains.shape}, expected finite numbers of shape (T, models)")
@@ -401,7 +401,7 @@ def diebold_mariano(
     difference: np.ndarray,  # (T,) or (T, S) loss of one model minus that of another, by timestamp
     overlap: float,  # label overlap in timestamps, usually the horizon
 ) -> tuple[np.ndarray, np.ndarray]:  # statistic and two-sided p-value; NaN if the losses are equal
-    "Test of equal mean loss, fixed-b critical values; raises `SignificanceError` for two overlaps of data or less."
+    "Test of equal mean loss, fixed-b critical values; raises `SignificanceError` if data span at most two overlaps."
     from scipy.special import stdtr
 
     d = np.asarray(difference, float)
@@ -489,7 +489,7 @@ def mean_differences(
     """Difference between each model's mean loss and that of the best model, with joint intervals.
 
     Columns: `value`, `difference`, `low`, `high`, and `not_worse` (whether the interval contains 0).
-    Raises `SignificanceError` for a single model, or for two overlaps of data or less.
+    Raises `SignificanceError` for a single model, or if the data span at most two label overlaps.
     """
     from scipy.special import ndtr, stdtrit
 
@@ -729,7 +729,7 @@ def log_loss_p_value(
     trials: int,  # number of models tried
     classes: tuple,  # class values in column order
 ) -> float:
-    "P-value of the claim that the best model beats the training class shares and has information on single rows."
+    "P-value of the claim that the best model beats the training class shares and is informative on single rows."
     gains = pd.concat([prior_gains(frame, train_shares, classes), information_gains(frame, classes)], axis=1)
     return _spa_p_value(frame, gains, horizon, trials, slow=True, benchmarks=2)
 
@@ -756,7 +756,7 @@ def profit_claims(
     trials: int,  # number of models tried, including these
     days_per_year: float = 252,  # trading days per year
 ) -> dict:  # p_profit (also _cash, _hold, _constant), best_sharpe_model, sharpe_net, deflated_sharpe, overfitting, why
-    "Claims about profit after cost of strategies over the same days; None if not tested, with the reason in `why`."
+    "Claims about profit after cost, for strategies over the same days; None if not tested, with the reason in `why`."
     names = (
         "p_profit",
         "p_profit_cash",
