@@ -187,7 +187,9 @@ def read_yaml(
     except RecursionError:
         raise ConfigError(f"{path}: not readable as plain YAML: nested too deeply") from None
     except Exception as e:  # PyYAML does not wrap errors of the types it constructs, such as dates
-        raise ConfigError(f"{path}: not readable as plain YAML: {' '.join(str(e).split())[:200]}") from None
+        is_deep = "maximum nesting depth" in str(e)  # libyaml's wording
+        reason = "nested too deeply" if is_deep else " ".join(str(e).split())[:200]
+        raise ConfigError(f"{path}: not readable as plain YAML: {reason}") from None
     if not isinstance(values or {}, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__}, expected key: value pairs")
     return values or {}
