@@ -24,9 +24,9 @@ from ..models.base import PredictionOutput
 
 # %% auto #0
 __all__ = ['cosine_transforms', 'max_frequencies', 'count_frequencies', 'series_block_length', 'label_block_length',
-           'block_length', 'stationary_blocks', 'block_indices', 'block_sums', 'block_variance_ratio',
-           'classification_draws', 'trading_draws', 't_adjusted_level', 'percentile_interval', 'bootstrap_metrics',
-           'fieller_interval', 'ratio_interval', 'directional_interval']
+           'block_length', 'draw_blocks', 'block_indices', 'block_sums', 'block_variance_ratio', 'classification_draws',
+           'trading_draws', 't_adjusted_level', 'percentile_interval', 'bootstrap_metrics', 'fieller_interval',
+           'ratio_interval', 'directional_interval']
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #b6c42ea1
 def cosine_transforms(
@@ -106,7 +106,7 @@ def block_length(
     return min(max(longest, T**0.5), T)
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #9f5e04d9
-def stationary_blocks(
+def draw_blocks(
     T: int,  # timestamps
     mean_block: float,  # mean block length, at least 1
     n_boot: int = 1000,  # draws
@@ -166,7 +166,7 @@ def classification_draws(
     sums, numbers = sums_per_timestamp(statistics, predictions.timestamps)
     n_cells = len(classes) ** 2  # the log loss is in the column after the confusion cells
     block = block or block_length(numbers, predictions.symbols, horizon, sums[:, n_cells])
-    drawn = block_sums(sums, *stationary_blocks(len(sums), block, n_boot, seed))
+    drawn = block_sums(sums, *draw_blocks(len(sums), block, n_boot, seed))
     total = sums.sum(0)
     draws = classification_stats(drawn, classes)
     draws["ece"] = np.maximum(draws["ece"] - draws["ece"].mean() + classification_stats(total, classes)["ece"], 0)
@@ -185,7 +185,7 @@ def trading_draws(
     D = len(backtest.daily)
     overlap = backtest.horizon * D / len(backtest.bars)
     block = block or series_block_length(backtest.daily["net"].to_numpy(), overlap)
-    index = block_indices(*stationary_blocks(D, block, n_boot, seed))
+    index = block_indices(*draw_blocks(D, block, n_boot, seed))
     columns = {k: v.to_numpy() for k, v in backtest.daily.items()}
     chunks = np.array_split(index, max(1, index.size // 2**20))
     parts = [trading_stats({k: v[i] for k, v in columns.items()}, backtest.trading_days) for i in chunks]

@@ -26,7 +26,7 @@ from modelfactory.evaluation.backtest import (
     trading_day,
     trailing_sum,
 )
-from .bootstrap import block_length, block_sums, percentile_interval, stationary_blocks
+from .bootstrap import block_length, block_sums, percentile_interval, draw_blocks
 from modelfactory.evaluation.metrics import (
     check_predictions,
     classification_stats,
@@ -288,7 +288,7 @@ def f1_null_interval(
     sums, timestamps = sums_per_timestamp(cells, predictions.timestamps)
     block = block_length(timestamps, predictions.symbols, int(predictions.horizons.max()))
     point = _f1_null_and_skill(sums.sum(0))
-    draws = _f1_null_and_skill(block_sums(sums, *stationary_blocks(len(sums), block, n_boot, seed)))
+    draws = _f1_null_and_skill(block_sums(sums, *draw_blocks(len(sums), block, n_boot, seed)))
     return {k: float(v) for k, v in point.items()} | percentile_interval(draws, len(sums) / block, level)
 
 

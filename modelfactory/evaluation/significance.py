@@ -27,7 +27,7 @@ from modelfactory.evaluation.bootstrap import (
     max_frequencies,
     ratio_interval,
     series_block_length,
-    stationary_blocks,
+    draw_blocks,
     t_adjusted_level,
 )
 from modelfactory.evaluation.metrics import (
@@ -213,7 +213,7 @@ def spa_test(
         raise SignificanceError(f"gains: shape {gains.shape}, expected finite numbers of shape (T, models)")
     T, mean = len(gains), gains.mean(0)
     block = min(mean_block or label_block_length(T, overlap), T / 2)
-    drawn = block_sums(gains, *stationary_blocks(T, block, n_boot, seed)) / T
+    drawn = block_sums(gains, *draw_blocks(T, block, n_boot, seed)) / T
     error = np.where(np.ptp(gains, 0) > 0, drawn.std(0), np.inf)
     poor = mean < -error * np.sqrt(2 * np.log(np.log(T)))
     centres = dict(lower=np.maximum(mean, 0), consistent=np.where(poor, 0, mean), upper=mean)

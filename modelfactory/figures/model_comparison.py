@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..evaluation.bootstrap import block_indices, block_sums, series_block_length, stationary_blocks
+from ..evaluation.bootstrap import block_indices, block_sums, series_block_length, draw_blocks
 from ..evaluation.metrics import confidence_bins, metric_sign
 from ..evaluation.significance import row_losses, stacked_models
 from ..figure_text import draw_plain_text
@@ -165,7 +165,7 @@ def null_band(
     "Bootstrap band for the equity of the best of `M` models without skill."
     x = np.asarray(daily, float).reshape(len(daily), -1)
     x = x - x.mean(0)
-    starts, lengths = stationary_blocks(len(x), series_block_length(x, overlap), n_boot, seed)
+    starts, lengths = draw_blocks(len(x), series_block_length(x, overlap), n_boot, seed)
     sums, squares = (block_sums(values, starts, lengths) / len(x) for values in (x, x**2))
     variance = squares - sums**2
     sharpe = np.where(variance > 1e-12 * squares, sums / np.sqrt(np.where(variance > 0, variance, 1)), 0.0)
