@@ -3054,6 +3054,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'modelfactory/runs/stored.py'),
                                           'modelfactory.runs.stored.StoredRun._numbers': ( 'runs/stored.html#storedrun._numbers',
                                                                                            'modelfactory/runs/stored.py'),
+                                          'modelfactory.runs.stored.StoredRun._open': ( 'runs/stored.html#storedrun._open',
+                                                                                        'modelfactory/runs/stored.py'),
                                           'modelfactory.runs.stored.StoredRun.baseline': ( 'runs/stored.html#storedrun.baseline',
                                                                                            'modelfactory/runs/stored.py'),
                                           'modelfactory.runs.stored.StoredRun.baselines': ( 'runs/stored.html#storedrun.baselines',

@@ -362,7 +362,10 @@ def test_the_verdict_names_all_other_models_with_skill():
                 "at once (p = 0.060"
             ],
         ),
-        (a_task(MODELS["two"]), ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting 60%"]),
+        (
+            a_task(MODELS["two"]),
+            ["the best net Sharpe ratio is -0.5 (a)", "probability of backtest overfitting of 60%"],
+        ),
         (
             a_task(MODELS["one"], **PROFIT["yes"]),
             [

@@ -910,7 +910,7 @@ def test_a_file_name_that_is_no_plain_relative_path_raises_an_error(name, receiv
 def test_a_split_name_that_is_no_plain_word_raises_an_error(split, received):
     "`rescore` writes files whose names hold the name of the split."
     forge(received, splits=["val", split])
-    assert_run_error(received, "rescore", "not a name of a split")
+    assert_run_error(received, "rescore", "not a valid split name")
 
 
 LINKS = dict(

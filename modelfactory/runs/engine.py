@@ -36,7 +36,7 @@ __all__ = ['GC_THRESHOLD', 'KERNEL_START_CODE', 'MAX_SOCKET_BYTES', 'NO_LIMITS',
 def find_notebook(
     name: str,  # file name, such as train.ipynb
 ) -> Path:
-    "The path of a notebook; raises `ConfigError`, which lists the folders that were searched."
+    "The path of a notebook; raises `ConfigError` with the searched folders if the notebook does not exist."
     places = [settings().notebooks / name, builtin_folder("notebooks") / name]
     if notebook := next((p for p in places if p.is_file()), None):
         return notebook
@@ -45,10 +45,10 @@ def find_notebook(
 
 # %% ../../nbs/runs/03_engine.ipynb #6817dd60
 def check_parameters(
-    notebook: Path,  # with a cell tagged `parameters`
+    notebook: Path,  # notebook with a cell tagged `parameters`
     parameters: dict,  # name -> value
 ) -> None:
-    "Raises `ConfigError` on a parameter that the `parameters` cell does not define; papermill would only log it."
+    "Raises `ConfigError` if the `parameters` cell lacks a parameter; papermill would only log a warning."
     from papermill import inspect_notebook
 
     names = inspect_notebook(_escape_braces(notebook))
@@ -58,11 +58,11 @@ def check_parameters(
 
 
 def _escape_braces(path):
-    "A path for papermill, which replaces text in braces by parameters."
+    "Escapes the braces in a path, because papermill replaces text in braces by parameters."
     return str(path).replace("{", "{{").replace("}", "}}")
 
 # %% ../../nbs/runs/03_engine.ipynb #44d175c9
-GC_THRESHOLD = 20_000  # new objects between two searches for reference cycles
+GC_THRESHOLD = 20_000  # number of new objects that triggers garbage collection
 KERNEL_START_CODE = "; ".join(
     [
         "import sys",
@@ -74,13 +74,13 @@ KERNEL_START_CODE = "; ".join(
         "runpy.run_module('ipykernel_launcher', run_name='__main__')",
     ]
 )
-MAX_SOCKET_BYTES = 100  # bytes of the path, before a number is added; macOS takes 103 in all, Linux 107
+MAX_SOCKET_BYTES = 100  # limit for a path without its numeric suffix; macOS allows 103 bytes in all, Linux 107
 
 
 def _kernel_manager(runtime):
-    """A kernel manager class that starts a kernel of this interpreter, whichever kernels are installed.
+    """A kernel manager class that starts kernels with this interpreter, regardless of the installed kernels.
 
-    Its sockets are files in the folder `runtime` of this run; it uses TCP ports if that path is too long."""
+    The kernel's sockets are files in the folder `runtime`; TCP ports are used if this path is too long."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode
@@ -99,12 +99,12 @@ def _kernel_manager(runtime):
 
 # %% ../../nbs/runs/03_engine.ipynb #0486c635
 def execute_notebook(
-    notebook: Path,  # with a `parameters` cell
-    output: Path,  # the executed notebook
+    notebook: Path,  # notebook with a `parameters` cell
+    output: Path,  # path of the executed notebook
     parameters: dict,  # name -> value
 ) -> None:
-    "Runs a notebook through papermill in this process; raises the error of the cell that failed."
-    sys.modules.setdefault("rfc3987_syntax", None)  # the grammar that jsonschema would build
+    "Executes a notebook with papermill in this process; raises the error of a failed cell."
+    sys.modules.setdefault("rfc3987_syntax", None)  # prevents jsonschema from building a slow grammar
     import papermill
 
     _throttle_saves()
@@ -126,12 +126,12 @@ def execute_notebook(
 
 
 def _throttle_saves():
-    "Makes papermill save a notebook at most once a second, at its first save and at its end."
+    "Limits papermill to one save per second, in addition to the first and the last save."
     from papermill.engines import NotebookExecutionManager as Manager
 
     save_now = Manager.save
     if save_now.__module__ == __name__:
-        return  # replaced by an earlier call
+        return  # already replaced by an earlier call
 
     def save(self, **kw):
         is_over = self.end_time is not None
@@ -143,7 +143,7 @@ def _throttle_saves():
 
 
 def _trust(notebook):
-    "Signs an executed notebook; without a signature Jupyter hides its HTML."
+    "Signs an executed notebook, because Jupyter hides the HTML of unsigned notebooks."
     import nbformat
     from nbformat.sign import NotebookNotary
 
@@ -152,7 +152,7 @@ def _trust(notebook):
 
 # %% ../../nbs/runs/03_engine.ipynb #09a5c46b
 def _watch_parent(attempt, parent):
-    "Touches `pid` every second; ends this process and its kernel when the process `parent` is gone."
+    "Updates `pid` every second; kills this process and its kernel once the process `parent` has ended."
     import psutil
 
     while True:
@@ -168,10 +168,10 @@ def _watch_parent(attempt, parent):
 
 # %% ../../nbs/runs/03_engine.ipynb #ce1f27ca
 def run_attempt(
-    attempt: str,  # folder with job.json
-    parent: str,  # number of the process that started this one
+    attempt: str,  # folder that contains job.json
+    parent: str,  # ID of the parent process
 ) -> None:
-    "The work of a run's process: executes and publishes; on an error it writes `error.json` and exits with code 1."
+    "Executes and publishes a run in its own process; on an error, writes `error.json` and exits with code 1."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     gc.set_threshold(GC_THRESHOLD)
     attempt = Path(attempt)
@@ -191,7 +191,7 @@ def run_attempt(
 
 
 def _error_values(e):
-    "The content of `error.json`: the number of the cell, and the error in one line."
+    "The content of `error.json`: the cell number and the error in one line."
     cell = getattr(e, "exec_count", None)
     kind = getattr(e, "ename", type(e).__name__)
     text = str(getattr(e, "evalue", e))
@@ -206,20 +206,20 @@ if __name__ == "__main__" and sys.argv[0].endswith("engine.py"):
 class Outcome:
     "How a run ended."
 
-    name: str  # of the run
+    name: str  # name of the run
     status: str  # ok, skipped, not scored, failed, timeout, killed, interrupted, unavailable
-    reason: str = ""  # one line: why it is not ok, or notes on the fit
-    path: Path | None = None  # folder of the run, or of the failed attempt
-    seconds: float = 0.0  # wall clock
+    reason: str = ""  # reason for a status other than ok, or remarks on the fit, in one line
+    path: Path | None = None  # folder of the run or of the failed attempt
+    seconds: float = 0.0  # wall-clock time
 
 
 @dataclass
 class Limits:
-    "Limits of a run; None: no limit."
+    "Limits on the resources of a run; None means no limit unless stated otherwise."
 
-    seconds: float | None = None  # wall clock
-    memory_gb: float | None = None  # resident memory of all its processes together, in GB
-    threads: int | None = None  # of numerical libraries such as BLAS; None: OMP_NUM_THREADS, else all cores
+    seconds: float | None = None  # wall-clock time
+    memory_gb: float | None = None  # total resident memory of all processes of the run, in GB
+    threads: int | None = None  # threads of numerical libraries such as BLAS; None: OMP_NUM_THREADS or all cores
 
 
 NO_LIMITS = Limits()
@@ -230,9 +230,9 @@ RUN_ENV_VAR = "RUN_OF_MODELFACTORY"
 
 def run_environment(
     limits: Limits,
-    name: str,  # of the run
+    name: str,  # name of the run
 ) -> dict:  # environment variable -> value
-    "The environment of a run's process: that of this process, threads, memory allocators, and the name of the run."
+    "The environment of a run: the current environment plus thread count, memory allocators and the run's name."
     threads = str(limits.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     allocators = dict(ARROW_DEFAULT_MEMORY_POOL="system", MALLOC_MMAP_THRESHOLD_="131072")
     fixed = dict(
@@ -246,9 +246,9 @@ def run_environment(
 
 # %% ../../nbs/runs/03_engine.ipynb #d0c74b5c
 def rss_gb(
-    pid: int,  # number of a process
+    pid: int,  # process ID
 ) -> float:  # GB
-    "Resident memory of a process and of all processes that it started; 0 where it is gone."
+    "Resident memory of a process and all its descendants; 0 if the process has ended."
     import psutil
 
     total = 0
@@ -260,13 +260,13 @@ def rss_gb(
     return total / 1e9
 
 # %% ../../nbs/runs/03_engine.ipynb #be59b561
-EXIT_SECONDS = 60  # seconds that the process of a run may take to end once the run is published
+EXIT_SECONDS = 60  # time in seconds that a process may take to exit after its run is published
 
 
 def _wait_for_end(process, limits, stop, is_closed):
-    """Status and reason where the process has to be ended.
+    """Waits for a process; returns a status and a reason if the process must be killed.
 
-    Both are empty where it ended by itself, or where its run is closed and it has not exited after `EXIT_SECONDS`."""
+    Both are empty if the process has exited, or if it still runs `EXIT_SECONDS` after its run was closed."""
     start, closed_at = time.monotonic(), math.inf
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -285,10 +285,10 @@ def _wait_for_end(process, limits, stop, is_closed):
 
 # %% ../../nbs/runs/03_engine.ipynb #611eee65
 def kill_run(
-    process: subprocess.Popen,  # of the run
-    name: str,  # of the run
+    process: subprocess.Popen,  # process of the run
+    name: str,  # name of the run
 ) -> None:
-    "Ends a run's process, its kernel and all processes that they started: SIGTERM first, then SIGKILL."
+    "Ends a run's process, its kernel and all their child processes: SIGTERM first, then SIGKILL."
     import psutil
 
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
@@ -304,7 +304,7 @@ def kill_run(
 
 # %% ../../nbs/runs/03_engine.ipynb #2af2da76
 def _failure_reason(code, attempt):
-    "Status and reason of a process that ended without publishing its run."
+    "Status and reason for a process that ended without publishing its run."
     with contextlib.suppress(OSError, ValueError):
         error = json.loads((attempt / "error.json").read_text())
         if error["error"].startswith("ModelUnavailable: "):
@@ -316,12 +316,12 @@ def _failure_reason(code, attempt):
         return "killed", f"signal {-code if code < 0 else 15}{' (out of memory?)' if code == -9 else ''}"
     log = (attempt / "run.log").read_text().strip().splitlines() if (attempt / "run.log").is_file() else []
     if not log and shutil.disk_usage(attempt).free < 1 << 20:
-        return "failed", f"no space left on the disk of {attempt.parent}; free some, or set another runs folder"
+        return "failed", f"no space left on the disk of {attempt.parent}; free some space or set another runs folder"
     return "failed", (log or ["no output"])[-1][:300]
 
 
 def _attempt_outcome(attempt, runs, status, reason, start):
-    "The outcome of an attempt whose process has ended: a run, scored or not, or a failure."
+    "The outcome of an attempt whose process has ended: a scored run, an unscored run or a failure."
     run = runs / attempt.name
     if not run.is_dir():
         return _keep_failed(attempt, runs, status, reason, start)
@@ -331,16 +331,16 @@ def _attempt_outcome(attempt, runs, status, reason, start):
 
 
 def run_outcome(
-    title: str,  # name in the outcome
+    title: str,  # name shown in the outcome
     run: Run,
-    status: str,  # of a run that is scored
-    reason: str = "",  # why it is not scored; empty: the reason that the run stores
-    seconds: float = 0.0,  # wall clock
+    status: str,  # status to report if the run is scored
+    reason: str = "",  # why the run is not scored; empty: the reason stored in the run
+    seconds: float = 0.0,  # wall-clock time
 ) -> Outcome:
-    "The outcome of a published run: `status` and notes on the fit, or `not scored` and why."
+    "The outcome of a published run: `status` with remarks on the fit, or `not scored` with the reason."
     if run.scored:
         return Outcome(title, status, " ".join(run.notes), run.path, seconds)
-    reason = f"trained, but {reason or run.reason}; `modelfactory rescore` finishes it"
+    reason = f"trained, but {reason or run.reason}; run `modelfactory rescore` to score it"
     return Outcome(title, UNSCORED, reason, run.path, seconds)
 
 
@@ -360,15 +360,15 @@ MAX_ATTEMPTS = 3
 
 
 def run_notebook(
-    parameters: dict,  # of train.ipynb; at least model and horizon
-    runs: Path | None = None,  # None: settings' runs folder
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required
+    runs: Path | None = None,  # None: the runs folder of the settings
     limits: Limits = NO_LIMITS,
-    stop: threading.Event | None = None,  # another thread sets it to end the run
+    stop: threading.Event | None = None,  # event that another thread sets to end the run
     grid: str = "",  # name of the grid, stored in the manifest
 ) -> Outcome:
     """Trains a model in a separate process, publishes the run and returns its outcome.
 
-    What goes wrong in that process is in the outcome. Raises `ConfigError` on a parameter that the notebook lacks."""
+    Errors in that process are reported in the outcome. Raises `ConfigError` if the notebook lacks a parameter."""
     from modelfactory.data.bundled import absolute_paths
 
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")
@@ -384,7 +384,7 @@ def run_notebook(
 
 # %% ../../nbs/runs/03_engine.ipynb #336f091b
 def _attempt(parameters, runs, notebook, limits, stop, grid):
-    "The outcome of one process that executes the notebook; the process has ended when this returns."
+    "Executes the notebook in a new process, waits until the process ends, and returns the outcome."
     attempt, start = start_attempt(runs, parameters["model"], parameters["horizon"]), time.monotonic()
     job = dict(notebook=str(notebook), runs=str(runs), grid=grid, parameters=parameters | dict(output=str(attempt)))
     write_json(attempt / "job.json", job)

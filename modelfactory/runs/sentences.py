@@ -15,9 +15,9 @@ __all__ = ['BENCHMARK_LABELS', 'MIN_CEILING_GAP', 'MAX_LISTED', 'describe', 'con
 
 # %% ../../nbs/runs/07_sentences.ipynb #8f29b4b5
 def describe(
-    task: dict,  # a task of `comparison`
-) -> list[str]:  # sentences: direction, log loss, profit
-    "The claims of a task: what is significant, what is not, and what was not tested."
+    task: dict,  # one task from the result of `comparison`
+) -> list[str]:  # three sentences, on direction, log loss and profit
+    "Describes the claims of a task: which are significant, which are not, and which were not tested."
     head = f"{task['data']}, horizon {task['horizon']}: "
     sentences = _direction_sentence(task), _log_loss_sentence(task), _profit_sentence(task)
     return [head + sentence for sentence in sentences]
@@ -32,14 +32,14 @@ def _trials_text(task):
 
 
 def _not_tested(task, claim, subject):
-    "The sentence on a claim that was not tested, with the reason."
+    "A sentence that explains why a claim was not tested."
     return f"{subject} is not tested: {task['why'].get(claim) or 'too few rows'}."
 
 # %% ../../nbs/runs/07_sentences.ipynb #55c5e99a
 def constant_call_text(
-    model: dict,  # of a task of `comparison`
-) -> str:  # such as `always up would be right 69% of the time`; empty where the classes have no direction
-    "Which constant prediction is better, and its accuracy on the rows with a true sign."
+    model: dict,  # model entry in a task of `comparison`
+) -> str:  # such as `always up would be right 69% of the time`; empty if the classes have no direction
+    "The better constant prediction, and its accuracy on rows whose true label has a sign."
     accuracy, direction = model.get("directional_accuracy_constant"), model.get("constant_class")
     if accuracy is None or not direction:
         return ""
@@ -47,19 +47,19 @@ def constant_call_text(
 
 
 def no_skill_text(
-    models: list,  # of a task of `comparison`
+    models: list,  # model entries in a task of `comparison`
     who: str = "no model",  # the subject of the sentence
 ) -> str:
-    "A statement on models without significant skill. Some may be significantly worse than the constant prediction."
+    "A statement about models without significant skill, which may even be worse than the constant prediction."
     any_worse = any(m.get("verdict") == "worse" for m in models)
     verb = "is better than" if any_worse else "differs significantly from"
     return f"{who} {verb} the better constant prediction"
 
 
 def claim_figures(
-    model: dict,  # of a task of `comparison`
-) -> dict:  # the same keys; with several seeds the figures of the mean of their probabilities
-    "The entry of a model with the figures that its claim on direction is based on."
+    model: dict,  # model entry in a task of `comparison`
+) -> dict:  # the same keys; for several seeds, the metrics of their averaged probabilities
+    "The entry of a model, with the metrics on which its direction claim is based."
     return model | (model.get("averaged") or {})
 
 
@@ -114,19 +114,20 @@ BENCHMARK_LABELS = dict(
 
 
 def _sharpe_text(task):
-    "The best Sharpe ratio with two figures that decide no claim."
+    "A clause on the best Sharpe ratio and two related statistics, none of which decides a claim."
     if task["sharpe_net"] is None or not task["best_sharpe_model"]:
         return ""
-    parts = [f"the best net Sharpe ratio is {task['sharpe_net']:.1f} ({task['best_sharpe_model']})"]
+    text = f"; the best net Sharpe ratio is {task['sharpe_net']:.1f} ({task['best_sharpe_model']})"
+    details = []
     if task["deflated_sharpe"] is not None:
-        parts.append(f"its deflated Sharpe probability {task['deflated_sharpe']:.0%}")
+        details.append(f"a deflated Sharpe probability of {task['deflated_sharpe']:.0%}")
     if task["overfitting"] is not None:
-        parts.append(f"the probability of backtest overfitting {task['overfitting']:.0%}")
-    return "; " + ", ".join(parts)
+        details.append(f"a probability of backtest overfitting of {task['overfitting']:.0%}")
+    return text + (f", with {' and '.join(details)}" if details else "")
 
 
 def _listed(names, conjunction):
-    "Names as `a, b and c`."
+    "Joins names as in `a, b and c`, with the given conjunction."
     *first, last = names
     return f"{', '.join(first)} {conjunction} {last}" if first else last
 
@@ -147,17 +148,18 @@ def _profit_sentence(task):
     return f"{subject} significantly better than that of {benchmarks}{details}."
 
 # %% ../../nbs/runs/07_sentences.ipynb #ea59b81d
-# Smallest gap between ceiling and null score that counts; a smaller one comes from rounding of tied probabilities.
+# Smallest gap between ceiling and null score that counts as a signal; rounding of tied probabilities can cause
+# smaller gaps.
 MIN_CEILING_GAP = dict(directional_accuracy=0.02, log_loss=0.002, f1_macro=0.01)
 
 
 def _names(pairs):
-    "Models of pairs of task and model, each with its horizon."
+    "The model names in (task, model) pairs, each with its horizon."
     return ", ".join(f"{m['model']} h{task['horizon']}" for task, m in pairs)
 
 
 def _n_models(pairs):
-    "Number of models in pairs of task and model; a model at two horizons counts once."
+    "The number of models in (task, model) pairs; a model at two horizons counts once."
     return len({m["model"] for _, m in pairs})
 
 
@@ -166,13 +168,13 @@ def _n_tested(tasks):
 
 
 def _count_text(tasks):
-    "Number of models tested, and of their horizons, as `2 models at 2 horizons`."
+    "The number of tested models and horizons as text, such as `2 models at 2 horizons`."
     n = _n_tested(tasks)
     return f"{n} model{'' if n == 1 else 's'}{_horizons_text(tasks)}"
 
 
 def _none_text(tasks):
-    "The models tested as the subject of a negative sentence: `none of 2 models`."
+    "The subject of a negative sentence about the tested models, such as `none of 2 models`."
     return f"no model{_horizons_text(tasks)}" if _n_tested(tasks) == 1 else f"none of {_count_text(tasks)}"
 
 
@@ -182,7 +184,7 @@ def _horizons_text(tasks):
 
 
 def _skill_text(tasks, skilled):
-    "How many of the models tested have directional skill."
+    "A clause that states how many of the tested models have directional skill."
     if not skilled:
         return f"{_none_text(tasks)} has directional skill"
     verb = "has" if _n_models(skilled) == 1 else "have"
@@ -217,7 +219,7 @@ def _null_sentence(tasks, skilled):
 
 # %% ../../nbs/runs/07_sentences.ipynb #06b7cae7
 def _interval_text(model):
-    "Directional skill with the interval of its claim."
+    "Directional skill with its confidence interval, as text."
     skill, low, high = (model[f"directional_skill{end}"] for end in ("", "_ci_low", "_ci_high"))
     return f"{skill:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
@@ -238,7 +240,7 @@ def _real_sentence(tasks, skilled):
 
 # %% ../../nbs/runs/07_sentences.ipynb #fe1fbd59
 def _data_kind(tasks):
-    "`planted` for a simulated market with a signal, `null` for one without, `real` where the optimum is unknown."
+    "`planted` for a simulated market with a signal, `null` for a simulated market without a signal, else `real`."
     ceilings = [t["ceiling"]["directional_accuracy"] for t in tasks if t["ceiling"]]
     if not ceilings:
         return "real"
@@ -249,7 +251,7 @@ def _data_kind(tasks):
 def conclusion(
     result: dict,  # of `comparison`
 ) -> list[str]:  # one sentence for each data set
-    "The claim on each data set: simulated markets with a signal first, then those without, then real data."
+    "The claim on each data set, in the order simulated with a signal, simulated without a signal, real."
     templates, by_data = dict(planted=_planted_sentence, null=_null_sentence, real=_real_sentence), {}
     for task in result["tasks"]:
         by_data.setdefault(task["data"], []).append(task)
@@ -265,7 +267,7 @@ def conclusion(
 def comparison_notes(
     result: dict,  # of `comparison`
 ) -> list[str]:  # sentences
-    "Limits of a comparison: versions of data and scoring, excluded rows, seeds, early stopping, unread folders."
+    "Limitations of a comparison: versions of data and scoring, excluded rows, seeds, early stopping, unread folders."
     notes = [sentence for task in result["tasks"] for sentence in task_notes(task)]
     for row in result["failed"]:
         if row["status"] == UNSCORED:
@@ -274,11 +276,11 @@ def comparison_notes(
     return notes + stopping + _unread_note(result["unread"])
 
 
-MAX_LISTED = 5  # folders in one sentence
+MAX_LISTED = 5  # maximum number of folders named in one sentence
 
 
 def _unread_note(unread):
-    "Folders that cannot be read as runs; `excluded_table` has the reasons."
+    "A note on folders that cannot be read as runs; `excluded_table` lists the reasons."
     if not unread:
         return []
     names = ", ".join(row["folder"] for row in unread[:MAX_LISTED])
@@ -291,13 +293,13 @@ def _unread_note(unread):
 def task_notes(
     task: dict,  # of `comparison`
 ) -> list[str]:  # sentences
-    "Limits of one task: versions of data and scoring, excluded rows, warnings on data and fits, seeds."
+    "Limitations of one task: versions of data and scoring, excluded rows, warnings about data and fits, seeds."
     head = f"{task['data']}, horizon {task['horizon']}: "
     earlier, n_excluded = task["earlier_scoring"], task["n_left_out"]
     notes = []
     if task["versions"] > 1:
         versions = f"the runs were made on {task['versions']} versions of the data and are not comparable"
-        notes.append(f"{versions}; train the older ones again.")
+        notes.append(f"{versions}; train the older runs again.")
     if earlier:
         were, them = ("run was", "it") if len(earlier) == 1 else ("runs were", "them")
         notes.append(f"{len(earlier)} {were} scored by an earlier version; run `modelfactory rescore` on {them}.")
@@ -309,7 +311,7 @@ def task_notes(
 
 # %% ../../nbs/runs/07_sentences.ipynb #25987c5f
 def _seed_note(task):
-    "A sentence where the seeds of a model differ by more than the gap to the next model."
+    "A note if the seeds of a model differ by more than the gap to the next model."
     wide, models = [], task["models"]
     for m, following in zip(models[:-1], models[1:], strict=True):
         if len(m["seeds"]) < 2:
@@ -320,13 +322,13 @@ def _seed_note(task):
             wide.append(text)
     if not wide:
         return []
-    head = f"log loss varies more between the seeds of a model than between it and the next model ({'; '.join(wide)})"
-    return [f"{head}; another seed may change the order."]
+    head = f"log loss differs more between the seeds of a model than between adjacent models ({'; '.join(wide)})"
+    return [f"{head}; another seed may change the ranking."]
 
 
 def summary_sentences(
     result: dict,  # of `comparison`
 ) -> list[str]:
-    "All sentences of the page: conclusion, claims of each task, notes, uses of the test set."
+    "All sentences of the comparison page: conclusion, claims of each task, notes, uses of the test set."
     claims = [sentence for task in result["tasks"] for sentence in describe(task)]
     return [*conclusion(result), *claims, *comparison_notes(result), *result["test_set_uses"]]
