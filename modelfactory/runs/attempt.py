@@ -271,7 +271,7 @@ def change_manifest(
 
 # %% ../../nbs/runs/02_attempt.ipynb #7d0d28a1
 def close_attempt(
-    attempt: Path,  # folder of the attempt, whose run is published
+    attempt: Path,  # folder of an attempt whose run has been published
     run: Path,  # folder of the run
     reason: str = "",  # why the run was not scored
 ) -> None:

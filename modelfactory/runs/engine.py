@@ -48,7 +48,7 @@ def check_parameters(
     notebook: Path,  # notebook with a cell tagged `parameters`
     parameters: dict,  # name -> value
 ) -> None:
-    "Raises `ConfigError` if the `parameters` cell lacks a parameter; papermill would only log a warning."
+    "Raises `ConfigError` if the `parameters` cell does not define a parameter; papermill would only log a warning."
     from papermill import inspect_notebook
 
     names = inspect_notebook(_escape_braces(notebook))
@@ -266,7 +266,7 @@ EXIT_SECONDS = 60  # time in seconds that a process may take to exit after its r
 def _wait_for_end(process, limits, stop, is_closed):
     """Waits for a process; returns a status and a reason if the process must be killed.
 
-    Both are empty if the process has exited, or if it still runs `EXIT_SECONDS` after its run was closed."""
+    Status and reason are empty if the process has exited, or still runs `EXIT_SECONDS` after its run was closed."""
     start, closed_at = time.monotonic(), math.inf
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -277,7 +277,7 @@ def _wait_for_end(process, limits, stop, is_closed):
         if time.monotonic() - closed_at > EXIT_SECONDS:
             return "", ""
         if stop is not None and stop.is_set():
-            return "interrupted", "stopped before it was done"
+            return "interrupted", "stopped before the run finished"
         if limits.seconds and time.monotonic() - start > limits.seconds:
             return "timeout", f"not done after {limits.seconds:g} s"
         if limits.memory_gb and (used := rss_gb(process.pid)) > limits.memory_gb:
@@ -368,7 +368,8 @@ def run_notebook(
 ) -> Outcome:
     """Trains a model in a separate process, publishes the run and returns its outcome.
 
-    Errors in that process are reported in the outcome. Raises `ConfigError` if the notebook lacks a parameter."""
+    Errors in that process are reported in the outcome. Raises `ConfigError` if the notebook
+    does not define a parameter."""
     from modelfactory.data.bundled import absolute_paths
 
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Collection
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from itertools import product
@@ -41,7 +42,7 @@ from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .run import list_runs
 from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, UNSCORED, clear_partial, is_alive
-from .stored import RunList
+from .stored import RunList, StoredRun
 from .tracking import Tracker
 from ..training.trainer import Trainer
 
@@ -61,7 +62,7 @@ class GridConfig(HTMLConfig):
     preset: str | None = None  # preset name, as defined in each model's YAML file
     overrides: dict[str, dict] = field(default_factory=dict)  # model name -> config keys
     dataset: dict = field(default_factory=dict)  # additional keys of DatasetConfig, applied to every data set
-    allow: tuple[str, ...] = ()  # columns that the leak audit accepts, because you know that they do not leak
+    allow: tuple[str, ...] = ()  # columns that the leak audit must accept, because they are known not to leak
     name: str = "grid"  # grid name, stored in the manifest of each run; default: the grid file's name
 
 # %% ../../nbs/runs/05_grid.ipynb #1224e3d1
@@ -70,7 +71,7 @@ def grid_config(
 ) -> GridConfig:
     "Builds a `GridConfig`, with missing keys from the settings; raises `ConfigError` on an unknown key or model."
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
-    values, s = values if isinstance(values, dict) else read_yaml(where), settings()
+    values, s = values if isinstance(values, dict) else read_yaml(Path(where)), settings()
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
     defaults = dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed], name=Path(where).stem)
     grid = build_config(GridConfig, defaults | given, where)
@@ -141,15 +142,15 @@ def _make_job(grid, data, horizon, model, seed, fingerprints):
 # %% ../../nbs/runs/05_grid.ipynb #4d4c3b14
 def plan_grid(
     grid: GridConfig,
-    finished: set = frozenset(),  # identities of finished runs; their data are not read again
-    warnings: list | None = None,  # list that receives warnings about the data
+    finished: Collection[str] = frozenset(),  # identities of finished runs; their data are not read again
+    warnings: list[str] | None = None,  # list that receives warnings about the data
 ) -> list[Job]:
     """All jobs of a grid, after validation of their data.
 
     Raises `ConfigError` or `SplitsError` if a run cannot start, and `LeakFound` if a column leaks the labels."""
     jobs = grid_jobs(grid)
     todo = {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}
-    data_warnings = {}  # used as an ordered set
+    data_warnings: dict[str, None] = {}  # used as an ordered set
     for (data, _), job in todo.items():
         report = make_trainer(job.parameters).prepare_data()
         data_warnings |= dict.fromkeys(f"{Path(data).name}: {text}" for text in report.warnings)
@@ -224,14 +225,15 @@ def run_grid(
     force: bool = False,  # whether to train finished runs again
     memory: float | None = None,  # memory limit of a run in GB
     engine: str | None = None,  # local or ray; None: the engine of the settings
-    address: str | None = None,  # Ray cluster; None: from the settings if their engine is used, else this machine
+    address: str | None = None,  # Ray cluster address; None: the settings' address for their engine, else local
 ) -> GridResult:
     """Trains all unfinished runs of a grid; a failed run does not stop the others.
 
     Raises the errors of `plan_grid` before the first run starts."""
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
-    stored, warnings = RunList() if force else list_runs(runs), []
+    stored = RunList() if force else list_runs(runs)
+    warnings: list[str] = []
     finished = {identity: run for identity, run in _by_identity(stored).items() if run.scored}
     jobs = plan_grid(grid if isinstance(grid, GridConfig) else grid_config(grid), finished, warnings)
     clear_partial(runs)
@@ -263,7 +265,8 @@ def trained_by_other_code(
     stored: RunList,  # all stored runs
 ) -> list[Job]:
     "Jobs whose task and config match a stored run that was made with other code or other defaults."
-    runs_of_task, identities = {}, {run.identity for run in stored}
+    identities = {run.identity for run in stored}
+    runs_of_task: dict[tuple[str, int, int, str | None], list[StoredRun]] = {}
     for run in stored:
         task = run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")
         runs_of_task.setdefault(task, []).append(run)
@@ -276,7 +279,7 @@ def trained_by_other_code(
 
 
 def _is_same_config(resolved, run):
-    "Whether a config and a run's config agree in all common keys, except those for the location of the data."
+    "Whether a config and a run's config agree in all common keys, except keys for the location of the data."
     try:
         old, new = run.config, json.loads(json.dumps(resolved))
     except ConfigError:

@@ -72,7 +72,7 @@ def scoring_trainer(
 
 # %% ../../nbs/runs/08_rescore.ipynb #7cfb5093
 def _scoring_config(run):
-    "The run's config; drops `trading_days` of scoring version 1, which was stored even if the user had not set it."
+    "The run's config; scoring version 1 stored `trading_days` even if the user had not set it, so the key is dropped."
     config = {k: v for k, v in run.config.items() if run.scoring > 1 or k != "trading_days"}
     return config | dict(data=config["data"] | dict(data=run.data_folder))
 
@@ -238,7 +238,7 @@ SCORING_ERRORS = (RunError, SplitsError, ConfigError, EvaluationError, BacktestE
 
 def rescore_run(
     path: Path,  # folder of a finished run
-    class_metrics: bool = False,  # for unreadable data; True: write only class metrics, False: leave the run unchanged
+    class_metrics: bool = False,  # for unreadable data: True writes only class metrics, False leaves the run unchanged
     data: str | Path | None = None,  # new folder of the data, if the data have moved
 ) -> dict:  # run, splits, scored (`all`, `class metrics only` or `NOT_SCORED`), reason
     "Recomputes the scores of a run; raises `RunError` if its predictions are missing or have changed."
@@ -310,10 +310,10 @@ def _rescore_splits(run, splits, class_metrics):
 # %% ../../nbs/runs/08_rescore.ipynb #f93c1f93
 def rescore_runs(
     paths: list,  # run folders, or folders that contain runs
-    class_metrics: bool = False,  # for unreadable data; True: write only class metrics, False: leave the run unchanged
+    class_metrics: bool = False,  # for unreadable data: True writes only class metrics, False leaves the run unchanged
     data: str | Path | None = None,  # new folder of the data, if the data have moved
 ) -> Iterator[dict]:  # one dict per run, with the keys run, splits, scored and reason
-    "Rescores runs one by one; raises `RunError` on a folder without runs before the first run is rescored."
+    "Rescores runs one by one; raises `RunError` before the first run if a folder contains no runs."
     folders = list(dict.fromkeys(folder for p in paths for folder in _run_folders(Path(p).resolve())))
     return (_rescore_row(folder, class_metrics, data) for folder in folders)
 
@@ -340,8 +340,8 @@ def _run_folders(path):
 
 def rescore(
     paths: list,  # run folders, or folders that contain runs
-    class_metrics: bool = False,  # for unreadable data; True: write only class metrics, False: leave the run unchanged
+    class_metrics: bool = False,  # for unreadable data: True writes only class metrics, False leaves the run unchanged
     data: str | Path | None = None,  # new folder of the data, if the data have moved
 ) -> pd.DataFrame:  # run, splits, scored (`all`, `class metrics only` or `NOT_SCORED`), reason
-    "Rescores runs and returns a table with one row per run; raises `RunError` on a folder without runs."
+    "Rescores runs and returns a table with one row per run; raises `RunError` if a folder contains no runs."
     return pd.DataFrame(rescore_runs(paths, class_metrics, data), columns=["run", "splits", "scored", "reason"])

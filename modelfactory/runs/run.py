@@ -90,7 +90,7 @@ def load_run(
 
 
 def list_runs(
-    runs: Path | None = None,  # None: the runs folder of the settings
+    runs: Path | str | None = None,  # None: the runs folder of the settings
 ) -> RunList:
     "The finished runs in a folder, oldest first, excluding bundles; `.unread` lists the unreadable folders."
     return stored_runs(runs, Run)

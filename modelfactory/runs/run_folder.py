@@ -41,14 +41,14 @@ RESULT_FILE = "result.json"  # result of an attempt; copied into the manifest on
 FEATURES_FILE = "features.json"  # distribution of each feature in the training split
 PARTIAL_FOLDER = ".partial"  # attempts in progress
 FAILED_FOLDER = ".failed"  # attempts that failed
-STAGED_FOLDER = ".rescored"  # complete rescored runs that will replace published runs
+STAGED_FOLDER = ".rescored"  # complete rescored runs that are about to replace published runs
 REPLACED_FOLDER = ".replaced"  # old runs that are being replaced
 UNSCORED = "not scored"  # status of a run that was trained and published but could not be scored
 
 # %% ../../nbs/runs/00_run_folder.ipynb #7cdad489
 def start_attempt(
     runs: Path,  # the runs folder
-    model: str,  # name in the registry
+    model: str,  # name of the model in the registry
     horizon: int,  # bars ahead
 ) -> Path:  # a new folder that contains only the file `pid`
     "Creates the folder of an attempt under the name of the future run."
@@ -170,7 +170,7 @@ def owner_mark(
 def write_manifest(
     folder: Path,  # folder of the run
     values: dict,  # fields of the manifest
-    own: bool,  # whether this user made the run; True: the manifest gets an owner mark
+    own: bool,  # whether the current user made the run; if True, the manifest gets an owner mark
 ) -> None:
     "Writes the manifest of a run atomically and flushes it to disk."
     values = json.loads(json.dumps(_finite({k: v for k, v in values.items() if k != OWNER_MARK}), default=str))

@@ -39,7 +39,7 @@ def _not_tested(task, claim, subject):
 def constant_call_text(
     model: dict,  # model entry in a task of `comparison`
 ) -> str:  # such as `always up would be right 69% of the time`; empty if the classes have no direction
-    "The better constant prediction, and its accuracy on rows whose true label has a sign."
+    "The better constant prediction and its accuracy on rows whose true label is up or down."
     accuracy, direction = model.get("directional_accuracy_constant"), model.get("constant_class")
     if accuracy is None or not direction:
         return ""
@@ -50,7 +50,7 @@ def no_skill_text(
     models: list,  # model entries in a task of `comparison`
     who: str = "no model",  # the subject of the sentence
 ) -> str:
-    "A statement about models without significant skill, which may even be worse than the constant prediction."
+    "A statement that models have no significant skill; the wording depends on whether some are significantly worse."
     any_worse = any(m.get("verdict") == "worse" for m in models)
     verb = "is better than" if any_worse else "differs significantly from"
     return f"{who} {verb} the better constant prediction"
@@ -240,7 +240,7 @@ def _real_sentence(tasks, skilled):
 
 # %% ../../nbs/runs/07_sentences.ipynb #fe1fbd59
 def _data_kind(tasks):
-    "`planted` for a simulated market with a signal, `null` for a simulated market without a signal, else `real`."
+    "`planted`: simulated market with a signal; `null`: simulated market without a signal; `real`: unknown optimum."
     ceilings = [t["ceiling"]["directional_accuracy"] for t in tasks if t["ceiling"]]
     if not ceilings:
         return "real"
@@ -251,7 +251,7 @@ def _data_kind(tasks):
 def conclusion(
     result: dict,  # of `comparison`
 ) -> list[str]:  # one sentence for each data set
-    "The claim on each data set, in the order simulated with a signal, simulated without a signal, real."
+    "The claim on each data set, sorted by kind: simulated with a signal, simulated without a signal, real."
     templates, by_data = dict(planted=_planted_sentence, null=_null_sentence, real=_real_sentence), {}
     for task in result["tasks"]:
         by_data.setdefault(task["data"], []).append(task)

@@ -105,8 +105,8 @@ def read_manifest(
 ) -> dict:  # validated fields of `Manifest` that are present, plus all other stored fields
     """Reads and validates the manifest of a run; all code that reads runs uses this function.
 
-    Raises `RunError` if the manifest is damaged or lists a file outside the run. Also raises it if the run folder
-    contains a link or anything else that is neither a file nor a folder."""
+    Raises `RunError` if the manifest is damaged or lists a file outside the run. Raises the same error if the
+    run folder contains a link or anything else that is neither a file nor a folder."""
     folder = Path(folder)
     stored, file = _stored_manifest(folder), folder / MANIFEST_FILE
     typed = {f.name: stored[f.name] for f in fields(Manifest) if f.name in stored}
@@ -141,6 +141,7 @@ def read_manifest(
 class StoredRun:
     "The files of a finished run."
 
+    data: str  # name of the data set, from the manifest or from `name_data`
     moved_to: str | None = None  # new folder of the data, if the data have moved since training
 
     def __init__(
@@ -153,7 +154,7 @@ class StoredRun:
 
     @classmethod
     def _open(cls, path, isolated) -> Self:
-        "Opens a finished run; first completes a replacement of the run that was interrupted."
+        "Opens a finished run, after completing an interrupted replacement of the run."
         path = Path(path)
         if not path.is_dir():
             finish_swaps(path.parent)
@@ -305,7 +306,7 @@ class StoredRun:
 
     @cached_property
     def train_features(self) -> dict | None:
-        "Feature bins and symbols of the training split; None if the run's version did not store them."
+        "Feature bins and symbols of the training split; None if the version that made the run did not store them."
         return self.read_json(FEATURES_FILE) if self.file(FEATURES_FILE).is_file() else None
 
     def daily_pnl(self, split: str = "val") -> pd.DataFrame:
@@ -330,7 +331,7 @@ class StoredRun:
                 raise RunError(f"{file}: changed since the run was published; train the run again")
 
     def model(self) -> BaseModel:
-        """Loads the trained model after a check of its files against their hashes.
+        """Loads the trained model after verifying its files against their hashes.
 
         If the run is isolated, the model predicts in a separate process."""
         self.verify("checkpoints/")
@@ -399,7 +400,7 @@ def _data_keys(run):
 def name_data(
     runs: list[StoredRun],  # oldest first
 ) -> None:
-    "Gives all runs on one data set the same `data`: its bundled name, or otherwise its newest absolute path."
+    "Sets `data` of all runs on one data set to its bundled name, or otherwise to its newest absolute path."
     parent: dict[tuple[str, str], tuple[str, str]] = {}  # parent of each key in a union-find structure
 
     def root_of(key):
@@ -452,7 +453,7 @@ class RunList(list):
     "A list of runs, oldest first."
 
     folder: Path | None = None  # the runs folder
-    unread: list[dict] = []  # unreadable folders, each with the keys folder and reason
+    unread: list[dict] = []  # unreadable folders, as dicts with the keys folder and reason
 
     def to_frame(self) -> pd.DataFrame:
         "A table with one row per run: its main metrics and whether it is scored."
@@ -497,7 +498,7 @@ def _list_row(run):
 
 
 def stored_runs(
-    runs: Path | None = None,  # None: the runs folder of the settings
+    runs: Path | str | None = None,  # None: the runs folder of the settings
     kind: type[StoredRun] = StoredRun,  # class of the returned runs
 ) -> RunList:
     "The finished runs in a folder, oldest first, excluding bundles; `.unread` lists the unreadable folders."
@@ -516,7 +517,7 @@ def stored_runs(
 
 
 def _listed(path, kind):
-    "A list that contains the run in a folder; empty if the folder is a bundle or not a run."
+    "A list with the run in a folder; empty if the folder contains a bundle or no run."
     if not os.path.lexists(path / MANIFEST_FILE):
         if (path / "config.yaml").is_file():
             raise RunError(f"{path}: no {MANIFEST_FILE}; remove the folder or copy the run again")
