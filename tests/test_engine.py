@@ -11,6 +11,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from conftest import PATIENCE, ROOT, finish, interruptible, until
@@ -300,6 +301,23 @@ def test_a_slow_cluster_start_is_repeated_and_leaves_no_process(tmp_path, monkey
     finally:
         for p in ray.started:
             p.kill()
+
+
+@pytest.mark.parametrize("is_on_path", [True, False])
+def test_a_kernel_imports_from_the_working_folder_only_if_pythonpath_names_it(tmp_path, is_on_path):
+    (tmp_path / "beside.py").write_text("")
+    parameters = nbformat.v4.new_code_cell("x = 0", metadata=dict(tags=["parameters"]))
+    check = nbformat.v4.new_code_cell(
+        "import importlib.util\nassert bool(importlib.util.find_spec('beside')) == bool(x)"
+    )
+    metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, check], metadata=metadata), tmp_path / "in.ipynb")
+    call = f"execute_notebook('in.ipynb', 'out.ipynb', dict(x={is_on_path:d}))"
+    code = f"from modelfactory.runs.engine import execute_notebook; {call}"
+    path = [str(tmp_path)] * is_on_path + [os.environ.get("PYTHONPATH", str(ROOT))]
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join(path))
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, timeout=PATIENCE)
+    assert done.returncode == 0
 
 
 def test_the_local_engine_does_not_import_ray():

@@ -68,10 +68,11 @@ KERNEL_START_CODE = "; ".join(
         "import sys",
         "sys.path[:] = filter(None, sys.path)",
         "sys.argv.append('--IPKernelApp.ignore_cwd=True')",
-        "import gc, runpy",
+        "import gc",
         f"gc.set_threshold({GC_THRESHOLD})",
         "sys.modules['debugpy'] = None",
-        "runpy.run_module('ipykernel_launcher', run_name='__main__')",
+        "from ipykernel.kernelapp import launch_new_instance",
+        "launch_new_instance()",
     ]
 )
 MAX_SOCKET_BYTES = 100  # limit for a path without its numeric suffix; macOS allows 103 bytes in all, Linux 107
