@@ -387,7 +387,7 @@ def load_datasets(
 # %% ../../nbs/data/01_dataset.ipynb #e887cb4a
 def read_prices(
     ds: TimeSeriesDataset,
-    file: Path | None = None,  # parquet or CSV with datetime, symbol, close
+    file: str | Path | None = None,  # parquet or CSV with datetime, symbol, close
 ) -> tuple[pd.DataFrame | None, str]:  # datetime, symbol, close; and the source: "close", "file" or "label"
     "Closes of every bar, from `file` or from the split; raises `SplitsError` if the file cannot be read."
     if file is None:
@@ -396,7 +396,7 @@ def read_prices(
 
 
 def read_price_file(
-    file: Path,  # parquet or CSV with datetime, symbol, close
+    file: str | Path,  # parquet or CSV with datetime, symbol, close
 ) -> pd.DataFrame:
     "The closes of a file; raises `SplitsError` if it cannot be read."
     if not Path(file).exists():

@@ -35,10 +35,10 @@ __all__ = ['TABULAR_MODELS', 'FALSE_ALARM_RATE', 'SELFTEST_ROWS', 'perturb_futur
 # %% ../../nbs/training/01_selftest.ipynb #19a1e032
 def perturb_future(
     split: Split,
-    after: pd.Timestamp,  # last timestamp that is kept
+    after: pd.Timestamp,  # last timestamp whose rows stay unchanged
     seed: int = 0,
 ) -> Split:
-    "The split with random features and other prices in every row later than `after`; labels and keys do not change."
+    "The split with random features and other prices in all rows later than `after`; labels and keys do not change."
     rng, later = np.random.default_rng(seed), np.asarray(split.datetimes > after)
     matrix, market = split.matrix.copy(), {name: x.copy() for name, x in split.market.items()}
     matrix[later] = 3 * rng.standard_normal((later.sum(), matrix.shape[1]))
@@ -73,13 +73,13 @@ def truncate(
 # %% ../../nbs/training/01_selftest.ipynb #cb5f698f
 @dataclass(frozen=True)
 class InvarianceResult:
-    "How many predictions changed in a test, and the first one that did."
+    "How many predictions changed in a test, and the first prediction that changed."
 
     test: str  # name of the test
     n: int  # predictions compared
     moved: int  # predictions that changed
     largest: float  # largest absolute change of a probability
-    first: str  # symbol, time and change of the first changed prediction; empty when none changed
+    first: str  # symbol, time and change of the first changed prediction; empty if none changed
 
     @property
     def ok(self) -> bool:
@@ -96,7 +96,7 @@ class InvarianceResult:
 
 # %% ../../nbs/training/01_selftest.ipynb #4efe94c5
 def _model_and_dataset(model, dataset):
-    "A fitted model, and the dataset to predict: of a trainer its model, and by default its val."
+    "A fitted model and the dataset to predict. A trainer provides its model and, by default, its val dataset."
     if isinstance(model, BaseModel):
         return model, dataset
     return model.model, dataset or model.datasets["val"]
@@ -109,7 +109,7 @@ def _cutoffs(dataset, fractions):
 
 # %% ../../nbs/training/01_selftest.ipynb #b48f566a
 def _compare_predictions(test, model, dataset, variants, tolerance):
-    "Compares predictions of `dataset` with those of its variants, (cutoff, dataset) pairs, up to each cutoff."
+    "Compares predictions for `dataset` and for its variants up to each cutoff; variants are (cutoff, dataset) pairs."
     original, meta, changes = model.predict(dataset.X, dataset.metadata).probabilities, dataset.metadata, []
     for cutoff, variant in variants:
         rows = (meta["datetime"] <= cutoff).to_numpy()
@@ -126,11 +126,11 @@ def _compare_predictions(test, model, dataset, variants, tolerance):
 # %% ../../nbs/training/01_selftest.ipynb #c52e3712
 def future_perturbation(
     model: BaseModel | Trainer,  # fitted
-    dataset: TimeSeriesDataset | None = None,  # None: the trainer's val
-    shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples at which later rows are replaced
+    dataset: TimeSeriesDataset | None = None,  # None: the trainer's val dataset
+    shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples after which rows are replaced
     seed: int = 0,
 ) -> InvarianceResult:
-    "Replaces all rows after a cutoff; predictions up to it must be equal bit for bit."
+    "Replaces all rows after a cutoff; predictions up to the cutoff must be equal, bit for bit."
     model, ds = _model_and_dataset(model, dataset)
     variants = []
     for i, cutoff in enumerate(_cutoffs(ds, shares)):
@@ -140,28 +140,28 @@ def future_perturbation(
 # %% ../../nbs/training/01_selftest.ipynb #52140bc4
 def prefix_test(
     model: BaseModel | Trainer,  # fitted
-    dataset: TimeSeriesDataset | None = None,  # None: the trainer's val
-    shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples that the prefixes hold
+    dataset: TimeSeriesDataset | None = None,  # None: the trainer's val dataset
+    shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples in each prefix
     tolerance: float = 1e-5,  # largest permitted change of a probability
 ) -> InvarianceResult:
-    "Predicts from the rows up to a cutoff alone; the predictions must equal those made with all rows."
+    "Predicts from only the rows up to a cutoff; the predictions must equal those made from all rows."
     model, ds = _model_and_dataset(model, dataset)
     variants = [(cutoff, ds.with_split(truncate(ds.split, cutoff))) for cutoff in _cutoffs(ds, shares)]
     return _compare_predictions("only a prefix", model, ds, variants, tolerance)
 
 # %% ../../nbs/training/01_selftest.ipynb #cd04b3a7
 def _joined_features(bars, features):
-    "The features of the kit and those of the user side by side, aligned with the bars."
+    "The kit's features and the user's features side by side, aligned with the bars."
     own = bar_features(bars)
     return own if features is None else own.join(features(bars).set_axis(own.index))
 
 
 def lookahead_features(
-    features: Callable | None = None,  # function of bars that returns aligned feature columns; None: the kit's alone
+    features: Callable | None = None,  # function of bars that returns aligned feature columns; None: kit's only
     bars: pd.DataFrame | None = None,  # datetime, symbol, open, high, low, close, volume; None: a simulated market
-    moments: int = 2,  # cutoffs that are tried
+    moments: int = 2,  # number of cutoffs to try
 ) -> list[str]:  # names
-    "Features that change when bars after them change or are cut off, those of the kit and of the user."
+    "Features of the kit and the user whose values change when later bars change or are removed."
     bars = simulate_market(replace(MARKET_PRESETS["null"], rows=(1200, 2, 2))).bars if bars is None else bars
     times = bars["datetime"].drop_duplicates().sort_values()
     cutoffs = times.iloc[np.linspace(0.5, 0.95, moments) * (len(times) - 1)]
@@ -180,7 +180,7 @@ def null_splits(
     rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
     features: Callable | None = None,  # as in `lookahead_features`
 ) -> Path:  # of the folder
-    "Writes Phase 1 splits of a market without signal, with the features of the kit and of the user."
+    "Writes Phase 1 splits of a market without signal, with the features of the kit and the user."
     market = simulate_market(replace(MARKET_PRESETS["null"], seed=seed, rows=rows))
     table, own = market_table(market, horizons), []
     if features is not None:
@@ -194,7 +194,7 @@ def null_splits(
 
 # %% ../../nbs/training/01_selftest.ipynb #c05b4ccf
 def _model_problems(r):
-    "The problems of one model as sentences, from its row of the table."
+    "The problems of one model, one sentence each, from its row of the table."
     task = f"{r.model} h{r.horizon}: "
     if r.error:
         yield task + r.error
@@ -206,14 +206,14 @@ def _model_problems(r):
 
 
 def _test_cell(test):
-    "Text of a test in the table: changed predictions, or a dash when it did not run."
+    "The text of a test in the table: the number of changed predictions, or a dash if the test did not run."
     if test is None:
         return "–"
     return "same" if test.ok else f"{test.moved:,} moved"
 
 
 def _display_table(table):
-    "The table of a self-test as it is shown."
+    "The table of a self-test, formatted for display."
     interval = []
     for skill, low, high in zip(table.skill, table.low, table.high, strict=True):
         interval.append("–" if np.isnan(skill) else f"{skill:.3f} [{low:.3f}, {high:.3f}]")
@@ -231,7 +231,7 @@ def _display_table(table):
 # %% ../../nbs/training/01_selftest.ipynb #eb34b9a2
 @dataclass
 class SelfTest:
-    "Result of a self-test: a row for each model and horizon."
+    "Result of a self-test, with one table row for each model and horizon."
 
     table: pd.DataFrame  # model, horizon, n, accuracy, skill with low and high, alarm, future, prefix, seconds, error
     audit: AuditReport  # leak audit of the columns of the market
@@ -248,7 +248,7 @@ class SelfTest:
 
     @property
     def ok(self) -> bool:
-        "Whether there is no problem."
+        "Whether the self-test found no problem."
         return not self.problems
 
     def to_dict(self) -> dict:
@@ -294,7 +294,7 @@ _EMPTY_ROW = dict(
 
 
 def _test_model(model, horizon, folder, preset, level, seed):
-    "A row of the self-test for one model and horizon; an exception is stored as its error."
+    "The table row of one model and horizon; an exception is stored in the column error."
     row, start = dict(model=model, horizon=horizon) | _EMPTY_ROW, time.perf_counter()
     try:
         preset = preset or ("quick" if "quick" in read_params(model).presets else None)
@@ -308,7 +308,7 @@ def _test_model(model, horizon, folder, preset, level, seed):
 
 
 def _skill_scores(trainer, level):
-    "Directional skill on val with its interval at a confidence level, and whether 0 lies outside it."
+    "Directional skill on val with its confidence interval, and whether the interval excludes 0."
     val = trainer.datasets["val"]
     y_pred = trainer.model.predict(val.X, val.metadata).predictions
     claim = direction_claim(val.metadata.assign(y_true=val.y, prediction=y_pred), val.horizon, alpha=1 - level)
@@ -317,15 +317,15 @@ def _skill_scores(trainer, level):
 
 # %% ../../nbs/training/01_selftest.ipynb #6a63b75f
 def selftest(
-    models: tuple = TABULAR_MODELS,  # names in the registry
+    models: tuple = TABULAR_MODELS,  # model names in the registry
     horizons: tuple = (5, 20),  # bars ahead
     seed: int = 0,  # random seed of the market
     rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
-    preset: str | None = None,  # preset of each model's YAML; None: quick where the model has it
-    features: Callable | None = None,  # function of bars that returns further feature columns, tested as well
-    alpha: float = FALSE_ALARM_RATE,  # probability that a correct pipeline raises an alarm on direction
+    preset: str | None = None,  # preset in each model's YAML file; None: quick if the model has it
+    features: Callable | None = None,  # function of bars that returns additional feature columns to test
+    alpha: float = FALSE_ALARM_RATE,  # probability that a correct pipeline raises an alarm about direction
 ) -> SelfTest:
-    "Runs the pipeline on a market without signal; raises `UnknownModel`, and lists later exceptions as problems."
+    "Runs the pipeline on a market without signal; raises `UnknownModel`, and lists a model's exceptions as problems."
     jobs = [(ModelRegistry.get(m).name, h) for m in models for h in horizons]
     level, bar = 1 - alpha / max(1, len(jobs)), Progress(len(jobs), "self-test")
     with tempfile.TemporaryDirectory() as d:

@@ -22,13 +22,13 @@ class CatBoostConfig(TabularConfig):
     "Parameters of CatBoost, named as in the library."
 
     n_rounds: PositiveInt = 500  # maximum number of boosting rounds
-    learning_rate: PositiveFloat = 0.05  # weight of each tree
-    depth: PositiveInt = 6  # depth of a tree
+    learning_rate: PositiveFloat = 0.05  # factor that scales the output of each tree
+    depth: PositiveInt = 6  # depth of each tree
     l2_leaf_reg: float = 3.0  # L2 penalty on leaf values
-    subsample: Fraction = 0.8  # fraction of rows for each tree
-    rsm: Fraction = 0.5  # fraction of features for each split
-    border_count: PositiveInt = 128  # histogram borders per feature
-    patience: PositiveInt = 30  # rounds without a lower validation loss before stopping
+    subsample: Fraction = 0.8  # fraction of rows sampled for each tree
+    rsm: Fraction = 0.5  # fraction of features sampled for each split
+    border_count: PositiveInt = 128  # number of histogram borders per feature
+    patience: PositiveInt = 30  # training stops after this many rounds without a lower validation loss
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #8a335e46
 _LIBRARY_KEYS = ("learning_rate", "depth", "l2_leaf_reg", "subsample", "rsm", "border_count")
@@ -41,7 +41,7 @@ class CatBoostModel(TabularModel):
     Config, requires, accepts_nan = CatBoostConfig, ("catboost",), True
 
     def parameters(self) -> dict:
-        "Parameters of the library's estimator."
+        "Parameters passed to the library's estimator."
         c = self.config
         return {key: getattr(c, key) for key in _LIBRARY_KEYS} | dict(
             iterations=c.n_rounds,
@@ -98,7 +98,7 @@ class CatBoostModel(TabularModel):
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #3d07649c
 class _Adapter:
-    "Passes the losses of each round to the callbacks of the model."
+    "Passes the losses of each round to the model's callbacks."
 
     def __init__(self, model):
         self.model = model

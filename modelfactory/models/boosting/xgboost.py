@@ -22,15 +22,15 @@ class XGBoostConfig(TabularConfig):
     "Parameters of XGBoost, named as in the library."
 
     n_rounds: PositiveInt = 500  # maximum number of boosting rounds
-    learning_rate: PositiveFloat = 0.05  # weight of each tree
-    max_depth: PositiveInt = 6  # depth of a tree
-    min_child_weight: float = 20.0  # minimum hessian in a leaf; the default is at most rows // (20 * classes)
-    subsample: Fraction = 0.8  # fraction of rows for each tree
-    colsample_bytree: Fraction = 0.8  # fraction of features for each tree
+    learning_rate: PositiveFloat = 0.05  # factor that scales the output of each tree
+    max_depth: PositiveInt = 6  # maximum depth of each tree
+    min_child_weight: float = 20.0  # minimum sum of Hessians in a leaf; the default is capped at rows // (20 * classes)
+    subsample: Fraction = 0.8  # fraction of rows sampled for each tree
+    colsample_bytree: Fraction = 0.8  # fraction of features sampled for each tree
     reg_lambda: float = 1.0  # L2 penalty on leaf values
-    max_bin: PositiveInt = 256  # histogram bins per feature
+    max_bin: PositiveInt = 256  # maximum number of histogram bins per feature
     device: str = "cpu"  # cpu or cuda
-    patience: NonNegativeInt = 30  # rounds without a lower validation loss before stopping
+    patience: NonNegativeInt = 30  # training stops after this many rounds without a lower validation loss
 
 # %% ../../../nbs/models/boosting/xgboost.ipynb #f6e9fbf0
 _LIBRARY_KEYS = (
@@ -52,7 +52,7 @@ class XGBoostModel(TabularModel):
     Config, requires, accepts_nan = XGBoostConfig, ("xgboost",), True
 
     def parameters(self) -> dict:
-        "Parameters of the library's `train`."
+        "Parameters passed to the library's `train` function."
         c = self.config
         return {key: getattr(c, key) for key in _LIBRARY_KEYS} | dict(
             objective="multi:softprob",

@@ -22,10 +22,10 @@ from ..registry import ModelRegistry
 def non_negative_weights(
     log_p: np.ndarray,  # (M, n, K) log-probabilities of the members
     y: np.ndarray,  # (n,) class codes
-    row_weight: np.ndarray | None = None,  # (n,) weight of each row; None: equal
+    row_weight: np.ndarray | None = None,  # (n,) weight of each row; None: equal weights
     ridge: float = 1e-3,  # L2 penalty on the biases and on the distance of the weights from 1 / M
 ) -> tuple[np.ndarray, np.ndarray]:  # (M,) weights, (K,) biases
-    "Weights and biases of the stacking model, by L-BFGS-B on a convex loss."
+    "Weights and biases of the stacking model, fitted by L-BFGS-B on a convex loss."
     from scipy.optimize import minimize
 
     M, n, K = log_p.shape
@@ -55,7 +55,7 @@ WEIGHTS_FILE = "weights.json"
 class StackingConfig(EnsembleConfig):
     "Parameters of stacking."
 
-    n_folds: PositiveInt = 5  # blocks of time, each predicted by members fitted on the others
+    n_folds: PositiveInt = 5  # number of time blocks; each block is predicted by members fitted on the other blocks
 
 # %% ../../../nbs/models/ensemble/stacking.ipynb #bbff70d3
 @ModelRegistry.register("stacking", family="ensemble")

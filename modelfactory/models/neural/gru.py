@@ -15,7 +15,7 @@ __all__ = ['GRUModel']
 # %% ../../../nbs/models/neural/gru.ipynb #77fbadd9
 @ModelRegistry.register("gru", family="neural")
 class GRUModel(SequenceClassifier):
-    "GRU over the window, last state joined with the mean state, linear head."
+    "GRU over the window, with a linear head on the last state and the mean state."
 
     Config = RecurrentConfig
 

@@ -22,17 +22,17 @@ __all__ = ['RecurrentConfig', 'window_logits', 'recurrent', 'LSTMModel']
 # %% ../../../nbs/models/neural/lstm.ipynb #5cfaf82e
 @dataclass
 class RecurrentConfig(SequenceConfig):
-    "Parameters of LSTM and GRU."
+    "Parameters of the LSTM and the GRU."
 
-    hidden_size: PositiveInt = 128  # width of the state
+    hidden_size: PositiveInt = 128  # width of the hidden state
     n_layers: PositiveInt = 2  # number of stacked layers
 
 # %% ../../../nbs/models/neural/lstm.ipynb #6824b75d
 def window_logits(
-    net: nn.Module,  # with parts rnn, drop and head
+    net: nn.Module,  # module with the parts `rnn`, `drop` and `head`
     x: torch.Tensor,  # (B, T, F)
 ) -> torch.Tensor:  # (B, n_classes)
-    "Logits from the last state joined with the mean state."
+    "Logits from the last state concatenated with the mean state."
     return net.head(net.drop(last_and_mean(net.rnn(x)[0])))
 
 
@@ -53,7 +53,7 @@ def recurrent(
 # %% ../../../nbs/models/neural/lstm.ipynb #643a0408
 @ModelRegistry.register("lstm", family="neural")
 class LSTMModel(SequenceClassifier):
-    "LSTM over the window, last state joined with the mean state, linear head."
+    "LSTM over the window, with a linear head on the last state and the mean state."
 
     Config = RecurrentConfig
 

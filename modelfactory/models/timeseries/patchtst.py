@@ -28,20 +28,20 @@ class PatchTSTConfig(SequenceConfig):
     "Parameters of PatchTST."
 
     patch_length: PositiveInt = 16  # steps in a patch
-    stride: PositiveInt = 8  # steps between the starts of two patches
-    d_model: PositiveInt = 128  # width of a patch's state, a multiple of `n_heads`
+    stride: PositiveInt = 8  # steps between the starts of consecutive patches
+    d_model: PositiveInt = 128  # width of the state of each patch, a multiple of `n_heads`
     n_heads: PositiveInt = 16  # attention heads
     n_layers: PositiveInt = 3  # encoder layers
-    ffn_size: PositiveInt = 256  # hidden width of the feed-forward part
+    ffn_size: PositiveInt = 256  # hidden width of the feed-forward layers
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.2  # fraction of activations dropped in training
 
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #37c50668
 def n_padding(
-    T: int,  # steps of the window
+    T: int,  # number of steps in the window
     patch_length: int,  # steps in a patch
-    stride: int,  # steps between the starts of two patches
+    stride: int,  # steps between the starts of consecutive patches
 ) -> int:
-    "Number of steps to add in front of a window so that at least two patches cover it exactly."
+    "Number of steps to prepend to a window so that at least two patches cover it exactly."
     padded = max(T, patch_length + stride)
     return padded + (patch_length - padded) % stride - T
 
@@ -50,7 +50,7 @@ def repeat_first(
     x: torch.Tensor,  # (B, T, F)
     n: int,  # repetitions
 ) -> torch.Tensor:  # (B, n + T, F)
-    "The window with its first step repeated `n` times in front."
+    "The window preceded by `n` copies of its first step."
     import torch
 
     return torch.cat([x[:, :1].expand(-1, n, -1), x], 1)
@@ -65,12 +65,12 @@ def patchtst_logits(
 
 
 def patchtst(
-    T: int,  # steps of the padded window
+    T: int,  # number of steps in the padded window
     F: int,  # number of features
     n_classes: int,
     c: PatchTSTConfig,
 ) -> PatchTSTForClassification:
-    "The library's network with learned positions; raises `ValueError` when `d_model` is not a multiple of `n_heads`."
+    "The library's network with learned positions; raises `ValueError` if `d_model` is not a multiple of `n_heads`."
     import transformers
 
     if c.d_model % c.n_heads:
@@ -99,7 +99,7 @@ def patchtst(
 # %% ../../../nbs/models/timeseries/patchtst.ipynb #b8583792
 @ModelRegistry.register("patchtst", family="timeseries")
 class PatchTSTModel(SequenceClassifier):
-    "Patches of each feature as tokens of one shared Transformer encoder, features joined at the head."
+    "Patches of each feature are tokens of one shared Transformer encoder; a linear head joins the features."
 
     Config, requires = PatchTSTConfig, ("torch", "safetensors", "transformers")
 

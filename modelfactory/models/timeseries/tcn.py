@@ -23,8 +23,8 @@ __all__ = ['dilations', 'TCNConfig', 'residual', 'tcn', 'TCNModel']
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #5a6dcf77
 def dilations(
-    T: int,  # steps of the window
-    kernel_size: int,  # taps of a convolution, at least 2
+    T: int,  # number of steps in the window
+    kernel_size: int,  # number of taps of a convolution, at least 2
     convs: int = 1,  # convolutions per dilation
 ) -> list[int]:
     "The shortest list of doubling dilations that covers `T` steps."
@@ -38,8 +38,8 @@ def dilations(
 class TCNConfig(SequenceConfig):
     "Parameters of TCN."
 
-    hidden_size: PositiveInt = 128  # channels of each convolution
-    kernel_size: Annotated[int, Ge(2)] = 3  # taps of a convolution
+    hidden_size: PositiveInt = 128  # number of channels of each convolution
+    kernel_size: Annotated[int, Ge(2)] = 3  # number of taps of each convolution
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #8822c123
 def residual(

@@ -26,11 +26,11 @@ __all__ = ['MOMENTUM', 'TimesNetConfig', 'fold_convolve', 'times_block', 'timesn
 class TimesNetConfig(SequenceConfig):
     "Parameters of TimesNet."
 
-    hidden_size: PositiveInt = 64  # width of a state
+    hidden_size: PositiveInt = 64  # width of the state of each step
     ff_size: PositiveInt = 64  # width between the two convolutions of a block
     n_layers: PositiveInt = 2  # number of blocks
-    top_k: PositiveInt = 3  # periods of a block, at most half the steps of the window
-    n_kernels: PositiveInt = 6  # square kernels of an inception layer: 1, 3, 5, ...
+    top_k: PositiveInt = 3  # number of periods per block, at most half the number of steps in the window
+    n_kernels: PositiveInt = 6  # number of square kernels per inception layer, with sizes 1, 3, 5, ...
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #f1fa18f0
 def fold_convolve(
@@ -38,7 +38,7 @@ def fold_convolve(
     x: torch.Tensor,  # (B, T, d)
     period: int,  # steps
 ) -> torch.Tensor:  # (B, T, d)
-    "The convolution of `x` in rows of one period each."
+    "The convolution of `x` after folding it into rows of one period each."
     from torch.nn.functional import pad
 
     B, T, d = x.shape
@@ -46,11 +46,11 @@ def fold_convolve(
     return conv(folded).permute(0, 2, 3, 1).reshape(B, -1, d)[:, :T]
 
 # %% ../../../nbs/models/timeseries/timesnet.ipynb #cfd554be
-MOMENTUM = 0.1  # weight of a batch in the stored spectrum
+MOMENTUM = 0.1  # weight of a new batch in the stored spectrum
 
 
 def times_block(
-    net: nn.Module,  # with parts conv, spectrum and k
+    net: nn.Module,  # module with the parts `conv`, `spectrum` and `k`
     x: torch.Tensor,  # (B, T, d)
 ) -> torch.Tensor:  # (B, T, d)
     "The output of a block: `x` plus the weighted convolutions at the strongest periods."
