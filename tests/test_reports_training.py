@@ -350,7 +350,7 @@ def test_defaults_follow_rows_and_classes_and_a_fit_without_a_split_says_so(tmp_
     forced.train()
     (note,) = forced.learning_notes()
     assert forced.history[key] > default and note in forced.notes()
-    assert "The fit learnt nothing: it predicts the same for every row" in note and "9 classes" in note
+    assert "The fit learnt nothing: it predicts the same probabilities for every row" in note and "9 classes" in note
     from modelfactory.models.registry import ModelRegistry
     from modelfactory.models.tabular import leaf_size
 

@@ -195,7 +195,7 @@ def _rule_models(table, is_val, shares, horizon):
 # %% ../../nbs/training/02_null_zoo.ipynb #eb031907
 def null_models(
     table: pd.DataFrame,  # a market in the format of `simulate_null`
-    features: np.ndarray,  # (n, F) features of its rows
+    features: np.ndarray,  # (n, F) features of the market's rows
     elsewhere: dict,  # model name -> (n, F) features of another market of the same world
     horizon: int,  # horizon of the label, in bars
     seed: int = 0,

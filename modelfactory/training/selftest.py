@@ -157,7 +157,7 @@ def _joined_features(bars, features):
 
 
 def lookahead_features(
-    features: Callable | None = None,  # function of bars that returns aligned feature columns; None: kit's only
+    features: Callable | None = None,  # function of bars that returns aligned feature columns; None: kit only
     bars: pd.DataFrame | None = None,  # datetime, symbol, open, high, low, close, volume; None: a simulated market
     moments: int = 2,  # number of cutoffs to try
 ) -> list[str]:  # names
@@ -242,7 +242,7 @@ class SelfTest:
     @property
     def problems(self) -> list[str]:
         "Each problem as a sentence."
-        features = [f"feature {name} changes with the bars after it" for name in self.peeking]
+        features = [f"feature {name} changes when later bars change" for name in self.peeking]
         leaks = [f"audit: {finding.sentence}" for finding in self.audit.findings if finding.verdict == "fail"]
         return features + leaks + [text for row in self.table.itertuples() for text in _model_problems(row)]
 

@@ -167,7 +167,7 @@ class Trainer:
             self.prepare_data()
         model = self.build_model() if self.model is None else self.model
         train, val = self.datasets["train"], self.datasets["val"]
-        self._fingerprint, self._learning = self.fingerprint(), None  # before the fit, as files may move later
+        self._fingerprint, self._learning = self.fingerprint(), None  # before the fit, because files may move later
         model.callbacks = [*model.callbacks, *self.callbacks]
         start = time.perf_counter()
         self.history = model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
@@ -178,9 +178,9 @@ class Trainer:
     def evaluate(
         self,
         split: str = "val",  # name of the split; each use of "test" is recorded in the ledger
-        run: Path | None = None,  # folder of the run, whose runs folder has the ledger; None: the ledger in `runs`
+        run: Path | None = None,  # folder of the run, whose runs folder contains the ledger; None: use `runs`
     ) -> dict:
-        "Predicts a split and returns its metrics; stores both in `predictions[split]` and `metrics[split]`."
+        "Predicts a split and returns its metrics; fills `predictions[split]` and `metrics[split]`."
         self.predict(split, run)
         return self.score_split(split)
 
@@ -262,7 +262,9 @@ class Trainer:
         return self.evaluator.backtest(self.predictions[split], prices, ds.y, source)
 
     def robustness(self, split: str = "val") -> Robustness | None:
-        "Profit by cost, side, symbol, month, regime and exit rule; None without direction. Computed once."
+        """Profit by cost, side, symbol, month, regime and exit rule; computed only once.
+
+        None if the classes have no direction."""
         if split not in self.robustness_by_split and has_direction(self.config.data.classes):
             ds = self.datasets[split]
             prices, _ = read_prices(ds, self.config.data.prices)
@@ -309,20 +311,20 @@ def _with_folder(data, folder):
 
 # %% ../../nbs/training/00_trainer.ipynb #c413ba48
 NOTE_ROWS = 4096  # maximum number of train rows on which a fit is checked
-NOTE_STD = 1e-4  # predictions are constant if the standard deviation of every probability is smaller
+NOTE_STD = 1e-4  # predictions are constant if the standard deviation of every probability is below this value
 
 
 def learning_notes(
     model: BaseModel,  # fitted
     train: TimeSeriesDataset,  # the data that the model was fitted on
-) -> list[str]:  # one sentence; empty if the fit learnt something
+) -> list[str]:  # one sentence, or an empty list if the fit learnt something
     "Warning if a fit predicts the same probabilities for every row or is no better than the class shares on train."
     rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
     metadata = train.metadata.iloc[rows].reset_index(drop=True)
     p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
     size = f"{len(train):,} rows of train, {len(model.classes)} classes"
     if p.std(0).max() < NOTE_STD:
-        return [f"The fit learnt nothing: it predicts the same for every row ({size})."]
+        return [f"The fit learnt nothing: it predicts the same probabilities for every row ({size})."]
     codes = check_y(model, train.y[rows], len(rows))
     weights = training_weights(model, codes, metadata)
     weights = np.ones(len(rows)) if weights is None else weights
@@ -330,7 +332,7 @@ def learning_notes(
     loss, prior = (_log_loss(p_true, weights) for p_true in (p[np.arange(len(rows)), codes], shares[codes]))
     if loss < prior:
         return []
-    losses = f"its log loss on train is {loss:.4f}, that of the class shares {prior:.4f}"
+    losses = f"its log loss on train is {loss:.4f}, compared with {prior:.4f} for the class shares"
     return [f"The fit learnt nothing: {losses} ({size})."]
 
 
@@ -341,7 +343,7 @@ def _log_loss(p, weights):
 
 def divergence_notes(
     history: dict | None,  # losses by round, as in `Trainer.history`
-) -> list[str]:  # one sentence; empty if all losses are finite
+) -> list[str]:  # one sentence, or an empty list if all losses are finite
     "Warning if the validation loss of a fit was NaN or infinite in any round."
     losses = np.asarray((history or {}).get("val_loss", []), float)
     bad = np.flatnonzero(~np.isfinite(losses))

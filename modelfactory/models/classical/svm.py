@@ -26,7 +26,7 @@ class SVMConfig(TabularConfig):
     C: PositiveFloat = 0.01  # inverse strength of the penalty on standardised features
     n_components: PositiveInt = 300  # number of Nystroem features
     gamma: PositiveFloat | None = None  # inverse squared width of the RBF kernel; None: 1 / number of features
-    exact: bool = False  # fit an exact kernel SVM, whose cost grows with the square of the rows
+    exact: bool = False  # fit an exact kernel SVM, whose cost grows with the square of the number of rows
     max_exact_rows: PositiveInt = 10_000  # maximum number of training rows for `exact`
     calibration_folds: PositiveInt = 3  # number of contiguous folds of train used to calibrate the probabilities
 

@@ -32,10 +32,10 @@ __all__ = ['TimeLLMConfig', 'feature_patches', 'reprogram', 'encode_with_llm', '
 class TimeLLMConfig(SequenceConfig):
     "Parameters of TimeLLM."
 
-    checkpoint: str = "openai-community/gpt2"  # hub id or local folder of a GPT-2, BERT or LLaMA
+    checkpoint: str = "openai-community/gpt2"  # Hugging Face id or local folder of a GPT-2, BERT or LLaMA model
     revision: str = "main"  # branch, tag or commit on the Hugging Face hub
     control: Literal["none", "no_llm", "random_llm"] = "none"  # no_llm: no language model; random_llm: random weights
-    llm_layers: NonNegativeInt = 0  # number of layers to keep, from the first; 0: all
+    llm_layers: NonNegativeInt = 0  # number of layers to keep, counted from the first; 0: all
     prompt: str = ""  # description of the data, appended to the prompt
     patch_length: PositiveInt = 16  # steps in a patch
     stride: PositiveInt = 8  # steps between the starts of consecutive patches
@@ -81,7 +81,7 @@ def encode_with_llm(
 # %% ../../../nbs/models/foundation/timellm.ipynb #f6d784e6
 def language_model(
     folder: Path,  # of the checkpoint
-    layers: int = 0,  # number of layers to keep, from the first; 0: all
+    layers: int = 0,  # number of layers to keep, counted from the first; 0: all
     random: bool = False,  # use random weights instead of the pretrained weights
 ) -> PreTrainedModel:  # frozen
     "A language model in single precision, without a key-value cache."

@@ -58,12 +58,12 @@ class TimesFMConfig(SequenceConfig):
 
     checkpoint: str = "google/timesfm-2.0-500m-pytorch"  # id on the Hugging Face hub, or a local folder
     revision: str = "main"  # branch, tag or commit on the Hugging Face hub
-    mode: Literal["zero_shot", "probe", "finetune"] = "probe"  # use the forecast, use the states, or train last layers
+    mode: Literal["zero_shot", "probe", "finetune"] = "probe"  # use forecasts, use states, or train the last layers
     series: str = "close"  # raw column (its logarithm is the context) or feature (its window is the context)
     context_length: PositiveInt = 512  # bars of context
-    frequency: Literal[0, 1, 2] = 0  # of the bars; 0: up to daily, 1: weekly or monthly, 2: quarterly or yearly
-    barrier_up: PositiveFloat | None = None  # in ATR(14) above the close; None: from barrier_folder or estimated
-    barrier_down: PositiveFloat | None = None  # in ATR(14) below the close; None: as for barrier_up
+    frequency: Literal[0, 1, 2] = 0  # 0: up to daily bars, 1: weekly or monthly bars, 2: quarterly or yearly bars
+    barrier_up: PositiveFloat | None = None  # distance above the close, ATR(14); None: from barrier_folder or estimated
+    barrier_down: PositiveFloat | None = None  # distance below the close, ATR(14); None: as for barrier_up
     barrier_folder: str | None = None  # folder with Phase 1's files {SYMBOL}_ga_h{H}_best.json
     C: PositiveFloat = 0.01  # inverse strength of the penalty on the head in the modes `zero_shot` and `probe`
     unfrozen: PositiveInt = 2  # number of layers that `finetune` trains, counted from the last
@@ -73,7 +73,7 @@ class TimesFMConfig(SequenceConfig):
 # %% ../../../nbs/models/foundation/timesfm.ipynb #bdd80ea0
 MAX_CONTEXT = 2048  # maximum context of the pretrained network, in points
 PATCH_POINTS = 32  # points in a patch
-ATR_ROWS = 256  # bars after which the start of a 14-bar Wilder average changes its value by less than 1e-8
+ATR_ROWS = 256  # bars after which the starting value changes Wilder's 14-bar average by less than 1e-8
 
 
 def forecast_context(
@@ -141,7 +141,7 @@ def read_quantiles(
     c = model.config
     if horizon > c.horizon_length:
         raise ValueError(
-            f"horizon {horizon}: the checkpoint forecasts {c.horizon_length} bars; use mode probe or finetune"
+            f"horizon {horizon}: the checkpoint forecasts at most {c.horizon_length} bars; use mode probe or finetune"
         )
     steps = model.horizon_ff_layer(states[:, :-2]).view(len(states), c.horizon_length, -1)[:, horizon - 1, 1:]
     return (steps * states[:, -1:] + states[:, -2:-1]).sort(1).values
@@ -171,7 +171,7 @@ class TimesFMEncoder:
         self.length = -(-min(config.context_length, most, MAX_CONTEXT) // patch) * patch
 
     def contexts(self, windows: Windows) -> Windows:  # (n, length, 2)
-        "The contexts of windows."
+        "The contexts of the given windows."
         return forecast_context(windows, self.config.series, self.features, self.length)
 
     def states(self, past: Windows) -> np.ndarray:  # (n, D + 2)
@@ -400,7 +400,7 @@ class TimesFMModel(SequenceClassifier):
 
     @classmethod
     def history_length(cls, config):
-        "Rows of history: enough for the context in whole patches, and for an ATR that does not depend on its start."
+        "Rows of history that cover the context in whole patches and make the ATR independent of its start."
         return max(config["sequence_length"], config["context_length"] + PATCH_POINTS, ATR_ROWS)
 
     @classmethod
@@ -474,7 +474,7 @@ class TimesFMModel(SequenceClassifier):
         self.read()
         model, D = self.reader.timesfm, self.reader.timesfm.config.hidden_size
         if c.unfrozen > len(model.decoder.layers):
-            raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has {len(model.decoder.layers)} layers")
+            raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has only {len(model.decoder.layers)} layers")
         for layer in model.decoder.layers[-c.unfrozen :]:
             layer.requires_grad_(True)
         return functional_module(

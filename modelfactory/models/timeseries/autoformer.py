@@ -66,7 +66,7 @@ def float32_correlation(
     keys: torch.Tensor,
     values: torch.Tensor,
     attn_mask: Any,  # not used by the library
-) -> tuple:  # averaged values at the best delays, and None
+) -> tuple:  # weighted mean of the values at the best delays, and None
     "Auto-correlation in float32."
     import torch
 

@@ -49,7 +49,7 @@ def embedding(
 
     if d % 2:
         raise ValueError(
-            f"hidden_size {d}: expected an even number, half sines and half cosines of the position; use {d + 1}"
+            f"hidden_size {d}: expected an even number, as positions are half sines and half cosines; use {d + 1}"
         )
     embed = DataEmbedding(F, 0, d, dropout=dropout)
     embed.position_embedding = PositionalEmbedding(d, T)

@@ -27,7 +27,7 @@ class TimesNetConfig(SequenceConfig):
     "Parameters of TimesNet."
 
     hidden_size: PositiveInt = 64  # width of the state of each step
-    ff_size: PositiveInt = 64  # width between the two convolutions of a block
+    ff_size: PositiveInt = 64  # width between the two inception layers of a block
     n_layers: PositiveInt = 2  # number of blocks
     top_k: PositiveInt = 3  # number of periods per block, at most half the number of steps in the window
     n_kernels: PositiveInt = 6  # number of square kernels per inception layer, with sizes 1, 3, 5, ...
