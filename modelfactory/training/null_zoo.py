@@ -372,7 +372,7 @@ def _planted_table(strength, horizon, seed):
 
 # %% ../../nbs/training/02_null_zoo.ipynb #789c51b8
 def evaluate_planted_market(
-    strength: float,  # signal as a fraction of the signal of the bundled planted market
+    strength: float,  # signal strength, as a fraction of that of the bundled planted market
     seed: int,  # random seed of the market; even seeds use horizon 5, odd seeds horizon 20
 ) -> dict:  # world, seed, horizon, claims, p, cards, seconds
     "The claims of the evaluation about direction and profit on one market with a planted signal."

@@ -161,7 +161,7 @@ def lookahead_features(
     bars: pd.DataFrame | None = None,  # datetime, symbol, open, high, low, close, volume; None: a simulated market
     moments: int = 2,  # number of cutoffs to try
 ) -> list[str]:  # names
-    "Features of the kit and the user whose values change when later bars change or are removed."
+    "Kit features and user features whose values change when later bars change or are removed."
     bars = simulate_market(replace(MARKET_PRESETS["null"], rows=(1200, 2, 2))).bars if bars is None else bars
     times = bars["datetime"].drop_duplicates().sort_values()
     cutoffs = times.iloc[np.linspace(0.5, 0.95, moments) * (len(times) - 1)]
