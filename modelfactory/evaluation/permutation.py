@@ -26,7 +26,7 @@ from modelfactory.evaluation.backtest import (
     trading_day,
     trailing_sum,
 )
-from .bootstrap import block_length, block_sums, percentile_interval, draw_blocks
+from .bootstrap import block_length, block_sums, draw_blocks, percentile_interval
 from modelfactory.evaluation.metrics import (
     check_predictions,
     classification_stats,

@@ -23,11 +23,11 @@ from modelfactory.evaluation.bootstrap import (
     classification_draws,
     cosine_transforms,
     count_frequencies,
+    draw_blocks,
     label_block_length,
     max_frequencies,
     ratio_interval,
     series_block_length,
-    draw_blocks,
     t_adjusted_level,
 )
 from modelfactory.evaluation.metrics import (

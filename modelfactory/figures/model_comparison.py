@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..evaluation.bootstrap import block_indices, block_sums, series_block_length, draw_blocks
+from ..evaluation.bootstrap import block_indices, block_sums, draw_blocks, series_block_length
 from ..evaluation.metrics import confidence_bins, metric_sign
 from ..evaluation.significance import row_losses, stacked_models
 from ..figure_text import draw_plain_text
