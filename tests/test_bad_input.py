@@ -1193,7 +1193,7 @@ COMMANDS = {  # arguments -> text in the line on stderr
     "models --family boostin": "did you mean 'boosting'",
     "check nowhere": "nowhere",
     "check data --nan mean": "'mean'",
-    "check huge": "more than float32 can",
+    "check huge": "more than float32 can hold",
     "train --model xgbost --horizon 5": "did you mean 'xgboost'",
     "train --model ../x --horizon 5": "'../x'",
     "train --model svm": "--horizon",

@@ -91,7 +91,7 @@ def test_too_few_blocks_of_val_give_a_warning(tmp_path):
     with pytest.warns(SplitsWarning) as caught:
         out = bars_to_splits(walk(200 + 2_667), tmp_path / "few")
     assert [str(w.message) for w in caught] == [
-        f"label_h20: {split} holds 5 blocks of 80 bars; fewer than {MIN_BLOCKS}: "
+        f"label_h20: {split} holds 5 blocks of 80 bars, fewer than {MIN_BLOCKS}: "
         "too few rows to claim skill at this horizon"
         for split in ("val", "test")
     ]
@@ -124,7 +124,7 @@ def test_report_states_the_accuracy_of_the_constant_call(tmp_path):
     assert splits.report.labels.constant_call.tolist() == [f"down {share[s]:.2f}" for s in ("train", "val")]
     assert share["val"] > 0.6
     calls = [f"always down would be right {round(share[s], 2):.0%} of the time in {s}" for s in ("train", "val")]
-    sentence = f"label_h20: {calls[0]}, {calls[1]}; judge directional accuracy against that"
+    sentence = f"label_h20: {calls[0]}, {calls[1]}; compare directional accuracy with this share"
     assert sentence in splits.report.warnings and sentence in repr(splits.report)
     drift = read_splits(bars_to_splits(walk(8_000, drift=0.15), tmp_path / "drift", horizons=(20,))).report
     assert all(call.startswith("up") for call in drift.labels.constant_call)

@@ -213,7 +213,7 @@ def test_labels_with_rounding_errors_are_rounded_with_a_warning():
     noise = np.random.default_rng(0).uniform(-9e-7, 9e-7, 240)
     read = read_splits(frames(lambda f: f.assign(label_h5=f.label_h5 + noise)))
     assert all((read[s].labels[5] == bars(s).label_h5).all() for s in read)
-    sentence = "label_h5: 240 labels read as the class within 1e-06 of them"
+    sentence = "label_h5: 240 labels rounded to the nearest class, at most 1e-06 away"
     assert warnings_of(read) == [f"{split} frame: {sentence}" for split in read]
 
 
@@ -624,7 +624,7 @@ def test_closes_outside_by_a_rounding_error_widen_the_bar_with_a_warning():
     frame, rows = adjusted()
     with pytest.warns(SplitsWarning) as shown:
         checked = check_bars(frame)
-    expected = "17 of 1,400 rows outside [low, high] by a rounding (at most 1e-09 of the price), first at row "
+    expected = "17 of 1,400 rows outside [low, high] by a rounding error (at most 1e-09 of the price), first at row "
     assert f"{expected}{rows[0]}" in str(shown[0].message)
     assert len(shown) == 1 and shown[0].filename == __file__
     assert (checked.high >= checked.close).all() and (checked.low <= checked.close).all()

@@ -25,17 +25,17 @@ __all__ = ['N_BINS', 'SCORE_FUNCTIONS', 'NEXT_BAR', 'RETURN_BARS', 'BAND_BARS', 
 
 # %% ../../nbs/data/02_audit.ipynb #7712e7ad
 class LeakFound(SplitsError):
-    "Columns that predict labels better than past bars can."
+    "At least one column predicts the labels better than past bars can."
 
 # %% ../../nbs/data/02_audit.ipynb #2b0cacb7
-N_BINS = 32  # bins of equal count in the first half of train
+N_BINS = 32  # number of bins, with equal counts in the first half of the training split
 
 
 def assign_bins(
     x: np.ndarray,  # (N,) values of a column
-    first: np.ndarray,  # (N,) mask: the first half of train
+    first: np.ndarray,  # (N,) mask of the first half of the training split
 ) -> np.ndarray:  # (N,) uint8, 0..N_BINS + 1
-    "Bins between quantiles of the first half. Equal values share a bin; the lowest value and NaN have separate bins."
+    "Bins by quantiles of the first half. Equal values share a bin; the lowest value and NaN each have a separate bin."
     sample = x[first]
     sample = np.sort(sample[~np.isnan(sample)][:: max(1, len(sample) >> 14)])
     edges = np.unique(sample[np.r_[0, np.arange(1, N_BINS) * len(sample) // N_BINS]]) if len(sample) else sample
@@ -43,11 +43,11 @@ def assign_bins(
 
 # %% ../../nbs/data/02_audit.ipynb #ef0ff8f3
 def class_tables(
-    bins: list[np.ndarray],  # n arrays (N,), as from `assign_bins`
-    first: np.ndarray,  # (N,) mask: the first half
+    bins: list[np.ndarray],  # n arrays (N,), as returned by `assign_bins`
+    first: np.ndarray,  # (N,) mask of the first half
     classes: list[np.ndarray],  # arrays (N,) int64: 0 down, 1 flat, 2 up, 3 no label
 ) -> np.ndarray:  # (n, len(classes), 4, 2, N_BINS + 2) counts by class, half and bin
-    "Number of rows of each class in each bin, in both halves."
+    "Number of rows of each class in each bin, for both halves."
     width = N_BINS + 2
     keys = [(2 * c + ~first) * width for c in classes]
     tables = [[np.bincount(key + b, minlength=8 * width) for key in keys] for b in bins]
@@ -58,7 +58,7 @@ def auc_minus_half(
     low: np.ndarray,  # (..., 2, N_BINS + 2) counts of one class, by half and bin
     high: np.ndarray,  # (..., 2, N_BINS + 2) counts of the other class
 ) -> np.ndarray:  # (...) in [-0.5, 0.5]
-    "AUC - 0.5 in the second half of the table fitted on the first; bins with few rows shrink to the overall share."
+    "AUC - 0.5 in the second half, with bins ranked in the first half; small bins shrink to the overall share."
     n_low, n_high = low[..., 0, :], high[..., 0, :]
     share = n_high.sum(-1, keepdims=True) / np.maximum((n_low + n_high).sum(-1, keepdims=True), 1)
     order = np.argsort((n_high + 8 * share) / (n_low + n_high + 8), axis=-1, kind="stable")
@@ -66,7 +66,7 @@ def auc_minus_half(
     return ((low.cumsum(-1) - low / 2) * high).sum(-1) / np.maximum(low.sum(-1) * high.sum(-1), 1) - 0.5
 
 
-# Kind of score -> AUC - 0.5 of `class_tables`: direction is -1 against +1, neutrality is the rest against 0.
+# Kind of score -> AUC - 0.5 from `class_tables`: direction compares -1 with +1, neutrality compares both with 0.
 SCORE_FUNCTIONS = dict(
     direction=lambda t: auc_minus_half(t[..., 0, :, :], t[..., 2, :, :]),
     neutrality=lambda t: auc_minus_half(t[..., 0, :, :] + t[..., 2, :, :], t[..., 1, :, :]),
@@ -74,12 +74,12 @@ SCORE_FUNCTIONS = dict(
 
 # %% ../../nbs/data/02_audit.ipynb #bad4d526
 def shift_within_symbol(
-    values: np.ndarray,  # (N,) of rows ordered by symbol, then time
+    values: np.ndarray,  # (N,) values of rows ordered by symbol, then by time
     codes: np.ndarray,  # (N,) symbol of each row
-    shift: int,  # rows ahead; negative: rows ago
-    empty: float = np.nan,  # value where the symbol has no such row
+    shift: int,  # rows ahead; negative: rows back
+    empty: float = np.nan,  # value to use if the symbol has no such row
 ) -> np.ndarray:  # (N,)
-    "The value `shift` rows ahead in the same symbol."
+    "For each row, the value `shift` rows ahead in the same symbol."
     out = np.full_like(values, empty)
     n = max(0, len(values) - abs(shift))
     to, source = (slice(n), slice(shift, None)) if shift >= 0 else (slice(-shift, None), slice(n))
@@ -92,7 +92,7 @@ NEXT_BAR = "next bar"
 
 
 def score_targets(
-    split: Split,  # usually train
+    split: Split,  # usually the training split
 ) -> dict[str, tuple[int, np.ndarray]]:  # name -> (reach in bars, (N,) int8 sign or NO_TARGET)
     "Targets of the score: the labels, and the direction of the next bar if the split has closes."
     signs = {h: np.where(y == NO_TARGET, y, np.sign(y)).astype(np.int8) for h, y in split.labels.items()}
@@ -105,9 +105,9 @@ def score_targets(
 
 def log_returns(
     split: Split,  # with closes
-    n: int,  # bars; negative: the next bars instead of the last ones
+    n: int,  # number of bars; negative: the next bars instead of the last bars
 ) -> np.ndarray:  # (N,)
-    "Log return over the last `n` bars; NaN at the ends of a symbol."
+    "Log return over the last `n` bars; NaN where the symbol has no such bars."
     close = np.log(split.close)
     return np.sign(n) * (close - shift_within_symbol(close, split.codes, -n))
 
@@ -118,16 +118,16 @@ def _target_classes(label, codes, shift=0):
     return np.where(label == NO_TARGET, 3, label + 1).astype(np.int64)
 
 # %% ../../nbs/data/02_audit.ipynb #28091b2b
-RETURN_BARS = (1, 2, 5, 10, 20, 60)  # bars of past returns
-BAND_BARS = (5, 14, 20, 60, 200)  # bars of Bollinger bands and of past extremes
-RSI_BARS = (7, 14, 28)  # bars of the RSI
-VOLATILITY_BARS = ((1, 20), (5, 60), (20, 120))  # bars of the short and the long average of a volatility ratio
+RETURN_BARS = (1, 2, 5, 10, 20, 60)  # lengths of past returns in bars
+BAND_BARS = (5, 14, 20, 60, 200)  # lengths of Bollinger bands and of past extremes in bars
+RSI_BARS = (7, 14, 28)  # lengths of the RSI in bars
+VOLATILITY_BARS = ((1, 20), (5, 60), (20, 120))  # lengths of the short and long averages in volatility ratios, in bars
 
 
 def reference_columns(
-    split: Split,  # usually train
+    split: Split,  # usually the training split
 ) -> dict[str, np.ndarray]:  # name -> (N,) float64
-    "Causal columns of the bars, which give the usual score; only time and symbol if the split has no closes."
+    "Causal columns that define the usual score; only time and symbol if the split has no closes."
     minutes = split.datetimes.hour * 60 + split.datetimes.minute
     columns = dict(time=minutes.to_numpy(float), symbol=split.codes.astype(float))
     if split.close is None:
@@ -141,7 +141,7 @@ def reference_columns(
 
 @np.errstate(divide="ignore", invalid="ignore")
 def _band_positions(high, low, close):
-    "Reference columns of one symbol."
+    "Reference columns computed from the prices of one symbol."
     high, low, close = map(pd.Series, (high, low, close))
     change = close.diff()
     columns = dict(level=np.log(close), place=(close - low) / (high - low))
@@ -163,7 +163,7 @@ VIEWS = ("level", "change")
 
 
 def _view_bins(x, split, view, first):
-    "Bins of a column as it is, or of its change."
+    "Bins of a column's level or of its change."
     return assign_bins(x if view == "level" else x - shift_within_symbol(x, split.codes, -1), first)
 
 
@@ -179,37 +179,37 @@ def _first_half(split):
 
 
 def bars_per_day(
-    split: Split,  # usually train
+    split: Split,  # usually the training split
 ) -> int:  # at least 1
     "Median number of bars per symbol and day."
     counts = pd.Series(split.codes).groupby([split.codes, split.datetimes.normalize()]).size()
     return max(1, int(counts.median()))
 
 # %% ../../nbs/data/02_audit.ipynb #6d4b52af
-DIRECTION_LIMIT = 0.10  # excess AUC for direction above the usual score from which a column fails
-NEUTRALITY_LIMIT = 0.06  # excess AUC for neutrality from which a column is a warning
-WARNING_LIMIT = 0.05  # excess AUC for direction from which a column is a warning
-WARNING_ERRORS = 3  # standard errors that a warning for direction must exceed as well
-MIN_ROWS = 300  # minimum rows of a class in each half
+DIRECTION_LIMIT = 0.10  # a column fails if its direction score is above `usual` by this plus two standard errors
+NEUTRALITY_LIMIT = 0.06  # a column warns if its neutrality score is above `usual` by this plus two standard errors
+WARNING_LIMIT = 0.05  # minimum excess of the direction score over `usual` for a warning
+WARNING_ERRORS = 3  # minimum excess of the direction score over `usual` for a warning, in standard errors
+MIN_ROWS = 300  # minimum rows of each class in each half
 
 
 def auc_std_error(
     a: int,  # rows of one class in the scored half
     b: int,  # rows of the other class
-    horizon: int,  # bars over which labels overlap
+    horizon: int,  # number of bars over which labels overlap
 ) -> float:
-    "Standard error of the AUC of a column without skill (Mann and Whitney 1947); `horizon` rows count as one."
+    "Standard error of the AUC without skill (Mann and Whitney 1947); `horizon` rows count as one observation."
     return float(np.sqrt(horizon * (1 / a + 1 / b) / 12))
 
 
 def _class_rows(classes, first, kind):
-    "Number of rows (2, 2) by half and class."
+    "Row counts (2, 2) by half and class."
     counts = np.array([np.bincount(classes[half], minlength=4) for half in (first, ~first)])
     return counts[:, [0, 2]] if kind == "direction" else np.c_[counts[:, 0] + counts[:, 2], counts[:, 1]]
 
 
 def _score_keys(split, first):
-    "Scores as (target, reach, label, kind, class counts in the second half), and sentences on skipped scores."
+    "Scores as (target, reach, label, kind, class counts in the second half), and notes on skipped scores."
     pairs = [(name, h, y, kind) for name, (h, y) in score_targets(split).items() for kind in SCORE_FUNCTIONS]
     scored, skipped = [], []
     for name, h, y, kind in pairs:
@@ -220,7 +220,8 @@ def _score_keys(split, first):
             scored.append((name, h, y, kind, rows[1]))
         else:
             skipped.append(
-                f"{name}, {kind}: {rows.min():,} rows of a class in a half of {split.name}, fewer than {MIN_ROWS}"
+                f"{name}, {kind}: a class has {rows.min():,} rows in one half of {split.name}, "
+                f"expected {MIN_ROWS} or more"
             )
     return scored, skipped
 
@@ -230,9 +231,9 @@ SCORE_COLUMNS = ["column", "view", "target", "symbol", "horizon", "kind", "size"
 
 
 def score_columns(
-    split: Split,  # train
-) -> pd.DataFrame:  # `SCORE_COLUMNS`; `symbol` is empty for all rows together, `horizon` is the reach
-    "Scores of each column for each target, with the usual score and the thresholds of a warning and a failure."
+    split: Split,  # training split
+) -> pd.DataFrame:  # `SCORE_COLUMNS`; an empty `symbol` means all rows, `horizon` is the reach
+    "Scores of each column for each target, with the usual score and the thresholds for warnings and failures."
     first, day = _first_half(split), bars_per_day(split)
     columns = range(len(split.features))
     bins = {view: [_view_bins(_feature_column(split, j), split, view, first) for j in columns] for view in VIEWS}
@@ -254,7 +255,7 @@ def score_columns(
 
 # %% ../../nbs/data/02_audit.ipynb #971b4414
 def _score_table(bins, usual, first, classes, kind, rows, h):
-    "Scores and thresholds of columns; the first of `classes` is the target, the others are closed labels."
+    "Scores and thresholds of columns; `classes` contains the target first, then the closed labels."
     score, error = SCORE_FUNCTIONS[kind], auc_std_error(*rows, h)
     size, *closed = score(class_tables(bins, first, classes)).T
     past = np.max([np.zeros(len(bins)), *closed], 0)
@@ -269,7 +270,7 @@ def _score_table(bins, usual, first, classes, kind, rows, h):
 
 
 def _symbol_spans(split, first, classes, kind):
-    "(symbol, slice of rows, class counts in the second half) of each symbol with enough rows; direction only."
+    "Yields (symbol, slice of rows, class counts in the second half) for symbols with enough rows; direction only."
     if kind != "direction" or len(split.symbols) < 2:
         return
     edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
@@ -280,14 +281,14 @@ def _symbol_spans(split, first, classes, kind):
 
 # %% ../../nbs/data/02_audit.ipynb #1bc99568
 def auc_by_shift(
-    split: Split,  # usually train
+    split: Split,  # usually the training split
     column: str,  # name of a feature
     target: str = NEXT_BAR,  # name in `score_targets`
     kind: str = "direction",  # direction or neutrality
     view: str = "level",  # level or change
-    symbol: str = "",  # score the rows of this symbol only; empty: all rows
+    symbol: str = "",  # score only the rows of this symbol; empty: all rows
 ) -> pd.Series:  # AUC - 0.5 by shift, from 1 - reach (the oldest label that is not closed) to reach
-    "Score of a column for the label `shift` rows later."
+    "Scores of a column against the label `shift` rows later, for each shift."
     (h, y), first = score_targets(split)[target], _first_half(split)
     shifts = np.arange(1 - h, h + 1)
     rows = split.codes == split.symbols.index(symbol) if symbol else slice(None)
@@ -301,8 +302,8 @@ SCALERS = ("mean and deviation", "median and quartiles", "minimum and maximum")
 
 def scaler_residuals(
     x: np.ndarray,  # (n,) values of a column
-) -> list[float]:  # a distance for each of `SCALERS`
-    "For each scaler, distance of the column's statistics from those of data that the scaler was fitted on."
+) -> list[float]:  # one distance for each of `SCALERS`
+    "For each scaler, the distance of the column's statistics from the values that the scaler produces."
     x = x[~np.isnan(x)]
     if len(x) < 2:
         return [np.inf] * 3
@@ -315,20 +316,20 @@ def scaler_residuals(
 
 
 def _is_continuous(x):
-    "Whether more than a tenth of the values are distinct, in a sample of about 4,096 rows."
+    "Whether more than a tenth of the values in a sample of about 4,096 rows are distinct."
     sample = x[~np.isnan(x)][:: max(1, len(x) >> 12)]
     return len(np.unique(sample)) > max(N_BINS, len(sample) / 10)
 
 
 def _single_extremes(x):
-    "Whether exactly one row has the minimum, and exactly one the maximum."
+    "Whether exactly one row has the minimum and exactly one row has the maximum."
     return (x == np.nanmin(x)).sum() == 1 == (x == np.nanmax(x)).sum()
 
 # %% ../../nbs/data/02_audit.ipynb #4741bc14
 def find_scaler_leaks(
-    splits: Mapping[str, Split],  # by name, train first
-) -> pd.DataFrame:  # column, scaler, size (`scaler_residuals` of train)
-    "Columns whose scaler was fitted on later splits too; empty for a single split."
+    splits: Mapping[str, Split],  # by name, the training split first
+) -> pd.DataFrame:  # column, scaler, size (`scaler_residuals` of the training split)
+    "Columns whose scaler was also fitted on later splits; empty for a single split."
     parts = list(splits.values())
     columns = parts[0].features
     alone = np.array([scaler_residuals(x) for x in parts[0].matrix.T]).reshape(-1, 3)
@@ -340,7 +341,7 @@ def find_scaler_leaks(
 
 
 def _scaler_leaks(pooled, alone):
-    "Mask (columns, 3): the statistics fit the scaler in all splits together, and not in train alone."
+    "Mask (columns, 3) of statistics that match a scaler in all splits together but not in the first split alone."
     residuals = np.array([scaler_residuals(x) for x in pooled]).reshape(-1, 3)
     continuous = np.array([_is_continuous(x) for x in pooled], bool)
     proof = np.c_[continuous, continuous, [_single_extremes(x) for x in pooled]]
@@ -348,39 +349,39 @@ def _scaler_leaks(pooled, alone):
     near = (residuals < 0.01) & (residuals < alone / 10)
 
     def agrees(mask):
-        "Whether most columns that can be proof fit."
+        "For each scaler, whether most of the columns that can prove a leak match it."
         return (mask & proof).sum(0) > np.maximum(proof.sum(0) / 2, 1)
 
     not_min_max = np.array([True, True, False])
     alone_proves = proof & not_min_max
-    extremes = not_min_max | proof  # a bound that many rows attain is never evidence
+    extremes = not_min_max | proof  # a bound that many rows reach is never evidence
     by_exact = exact & (alone > 1e-4) & extremes & (alone_proves | agrees(exact))
     return by_exact | near & agrees(near) & not_min_max
 
 # %% ../../nbs/data/02_audit.ipynb #4d5d51e8
 @dataclass(frozen=True)
 class LeakFinding:
-    "One column that predicts too well, and how to handle it."
+    "Finding about one column: its score, its threshold and advice to the user."
 
     column: str  # name of the feature
     kind: str  # direction, neutrality or scaler
-    size: float  # AUC - 0.5; for a scaler: its residual in train
+    size: float  # AUC - 0.5; for a scaler, the residual in the training split
     limit: float  # the threshold that `size` exceeds
     target: str  # name in `score_targets`, or "later splits"
     symbol: str  # symbol whose rows were scored; empty for all rows
-    shift: int  # shift of the label that is predicted best, in rows
-    looks_ahead: int | None  # bars, for a copy of a label; None if it is not certain
+    shift: int  # shift with the best score, in rows
+    looks_ahead: int | None  # bars of look-ahead for a copy of a label; None if uncertain
     verdict: str  # fail or warn
     sentence: str  # the finding in one sentence
 
 
 def _count_text(n, noun):
-    "A count with its noun in singular or plural."
+    "A count with its noun in the singular or plural."
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _finding_sentence(row, limit, shift):
-    "The sentence of a row of `score_columns`."
+    "Describes a row of `score_columns` in one sentence."
     column = f"the change of {row.column}" if row.view == "change" else f"column {row.column}"
     of = f" of {row.symbol}" if row.symbol else ""
     return (
@@ -391,7 +392,7 @@ def _finding_sentence(row, limit, shift):
 
 # %% ../../nbs/data/02_audit.ipynb #2af93e5c
 def _leak_finding(split, row):
-    "The finding of a row of `score_columns`."
+    "Builds the finding for a row of `score_columns`."
     shift = int(auc_by_shift(split, row.column, row.target, row.kind, row.view, row.symbol).idxmax())
     limit, verdict = (float(row.limit), "fail") if row.size > row.limit else (float(row.warn), "warn")
     sentence = _finding_sentence(row, limit, shift)
@@ -401,24 +402,24 @@ def _leak_finding(split, row):
 
 
 def find_leaks(
-    split: Split,  # train
-    scores: pd.DataFrame,  # of `score_columns`
+    split: Split,  # training split
+    scores: pd.DataFrame,  # returned by `score_columns`
 ) -> list[LeakFinding]:
-    "For each column and kind, the score furthest above its threshold; failures come before warnings."
+    "For each column and kind, a finding on the score furthest above its threshold; failures come first."
     over = scores[scores["size"] > scores.warn]
     over = over.assign(fails=over["size"] > over.limit, above=over["size"] - over.warn)
     over = over.sort_values(["fails", "above"], ascending=False)
     return [_leak_finding(split, row) for row in over.drop_duplicates(["column", "kind"]).itertuples(index=False)]
 
 # %% ../../nbs/data/02_audit.ipynb #2af993a8
-COPY_AUC = 0.4999  # AUC - 0.5 from which a column is a copy of a label
+COPY_AUC = 0.4999  # minimum AUC - 0.5 at which a column counts as a copy of a label
 
 
 def find_label_copies(
-    split: Split,  # train
-    scores: pd.DataFrame,  # of `score_columns`
+    split: Split,  # training split
+    scores: pd.DataFrame,  # returned by `score_columns`
 ) -> list[LeakFinding]:
-    "Columns of few values that equal the label of another row that is not closed."
+    "Findings on columns with few distinct values that are copies of labels not yet closed."
     labels = scores[(scores.target != NEXT_BAR) & (scores.kind == "direction")].target.unique()
     n_values = [len(np.unique(x[:2000])) for x in split.matrix.T]
     few = [name for name, n in zip(split.features, n_values, strict=True) if 1 < n <= 3]
@@ -432,13 +433,13 @@ def find_label_copies(
 
 
 def _copy_finding(column, target, by_shift):
-    "The finding of a column that is a copy of a label."
+    "Builds the finding for a column that is a copy of a label."
     shift = int(by_shift.idxmax())
     ahead = int(by_shift.index.max()) + shift
-    row = f" of {_count_text(abs(shift), 'row')} {'before' if shift < 0 else 'later'}" if shift else ""
+    row = f" from {_count_text(abs(shift), 'row')} {'earlier' if shift < 0 else 'later'}" if shift else ""
     sentence = (
-        f"column {column} is {target}{row}, which is decided up to {_count_text(ahead, 'bar')} later than the row; "
-        f"exclude=[{column!r}] leaves it out"
+        f"column {column} is a copy of {target}{row}, which is decided up to {_count_text(ahead, 'bar')} "
+        f"after the row; exclude=[{column!r}] leaves it out"
     )
     return LeakFinding(column, "direction", float(by_shift.max()), COPY_AUC, target, "", shift, ahead, "fail", sentence)
 
@@ -449,32 +450,32 @@ class AuditReport:
 
     findings: list[LeakFinding]  # failures first
     columns: int  # number of audited columns
-    rows: int  # number of rows of train
-    skipped: list[str]  # sentences on scores with too few rows
+    rows: int  # number of rows in the training split
+    skipped: list[str]  # notes on scores with too few rows
     allowed: list[str] = field(default_factory=list)  # columns whose findings were permitted
 
     @property
     def ok(self) -> bool:
-        "Whether no column fails. Warnings do not count."
+        "True if no column fails. Warnings do not count."
         return not any(f.verdict == "fail" for f in self.findings)
 
     def to_frame(self) -> pd.DataFrame:
-        "A row per finding, with the fields of `LeakFinding`."
+        "One row per finding, with the fields of `LeakFinding`."
         return pd.DataFrame([asdict(f) for f in self.findings], columns=list(LeakFinding.__dataclass_fields__))
 
     def to_dict(self) -> dict:
-        "Plain data, as a run stores it."
+        "The report as plain data, for storage with a run."
         return asdict(self) | dict(ok=self.ok)
 
     def named(
         self,
         verdict: str = "fail",  # fail or warn
     ) -> list[str]:
-        "Names of the columns with a verdict."
+        "Names of the columns with the given verdict."
         return list(dict.fromkeys(f.column for f in self.findings if f.verdict == verdict))
 
     def raise_if_leaky(self) -> None:
-        "Raises `LeakFound` with the columns that fail."
+        "Raises `LeakFound` with the names of the columns that fail."
         if self.ok:
             return
         names = self.named("fail")
@@ -482,7 +483,7 @@ class AuditReport:
         more = " …" if len(names) > 8 else ""
         raise LeakFound(
             f"{_count_text(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{more}; "
-            f"{first}; all of them: exclude={names[:8]}"
+            f"{first}; to leave all of them out: exclude={names[:8]}"
         )
 
     def _lines(self):
@@ -510,10 +511,10 @@ class AuditReport:
 
 # %% ../../nbs/data/02_audit.ipynb #f4a026b0
 def audit(
-    data: Split | Mapping[str, Split] | TimeSeriesDataset,  # train, or splits by name with train first
-    allow: tuple[str, ...] = (),  # columns or kinds of finding to permit, because you checked how they are computed
+    data: Split | Mapping[str, Split] | TimeSeriesDataset,  # training split, or splits by name with train first
+    allow: tuple[str, ...] = (),  # columns or kinds of finding to permit, because you have checked them
 ) -> AuditReport:
-    "Reports columns that predict the labels of train too well, and scalers fitted on later splits. Changes no data."
+    "Reports columns that predict the training labels too well, and scalers fitted on later splits. Changes no data."
     if isinstance(data, TimeSeriesDataset):
         data = data.split
     splits = data if isinstance(data, Mapping) else dict(train=data)
@@ -529,9 +530,9 @@ def audit(
 
 
 def _scaler_finding(row):
-    "The finding of a row of `find_scaler_leaks`."
+    "Builds the finding for a row of `find_scaler_leaks`."
     sentence = (
-        f"column {row.column} has the {row.scaler} of a scaler in all splits together and not in train: "
+        f"column {row.column} is scaled to the {row.scaler} of all splits together, not of train alone: "
         "fit the scaler on train only, and scale again"
     )
     return LeakFinding(row.column, "scaler", float(row.size), 1e-4, "later splits", "", 0, None, "fail", sentence)
