@@ -485,7 +485,7 @@ def test_the_error_on_a_folder_of_data_sets_lists_them(name, tmp_path):
     assert_same(read_splits(tmp_path / "core_full/h5")["val"], read_split(bars("val")))
     text = message(SplitsError, read_splits, tmp_path / "core_full")
     assert "there are splits in h20, h5: name one of these folders, such as" in text and "core_full/h20" in text
-    assert "holds splits" in message(SplitsError, read_split, tmp_path / "core_full/h5")
+    assert "contains splits" in message(SplitsError, read_split, tmp_path / "core_full/h5")
 
 
 @pytest.mark.parametrize("options", [dict(index=False), dict(), dict(index=False, date_format="%Y-%m-%dT%H:%M:%S%z")])

@@ -35,7 +35,7 @@ def assign_bins(
     x: np.ndarray,  # (N,) values of a column
     first: np.ndarray,  # (N,) mask of the first half of the training split
 ) -> np.ndarray:  # (N,) uint8, 0..N_BINS + 1
-    "Bins by quantiles of the first half. Equal values share a bin; the lowest value and NaN each have a separate bin."
+    "Bins by quantiles of the first half. Equal values share a bin; the lowest value and NaN have separate bins."
     sample = x[first]
     sample = np.sort(sample[~np.isnan(sample)][:: max(1, len(sample) >> 14)])
     edges = np.unique(sample[np.r_[0, np.arange(1, N_BINS) * len(sample) // N_BINS]]) if len(sample) else sample
@@ -58,7 +58,7 @@ def auc_minus_half(
     low: np.ndarray,  # (..., 2, N_BINS + 2) counts of one class, by half and bin
     high: np.ndarray,  # (..., 2, N_BINS + 2) counts of the other class
 ) -> np.ndarray:  # (...) in [-0.5, 0.5]
-    "AUC - 0.5 in the second half, with bins ranked in the first half; small bins shrink to the overall share."
+    "AUC - 0.5 in the second half; bins are ranked by their shares in the first half, shrunk to the overall share."
     n_low, n_high = low[..., 0, :], high[..., 0, :]
     share = n_high.sum(-1, keepdims=True) / np.maximum((n_low + n_high).sum(-1, keepdims=True), 1)
     order = np.argsort((n_high + 8 * share) / (n_low + n_high + 8), axis=-1, kind="stable")
@@ -220,8 +220,7 @@ def _score_keys(split, first):
             scored.append((name, h, y, kind, rows[1]))
         else:
             skipped.append(
-                f"{name}, {kind}: a class has {rows.min():,} rows in one half of {split.name}, "
-                f"expected {MIN_ROWS} or more"
+                f"{name}, {kind}: a class has {rows.min():,} rows in one half of {split.name}, fewer than {MIN_ROWS}"
             )
     return scored, skipped
 

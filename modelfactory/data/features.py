@@ -92,7 +92,7 @@ def _rolling_corr(x, y, n):
 
 
 def _by_window(name, windows, feature):
-    "The same feature for each window length."
+    "Dictionary with the same feature for each window length."
     return {name.format(n): partial(feature, n=n) for n in windows}
 
 # %% ../../nbs/data/04_features.ipynb #9bbb0571

@@ -54,7 +54,7 @@ def _zero_move_warnings(bars, moves):
     first = bars.groupby("symbol", sort=False)["datetime"].min()
     if len(stale):
         texts = [f"{symbol} {row['mean']:.0%} of its bars (from {first[symbol]})" for symbol, row in stale.iterrows()]
-        yield f"most closes equal the previous close: {_join_first(texts)}; prices may be stale, or not closes"
+        yield f"close mostly equals the previous close: {_join_first(texts)}; check for stale prices or a wrong column"
 
 
 def _stale_warnings(bars, close):
@@ -85,7 +85,7 @@ def _jump_warnings(bars, moves):
     if len(at):
         changes = np.expm1(moves)
         texts = [f"{bars['symbol'][i]} {bars['datetime'][i]} {changes[i]:+.0%}{_ratio_text(size[i])}" for i in at]
-        yield f"close has large one-bar moves: {_join_first(texts)}: adjust for share splits, or check these bars"
+        yield f"close has large moves in one bar: {_join_first(texts)}: adjust for share splits, or check these bars"
 
 
 def _ratio_text(size):

@@ -665,7 +665,7 @@ def file_order(
 # %% ../../nbs/data/00_splits.ipynb #5cab25e9
 NO_LABEL = -99  # value that marks a missing label in upstream files
 MISSING_TEXT = ("", "na", "nan", "none", "null")  # text that marks a missing number, in any letter case
-LABEL_TOLERANCE = 1e-6  # a label at most this far from a class is read as that class
+LABEL_TOLERANCE = 1e-6  # labels at most this far from a class are read as that class
 
 
 def _parse_numbers(column):
@@ -943,7 +943,7 @@ def check_order(
     early: Split,  # the earlier split
     late: Split,  # the later split
 ) -> pd.Timestamp:  # first time of the later split
-    "Raises `SplitOverlap` if `early` ends after `late` begins, or `BadDatetime` if only one has a time zone."
+    "Raises `SplitOverlap` unless `early` ends before `late`, or `BadDatetime` if only one has a time zone."
     if (early.datetimes.tz is None) != (late.datetimes.tz is None):
         raise BadDatetime(f"{early.file} and {late.file}: only one has a time zone; convert both to the same time zone")
     first = late.datetimes.min()
