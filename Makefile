@@ -17,7 +17,7 @@ demo: setup  # trains six models on three data sets, compares them and summarise
 	$(BIN)/modelfactory demo
 
 check: setup  # runs lint, export, unit tests and one model of each kind; takes two minutes on two cores
-	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check -q . && $(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not network and not faults"
 
 # nbdev-test runs the notebooks that export nothing. pytest runs the cells of all other notebooks in the module that they export. Many tests wait for processes, so three workers keep two cores busy.

@@ -25,7 +25,7 @@ __all__ = ['CLASS_COLOURS', 'MAX_BIN_ROWS', 'SEGMENT_BARS', 'SEGMENT_LENGTHS', '
 # %% ../../nbs/data/10_explore.ipynb #063a172b
 def class_balance(
     split: Split,
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
 ) -> pd.DataFrame:  # by symbol and month: share of each class, and number of rows
     "Share of each class among the rows with a target."
     y = split.labels[horizon]
@@ -76,7 +76,7 @@ def plot_class_balance(
 # %% ../../nbs/data/10_explore.ipynb #0f144fe0
 def plot_labels(
     split: Split,
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
     symbol: str | None = None,  # None: the first symbol
     start: int = 0,  # first bar to show, counted within the symbol
     bars: int = 120,  # number of bars to show

@@ -23,14 +23,14 @@ BARRIER_ATR = 0.55  # distance of the default barriers at a horizon of one bar, 
 
 
 def default_barriers(
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
 ) -> tuple[float, float]:  # k_up, k_down in ATR
     "Symmetric barriers that grow with the square root of the horizon."
     return (round(BARRIER_ATR * float(horizon) ** 0.5, 2),) * 2
 
 # %% ../../nbs/data/05_labels.ipynb #83adc2ca
 def barrier_widths(
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
     k_up: float | None = None,  # upper barrier in ATR; None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR; None: `default_barriers`
     max_bars: int | None = None,  # number of bars after which the label is 0; None: `horizon`
@@ -59,7 +59,7 @@ def _first_touch(op, high, low, up, down):
 # %% ../../nbs/data/05_labels.ipynb #e60cb229
 def triple_barrier(
     bars: pd.DataFrame,  # as from `check_bars`
-    horizon: int,  # horizon of the label in bars, part of the column names
+    horizon: int,  # label horizon, in bars, part of the column names
     k_up: float | None = None,  # upper barrier in ATR(14); None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR(14); None: `default_barriers`
     max_bars: int | None = None,  # number of bars after which the label is 0; None: `horizon`
@@ -99,7 +99,7 @@ def first_touches(
 def read_barriers(
     folder: Path | str,  # holds {SYMBOL}_ga_h{H}_best.json
     symbol: str,
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
 ) -> tuple[float, float, int]:  # k_up and k_down in ATR(14), max_bars; ordered as in `triple_barrier`
     "Barriers that Phase 1 optimised for a symbol; raises `BarsError` if the file is missing or invalid."
     file = Path(folder) / f"{symbol}_ga_h{horizon}_best.json"

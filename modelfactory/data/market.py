@@ -57,7 +57,7 @@ class MarketConfig:
 
     def barriers(
         self,
-        horizon: int,  # horizon of the label in bars
+        horizon: int,  # label horizon, in bars
     ) -> tuple[float, float]:  # upper, lower
         "Upper and lower barriers in average true ranges; they grow with the square root of the horizon."
         return (round(self.barrier * np.sqrt(horizon), 2),) * 2
@@ -452,7 +452,7 @@ def _check_ceiling(c, split, horizon, gap, paths):
 # %% ../../nbs/data/07_market.ipynb #75ee32e6
 def bayes_probabilities(
     market: Market,
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
     split: str = "val",  # "train", "val" or "test"
     gap: int = 1,  # bars from the last observed bar to the labelled row, as in the windows of a dataset
     paths: int = 256,  # simulated futures per row, half of them mirrored; fewer than 128 bias the ceiling down
@@ -613,7 +613,7 @@ def build_market(
 # %% ../../nbs/data/07_market.ipynb #dd15d4fb
 def read_ceiling(
     folder: Path | str,  # folder of a simulated market
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
 ) -> pd.DataFrame:  # as returned by `bayes_probabilities`
     "Ceiling stored in the folder of a simulated market; raises `MarketError` if the file does not exist."
     file = Path(folder) / f"ceiling_h{horizon}.parquet"

@@ -51,7 +51,7 @@ class NullWorld:
 
     def barriers(
         self,
-        horizon: int,  # horizon of the label in bars
+        horizon: int,  # label horizon, in bars
     ) -> tuple[float, float]:  # k_up, k_down in average true ranges
         "Barriers of ratio `barrier_ratio`; their geometric mean is the barrier of the bundled markets."
         width = NULL_BARRIER_ATR * horizon**0.5
@@ -306,7 +306,7 @@ def find_world(
 
 def simulate_null(
     world: NullWorld | str,  # a world, or the name of a world in `NULL_WORLDS`
-    horizon: int = 5,  # horizon of the label in bars; 1 to 20 is valid in every world
+    horizon: int = 5,  # label horizon, in bars; 1 to 20 is valid in every world
     seed: int = 0,  # random seed of the market
 ) -> pd.DataFrame:  # datetime, symbol, OHLCV, label_h{H}, bars_to_hit_h{H}, split; mid if labels use it
     "Simulated market of a null world, ordered by symbol and time; raises `NullWorldError`."

@@ -135,7 +135,7 @@ def check_bars(
     symbols = _symbol_values(bars["symbol"])
     bars = pd.DataFrame(dict(datetime=times, symbol=symbols, **{c: _parse_float64(bars[c]) for c in OHLCV}))
     unique = ~bars.duplicated(["symbol", "datetime"])
-    require_rows(unique, "symbol, datetime", "repeating a key", "keep one row a bar")
+    require_rows(unique, "symbol, datetime", "repeating a key", "keep one row per bar")
     bars = _check_prices(bars)
     order = np.lexsort((bars.datetime, pd.factorize(bars.symbol)[0]))
     _check_bar_count(bars.symbol, at_least)

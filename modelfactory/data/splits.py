@@ -539,7 +539,7 @@ def _sort_order(codes, times, file, symbols):
         first = np.flatnonzero(bad)[0]
         key = f"{symbols[codes[first]]} {pd.Timestamp(times[first])}"
         raise DuplicateRow(
-            f"{file}: symbol, datetime: {_bad_rows_text(bad, 'repeating a key')} ({key}); keep one row a bar"
+            f"{file}: symbol, datetime: {_bad_rows_text(bad, 'repeating a key')} ({key}); keep one row per bar"
         )
     return order
 

@@ -65,7 +65,7 @@ _NO_EMBARGO = pd.Timedelta(0)
 def labels_crossing_split(
     table: pd.DataFrame,  # datetime, symbol, label_h{H}, bars_to_hit_h{H}; sorted as in `check_bars`
     split: np.ndarray,  # (rows,) split names, as returned by `split_by_time`
-    horizon: int,  # horizon of the label in bars
+    horizon: int,  # label horizon, in bars
     embargo: pd.Timedelta = _NO_EMBARGO,  # minimum time between a label's last bar and the next split
 ) -> np.ndarray:  # (rows,) mask
     "Mask of the labels decided at or after the start of the next split minus `embargo`; raises `BarsError`."

@@ -271,7 +271,7 @@ def check_metadata(model: BaseModel, metadata: pd.DataFrame, n: int) -> pd.DataF
     missing = {"datetime", "symbol", "horizon"} - set(metadata.columns)
     if missing or len(metadata) != n:
         raise ValueError(
-            f"{model.name}: metadata has {len(metadata)} rows and lacks {sorted(missing)}, "
+            f"{model.name}: metadata has {len(metadata)} rows and the columns {list(metadata.columns)}, "
             f"expected {n} rows with datetime, symbol, horizon"
         )
     return metadata
