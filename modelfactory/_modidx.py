@@ -1435,6 +1435,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'modelfactory.files.read_json': ('files.html#read_json', 'modelfactory/files.py'),
                                     'modelfactory.files.read_regular': ('files.html#read_regular', 'modelfactory/files.py'),
                                     'modelfactory.files.replace_text': ('files.html#replace_text', 'modelfactory/files.py')},
+            'modelfactory.imports': {'modelfactory.imports.without_module': ('imports.html#without_module', 'modelfactory/imports.py')},
             'modelfactory.models.base': { 'modelfactory.models.base.BaseModel': ( 'models/base.html#basemodel',
                                                                                   'modelfactory/models/base.py'),
                                           'modelfactory.models.base.BaseModel.__init__': ( 'models/base.html#basemodel.__init__',

@@ -20,6 +20,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Interval
 
 from ..configuration import NonNegativeInt, PositiveFloat, PositiveInt, settings
+from ..imports import ADDRESS_GRAMMAR, without_module
 from modelfactory.models.base import (
     BaseModel,
     ModelConfig,
@@ -427,7 +428,9 @@ class NetworkModel(BaseModel):
         torch.manual_seed(self.config.random_seed)
         self.device = pick_device(self.config.device)
         T, F = self.config.sequence_length, len(self.feature_columns)
-        self.net = self.backbone(T, F, len(self.classes), self.config).to(self.device)
+        with without_module(ADDRESS_GRAMMAR):  # the backbone may import neuralforecast
+            net = self.backbone(T, F, len(self.classes), self.config)
+        self.net = net.to(self.device)
 
     def n_parameters(self) -> int:
         "Returns the number of trainable parameters of the network."

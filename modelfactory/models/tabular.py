@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..configuration import NonNegativeInt
+from ..imports import TORCH_ARRAYS, without_module
 from modelfactory.models.base import (
     BaseModel,
     ModelConfig,
@@ -150,16 +150,9 @@ class TabularModel(BaseModel):
 
 # %% ../../nbs/models/05_tabular.ipynb #32612fe1
 def import_skops() -> types.ModuleType:
-    "The module `skops.io`; its import does not import PyTorch."
-    unused = "sklearn.externals.array_api_compat.torch"
-    is_skipped = "torch" not in sys.modules
-    if is_skipped:
-        sys.modules[unused] = None  # the import of this module raises ImportError, which scikit-learn ignores
-    try:
+    "Imports `skops.io` without PyTorch."
+    with without_module(TORCH_ARRAYS):
         import skops.io
-    finally:
-        if is_skipped:
-            del sys.modules[unused]
     return skops.io
 
 # %% ../../nbs/models/05_tabular.ipynb #6efea3b1

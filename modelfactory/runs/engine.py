@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ..builtin import builtin_folder
 from ..configuration import ConfigError, did_you_mean, settings
+from ..imports import ADDRESS_GRAMMAR, without_module
 from .attempt import close_attempt, publish
 from .run import Run, load_run
 from .run_folder import FAILED_FOLDER, UNSCORED, start_attempt, write_json, write_pid
@@ -105,8 +106,8 @@ def execute_notebook(
     parameters: dict,  # name -> value
 ) -> None:
     "Executes a notebook with papermill in this process; raises the error of a failed cell."
-    sys.modules.setdefault("rfc3987_syntax", None)  # prevents jsonschema from building a slow grammar
-    import papermill
+    with without_module(ADDRESS_GRAMMAR):
+        import papermill
 
     _throttle_saves()
     with tempfile.TemporaryDirectory(prefix="mf") as runtime:

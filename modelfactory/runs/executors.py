@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..configuration import ConfigError, settings
+from ..imports import ADDRESS_GRAMMAR, without_module
 from ..models.errors import ModelUnavailable
 from ..models.params import read_params
 from .engine import NO_LIMITS, Limits, Outcome, run_notebook, run_outcome
@@ -178,7 +179,8 @@ def _run_on_worker(root, environment, job, runs, limits, force):
 
 def _ray():
     try:
-        import ray
+        with without_module(ADDRESS_GRAMMAR):
+            import ray
     except ImportError:
         raise ModelUnavailable("engine ray: ray is not installed: pip install 'modelfactory[ray]'") from None
     return ray
