@@ -35,7 +35,7 @@ def assign_bins(
     x: np.ndarray,  # (N,) values of a column
     first: np.ndarray,  # (N,) mask of the first half of the training split
 ) -> np.ndarray:  # (N,) uint8, 0..N_BINS + 1
-    "Bins by quantiles of the first half. Equal values share a bin; the lowest value and NaN have separate bins."
+    "Bins by quantiles of the first half. Equal values share a bin; the lowest value and NaN have bins of their own."
     sample = x[first]
     sample = np.sort(sample[~np.isnan(sample)][:: max(1, len(sample) >> 14)])
     edges = np.unique(sample[np.r_[0, np.arange(1, N_BINS) * len(sample) // N_BINS]]) if len(sample) else sample
@@ -43,9 +43,9 @@ def assign_bins(
 
 # %% ../../nbs/data/02_audit.ipynb #ef0ff8f3
 def class_tables(
-    bins: list[np.ndarray],  # n arrays (N,), as returned by `assign_bins`
+    bins: list[np.ndarray],  # n arrays of shape (N,), as returned by `assign_bins`
     first: np.ndarray,  # (N,) mask of the first half
-    classes: list[np.ndarray],  # arrays (N,) int64: 0 down, 1 flat, 2 up, 3 no label
+    classes: list[np.ndarray],  # int64 arrays (N,): 0 down, 1 flat, 2 up, 3 no label
 ) -> np.ndarray:  # (n, len(classes), 4, 2, N_BINS + 2) counts by class, half and bin
     "Number of rows of each class in each bin, for both halves."
     width = N_BINS + 2
@@ -57,8 +57,8 @@ def class_tables(
 def auc_minus_half(
     low: np.ndarray,  # (..., 2, N_BINS + 2) counts of one class, by half and bin
     high: np.ndarray,  # (..., 2, N_BINS + 2) counts of the other class
-) -> np.ndarray:  # (...) in [-0.5, 0.5]
-    "AUC - 0.5 in the second half; bins are ranked by their shares in the first half, shrunk to the overall share."
+) -> np.ndarray:  # (...) scores in [-0.5, 0.5]
+    "AUC - 0.5 in the second half; bins are ranked by shares in the first half, shrunk towards the overall share."
     n_low, n_high = low[..., 0, :], high[..., 0, :]
     share = n_high.sum(-1, keepdims=True) / np.maximum((n_low + n_high).sum(-1, keepdims=True), 1)
     order = np.argsort((n_high + 8 * share) / (n_low + n_high + 8), axis=-1, kind="stable")
@@ -79,7 +79,7 @@ def shift_within_symbol(
     shift: int,  # rows ahead; negative: rows back
     empty: float = np.nan,  # value to use if the symbol has no such row
 ) -> np.ndarray:  # (N,)
-    "For each row, the value `shift` rows ahead in the same symbol."
+    "For each row, the value `shift` rows ahead within its symbol."
     out = np.full_like(values, empty)
     n = max(0, len(values) - abs(shift))
     to, source = (slice(n), slice(shift, None)) if shift >= 0 else (slice(-shift, None), slice(n))
@@ -118,9 +118,9 @@ def _target_classes(label, codes, shift=0):
     return np.where(label == NO_TARGET, 3, label + 1).astype(np.int64)
 
 # %% ../../nbs/data/02_audit.ipynb #28091b2b
-RETURN_BARS = (1, 2, 5, 10, 20, 60)  # lengths of past returns in bars
-BAND_BARS = (5, 14, 20, 60, 200)  # lengths of Bollinger bands and of past extremes in bars
-RSI_BARS = (7, 14, 28)  # lengths of the RSI in bars
+RETURN_BARS = (1, 2, 5, 10, 20, 60)  # lengths of past returns, in bars
+BAND_BARS = (5, 14, 20, 60, 200)  # lengths of the windows for Bollinger bands and past extremes, in bars
+RSI_BARS = (7, 14, 28)  # lengths of the RSI, in bars
 VOLATILITY_BARS = ((1, 20), (5, 60), (20, 120))  # lengths of the short and long averages in volatility ratios, in bars
 
 
@@ -168,7 +168,7 @@ def _view_bins(x, split, view, first):
 
 
 def _feature_column(split, j):
-    "Feature `j` (N,) as a contiguous array."
+    "Feature `j` as a contiguous array (N,)."
     return np.ascontiguousarray(split.matrix[:, j])
 
 
@@ -186,11 +186,11 @@ def bars_per_day(
     return max(1, int(counts.median()))
 
 # %% ../../nbs/data/02_audit.ipynb #6d4b52af
-DIRECTION_LIMIT = 0.10  # a column fails if its direction score is above `usual` by this plus two standard errors
-NEUTRALITY_LIMIT = 0.06  # a column warns if its neutrality score is above `usual` by this plus two standard errors
+DIRECTION_LIMIT = 0.10  # failure if the direction score exceeds `usual` by this plus two standard errors
+NEUTRALITY_LIMIT = 0.06  # warning if the neutrality score exceeds `usual` by this plus two standard errors
 WARNING_LIMIT = 0.05  # minimum excess of the direction score over `usual` for a warning
 WARNING_ERRORS = 3  # minimum excess of the direction score over `usual` for a warning, in standard errors
-MIN_ROWS = 300  # minimum rows of each class in each half
+MIN_ROWS = 300  # minimum number of rows of each class in each half
 
 
 def auc_std_error(
@@ -198,7 +198,7 @@ def auc_std_error(
     b: int,  # rows of the other class
     horizon: int,  # number of bars over which labels overlap
 ) -> float:
-    "Standard error of the AUC without skill (Mann and Whitney 1947); `horizon` rows count as one observation."
+    "Standard error of the AUC if there is no skill (Mann and Whitney 1947); `horizon` rows count as one observation."
     return float(np.sqrt(horizon * (1 / a + 1 / b) / 12))
 
 
@@ -209,7 +209,7 @@ def _class_rows(classes, first, kind):
 
 
 def _score_keys(split, first):
-    "Scores as (target, reach, label, kind, class counts in the second half), and notes on skipped scores."
+    "Scores to compute, as (target, reach, label, kind, class counts in second half); notes on skipped scores."
     pairs = [(name, h, y, kind) for name, (h, y) in score_targets(split).items() for kind in SCORE_FUNCTIONS]
     scored, skipped = [], []
     for name, h, y, kind in pairs:
@@ -225,7 +225,7 @@ def _score_keys(split, first):
     return scored, skipped
 
 # %% ../../nbs/data/02_audit.ipynb #1775b422
-# `size`, `past`, `usual`, `warn` and `limit` are AUC - 0.5; `past` is the best score for closed labels.
+# `size`, `past`, `usual`, `warn` and `limit` are AUC - 0.5; `past` is the best score for labels already decided.
 SCORE_COLUMNS = ["column", "view", "target", "symbol", "horizon", "kind", "size", "past", "usual", "warn", "limit"]
 
 
@@ -254,7 +254,7 @@ def score_columns(
 
 # %% ../../nbs/data/02_audit.ipynb #971b4414
 def _score_table(bins, usual, first, classes, kind, rows, h):
-    "Scores and thresholds of columns; `classes` contains the target first, then the closed labels."
+    "Scores and thresholds of columns; `classes` contains the target first, then labels already decided."
     score, error = SCORE_FUNCTIONS[kind], auc_std_error(*rows, h)
     size, *closed = score(class_tables(bins, first, classes)).T
     past = np.max([np.zeros(len(bins)), *closed], 0)
@@ -286,7 +286,7 @@ def auc_by_shift(
     kind: str = "direction",  # direction or neutrality
     view: str = "level",  # level or change
     symbol: str = "",  # score only the rows of this symbol; empty: all rows
-) -> pd.Series:  # AUC - 0.5 by shift, from 1 - reach (the oldest label that is not closed) to reach
+) -> pd.Series:  # AUC - 0.5 by shift, from 1 - reach (the oldest undecided label) to reach
     "Scores of a column against the label `shift` rows later, for each shift."
     (h, y), first = score_targets(split)[target], _first_half(split)
     shifts = np.arange(1 - h, h + 1)
@@ -315,7 +315,7 @@ def scaler_residuals(
 
 
 def _is_continuous(x):
-    "Whether more than a tenth of the values in a sample of about 4,096 rows are distinct."
+    "Whether more than a tenth of the values in a sample of fewer than 8,192 rows are distinct."
     sample = x[~np.isnan(x)][:: max(1, len(x) >> 12)]
     return len(np.unique(sample)) > max(N_BINS, len(sample) / 10)
 
@@ -326,7 +326,7 @@ def _single_extremes(x):
 
 # %% ../../nbs/data/02_audit.ipynb #4741bc14
 def find_scaler_leaks(
-    splits: Mapping[str, Split],  # by name, the training split first
+    splits: Mapping[str, Split],  # splits by name, the training split first
 ) -> pd.DataFrame:  # column, scaler, size (`scaler_residuals` of the training split)
     "Columns whose scaler was also fitted on later splits; empty for a single split."
     parts = list(splits.values())
@@ -369,7 +369,7 @@ class LeakFinding:
     target: str  # name in `score_targets`, or "later splits"
     symbol: str  # symbol whose rows were scored; empty for all rows
     shift: int  # shift with the best score, in rows
-    looks_ahead: int | None  # bars of look-ahead for a copy of a label; None if uncertain
+    looks_ahead: int | None  # bars of look-ahead for a copy of a label; None if unknown
     verdict: str  # fail or warn
     sentence: str  # the finding in one sentence
 
@@ -418,7 +418,7 @@ def find_label_copies(
     split: Split,  # training split
     scores: pd.DataFrame,  # returned by `score_columns`
 ) -> list[LeakFinding]:
-    "Findings on columns with few distinct values that are copies of labels not yet closed."
+    "Findings on columns with few distinct values that are copies of labels not yet decided."
     labels = scores[(scores.target != NEXT_BAR) & (scores.kind == "direction")].target.unique()
     n_values = [len(np.unique(x[:2000])) for x in split.matrix.T]
     few = [name for name, n in zip(split.features, n_values, strict=True) if 1 < n <= 3]
@@ -510,8 +510,8 @@ class AuditReport:
 
 # %% ../../nbs/data/02_audit.ipynb #f4a026b0
 def audit(
-    data: Split | Mapping[str, Split] | TimeSeriesDataset,  # training split, or splits by name with train first
-    allow: tuple[str, ...] = (),  # columns or kinds of finding to permit, because you have checked them
+    data: Split | Mapping[str, Split] | TimeSeriesDataset,  # training split, or splits by name, `train` first
+    allow: tuple[str, ...] = (),  # columns or kinds of finding to permit after you have checked them
 ) -> AuditReport:
     "Reports columns that predict the training labels too well, and scalers fitted on later splits. Changes no data."
     if isinstance(data, TimeSeriesDataset):

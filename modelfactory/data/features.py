@@ -23,7 +23,7 @@ __all__ = ['FEATURE_FUNCTIONS', 'FEATURE_WARMUP', 'FEATURE_GROUPS', 'true_range'
 def true_range(
     bars: pd.DataFrame,  # as returned by `check_bars`
 ) -> np.ndarray:  # (rows,) in price units
-    "Range of each bar, including the gap from the previous close; high - low on a symbol's first bar."
+    "Range of each bar, including the gap from the previous close; high - low for a symbol's first bar."
     high, low, previous = bars["high"].to_numpy(), bars["low"].to_numpy(), bars["close"].shift().to_numpy(copy=True)
     starts = [start for start, _ in symbol_spans(bars)]
     previous[starts] = low[starts]
@@ -41,14 +41,14 @@ def _wilder_average(x, n):
 def atr(
     bars: pd.DataFrame,  # as returned by `check_bars`
     n: int = 14,  # number of bars in the average
-) -> np.ndarray:  # (rows,) in price units; NaN on the first n - 1 bars of a symbol
-    "Wilder's average true range of each symbol."
+) -> np.ndarray:  # (rows,) in price units; NaN for the first n - 1 bars of a symbol
+    "Wilder's average true range, for each symbol separately."
     tr = true_range(bars)
     return np.concatenate([_wilder_average(tr[lo:hi], n) for lo, hi in symbol_spans(bars)])
 
 # %% ../../nbs/data/04_features.ipynb #53638cbc
 class _Bars:
-    "One symbol's bars as Series, plus the series that many features share."
+    "One symbol's bars as pandas Series, plus the series that many features share."
 
     def __init__(self, bars):
         self.times = pd.DatetimeIndex(bars["datetime"])
@@ -92,7 +92,7 @@ def _rolling_corr(x, y, n):
 
 
 def _by_window(name, windows, feature):
-    "Dictionary with the same feature for each window length."
+    "Dictionary of one feature computed over windows of different lengths."
     return {name.format(n): partial(feature, n=n) for n in windows}
 
 # %% ../../nbs/data/04_features.ipynb #9bbb0571
@@ -303,7 +303,7 @@ FEATURE_FUNCTIONS["channel"] = {
 
 # %% ../../nbs/data/04_features.ipynb #daa57d65
 def _sin_cos(share):
-    "Sine and cosine of an angle given as a share of the full circle."
+    "Sine and cosine of an angle that is given as a share of the full circle."
     return np.sin(2 * np.pi * share), np.cos(2 * np.pi * share)
 
 
@@ -364,7 +364,7 @@ FEATURE_GROUPS = {group: list(features) for group, features in FEATURE_FUNCTIONS
 
 def bar_features(
     bars: pd.DataFrame,  # as returned by `check_bars`
-) -> pd.DataFrame:  # datetime, symbol, then float32 features, aligned with bars; NaN on a symbol's first 200 bars
+) -> pd.DataFrame:  # datetime, symbol, then float32 features, aligned with bars; NaN for a symbol's first 200 bars
     "Causal features: row t is computed from the symbol's bars up to t."
     names = [name for group in FEATURE_GROUPS.values() for name in group]
     values = np.full((len(names), len(bars)), np.nan, np.float32)
@@ -383,7 +383,7 @@ def _symbol_features(bars):
 # %% ../../nbs/data/04_features.ipynb #d462d534
 def replace_future(
     bars: pd.DataFrame,  # as returned by `check_bars`
-    after: pd.Timestamp,  # last time at which bars stay unchanged
+    after: pd.Timestamp,  # bars up to and including this time stay unchanged
     rng: np.random.Generator,
 ) -> pd.DataFrame:  # a copy of the bars
     "Copies the bars and changes all prices, ranges and volumes after the time `after`."
@@ -400,7 +400,7 @@ def find_lookahead(
     compute: Callable[[pd.DataFrame], pd.DataFrame],  # function of bars that returns one row per bar
     bars: pd.DataFrame,  # as returned by `check_bars`
     times: Iterable,  # cut-off times; the bars after each time are replaced, then removed
-    seed: int = 0,  # random seed for the replaced bars
+    seed: int = 0,  # random seed for the replacement bars
 ) -> list[str]:  # column names; empty if all columns are causal
     "Columns of `compute(bars)` in which any bit of a past value changes when later bars change."
     rng, reference, changed = np.random.default_rng(seed), compute(bars), set()

@@ -23,17 +23,17 @@ BARRIER_ATR = 0.55  # distance of the default barriers at a horizon of one bar, 
 
 
 def default_barriers(
-    horizon: int,  # label horizon, in bars
+    horizon: int,  # label horizon in bars
 ) -> tuple[float, float]:  # k_up, k_down in ATR
     "Symmetric barriers that grow with the square root of the horizon."
     return (round(BARRIER_ATR * float(horizon) ** 0.5, 2),) * 2
 
 # %% ../../nbs/data/05_labels.ipynb #83adc2ca
 def barrier_widths(
-    horizon: int,  # label horizon, in bars
+    horizon: int,  # label horizon in bars
     k_up: float | None = None,  # upper barrier in ATR; None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR; None: `default_barriers`
-    max_bars: int | None = None,  # number of bars after which the label is 0; None: `horizon`
+    max_bars: int | None = None,  # bars after which the label is 0 if no barrier was touched; None: `horizon`
 ) -> tuple[float, float, int]:  # k_up, k_down, max_bars
     "Barriers with default values filled in; raises `BarsError` for an invalid value."
     max_bars = horizon if max_bars is None else max_bars
@@ -50,7 +50,7 @@ def barrier_widths(
 
 # %% ../../nbs/data/05_labels.ipynb #b3ed2b23
 def _first_touch(op, high, low, up, down):
-    "Whether each bar touches a barrier, and the resulting label; prices and barriers are broadcast."
+    "Whether each bar touches a barrier, and the resulting label; arrays of prices and barriers are broadcast."
     above, below = high >= up, low <= down
     margin = abs(op - down) - abs(op - up)  # positive if the open is nearer to the upper barrier
     nearer = np.sign(margin) * (abs(margin) > 1e-6 * (up - down))
@@ -58,11 +58,11 @@ def _first_touch(op, high, low, up, down):
 
 # %% ../../nbs/data/05_labels.ipynb #e60cb229
 def triple_barrier(
-    bars: pd.DataFrame,  # as from `check_bars`
-    horizon: int,  # label horizon, in bars, part of the column names
+    bars: pd.DataFrame,  # as returned by `check_bars`
+    horizon: int,  # label horizon in bars; part of the column names
     k_up: float | None = None,  # upper barrier in ATR(14); None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR(14); None: `default_barriers`
-    max_bars: int | None = None,  # number of bars after which the label is 0; None: `horizon`
+    max_bars: int | None = None,  # bars after which the label is 0 if no barrier was touched; None: `horizon`
 ) -> pd.DataFrame:  # label_h{H} (int8), bars_to_hit_h{H} (int32), aligned with `bars`; -99 if undefined
     "Labels from the first touch of close +- k ATR within the next `max_bars` bars; raises `BarsError`."
     k_up, k_down, max_bars = barrier_widths(horizon, k_up, k_down, max_bars)
@@ -80,7 +80,7 @@ def first_touches(
     bars: pd.DataFrame,  # bars of one symbol
     up: np.ndarray,  # (rows,) upper barrier of each row's position, in price units
     down: np.ndarray,  # (rows,) lower barrier
-    max_bars: int,  # number of bars after which the label is 0
+    max_bars: int,  # bars after which the label is 0 if no barrier was touched
 ) -> np.ndarray:  # (2, rows)
     "Labels of one symbol and the number of bars until each is decided; -99 if undefined."
     (op, high, low, close), n = bars[OHLCV[:4]].to_numpy().T, len(bars)
@@ -99,7 +99,7 @@ def first_touches(
 def read_barriers(
     folder: Path | str,  # holds {SYMBOL}_ga_h{H}_best.json
     symbol: str,
-    horizon: int,  # label horizon, in bars
+    horizon: int,  # label horizon in bars
 ) -> tuple[float, float, int]:  # k_up and k_down in ATR(14), max_bars; ordered as in `triple_barrier`
     "Barriers that Phase 1 optimised for a symbol; raises `BarsError` if the file is missing or invalid."
     file = Path(folder) / f"{symbol}_ga_h{horizon}_best.json"

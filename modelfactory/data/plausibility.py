@@ -19,10 +19,10 @@ __all__ = ['STALE_BARS', 'STALE_BAND', 'ZERO_MOVES', 'MIN_JUMP', 'JUMP_SIGMAS', 
            'IQR_ROWS', 'price_warnings', 'feature_warnings', 'split_warnings']
 
 # %% ../../nbs/data/01_plausibility.ipynb #63a71e45
-STALE_BARS = 100  # number of consecutive bars in which the close is checked for movement
-STALE_BAND = 1e-3  # maximum range of a stale close, as a share of the close; the median bar has a wider range
+STALE_BARS = 100  # number of consecutive bars over which the close is checked for movement
+STALE_BAND = 1e-3  # closes within this range, as a share of the price, are stale if the median bar's range is wider
 ZERO_MOVES = 0.5  # a symbol is reported if more than this share of its closes equal the previous close
-MIN_JUMP = 0.25  # minimum one-bar log move that is reported
+MIN_JUMP = 0.25  # smallest one-bar log move that is reported
 JUMP_SIGMAS = 15  # a reported move must also exceed this many robust standard deviations of the symbol's moves
 SPLIT_RATIOS = np.array([1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50, 100])
 MAX_NAMED = 3  # maximum number of symbols or bars named in a warning
@@ -31,8 +31,8 @@ MAX_NAMED = 3  # maximum number of symbols or bars named in a warning
 def price_warnings(
     bars: pd.DataFrame,  # datetime, symbol, close, and optionally high and low
     where: str,  # name of the file or split, for use in the warnings
-) -> list[str]:  # warnings with symbol and time
-    "Warnings about closes that hardly move, and about one-bar moves that may be share splits."
+) -> list[str]:  # warnings, each with a symbol and a time
+    "Warnings about closes that hardly move, and about one-bar moves that may come from share splits."
     bars = bars.sort_values(["symbol", "datetime"], kind="stable", ignore_index=True)
     close = bars["close"].astype(float)
     close = close.where((close > 0) & np.isfinite(close))
@@ -47,7 +47,7 @@ def _join_first(texts):
 
 # %% ../../nbs/data/01_plausibility.ipynb #4f2b3cee
 def _zero_move_warnings(bars, moves):
-    "Warning about symbols in which most closes equal the previous close."
+    "Warning about symbols for which most closes equal the previous close."
     moves = moves.dropna()
     by_symbol = (moves == 0).groupby(bars["symbol"][moves.index], sort=False).agg(["mean", "size"])
     stale = by_symbol[(by_symbol["mean"] > ZERO_MOVES) & (by_symbol["size"] >= STALE_BARS)]
@@ -78,7 +78,7 @@ def _stale_warnings(bars, close):
 
 # %% ../../nbs/data/01_plausibility.ipynb #5177808f
 def _jump_warnings(bars, moves):
-    "Warning about one-bar moves far larger than the symbol's other moves, with the nearest split ratio."
+    "Warning about one-bar moves far larger than the symbol's other moves, with the nearest share-split ratio."
     size = moves.abs()
     sigma = 1.4826 * size.groupby(bars["symbol"], sort=False).transform("median")
     at = np.flatnonzero((size > MIN_JUMP) & (size > JUMP_SIGMAS * sigma))
@@ -89,17 +89,17 @@ def _jump_warnings(bars, moves):
 
 
 def _ratio_text(size):
-    "The split ratio close to a move, in parentheses; empty if no ratio is close."
+    "The share-split ratio nearest to a move, in parentheses; empty if none is near."
     distance = np.abs(np.log(SPLIT_RATIOS) - size)
     return f" (near {SPLIT_RATIOS[distance.argmin()]:g} for 1)" if distance.min() < 0.1 else ""
 
 # %% ../../nbs/data/01_plausibility.ipynb #577b3162
-FAR_FEATURE_IQR = 1000  # a value is reported if it is farther from the training median, in interquartile ranges
+FAR_FEATURE_IQR = 1000  # a value farther than this from the training median, in interquartile ranges, is reported
 IQR_ROWS = 5000  # approximate number of training rows from which the range is estimated
 
 
 def feature_warnings(
-    splits: Mapping[str, Split],  # by name, the training split first
+    splits: Mapping[str, Split],  # splits by name, the training split first
 ) -> list[str]:  # one warning, or an empty list
     "Warning about features with a value over `FAR_FEATURE_IQR` interquartile ranges from the training median."
     train = next(iter(splits.values()))
@@ -119,7 +119,7 @@ def feature_warnings(
 
 
 def split_warnings(
-    splits: Mapping[str, Split],  # by name, the training split first
+    splits: Mapping[str, Split],  # splits by name, the training split first
 ) -> list[str]:
     "`price_warnings` of each split that has closes, followed by `feature_warnings`."
     sentences = []

@@ -35,7 +35,7 @@ OHLCV = ["open", "high", "low", "close", "volume"]
 
 
 def read_eurusd() -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume
-    "6,225 hourly EURUSD bars of 2017; raises `BarsError` if the package `gym_anytrading` is missing."
+    "6,225 hourly EURUSD bars for 2017; raises `BarsError` if the package `gym_anytrading` is missing."
     package = importlib.util.find_spec("gym_anytrading")
     if package is None or package.origin is None:
         raise BarsError(
@@ -67,7 +67,7 @@ def require_rows(
 def parse_times(
     column: pd.Series,  # (N,) timestamps or text
 ) -> pd.Series:  # (N,) timestamps
-    "Nanosecond timestamps; raises `BarsError` if a value is not a time or if time zones differ."
+    "Datetimes as nanosecond timestamps; raises `BarsError` if a value is not a time or if time zones differ."
     if pd.api.types.is_numeric_dtype(column):
         raise BarsError(
             f"bars: datetime: found {column.dtype}, expected timestamps or text; "
@@ -90,7 +90,7 @@ PRICE_ROUNDING = 1e-9  # largest tolerated distance of a close from [low, high],
 
 
 def _check_prices(bars):
-    "The bars after widening low and high for rounding errors; raises `BarsError` on impossible prices."
+    "The bars, with low and high widened for rounding errors; raises `BarsError` for impossible prices."
     for c in OHLCV:
         require_rows(np.isfinite(bars[c]), c, "with NaN or infinity", "drop or fix them")
         if c != "volume":
@@ -104,7 +104,7 @@ def _check_prices(bars):
 
 
 def _widen_low_high(bars):
-    "The bars after widening low and high to each close that lies outside by a rounding error."
+    "The bars, with [low, high] widened to include each close that lies outside by a rounding error."
     rounding = PRICE_ROUNDING * bars.close
     above = (bars.close > bars.high) & (bars.close - bars.high <= rounding)
     below = (bars.close < bars.low) & (bars.low - bars.close <= rounding)
@@ -143,7 +143,7 @@ def check_bars(
 
 # %% ../../nbs/data/03_readers.ipynb #82766649
 def _symbol_values(column):
-    "Symbols as text, in the same form as in splits."
+    "Symbols as text, in the same form as in a `Split`."
     try:
         values = pa.Array.from_pandas(column)
     except (pa.ArrowException, TypeError, ValueError):
@@ -173,7 +173,7 @@ def _check_bar_count(symbols, at_least):
 # %% ../../nbs/data/03_readers.ipynb #23318be4
 def read_bars(
     source: str | Path | pd.DataFrame,  # parquet or CSV file, a folder of such files, or a frame
-    symbol: str | None = None,  # symbol for bars without a column `symbol`; None: the name of the file
+    symbol: str | None = None,  # symbol for bars without a column `symbol`; None: the file name
 ) -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume; sorted by symbol and time
     "Checked and sorted bars; raises `BarsError` with the file, the column and the count."
     if isinstance(source, pd.DataFrame):
@@ -209,7 +209,7 @@ def _read_file(file, symbol):
 
 
 def _name_columns(table, symbol):
-    "The table with lower-case column names, and with `symbol` as a column if it had none."
+    "The table with lower-case column names, and with a column `symbol` added if it had none."
     table = table.rename(columns=lambda name: name.lower() if isinstance(name, str) else name)
     if "symbol" in {*table.columns, *table.index.names}:
         return table
@@ -228,7 +228,7 @@ def nanoseconds(
 def symbol_spans(
     bars: pd.DataFrame,  # bars with the columns datetime and symbol
 ) -> list[tuple[int, int]]:  # (start, stop) rows of each symbol
-    "Row ranges of the symbols; raises `BarsError` unless the rows are in the order of `check_bars`."
+    "Row ranges of the symbols; raises `BarsError` unless the rows are sorted as `check_bars` sorts them."
     step = np.diff(pd.factorize(bars["symbol"])[0])
     if ((step < 0) | ((step == 0) & (np.diff(nanoseconds(bars)) <= 0))).any():
         raise BarsError("bars: rows are not ordered by symbol and datetime; call check_bars first")

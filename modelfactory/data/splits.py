@@ -75,7 +75,7 @@ class FeatureSetsDiffer(SplitsError):
 
 
 class SplitOverlap(SplitsError):
-    "Two splits overlap in time, or the gap between them is shorter than the label window."
+    "Two splits overlap in time, or a label of the earlier split is decided by a bar of the later split."
 
 
 class MissingClass(SplitsError):
@@ -100,7 +100,7 @@ def _bad_rows_text(
 
 
 def _first_line(error):
-    "First line of an error message, at most 160 characters."
+    "First line of an error message, truncated to 160 characters."
     return next(iter(str(error).splitlines()), "")[:160]
 
 # %% ../../nbs/data/00_splits.ipynb #00084b32
@@ -124,7 +124,7 @@ ROLE_RULES = [
 
 # %% ../../nbs/data/00_splits.ipynb #f4a02482
 def _column_role(field):
-    "Role of a column and, if it is not a feature, the reason."
+    "Role of a column, with the reason if the column is not a feature."
     for pattern, role, why in ROLE_RULES:
         if pattern.fullmatch(field.name):
             return role, why
@@ -157,7 +157,7 @@ def _type_name(field):
 
 
 def _pandas_index_columns(schema):
-    "Names of the columns that formed the index of the pandas frame when it was written."
+    "Names of the columns that were the index of the pandas frame when the file was written."
     try:
         written = schema.pandas_metadata
     except (ValueError, RecursionError):
@@ -204,7 +204,7 @@ def _plain_type(kind):
 
 
 def _plain_array(column):
-    "The same values and nulls, decoded from dictionary, run-end, decimal or view types."
+    "The column with the same values and nulls, decoded from a dictionary, run-end, decimal or view type."
     kind = column.type
     if pa.types.is_dictionary(kind):
         return _plain_array(column.cast(kind.value_type))
@@ -214,7 +214,7 @@ def _plain_array(column):
 
 
 class _Reader:
-    "Reader that decodes the columns of a table, a file or a folder of parts to plain types."
+    "Reader that decodes the columns of a table, a file or a folder of parts into plain types."
 
     def __init__(self, schema, read):
         self.schema = pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
@@ -275,7 +275,7 @@ def _check_unique(names, file):
 def parquet_parts(
     folder: Path,  # folder of parts, with or without subfolders named key=value
 ) -> list[Path]:  # in natural order (part.2 before part.10); empty if `folder` is not a directory
-    "Parquet files in a folder and in its subfolders named key=value; skips names that start with `.` or `_`."
+    "Parquet files in a folder and in its key=value subfolders, except names that start with `.` or `_`."
     if not Path(folder).is_dir():
         return []
     entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith((".", "_"))]
@@ -315,7 +315,7 @@ def _parts_reader(folder):
 
 # %% ../../nbs/data/00_splits.ipynb #42a43382
 def _part_reader(folder, file):
-    "Reader of one part. It opens the file on each read, because a process may open only a limited number of files."
+    "Reader of one part. It opens the file for each read, because the number of open files is limited."
     from pyarrow.dataset import ParquetFileFormat
     from pyarrow.fs import LocalFileSystem
 
@@ -371,7 +371,7 @@ def _not_parquet_text(path, error):
 
 # %% ../../nbs/data/00_splits.ipynb #42817b19
 def _open_source(source, name):
-    "Reader of one split and the source name for messages; raises `SplitsError`."
+    "Reader of one split, and the source name for use in messages; raises `SplitsError`."
     if isinstance(source, pd.DataFrame):
         return _frame_reader(source, f"{name} frame"), f"{name} frame"
     if hasattr(source, "__arrow_c_stream__"):
@@ -399,7 +399,7 @@ def split_path(
     folder: str | Path,  # folder of splits
     split: str,  # train, val or test
 ) -> Path | None:  # a file or a folder of parts; None if neither exists
-    "Path of a split: the first existing name among `FILE_LAYOUTS`."
+    "Path of a split: the first name in `FILE_LAYOUTS` that exists."
     paths = (Path(folder) / layout.format(split) for layout in FILE_LAYOUTS)
     return next((path for path in paths if (path.suffix and path.is_file()) or parquet_parts(path)), None)
 
@@ -407,7 +407,7 @@ def split_path(
 def present_splits(
     data: str | Path | Mapping,  # as in `split_files`
 ) -> tuple[str, ...]:
-    "Splits to read: always train and val, and test if it exists. Reading fails if train or val is missing."
+    "Splits to read: always `train` and `val`, and `test` if it exists. Reading fails if `train` or `val` is missing."
     has_test = "test" in data if isinstance(data, Mapping) else split_path(data, "test") is not None
     return SPLIT_ORDER if has_test else SPLIT_ORDER[:2]
 
@@ -513,7 +513,7 @@ def symbol_text(
 
 
 def _floats_to_integers(column):
-    "The column as integers if all its values are whole, so that 1.0 and 1 are one symbol; NaN becomes null."
+    "The column as integers if all its values are whole, so that 1.0 and 1 are the same symbol; NaN becomes null."
     column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     try:
         return column.cast(pa.int64())
@@ -528,7 +528,7 @@ def _times_as_text(column):
 
 # %% ../../nbs/data/00_splits.ipynb #605818a7
 def _sort_order(codes, times, file, symbols):
-    "Positions that sort rows by symbol, then by time; None if the rows are sorted. Raises `DuplicateRow`."
+    "Positions that sort rows by symbol, then by time; None if they are already sorted. Raises `DuplicateRow`."
     step_s, step_t = np.diff(codes), np.diff(times)
     order = None if ((step_s > 0) | ((step_s == 0) & (step_t >= 0))).all() else np.lexsort((times, codes))
     s, t = (codes, times) if order is None else (codes[order], times[order])
@@ -560,10 +560,10 @@ class Split:
     codes: np.ndarray  # (N,) position in `symbols`
     symbols: list  # names, in order of first appearance
     labels: dict  # horizon -> (N,) int8, NO_TARGET where the label is missing
-    bars_to_hit: dict  # horizon -> (N,) bars until the label is decided, if the file has the column
+    bars_to_hit: dict  # horizon -> (N,) bars until the label is decided, if the file has this column
     weights: dict  # horizon -> (N,) sample weights, if the file has them
     market: dict  # name -> (N,) raw high, low and close, if the file has them
-    order: np.ndarray | None = None  # (N,) row number in the file; None if the order is the same
+    order: np.ndarray | None = None  # (N,) row number in the file; None if the file has the same order
     label_notes: dict = field(default_factory=dict)  # horizon -> notes on labels that were rounded or dropped
 
     def __len__(self):
@@ -626,7 +626,7 @@ def _check_finite(split, nan):
 
 
 def _check_nan(splits):
-    "Raises `BadValue` that lists every feature with NaN and its share of NaN in each split."
+    "Raises a `BadValue` that lists every feature that contains NaNs, with its share of NaNs in each split."
     shares = {split.name: np.isnan(split.matrix).mean(0) for split in splits}
     of_feature = {}
     for split in splits:
@@ -655,7 +655,7 @@ def file_order(
     mask: np.ndarray,  # (N,) in the row order of a split
     order: np.ndarray | None,  # `Split.order`
 ) -> np.ndarray:  # (N,)
-    "Reorders the mask to the row order of the file."
+    "The mask in the row order of the file."
     if order is None:
         return mask
     out = np.empty_like(mask)
@@ -664,12 +664,12 @@ def file_order(
 
 # %% ../../nbs/data/00_splits.ipynb #5cab25e9
 NO_LABEL = -99  # value that marks a missing label in upstream files
-MISSING_TEXT = ("", "na", "nan", "none", "null")  # text that marks a missing number, in any letter case
+MISSING_TEXT = ("", "na", "nan", "none", "null")  # text that marks a missing number, in upper or lower case
 LABEL_TOLERANCE = 1e-6  # labels at most this far from a class are read as that class
 
 
 def _parse_numbers(column):
-    "Float64 values (N,) and a mask (N,) of text that is not a number; None for other column types."
+    "Float64 values (N,) and a mask (N,) of texts that are not numbers; None if the column has another type."
     kind = column.type
     if _is_number(kind) or pa.types.is_null(kind):
         return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.zeros(len(column), bool)
@@ -702,9 +702,9 @@ def _value_counts_text(values, most=5):
     return shown + (f", and {len(counts) - most:,} more" if len(counts) > most else "")
 
 # %% ../../nbs/data/00_splits.ipynb #2344ef39
-@np.errstate(invalid="ignore")  # infinity causes this warning, but is never a class
+@np.errstate(invalid="ignore")  # an infinite label would cause this warning; it is never a class
 def _parse_labels(column, name, classes, file):
-    "Labels (N,) as int8, with `NO_TARGET` where missing, and notes on values that were rounded or dropped."
+    "Labels (N,) as int8, `NO_TARGET` for missing ones, and notes on values that were rounded or dropped."
     if min(classes) <= NO_TARGET or max(classes) > 127:
         raise SplitsError(f"classes = {tuple(classes)}: expected whole numbers from -127 to 127; renumber the classes")
     allowed = ", ".join(map(str, classes))
@@ -736,7 +736,7 @@ def _parse_labels(column, name, classes, file):
 
 
 def _label_horizons(names, prefix="label_h"):
-    "Horizons of the label columns, ascending."
+    "Horizons of the label columns, in ascending order."
     return sorted(int(n[len(prefix) :]) for n in names if re.fullmatch(prefix + r"\d+", n))
 
 # %% ../../nbs/data/00_splits.ipynb #c7be4065
@@ -866,7 +866,7 @@ def _build_split(reader, file, name, horizons, features, classes, nan):
 # %% ../../nbs/data/00_splits.ipynb #3294258d
 def read_columns(
     source: pd.DataFrame | pa.Table | str | Path,  # as in `read_split`
-    name: str,  # name of a frame for messages
+    name: str,  # name to use in messages if the source is a frame
     numbers: tuple[str, ...],  # columns of numbers
 ) -> pd.DataFrame:  # datetime, symbol (text) and these columns (float64), in the row order of the source
     "Key columns and numeric columns of a table, decoded as in `read_split`; raises `SplitsError`."
@@ -943,7 +943,7 @@ def check_order(
     early: Split,  # the earlier split
     late: Split,  # the later split
 ) -> pd.Timestamp:  # first time of the later split
-    "Raises `SplitOverlap` unless `early` ends before `late`, or `BadDatetime` if only one has a time zone."
+    "Raises `SplitOverlap` unless `early` ends before `late` begins; `BadDatetime` if only one has a time zone."
     if (early.datetimes.tz is None) != (late.datetimes.tz is None):
         raise BadDatetime(f"{early.file} and {late.file}: only one has a time zone; convert both to the same time zone")
     first = late.datetimes.min()
@@ -955,7 +955,7 @@ def check_order(
 
 
 def _check_no_overlap(early, late):
-    "Raises `SplitOverlap` unless the bars and labels of `early` end before `late` begins."
+    "Raises `SplitOverlap` unless `early` ends, and all its labels are decided, before `late` begins."
     first = check_order(early, late)
     for h in early.labels:
         if (bad := labels_crossing(early, h, first.as_unit("ns").value)).any():
@@ -990,14 +990,14 @@ def label_reach(
     return int(label_bars(split, horizon)[defined].max(initial=0)) or horizon
 
 # %% ../../nbs/data/00_splits.ipynb #280b6841
-MIN_BLOCKS = 8  # minimum number of blocks with scored rows for a claim of skill; a block is four label lengths
+MIN_BLOCKS = 8  # minimum number of blocks with scored rows for a claim of skill; a block is four label horizons long
 
 
 def timestamps_per_bar(
     timestamps: np.ndarray,  # (n,) index of each row's timestamp, 0..T-1
     symbols: np.ndarray,  # (n,) symbol of each row
 ) -> float:  # at least 1
-    "Mean number of timestamps from one row of a symbol to its next row, weighted by the symbol's rows."
+    "Mean number of timestamps from each row of a symbol to the symbol's next row, weighted by rows per symbol."
     codes = pd.factorize(np.asarray(symbols))[0]
     timestamps = np.asarray(timestamps)
     count = np.bincount(codes)
@@ -1013,7 +1013,7 @@ def effective_blocks(
     horizon: int,  # label horizon in bars
     scored: np.ndarray | None = None,  # (n,) mask of the scored rows; None: all rows
 ) -> int:
-    "Number of blocks of four label lengths that contain at least one scored row."
+    "Number of blocks, each four times the label horizon, that contain at least one scored row."
     timestamps = np.asarray(timestamps)
     length = 4 * horizon * timestamps_per_bar(timestamps, symbols)
     rows = timestamps if scored is None else timestamps[np.asarray(scored)]
@@ -1024,15 +1024,15 @@ def split_blocks(
     split: Split,
     horizon: int,  # label horizon in bars
 ) -> int:
-    "Effective number of blocks of a split, counting only rows with a label."
+    "Number of blocks of a split that contain at least one row with a label."
     timestamps = np.unique(split.datetimes.asi8, return_inverse=True)[1]
     return effective_blocks(timestamps, split.codes, horizon, split.labels[horizon] != NO_TARGET)
 
 # %% ../../nbs/data/00_splits.ipynb #93c07ed4
 def excluded_by_reason(
     excluded: pd.DataFrame,  # `SplitsReport.excluded`
-) -> pd.DataFrame:  # role, reason, columns (count), such as (example names)
-    "Number and example names of the columns that are not features, by reason."
+) -> pd.DataFrame:  # `role`, `reason`, `columns` (count), `such as` (example names)
+    "For each reason, the number of columns that are not features, with example names."
     counts = excluded.groupby(["role", "reason"], sort=False).column.agg(
         ["count", lambda c: ", ".join(c[:4]) + (" …" if len(c) > 4 else "")]
     )
@@ -1106,10 +1106,10 @@ class Splits(dict):
 def read_splits(
     data: str | Path | Mapping,  # folder of splits, or {"train": frame or file, ...}
     horizons: tuple[int, ...] | None = None,  # None: all horizons in the files
-    splits: tuple[str, ...] = ("train", "val"),  # splits to read; test is opened only if it is named
+    splits: tuple[str, ...] = ("train", "val"),  # splits to read; the test split is opened only if it is named
     features: tuple[str, ...] = (),  # columns to use as features even if a rule excludes their name
     exclude: tuple[str, ...] = (),  # columns to exclude from the features
-    nan: str | None = None,  # None raises an error on NaN; "median" and "zero" fill NaN, "keep" keeps it
+    nan: str | None = None,  # None raises an error on NaN; "median" and "zero" fill NaNs, "keep" keeps them
     classes: tuple[int, ...] = (-1, 0, 1),  # valid label values; all others are treated as missing
 ) -> Splits:
     "Reads and checks splits; raises `SplitsError` with the file, the column, the count, the first bad row and the fix."
@@ -1160,7 +1160,7 @@ def _difference_text(names, file, schema, other, other_schema):
 
 
 def _fill_nan(read, nan):
-    "Fills NaN with values fitted on the first split; returns the fill value of each affected feature."
+    "Fills NaNs with values fitted on the first split; returns the fill value of each affected feature."
     train = next(iter(read.values()))
     if nan in (None, "keep"):
         return {}
@@ -1231,7 +1231,7 @@ def _rare_class_warnings(train, horizon, classes):
 
 
 def _data_warnings(read, classes, fills):
-    "Warnings about labels, constant features and filled NaN; raises `MissingClass` if the first split lacks a class."
+    "Warnings about labels, constant features and filled NaNs; raises `MissingClass` if the first split lacks a class."
     train = next(iter(read.values()))
     sentences = []
     for s in read.values():
@@ -1261,7 +1261,7 @@ CONSTANT_CALL_SHARE = 0.55  # a constant prediction is reported if its accuracy 
 def constant_call_warnings(
     labels: pd.DataFrame,  # of `SplitsReport`
 ) -> list[str]:  # one sentence per horizon
-    "Warnings if the better constant prediction is right more often than `CONSTANT_CALL_SHARE`."
+    "Warnings if the accuracy of the better constant prediction exceeds `CONSTANT_CALL_SHARE`."
     sentences = []
     for horizon, rows in labels[labels.constant_call != ""].groupby("horizon"):
         calls = [(*row.constant_call.split(), row.split) for row in rows.itertuples()]
@@ -1278,7 +1278,7 @@ def constant_call_warnings(
 def block_warnings(
     labels: pd.DataFrame,  # of `SplitsReport`
 ) -> list[str]:  # one sentence per split and horizon
-    "Warnings about horizons with fewer than `MIN_BLOCKS` blocks in val or test."
+    "Warnings about horizons with fewer than `MIN_BLOCKS` blocks in the validation or test split."
     few = labels[(labels.blocks < MIN_BLOCKS) & labels.split.isin(["val", "test"])]
     return [
         f"label_h{row.horizon}: {row.split} holds {row.blocks} block{'s' * (row.blocks != 1)} "
@@ -1313,7 +1313,7 @@ def fingerprint(
     data: str | Path | Mapping,  # as in `read_splits`
     splits: tuple[str, ...] | None = None,  # None: train and val, plus test if it exists
 ) -> str:  # 16 hex digits
-    "Hash of the content of the splits. A test file is hashed as bytes, without reading its rows."
+    "Hash of the content of the splits. A file is hashed as bytes, so the rows of a test file are not read."
     digest = hashlib.blake2b(digest_size=8)
     for name, source in split_files(data, splits or present_splits(data)).items():
         digest.update(name.encode())
