@@ -33,22 +33,22 @@ class MarketError(SplitsError):
 class MarketConfig:
     "Size, signal and volatility of a simulated market; raises `MarketError` for an invalid value."
 
-    rows: tuple = (12_000, 4_000, 4_000)  # rows of train, val and test, summed over symbols
+    rows: tuple = (12_000, 4_000, 4_000)  # numbers of rows in train, val and test, summed over symbols
     symbols: int = 2  # number of symbols
-    tabular_signal: float = 0.3  # drift predictable from one row, in standard deviations of a bar
-    sequence_signal: float = 0.2  # drift predictable only from a window, in standard deviations of a bar
+    tabular_signal: float = 0.3  # drift predictable from one row, in standard deviations of a bar's return
+    sequence_signal: float = 0.2  # drift predictable only from a window, in standard deviations of a bar's return
     seed: int = 42  # random seed of the market
     columns: int | None = None  # number of columns in the files, including keys and labels; None: not fixed
     bar_minutes: int = 5  # length of a bar in minutes
     bars_per_day: int = 78  # number of bars in a session from 09:30 to 16:00
     start: str = "2020-01-02"  # date of the first session
-    volatility: float = 1e-3  # standard deviation of a bar's log return if all multipliers are 1
+    volatility: float = 1e-3  # standard deviation of a bar's log return when all multipliers are 1
     garch: tuple = (0.06, 0.92)  # weights of the previous squared shock and the previous variance
     regimes: tuple = (0.75, 1.5)  # multipliers of the standard deviation in the low and high volatility regimes
     switch: tuple = (0.0025, 0.005)  # probabilities per bar of leaving the low and the high volatility regime
-    overnight: float = 4.0  # standard deviation of the overnight gap, in standard deviations of a bar
+    overnight: float = 4.0  # standard deviation of the overnight gap, in standard deviations of a bar's return
     phi: float = 0.97  # lag-1 autocorrelation of the two observable states
-    barrier: float = 0.7  # barrier at horizon 1, in average true ranges; a third of the labels on `null` are flat
+    barrier: float = 0.7  # barrier at horizon 1, in average true ranges; makes a third of `null` labels flat
     warmup: int = 600  # bars before the first row, so that features and volatility settle
     tail: int = 120  # bars after the last row, so that the last labels are complete
 
@@ -151,7 +151,7 @@ def _session_times(c, K):
 
 
 def _intraday_multiplier(c):
-    "U-shaped multiplier (bars_per_day,) of the standard deviation by time of day, with mean square 1."
+    "U-shaped time-of-day multiplier (bars_per_day,) of the standard deviation, with mean square 1."
     u = 1 + 1.5 * np.linspace(-1, 1, c.bars_per_day) ** 2
     return u / np.sqrt((u**2).mean())
 
@@ -171,7 +171,7 @@ N_SUBSTEPS = 6  # steps of the price path per bar
 
 
 def _ar1(first, phi, shocks):
-    "AR(1) process (K+1, S) with unit variance that starts at `first`."
+    "AR(1) process (K+1, S) that starts at `first`; its stationary variance is 1."
     from scipy.signal import lfilter
 
     return lfilter([1.0], [1.0, -phi], np.vstack([first, np.sqrt(1 - phi**2) * shocks]), axis=0)
@@ -180,7 +180,7 @@ def _ar1(first, phi, shocks):
 def _observable_columns(c, state, K, rng):
     """Observable columns (K, S) of the `K` bars after `state`, and the drift (K, S) of these bars.
 
-    The drift is in standard deviations of a bar.
+    The drift is in standard deviations of a bar's return.
     """
     shape = K, len(state["a"])
     a, b = (_ar1(state[name], c.phi, rng.standard_normal(shape)) for name in "ab")
@@ -218,7 +218,7 @@ class Market:
     config: MarketConfig
     bars: pd.DataFrame  # datetime, symbol, OHLCV; ordered by symbol, including warm-up and tail
     observable: pd.DataFrame  # `pub_state_a, pub_state_b, pub_news`, aligned with `bars`
-    states: dict  # (K, S) arrays: variance of the next bar, regime, a, b, news
+    states: dict  # (K, S) arrays: variance of the next bar, regime, states `a` and `b`, news
     clock: np.ndarray  # (K,) position of each bar in its session
     ratio: np.ndarray = None  # average true range divided by the close, aligned with `bars`
 
@@ -247,7 +247,7 @@ class Market:
 
 # %% ../../nbs/data/07_market.ipynb #5c1644aa
 def _stationary_state(c, rng):
-    "State drawn from the stationary distribution; the variance starts at its mean."
+    "State drawn from the stationary distribution, except that the variance starts at its mean."
     S = c.symbols
     high_volatility = rng.random(S) < c.switch[0] / sum(c.switch)
     return dict(
@@ -267,7 +267,7 @@ def _volume(c, shocks, rng):
 
 
 def _long_table(arrays):
-    "Table with one column per array (K, S), ordered by symbol."
+    "Table with one column for each (K, S) array, ordered by symbol."
     return pd.DataFrame({name: x.T.ravel() for name, x in arrays.items()})
 
 # %% ../../nbs/data/07_market.ipynb #dd3ae1be
@@ -332,7 +332,7 @@ def _news_ahead(news, steps, pairs, rng, one_row=False):
 
 # %% ../../nbs/data/07_market.ipynb #2cd12989
 def _unit_drift_ahead(c, state, steps, pairs, rng, one_row):
-    "Drift (steps, 2, pairs, r) of each of the next `steps` bars, in standard deviations of a bar."
+    "Drift (steps, 2, pairs, r) of each of the next `steps` bars, in standard deviations of a bar's return."
     a = b = k = np.zeros((steps, 1, 1, 1), np.float32)
     if c.tabular_signal:
         a, b = (_state_ahead(state[name], c.phi, steps, pairs, rng) for name in "ab")
@@ -342,7 +342,7 @@ def _unit_drift_ahead(c, state, steps, pairs, rng, one_row):
 
 # %% ../../nbs/data/07_market.ipynb #272e9651
 def _simulate_bar(open_, drift, sigma, rng):
-    "Simulate a bar from its log open (2, pairs, r): log high, low and close, and the shock of the first path."
+    "Log high, low and close of a bar simulated from its log open (2, pairs, r), and the shock of the first path."
     x, high, low, total = open_.copy(), open_.copy(), open_.copy(), np.zeros_like(sigma)
     drift, scale = drift / N_SUBSTEPS, sigma / np.float32(np.sqrt(N_SUBSTEPS))
     for _ in range(N_SUBSTEPS):
@@ -385,7 +385,7 @@ def _bars_ahead(c, state, clock, steps, pairs, rng, one_row=False):
 
 # %% ../../nbs/data/07_market.ipynb #345d0a3a
 def _first_touch(open_, above, below, up, down):
-    "Label of a bar; if it touches both barriers (`above` and `below`), the barrier nearer to the open counts."
+    "Label of a bar; if the bar touches both barriers (`above` and `below`), the one nearer to the open counts."
     label = above.astype(np.int8) - below
     both = above & below
     if both.any():
@@ -416,7 +416,7 @@ def _label_ahead(bars, ratio, k_up, k_down, gap):
 
 # %% ../../nbs/data/07_market.ipynb #90fc2556
 def _state_at(market, rows, gap):
-    "States `gap` bars before each row, including news (30, r), and the positions (r,) in the session."
+    "States `gap` bars before each row, including 30 bars of news (30, r), and the positions (r,) in the session."
     K = len(market.clock)
     k, s = rows % K - gap, rows // K
     state = {name: market.states[name][k, s] for name in ("a", "b", "variance", "regime")}
@@ -432,7 +432,7 @@ def _class_probabilities(labels):
 
 # %% ../../nbs/data/07_market.ipynb #d6f42230
 def _simulated_probabilities(market, rows, horizon, k, gap, paths, rng, one_row):
-    "Probabilities of down, flat and up, and standard error of up: (4, r), given bars until `gap` bars before `rows`."
+    "Probabilities of down, flat and up, and standard error of up: (4, r), as of `gap` bars before `rows`."
     state, clock = _state_at(market, rows, gap)
     bars = _bars_ahead(market.config, state, clock, gap + horizon, paths // 2, rng, one_row)
     return _class_probabilities(_label_ahead(bars, market.ratio[rows - gap], *k, gap))
@@ -455,13 +455,14 @@ def bayes_probabilities(
     horizon: int,  # label horizon, in bars
     split: str = "val",  # "train", "val" or "test"
     gap: int = 1,  # bars from the last observed bar to the labelled row, as in the windows of a dataset
-    paths: int = 256,  # simulated futures per row, half of them mirrored; fewer than 128 bias the ceiling down
+    paths: int = 256,  # simulated futures per row, half of them mirrored; below 128, the ceiling is biased downward
     seed: int = 0,  # random seed of the simulation, independent of the market's seed
     barriers: tuple[float, float] | None = None,  # (k_up, k_down) in average true ranges; None: from the config
 ) -> pd.DataFrame:  # datetime, symbol, {full,row}_{down,flat,up}, {full,row}_se
     """Bayes probabilities of each row's label, given the full history (`full_`) and given one row (`row_`).
 
-    The `_se` columns are standard errors of `up`. Raises `MarketError` for an invalid split, horizon, gap or paths.
+    The `_se` columns are standard errors of `up`. Raises `MarketError` if `split`, `horizon`, `gap` or `paths`
+    is invalid.
     """
     _check_ceiling(market.config, split, horizon, gap, paths)
     rows, k = market.rows(split), barriers or market.config.barriers(horizon)
@@ -479,7 +480,7 @@ def bayes_probabilities(
 
 # %% ../../nbs/data/07_market.ipynb #efdeaf90
 def _fit_column_count(market, features, horizons):
-    """Features and observable columns of the written files.
+    """Features and observable columns to write.
 
     If `config.columns` is set, the files have exactly that number of columns, including keys, OHLCV, split, labels and
     `bars_to_hit`.
@@ -523,7 +524,7 @@ def market_table(
 
 # %% ../../nbs/data/07_market.ipynb #fe613b28
 def _write_rows(market, folder, horizons):
-    "Write the splits and the scaler; raise `MarketError` unless they have the requested rows and columns."
+    "Write the splits and the scaler; raise `MarketError` unless the numbers of rows and columns are as requested."
     import pyarrow.parquet as pq
 
     c = market.config
@@ -537,7 +538,7 @@ def _write_rows(market, folder, horizons):
 
 # %% ../../nbs/data/07_market.ipynb #554373b5
 def _write_ceiling(market, folder, horizon, gap, paths):
-    "Write the ceiling of the val rows as a parquet file; return its settings, run time and standard error."
+    "Write the ceiling of the validation rows to a parquet file; return its settings, run time and standard error."
     start = time.perf_counter()
     table = bayes_probabilities(market, horizon, gap=gap, paths=paths)
     table.to_parquet(folder / f"ceiling_h{horizon}.parquet", index=False)
@@ -563,11 +564,11 @@ def _write_market(market, folder, request):
     (folder / "market.json").write_text(json.dumps(dict(request, versions=versions), indent=1))
 
 # %% ../../nbs/data/07_market.ipynb #9d19bea9
-GENERATOR_VERSION = 1  # increased when the same config would produce different bars
+GENERATOR_VERSION = 1  # to be increased when a code change alters the bars of the same config
 
 
 def _is_built(out, request, overwrite):
-    "Whether `out` holds the requested market; raise `MarketError` if `out` must not be overwritten."
+    "Whether `out` holds the requested market; raises `MarketError` if `out` must not be overwritten."
     manifest = out / "market.json"
     if not out.exists():
         return False
@@ -594,7 +595,7 @@ def build_market(
     paths: int = 256,  # simulated futures per row of the ceiling
     overwrite: bool = False,  # replace another market in the same folder
 ) -> Path:  # `out`, which holds the Phase 1 files, `market.json`, `ceiling_h{H}.parquet`, `ceiling.json`
-    """Write the splits and the ceiling of a simulated market; the folder of an identical request is reused.
+    """Write the splits and the ceiling of a simulated market; an existing identical market is reused.
 
     Raises `MarketError` for invalid settings, or if `out` has other contents.
     """

@@ -35,16 +35,16 @@ class NullWorld:
     doc: str  # difference from a symmetric random walk
     symbols: int = 2  # number of symbols
     barrier_ratio: float = 1.0  # distance of the upper barrier divided by the distance of the lower barrier
-    drifts: tuple = (0.0,)  # drift per bar, in standard deviations of a bar; cycled over symbols
+    drifts: tuple = (0.0,)  # drift per bar, in standard deviations of a bar's return; cycled over symbols
     tail_dof: float | None = None  # degrees of freedom of Student-t bar returns; None: normal
     garch: tuple | None = None  # weights of the previous squared shock and variance; None: constant volatility
-    bounce: float = 0.0  # half the bid-ask spread, in standard deviations of a bar
-    reversion: float = 0.0  # share of the log price's deviation from its mean that is lost per bar
+    bounce: float = 0.0  # half the bid-ask spread, in standard deviations of a bar's return
+    reversion: float = 0.0  # share of the log price's deviation from its mean that decays in each bar
     calendar: str = "sessions"  # name of the calendar: sessions, out_of_step, around_the_clock, sparse or daily
     bar_minutes: int = 5  # length of an intraday bar in minutes
-    max_bars: int = 1  # number of horizons after which an undecided label is flat
-    fixed_barriers: bool = False  # True: barriers are a fixed share of the price, from the mean true range
-    val_volatility: float = 1.0  # bar volatility of val divided by bar volatility of train
+    max_bars: int = 1  # a label that is undecided after this many horizons is flat
+    fixed_barriers: bool = False  # True: barriers at a fixed share of the price, based on the mean true range
+    val_volatility: float = 1.0  # bar volatility in val divided by bar volatility in train
     closes: bool = True  # whether a backtest may use closes; False: labels only
     marked: str = "close"  # price column for labels and the valuation of positions: close or mid
     predictable: bool = False  # True: past bars predict the direction; null predictions must not use this market
@@ -53,7 +53,7 @@ class NullWorld:
         self,
         horizon: int,  # label horizon, in bars
     ) -> tuple[float, float]:  # k_up, k_down in average true ranges
-        "Barriers of ratio `barrier_ratio`; their geometric mean is the barrier of the bundled markets."
+        "Barriers with ratio `barrier_ratio`; their geometric mean is the barrier of the bundled markets."
         width = NULL_BARRIER_ATR * horizon**0.5
         return width * self.barrier_ratio**0.5, width / self.barrier_ratio**0.5
 
@@ -127,8 +127,8 @@ NULL_WORLDS = {
 
 # %% ../../nbs/data/11_null_worlds.ipynb #d2542c4a
 WORLD_WARMUP_BARS, WORLD_TAIL_BARS = 60, 60  # bars before the first row and after the last row
-WORLD_ROWS = dict(train=12_000, val=4_000)  # number of rows over all symbols
-SPARSE_ROWS = dict(train=240, val=80)  # rows of the sparse symbol
+WORLD_ROWS = dict(train=12_000, val=4_000)  # number of rows, summed over symbols
+SPARSE_ROWS = dict(train=240, val=80)  # number of rows of the sparse symbol
 
 
 def _session_times(n, minutes, start="2020-01-06"):
@@ -140,7 +140,7 @@ def _session_times(n, minutes, start="2020-01-06"):
 
 
 def _split_names(n_train, n_val):
-    "Split name of each bar of one symbol; an empty string for warm-up and tail."
+    "Split name of each bar of one symbol; an empty string for warm-up and tail bars."
     return np.repeat(["", "train", "val", ""], [WORLD_WARMUP_BARS, n_train, n_val, WORLD_TAIL_BARS])
 
 
@@ -155,7 +155,7 @@ def _sessions(symbols, minutes):
 
 
 def _out_of_step(symbols, minutes):
-    "Sessions in which the bars of each symbol start a minute after the bars of the previous symbol."
+    "Sessions in which the bars of each symbol start one minute after those of the previous symbol."
     minute = pd.Timedelta("1min").value
     return [(times + s * minute, split) for s, (times, split) in enumerate(_sessions(symbols, minutes))]
 
@@ -174,7 +174,7 @@ def _around_the_clock(symbols, minutes):
 
 # %% ../../nbs/data/11_null_worlds.ipynb #a8f28af9
 def _sparse(symbols, minutes):
-    "Symbols with all bars, followed by one symbol with few bars."
+    "Symbols with a bar at every timestamp, followed by one symbol with few bars."
     full = {split: (WORLD_ROWS[split] - SPARSE_ROWS[split]) // (symbols - 1) for split in WORLD_ROWS}
     step, rows = full["train"] / SPARSE_ROWS["train"], sum(SPARSE_ROWS.values())
     margin = int(step * (WORLD_WARMUP_BARS + 1))
@@ -207,7 +207,7 @@ def _calendar(name, symbols, minutes):
 # %% ../../nbs/data/11_null_worlds.ipynb #998cebc7
 # Steps per bar by calendar, 10 by default. A 30-minute bar of `out_of_step` has one step per minute.
 STEPS_PER_BAR = dict(out_of_step=30)
-SYMBOL_CORRELATION = 0.5  # correlation of symbols of one market that trade at the same time
+SYMBOL_CORRELATION = 0.5  # return correlation of two symbols in a market that trade at the same time
 
 
 def _normal_steps(world, lengths, rng):
@@ -256,7 +256,7 @@ def _bar_prices(path):
 
 # %% ../../nbs/data/11_null_worlds.ipynb #b38a3c71
 BAR_VOLATILITY = dict(daily=1e-2)  # standard deviation of a bar's log return by calendar; .001 by default
-AVERAGE_RANGE = 1.27  # mean true range of a random-walk bar of ten steps, in standard deviations of the bar
+AVERAGE_RANGE = 1.27  # mean true range of a ten-step random-walk bar, in standard deviations of its return
 
 
 def _bar_volatility(world):
@@ -308,8 +308,8 @@ def simulate_null(
     world: NullWorld | str,  # a world, or the name of a world in `NULL_WORLDS`
     horizon: int = 5,  # label horizon, in bars; 1 to 20 is valid in every world
     seed: int = 0,  # random seed of the market
-) -> pd.DataFrame:  # datetime, symbol, OHLCV, label_h{H}, bars_to_hit_h{H}, split; mid if labels use it
-    "Simulated market of a null world, ordered by symbol and time; raises `NullWorldError`."
+) -> pd.DataFrame:  # datetime, symbol, OHLCV, label_h{H}, bars_to_hit_h{H}, split; `mid` if labels use it
+    "Simulated market of a null world, ordered by symbol and time; raises `NullWorldError` for an invalid argument."
     world = find_world(world)
     if int(horizon) != horizon or not 1 <= horizon * world.max_bars <= WORLD_TAIL_BARS:
         limit = WORLD_TAIL_BARS // world.max_bars

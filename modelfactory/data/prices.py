@@ -29,7 +29,7 @@ def check_prices(
     bars: pd.DataFrame,  # datetime and symbol of the bars to score
     file: str,  # name of the price source, used in messages
 ) -> None:
-    "Raise `BadPrices` with file, symbol and time if a backtest of these bars would fail."
+    "Raise `BadPrices`, naming file, symbol and time, if a backtest of these bars would fail."
     if prices is None:
         return
     if not pd.api.types.is_datetime64_any_dtype(prices["datetime"]):
@@ -76,7 +76,7 @@ def check_split_prices(
     splits: Mapping[str, Split],  # splits by name
     file: str | None = None,  # parquet file with datetime, symbol and close; None: the closes of the splits
 ) -> None:
-    "Run `check_prices` on the labelled bars of val and test, which are scored; raises `BadPrices`."
+    "Run `check_prices` on the labelled bars of val and test, because these are scored; raises `BadPrices`."
     from modelfactory.data.dataset import read_price_file
 
     closes = None if file is None else read_price_file(file)

@@ -51,7 +51,7 @@ def new_axes(
     layout: str | None = None,  # "constrained" fits labels of any length, but draws the figure twice
     **kw,  # passed to `plt.subplots`
 ) -> tuple[Figure, np.ndarray]:  # figure, and axes of shape (rows, columns)
-    "White figure with small labels; if `layout` is None, all figures have the same margins in inches."
+    "White figure with small labels; if `layout` is None, the margins in inches are the same for every figure."
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(
@@ -75,7 +75,7 @@ def figure_png(
     figure: Figure,
     **kw,  # passed to `savefig`
 ) -> bytes:
-    "Return the figure as a PNG on white, and close the figure."
+    "Return the figure as a PNG with a white background, and close the figure."
     from io import BytesIO
 
     from matplotlib import pyplot as plt
@@ -159,7 +159,7 @@ def plot_reliability(
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #aa534a8d
 def precision_recall(
-    occurred: np.ndarray,  # (n,) bool, whether the class occurred; True at least once
+    occurred: np.ndarray,  # (n,) bool, whether the class occurred; at least one value is True
     p: np.ndarray,  # (n,) predicted probability of the class
 ) -> tuple[np.ndarray, np.ndarray]:  # precision, recall
     "Precision and recall from the highest to the lowest threshold; equal probabilities share one threshold."
@@ -193,7 +193,7 @@ def plot_precision_recall(
 def plot_equity(
     backtest: Backtest,
 ) -> Figure:
-    """Daily equity before and after cost, drawdown after cost, and the Sharpe ratio of a moving window.
+    """Daily equity before and after cost, drawdown after cost, and the Sharpe ratio over a moving window.
 
     The window covers half of the days, but at most 63 days. The Sharpe ratio is not drawn if the window is shorter than
     20 days. Raises `EvaluationError` for a backtest without prices.
@@ -259,7 +259,7 @@ def plot_importance(
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #5c6b8eb7
 def plot_learning_curve(
-    history: dict,  # train_loss, val_loss: lists by round; best_round: index
+    history: dict,  # train_loss, val_loss: one value per round; best_round: index
 ) -> Figure:
     "Training and validation loss by round, with the best round marked."
     fig, axes = new_axes(size=(5, 2.8))
@@ -283,7 +283,7 @@ def prediction_shares(
     predictions: PredictionOutput,
     classes: tuple = (-1, 0, 1),  # class values
     n_bins: int = 40,  # number of bins of equal count for each symbol
-) -> pd.DataFrame:  # share of each class, by symbol and first datetime of the bin
+) -> pd.DataFrame:  # share of each class, by symbol and the first datetime of each bin
     "Share of each predicted class over time, by symbol."
     columns = dict(symbol=predictions.symbols, datetime=predictions.timestamps, predicted=predictions.predictions)
     frame = pd.DataFrame(columns).sort_values(["symbol", "datetime"])
