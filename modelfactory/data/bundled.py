@@ -40,7 +40,7 @@ BUNDLED = {"eurusd": _build_eurusd, **{preset: _market_builder(preset) for prese
 def resolve_data(
     data: str | Path,  # a folder, or the name of a bundled data set
 ) -> Path:
-    "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile` with similar names."
+    "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile`, which suggests valid names."
     if str(data) not in BUNDLED:
         if Path(data).is_dir():
             return Path(data)

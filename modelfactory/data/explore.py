@@ -225,7 +225,7 @@ def _index_and_outside(x, b, bars):
 def _limits_at(train_bins, features, bars):
     """PSI limit of each feature for `bars` bars per symbol.
 
-    The larger limit of the two nearest lengths is used, because the PSI need not lie between the two limits.
+    Of the limits for the two nearest lengths, the larger one is used, because the PSI need not lie between them.
     """
     lengths = train_bins.get("lengths", [])
     if not lengths or bars < lengths[0]:

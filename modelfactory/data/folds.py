@@ -126,7 +126,7 @@ class Fold:
 
 # %% ../../nbs/data/09_folds.ipynb #8dcc088a
 def _make_fold(labels, blocks, embargo, only_before):
-    "Fold whose test part is the timestamp ranges `blocks`; if `only_before`, it trains only on earlier rows."
+    "Fold whose test part consists of the timestamp ranges `blocks`; if `only_before`, it trains only on earlier rows."
     test, purged, embargoed = np.zeros((3, labels.n), bool)
     for lo, hi in blocks:
         block = (labels.stamp >= lo) & (labels.stamp < hi)
@@ -200,7 +200,7 @@ def _parse_embargo(embargo, ds):
     if isinstance(embargo, (int, np.integer)) and not isinstance(embargo, bool) and embargo >= 0:
         return int(embargo)
     raise FoldsError(
-        f"embargo = {embargo!r}: expected bars or a pd.Timedelta, 0 or more; give a number such as {ds.horizon}"
+        f"embargo = {embargo!r}: expected a bar count or a pd.Timedelta, 0 or more; give a number such as {ds.horizon}"
     )
 
 # %% ../../nbs/data/09_folds.ipynb #05279433
@@ -209,7 +209,7 @@ def walk_forward(
     n_folds: int = 3,  # number of folds
     embargo: int | pd.Timedelta | None = None,  # bars or time between training labels and the test part; None: horizon
 ) -> Folds:
-    "Folds whose training parts grow and precede their test parts, with purging; raises `FoldsError`."
+    "Purged folds in which a growing training part precedes each test part; raises `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
     T = len(labels.stamps)
     _check_count(n_folds, "n_folds", 1, T - 1, f"the dataset has {T:,} timestamps")
@@ -250,7 +250,7 @@ FOLD_COLOURS = dict(  # later states are drawn over earlier states
 def plot_folds(
     folds: Folds,
 ) -> Figure:
-    "Plot the training, embargoed, purged and test samples over time, with one line per fold."
+    "Plot the training, embargoed, purged and test samples over time, with one horizontal bar per fold."
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 0.32 * len(folds) + 0.9), dpi=100, facecolor="white", layout="constrained")

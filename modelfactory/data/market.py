@@ -44,8 +44,8 @@ class MarketConfig:
     start: str = "2020-01-02"  # date of the first session
     volatility: float = 1e-3  # standard deviation of a bar's log return when all multipliers are 1
     garch: tuple = (0.06, 0.92)  # weights of the previous squared shock and the previous variance
-    regimes: tuple = (0.75, 1.5)  # multipliers of the standard deviation in the low and high volatility regimes
-    switch: tuple = (0.0025, 0.005)  # probabilities per bar of leaving the low and the high volatility regime
+    regimes: tuple = (0.75, 1.5)  # multipliers of the standard deviation in the low- and high-volatility regimes
+    switch: tuple = (0.0025, 0.005)  # probabilities per bar of leaving the low- and the high-volatility regime
     overnight: float = 4.0  # standard deviation of the overnight gap, in standard deviations of a bar's return
     phi: float = 0.97  # lag-1 autocorrelation of the two observable states
     barrier: float = 0.7  # barrier at horizon 1, in average true ranges; makes a third of `null` labels flat
@@ -71,7 +71,7 @@ def _check_config(c):
         (
             is_rows_valid,
             f"rows={rows}, symbols={c.symbols}",
-            "three row counts (train, val, test), each at least one row a symbol",
+            "three row counts (train, val, test), each at least one per symbol",
         ),
         (sum(c.garch) < 1 and min(c.garch) >= 0, f"garch={c.garch}", "two weights >= 0 that sum to less than 1"),
         (0 <= c.phi < 1, f"phi={c.phi}", "an autocorrelation in [0, 1)"),
@@ -130,7 +130,7 @@ NEWS_LAGS = 30  # length of the news kernel in bars
 
 
 def news_kernel() -> np.ndarray:  # (30,)
-    "Weights of the news 0 to 29 bars ago: zero for the latest four bars, then a half sine; unit norm."
+    "Weights of the news from 0 to 29 bars ago: zero for the latest four bars, then a half sine; unit norm."
     weights = np.r_[np.zeros(4), np.sin(np.pi * (np.arange(26) + 0.5) / 26)]
     return weights / np.linalg.norm(weights)
 
@@ -157,7 +157,7 @@ def _intraday_multiplier(c):
 
 # %% ../../nbs/data/07_market.ipynb #990bc726
 def _variance_and_regime(c, shock, uniform, variance, regime):
-    "GARCH variance (K+1, S) and regime (K, S) of each bar, from the shocks and the state before the first bar."
+    "GARCH variance (K+1, S) and regime (K, S) of each bar, given the shocks and the state before the first bar."
     (alpha, beta), leave = c.garch, np.asarray(c.switch)
     V, R = np.empty((len(shock) + 1, len(variance))), np.empty(shock.shape, np.int8)
     V[0] = variance
@@ -502,7 +502,7 @@ def _fit_column_count(market, features, horizons):
 def market_table(
     market: Market,
     horizons: Sequence[int] = (5, 20),  # horizons of the labels in bars
-) -> pd.DataFrame:  # one row for each row of train, val and test
+) -> pd.DataFrame:  # one row for each bar of train, val and test
     """Keys, split, OHLCV, unscaled features, observable columns, labels and `bars_to_hit` of the three splits.
 
     Raises `MarketError` if a column has missing values or if `config.columns` is too small.

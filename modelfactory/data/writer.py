@@ -49,7 +49,7 @@ SPLITS = ("train", "val", "test")
 
 def split_by_time(
     datetimes: pd.Series | np.ndarray,  # (rows,) timestamps of all symbols
-    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps in train, val and test
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps for train, val and test
 ) -> np.ndarray:  # (rows,) split names
     "Split of each row; rows with the same timestamp are in the same split. Raises `BarsError` if `shares` is invalid."
     if len(shares) != 3 or not np.isclose(sum(shares), 1) or min(shares) <= 0:
@@ -168,7 +168,7 @@ def write_splits(
     table: pd.DataFrame,  # datetime, symbol, OHLCV, features, label_h{H}, bars_to_hit_h{H}; optionally `split`
     out: Path | str,  # folder to create
     horizons: Sequence[int],  # horizons to write
-    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps in train, val and test
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps for train, val and test
     embargo: pd.Timedelta = _NO_EMBARGO,  # minimum time between a label's last bar and the next split
     scale: bool = True,  # False: the features are not scaled
     extra_features: Sequence[str] = (),  # names of features that `bar_features` does not compute
@@ -285,7 +285,7 @@ def bars_to_splits(
     out: Path | str,  # folder to create
     horizons: Sequence[int] = (5, 20),  # label horizons, in bars
     barriers: dict[int, tuple] | None = None,  # {horizon: (k_up, k_down[, max_bars])} in ATR; None: `default_barriers`
-    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps in train, val and test
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps for train, val and test
     embargo: pd.Timedelta = _NO_EMBARGO,  # minimum time between a label's last bar and the next split
     overwrite: bool = False,  # replace existing splits
 ) -> Path:  # out

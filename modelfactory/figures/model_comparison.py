@@ -186,7 +186,7 @@ def plot_equities(
     title: str = "",
     top: int = 3,  # number of models in colour, ranked by net Sharpe ratio
 ) -> Figure | None:  # None if nothing was traded
-    "Equity after cost and drawdown, with a band for the best of the same number of models without skill."
+    "Equity after cost, with a band for the best of the same number of models without skill, and drawdown."
     from matplotlib import pyplot as plt
 
     net = task.net_profit()
