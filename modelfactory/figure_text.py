@@ -48,7 +48,7 @@ def draw_plain_text(figure: Figure) -> None:
 
 # %% ../nbs/03_figure_text.ipynb #004ccd4e
 def keep_plain_text(figure: Figure) -> Figure:
-    "The same figure, modified to call `draw_plain_text` before it is drawn."
+    "The same figure, changed so that it calls `draw_plain_text` before drawing."
     draw = figure.draw
 
     @wraps(draw)

@@ -106,7 +106,7 @@ def plot_labels(
 MAX_BIN_ROWS = 20_000  # approximate number of rows used to compute the deciles
 # Bars in the shortest segment; longer segments are multiples of it. It is prime, so segments start at all times of day.
 SEGMENT_BARS = 19
-SEGMENT_LENGTHS = (19, 57, 190, 570, 1_900)  # segment lengths with stored limits, in bars of one symbol
+SEGMENT_LENGTHS = (19, 57, 190, 570, 1_900)  # segment lengths for which limits are stored, in bars of one symbol
 MAX_SEGMENTS = 400  # maximum number of segments of each length
 PSI_ALERT = 0.25  # lowest possible limit: below it, no feature counts as drifted
 PSI_MARGIN = 1.1  # ratio of the limit to the largest PSI of the training segments

@@ -207,7 +207,7 @@ def _parse_embargo(embargo, ds):
 def walk_forward(
     ds: TimeSeriesDataset,
     n_folds: int = 3,  # number of folds
-    embargo: int | pd.Timedelta | None = None,  # bars or time between training labels and the test part; None: horizon
+    embargo: int | pd.Timedelta | None = None,  # minimum gap before the test part, in bars or time; None: horizon
 ) -> Folds:
     "Purged folds in which a growing training part precedes each test part; raises `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
@@ -223,7 +223,7 @@ def combinatorial_purged(
     ds: TimeSeriesDataset,
     n_groups: int = 6,  # number of ranges, with equal numbers of timestamps
     n_test_groups: int = 2,  # number of ranges tested in each fold
-    embargo: int | pd.Timedelta | None = None,  # bars or time between test labels and later training; None: horizon
+    embargo: int | pd.Timedelta | None = None,  # minimum gap after the test labels, in bars or time; None: horizon
 ) -> Folds:
     "One fold per combination of test groups, purged on both sides; raises `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
@@ -314,7 +314,7 @@ def labels_to_purge(
 # %% ../../nbs/data/09_folds.ipynb #41c2e5c5
 def purge_splits(
     data: str | Path,  # folder with Phase 1 splits
-    output: str | Path,  # folder to create, a copy in which only labels differ
+    output: str | Path,  # folder to create: a copy of `data` in which only labels differ
 ) -> pd.DataFrame:  # split, horizon, number of labels purged
     "Copy splits, set labels that cross into a later split to null, and publish atomically; raises `SplitsError`."
     data, output = Path(data).resolve(), Path(output).resolve()

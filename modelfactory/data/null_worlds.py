@@ -161,7 +161,7 @@ def _out_of_step(symbols, minutes):
 
 
 def _around_the_clock(symbols, minutes):
-    "One symbol that trades at all times and one symbol with sessions, split at the same times."
+    "One symbol that trades at all times and one with sessions, both split at the same times."
     always = pd.date_range("2020-01-06", periods=20_000, freq=f"{minutes}min").as_unit("ns").asi8
     by_symbol, begin = [always, _session_times(6_000, minutes)], pd.Timestamp("2020-01-13").value
     merged = np.sort(np.concatenate([times[times >= begin] for times in by_symbol]))

@@ -160,7 +160,7 @@ def _check_split(table, split):
             start = table["datetime"][split == later].min()
             raise BarsError(
                 f"table: {earlier} has rows at or after the start of {later} ({start}); "
-                "split all symbols at the same time"
+                "split all symbols at the same timestamps"
             )
 
 # %% ../../nbs/data/06_writer.ipynb #90944b62
