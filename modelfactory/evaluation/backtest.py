@@ -47,7 +47,7 @@ def forward_sum(
     symbol: np.ndarray,  # (n,) codes
     horizon: int,  # rows to sum
 ) -> np.ndarray:  # (n,)
-    "Sum of the next `horizon` values of the same symbol; the last rows of a symbol sum fewer values."
+    "Sum of the next `horizon` values of the same symbol; fewer values in the symbol's last rows."
     return trailing_sum(x[::-1], symbol[::-1], horizon)[::-1]
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #02a64755
@@ -276,7 +276,7 @@ def benchmark_pnl(
     position: np.ndarray,  # (n,) position of the strategy at each bar
     cost_bps: float,  # basis points per unit change in position
 ) -> dict[str, np.ndarray]:  # hold, constant: (n,)
-    "Net profit per row of buy and hold, and of holding the mean position of each symbol, from its first close on."
+    "Net profit per row of two benchmarks from a symbol's first close on: buy and hold, and the mean position."
     later = ~_is_first_row(symbol)
     mean = np.bincount(symbol, position * later) / np.maximum(np.bincount(symbol, later), 1)
     held = dict(hold=later.astype(float), constant=mean[symbol] * later)
@@ -291,7 +291,7 @@ def _by_entry_day(trades, day_start):
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #676a88f0
 def _portfolio(rows, symbol, returns, position, pnl, horizon, cost_bps, trading_days, returns_source, day_start):
-    "Backtest of `position` (n,), held at `rows` (datetime, symbol, predicted position), which are sorted by symbol."
+    "Backtest of the positions held at `rows` (datetime, symbol, predicted position); rows are sorted by symbol."
     n_symbols, (time, times) = symbol[-1] + 1, rows.datetime.factorize(sort=True)
     change, gross = position_changes(position, symbol), position * returns
     flows = dict(gross=gross, net=gross - trading_cost(change, cost_bps), turnover=np.abs(change))
@@ -377,7 +377,7 @@ def tranche_backtest(
     returns_source: str = "close",  # source of the prices: close or file
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
-    "Trades predictions from the next bar on, as overlapping tranches held for `horizon` bars; raises `BacktestError`."
+    "Trades predictions from the next bar on in tranches of `horizon` bars; raises `BacktestError` for invalid input."
     bars = traded_bars(position_signals(predictions), prices, _check_horizon(horizon))
     symbol, predicted = bars.symbol.factorize()[0], bars.position.to_numpy()
     returns = bar_returns(bars, symbol)
@@ -412,7 +412,7 @@ def barrier_backtest(
     returns_source: str = "close",  # source of the prices: close or file
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
-    "Trades predictions as overlapping tranches that are closed at their barrier; raises `BacktestError`."
+    "Trades predictions in tranches that are closed at their barrier; raises `BacktestError` for invalid input."
     signals, horizon = position_signals(predictions), _check_horizon(horizon)
     bars_to_hit = np.asarray(bars_to_hit)
     if bars_to_hit.shape != (len(signals),) or not (bars_to_hit >= 1).all():
@@ -439,7 +439,7 @@ def label_backtest(
     trading_days: float | None = None,  # trading days per year; None: estimated from the bars
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:  # gross and net are NaN; `daily` has no column `hold` or `constant`
-    "Positions and trades without prices, where a trade gains or loses one barrier; raises `BacktestError`."
+    "Backtest without prices: a trade earns position times label; raises `BacktestError` for invalid input."
     signals, horizon = position_signals(predictions), _check_horizon(horizon)
     if len(y_true) != len(signals):
         raise BacktestError(f"y_true has {len(y_true)} rows, expected {len(signals)} as in the predictions")

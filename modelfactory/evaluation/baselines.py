@@ -31,7 +31,7 @@ def baseline_predictions(
     metadata_val: pd.DataFrame,  # datetime, symbol, horizon of the rows to predict
     classes: tuple = (-1, 0, 1),
 ) -> PredictionOutput:
-    "Constant predictions of a baseline; `flat` and `long` give one class probability 1, so their log loss is large."
+    "Constant predictions of a baseline; `flat` and `long` assign all probability to one class (large log loss)."
     if name not in BASELINES:
         raise EvaluationError(f"no baseline {name!r}, {did_you_mean(name, BASELINES)}")
     if name == "prior":
@@ -48,8 +48,8 @@ def last_known_labels(
 ) -> np.ndarray:  # (n,) class values; NaN before the first known label
     """Newest label of the same symbol that is known when each row is predicted.
 
-    Distances are counted in rows of `metadata`, not in bars. If `metadata` omits bars without a label, a label is used
-    later than possible, but never too early.
+    Distances are counted in rows of `metadata`, not in bars. If `metadata` omits bars without a label, a label may be
+    used later than necessary, but never too early.
     """
     symbols = pd.factorize(metadata["symbol"])[0]
     order = np.lexsort((np.arange(len(symbols)), metadata["datetime"], symbols))
@@ -80,7 +80,7 @@ def persistence_predictions(
     classes: tuple = (-1, 0, 1),
     gap: int = 1,  # rows from the last feature row to the labelled row
 ) -> PredictionOutput:
-    "Predicts the newest known label; probabilities are the class shares that followed this label in training."
+    "Predicts the newest known label; probabilities are the class shares of training rows with the same known label."
     train, K = len(y_train), len(classes)
     y = np.concatenate([y_train, y_val])
     meta = pd.concat([_decision_times(metadata_train), _decision_times(metadata_val)], ignore_index=True)
@@ -97,7 +97,7 @@ def persistence_predictions(
 
 
 def _decision_times(metadata):
-    "Columns that `last_known_labels` reads; the horizon replaces a missing `label_bars`."
+    "Columns that `last_known_labels` reads; the horizon replaces a missing `label_bars` column."
     label_bars = metadata.get("label_bars", metadata["horizon"])
     return metadata[["datetime", "symbol", "horizon"]].assign(label_bars=label_bars)
 
@@ -107,7 +107,7 @@ def all_baselines(
     val: TimeSeriesDataset,  # dataset with `y`, `metadata` and `gap`
     classes: tuple = (-1, 0, 1),
 ) -> dict[str, PredictionOutput]:  # by name
-    "Predictions of `prior`, `flat`, `long` and `persistence` for the rows of `val`, if the classes allow them."
+    "Predictions of `prior`, `flat`, `long` and `persistence` for the rows of `val`, where the classes allow."
     needs = dict(prior=set(), flat={0}, long={1})
     possible = [n for n in BASELINES if not needs[n] or (needs[n] <= set(classes) and has_direction(classes))]
     outputs = {n: baseline_predictions(n, train.y, val.metadata, classes) for n in possible}

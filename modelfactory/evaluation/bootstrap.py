@@ -31,7 +31,7 @@ __all__ = ['cosine_transforms', 'max_frequencies', 'count_frequencies', 'series_
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #b6c42ea1
 def cosine_transforms(
     x: np.ndarray,  # (T, S) series
-    n: int,  # number of frequencies, from the lowest
+    n: int,  # number of frequencies, counted from the lowest
 ) -> np.ndarray:  # (n, S); the mean square over axis 0 estimates the long-run variance
     "Cosine transforms (type II) of each series at the lowest frequencies, excluding frequency 0."
     from scipy.fft import dct
@@ -80,8 +80,8 @@ def _low_power_p_value(power, n, end):
 def series_block_length(
     x: np.ndarray,  # (T,) or (T, S) series
     overlap: float = 1,  # overlap of the values, in timestamps or days
-) -> float:  # in timestamps, or days
-    "Mean block length for a series: `T / (2 nu)`, with `nu` from `count_frequencies`; at least four overlaps."
+) -> float:  # in timestamps or days, like `overlap`
+    "Mean block length for a series: `T / (2 nu)`, with `nu` from `count_frequencies`; `4 * overlap` or more."
     T = len(x)
     return min(max(T / (2 * count_frequencies(x, overlap)), T ** (1 / 3)), T)
 
@@ -90,7 +90,7 @@ def label_block_length(
     T: int,  # timestamps
     overlap: float,  # label overlap in timestamps
 ) -> float:  # timestamps
-    "Mean block length for predictions times unpredictable labels: four label lengths, longer in long samples."
+    "Mean block length for products of predictions and unpredictable labels: `4 * overlap`, more in long samples."
     return T / (2 * max_frequencies(T, overlap))
 
 
@@ -98,9 +98,9 @@ def block_length(
     timestamps: np.ndarray,  # (n,) timestamp index of each row, 0..T-1
     symbols: np.ndarray,  # (n,) symbol names or codes
     horizon: int,  # label horizon in bars
-    series: np.ndarray | None = None,  # (T,) or (T, S) sums by timestamp, possibly persistent; None: label overlap only
+    series: np.ndarray | None = None,  # (T,) or (T, S) sums by timestamp; None: only label overlap counts
 ) -> float:  # timestamps
-    "Mean block length: the larger of four label lengths and the square root of `T`; longer for a persistent series."
+    "Mean block length: four label lengths or the square root of `T`, whichever is larger; more if `series` persists."
     T, overlap = int(np.max(timestamps)) + 1, horizon * timestamps_per_bar(timestamps, symbols)
     longest = label_block_length(T, overlap) if series is None else series_block_length(series, overlap)
     return min(max(longest, T**0.5), T)
@@ -147,7 +147,7 @@ def block_variance_ratio(
     overlap: float,  # label overlap in timestamps
     block: float,  # mean block length in timestamps
 ) -> float:
-    "Ratio of the block bootstrap variance to the true variance, for a mean of overlapping labels."
+    "Ratio of the block bootstrap variance to the true variance of the mean of overlapping labels."
     lag = np.arange(1, int(np.ceil(overlap)))
     return float((1 + 2 * ((1 - lag / overlap) * (1 - 1 / block) ** lag).sum()) / overlap)
 
@@ -285,7 +285,7 @@ def directional_interval(
     predictions: pd.DataFrame,  # datetime, symbol, y_true, prediction
     horizon: int,  # label horizon in bars
     level: float = 0.95,  # coverage of the interval
-) -> tuple[float, float, float]:  # directional accuracy, low, high; NaN if no row has two non-zero signs
+) -> tuple[float, float, float]:  # directional accuracy, low, high; NaN if label and prediction are never both non-zero
     "Directional accuracy of a table of predictions, with its confidence interval."
     sign = np.sign(predictions["y_true"].to_numpy()) * np.sign(predictions["prediction"].to_numpy())
     rows = np.column_stack([sign > 0, sign != 0])

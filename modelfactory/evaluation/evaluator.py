@@ -26,7 +26,7 @@ from ..models.base import PredictionOutput
 __all__ = ['SCORING_VERSION', 'ModelEvaluator']
 
 # %% ../../nbs/evaluation/05_evaluator.ipynb #80a55a5c
-SCORING_VERSION = 2  # increased when the same predictions would get different scores; earlier runs can be rescored
+SCORING_VERSION = 2  # increased when a code change alters the scores of given predictions; older runs can be rescored
 
 
 @dataclass
@@ -41,16 +41,16 @@ class ModelEvaluator:
     level: float = 0.95  # coverage of the intervals
     seed: int = 42
     day_start: int = 0  # hour at which a trading day begins, in the time zone of the timestamps
-    gap: int = 1  # bars from the last feature bar to the predicted bar; the title of a backtest states a gap of 0
+    gap: int = 1  # bars from the last feature bar to the predicted bar; a backtest's title mentions a gap of 0
 
     def backtest(
         self,
         predictions: PredictionOutput,
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        y_true: np.ndarray | None = None,  # (n,) true class values, for trades without prices
+        y_true: np.ndarray | None = None,  # (n,) true class values, used if there are no prices
         returns_source: str | None = None,  # source of the prices: close or file
-    ) -> Backtest | None:  # None for classes without both signs
-        "Backtest of the predicted signs; raises `BacktestError`, or `EvaluationError` without prices and labels."
+    ) -> Backtest | None:  # None unless classes have both signs
+        "Backtest of the predicted signs; raises `BacktestError`, or `EvaluationError` with neither prices nor labels."
         if not has_direction(self.classes):
             return None
         return self.backtest_positions(predictions, np.sign(predictions.predictions), prices, y_true, returns_source)
@@ -60,10 +60,10 @@ class ModelEvaluator:
         predictions: PredictionOutput,  # source of the timestamps and symbols
         position: np.ndarray,  # (n,) target position at each row, -1 short to 1 long
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
-        y_true: np.ndarray | None = None,  # (n,) true class values, for trades without prices
+        y_true: np.ndarray | None = None,  # (n,) true class values, used if there are no prices
         returns_source: str | None = None,  # source of the prices: close or file
     ) -> Backtest:
-        "Backtest of given positions at the rows of `predictions`; raises `BacktestError` and `EvaluationError`."
+        "Backtest of given positions at the rows of `predictions`; raises the same errors as `backtest`."
         rows = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=np.asarray(position, float))
         rules = self.horizon, self.cost_bps, self.trading_days
         if prices is not None:

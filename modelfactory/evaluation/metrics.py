@@ -132,8 +132,8 @@ def metric_names(
 
 def metric_sign(
     name: str,  # metric name
-) -> int:  # 1: higher is better, -1: lower is better, 0: neither, or unknown name
-    "Sign of the direction in which a metric improves."
+) -> int:  # 1: higher is better, -1: lower is better, 0: neither, or the name is unknown
+    "Sign that shows whether higher or lower values of a metric are better."
     return METRICS[name].sign if name in METRICS else 0
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #96d542be
@@ -144,7 +144,7 @@ class EvaluationError(ValueError):
 def class_codes(
     values: np.ndarray,  # (n,) class values
     classes: tuple,  # class values in code order
-    what: str,  # name of the values, for the error message
+    what: str,  # name of the array in error messages
 ) -> np.ndarray:  # (n,) codes 0..K-1
     "Position of each value in `classes`; raises `EvaluationError` for values not in `classes`."
     values = np.asarray(values)
@@ -183,7 +183,7 @@ def check_predictions(
     y_true: np.ndarray,  # (n,) class values
     classes: tuple,  # class values in code order
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) true codes, (n,) predicted codes, (n, K) probabilities
-    "Checked class codes and probabilities; raises `EvaluationError` if predictions and labels do not match."
+    "Class codes and probabilities after the input checks; raises `EvaluationError` if a check fails."
     n, times, symbols = len(predictions.predictions), predictions.timestamps, predictions.symbols
     if n == 0 or np.shape(y_true) != (n,):
         raise EvaluationError(
@@ -216,7 +216,7 @@ def confidence_bins(
     p: np.ndarray,  # (n, K) probabilities
     n_bins: int = 15,  # number of bins with equal row counts
 ) -> np.ndarray:  # (n,) bin index of each row, from 0
-    "Assigns rows to bins of equal count by largest probability; equal probabilities share a bin."
+    "Bin of each row by its largest probability; bins have equal row counts, and equal probabilities share a bin."
     confidence = p.max(1)
     return np.searchsorted(np.quantile(confidence, np.arange(1, n_bins) / n_bins), confidence)
 
@@ -234,7 +234,7 @@ def expected_calibration_error(
 def brier_decomposition(
     y: np.ndarray,  # (n,) class codes
     p: np.ndarray,  # (n, K) probabilities
-    n_bins: int = 15,  # number of bins with equal row counts, for each class
+    n_bins: int = 15,  # number of bins for each class, with equal row counts
 ) -> dict[str, float]:  # brier = reliability - resolution + uncertainty + within
     "Murphy decomposition of the Brier score, summed over classes."
     hot = np.eye(p.shape[1])[y]
@@ -246,7 +246,7 @@ def brier_decomposition(
 
 
 def _murphy_parts(forecast, outcome, bins):
-    "Reliability, resolution and uncertainty of the forecasts (n,) of one class."
+    "Reliability, resolution and uncertainty of the forecasts for one class."
     counts = np.bincount(bins)
     n, weight, base = np.maximum(counts, 1), counts / len(bins), outcome.mean()
     mean_forecast, mean_outcome = np.bincount(bins, forecast) / n, np.bincount(bins, outcome) / n
@@ -258,7 +258,7 @@ def _murphy_parts(forecast, outcome, bins):
 def directional_accuracy(
     y: np.ndarray,  # (n,) labels; their sign is the direction
     prediction: np.ndarray,  # (n,) predicted labels
-) -> float:  # NaN if no row has two non-zero signs
+) -> float:  # NaN if label and prediction are never both non-zero
     "Share of rows with equal signs, among rows where label and prediction are both non-zero."
     sign = np.sign(y) * np.sign(prediction)
     n = (sign != 0).sum()
@@ -270,7 +270,7 @@ def directional_gains(
     prediction: np.ndarray,  # (n,) or (n, models) predicted labels
     symbols: np.ndarray,  # (n,) symbol names or codes
 ) -> tuple[np.ndarray, np.ndarray]:  # gain of each row and whether the row is scored; same shape as `prediction`
-    "Product of the predicted and true sign, each minus its symbol mean; 0 where either sign is 0."
+    "Product of predicted and true sign, each minus its mean over the symbol; 0 where either sign is 0."
     q, z = np.sign(np.asarray(prediction, float)), np.sign(np.asarray(y, float))
     z = z.reshape(z.shape + (1,) * (q.ndim - 1))
     scored = (q != 0) & (z != 0)
@@ -282,7 +282,7 @@ def directional_gains(
 
 
 def _sum_by(x, codes, n):
-    "Sums the rows of x (rows, ...) by code 0..n-1; returns (n, ...)."
+    "For each code 0..n-1, the sum of the rows of `x` that have this code."
     width = int(np.prod(x.shape[1:]))
     cells = (np.asarray(codes)[:, None] * width + np.arange(width)).ravel()
     return np.bincount(cells, np.ravel(x), n * width).reshape(n, *x.shape[1:])
@@ -292,7 +292,7 @@ def directional_skill(
     y: np.ndarray,  # (n,) labels
     prediction: np.ndarray,  # (n,) predicted labels
     symbols: np.ndarray,  # (n,) symbol names or codes
-) -> float:  # -1 to 1; NaN if no row has two non-zero signs
+) -> float:  # -1 to 1; NaN if label and prediction are never both non-zero
     "Mean gain over the scored rows: the covariance of predicted and true sign within symbols."
     gains, scored = directional_gains(y, prediction, symbols)
     return float(gains.sum() / scored.sum()) if scored.any() else np.nan
@@ -300,8 +300,8 @@ def directional_skill(
 
 def constant_call_accuracy(
     y: np.ndarray,  # (n,) labels
-) -> tuple[float, int]:  # accuracy and sign of the better call; NaN and 0 if all labels are 0
-    "Directional accuracy of predicting always up or always down, whichever is better."
+) -> tuple[float, int]:  # accuracy and sign of the better prediction; NaN and 0 if all labels are 0
+    "Directional accuracy of always predicting up or always predicting down, whichever is higher."
     signs = np.sign(y)
     up, n = (signs > 0).sum(), (signs != 0).sum()
     if not n:
@@ -364,7 +364,7 @@ def classification_stats(
     sums: np.ndarray,  # (..., K * K + 2 + bins) sums over a sample or over each draw
     classes: tuple = (-1, 0, 1),  # class values in code order
 ) -> dict[str, np.ndarray]:  # name -> (...)
-    "Class metrics from sums of `row_statistics`; direction metrics are NaN for classes without both signs."
+    "Class metrics from sums of `row_statistics`; direction metrics are NaN unless classes have both signs."
     K = len(classes)
     cells, losses, gaps = np.split(sums, [K * K, K * K + 2], axis=-1)
     cells = cells.reshape(*sums.shape[:-1], K, K)

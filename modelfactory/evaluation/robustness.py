@@ -38,7 +38,7 @@ def cost_sweep(
     backtest: Backtest,
     costs: tuple = COST_LEVELS,  # basis points per unit change in position
 ) -> pd.DataFrame:  # cost_bps, profit (share of capital), sharpe_net, max_drawdown
-    "Profit of the same trades at each cost level, NaN without prices; `.attrs['break_even']` is in bp, or NaN."
+    "Profit of the same trades at each cost level; `.attrs['break_even']` is in bp. Both are NaN without prices."
     daily = {k: v.to_numpy() for k, v in backtest.daily.items()}
     rows = []
     for cost_bps in costs:
@@ -67,7 +67,7 @@ def by_slice(
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
     masks: dict[str, np.ndarray],  # slice name -> (n,) bool, the rows of the slice
 ) -> pd.DataFrame:  # one row per slice
-    """Direction and profit of each slice, with intervals corrected for the number of slices.
+    """Directional metrics and profit of each slice, with intervals corrected for the number of slices.
 
     Columns: `slice`, `rows`, `calls`; `directional_accuracy`, `directional_skill` and `sharpe_net`, each with `_low`
     and `_high`; `directional_accuracy_constant`; `gross` (share of capital).
@@ -88,7 +88,7 @@ def by_slice(
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #3b7ac388
 def _direction_figures(evaluator, predictions, y, mask):
-    "Directional accuracy of the model and of the constant call, and directional skill; NaN bounds with few blocks."
+    "Directional accuracy of model and constant prediction, and directional skill; no intervals with few blocks."
     gains, scored = _slice_gains(predictions, y, mask)
     agree = np.sign(predictions.predictions) == np.sign(y)
     accuracy = _mean_with_interval(evaluator, predictions, mask, "directional_accuracy", agree & scored, scored, 0)
@@ -98,7 +98,7 @@ def _direction_figures(evaluator, predictions, y, mask):
 
 
 def _slice_gains(predictions, y, mask):
-    "Gains (n,) and scored rows (n,) of a slice; base rates are of the slice, or of all rows if it is one-sided."
+    "Gains and scored rows of a slice; base rates are those of the slice, or of all rows if the slice is one-sided."
     called, symbols = np.sign(predictions.predictions), np.asarray(predictions.symbols)
     within = np.where(mask, called, 0)
     one_sided = len(np.unique(within[(within != 0) & (np.sign(y) != 0)])) == 1
@@ -107,7 +107,7 @@ def _slice_gains(predictions, y, mask):
 
 
 def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowest):
-    "Mean over the scored rows of a slice, with its interval, which is NaN below `MIN_BLOCKS` effective blocks."
+    "Mean over the scored rows of a slice, with its interval; the interval is NaN with fewer than `MIN_BLOCKS` blocks."
     if not scored.any():
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
     numbers = np.unique(predictions.timestamps[mask], return_inverse=True)[1]
@@ -119,7 +119,7 @@ def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowes
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #eb7a22f6
 def _constant_accuracy(predictions, y, mask):
-    "Directional accuracy of the better constant call on a slice, or of its sign if the slice is one-sided."
+    "Directional accuracy of the better constant prediction on a slice; a one-sided slice uses its own sign."
     called, truth = np.sign(predictions.predictions), np.sign(np.asarray(y))
     both = called * truth != 0
     sides = np.unique(called[mask & both])
@@ -131,7 +131,7 @@ def _constant_accuracy(predictions, y, mask):
 
 
 def _profit_figures(evaluator, backtest):
-    "Net Sharpe ratio with its interval, and gross profit; NaN without trades or prices."
+    "Net Sharpe ratio with its interval (NaN without trades or prices), and gross profit."
     traded = not backtest.flat and backtest.has_prices
     ends = {}
     if traded and evaluator.n_boot:
@@ -184,8 +184,8 @@ def by_month(
 ) -> pd.DataFrame:  # month, days, profit (share of capital), sharpe_net
     """Net profit by calendar month, which sums to the profit of the backtest; NaN without prices.
 
-    `.attrs` contains `share_with_profit`, the share of profitable months, and `share_of_best`, the share of the best
-    month in total profit.
+    `.attrs` contains `share_with_profit`, the share of profitable months, and `share_of_best`, the best month's
+    share of total profit.
     """
     net = backtest.daily.net
     months = net.groupby(net.index.tz_localize(None).to_period("M"))
@@ -201,11 +201,11 @@ def by_month(
 def compare_exit_rules(
     evaluator: ModelEvaluator,
     predictions: PredictionOutput,
-    y: np.ndarray,  # (n,) true class values, for trades without prices
+    y: np.ndarray,  # (n,) true class values, used if there are no prices
     prices: pd.DataFrame | None,  # datetime, symbol, close
     bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is known; None: no barrier exit
 ) -> pd.DataFrame:  # strategy, sharpe, turnover, exposure, max_drawdown, n_trades, sharpe_net with _low and _high
-    "Metrics of three strategies: fixed holding period, positions by confidence, and exit at the barrier."
+    "Metrics of three strategies: fixed holding period, position by confidence, and exit at the barrier."
     sign = np.sign(predictions.predictions).astype(float)
     positions = {"fixed": sign, "expected sign": expected_sign(predictions, evaluator.classes)}
     backtests = {k: evaluator.backtest_positions(predictions, v, prices, y) for k, v in positions.items()}
@@ -229,7 +229,7 @@ def threshold_sweep(
     predictions: PredictionOutput,
     y: np.ndarray,  # (n,) class values
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
-    thresholds: tuple | None = None,  # probabilities; None: ten, from all to the 5% most confident predictions
+    thresholds: tuple | None = None,  # probabilities; None: ten, from all predictions to the most confident 5%
 ) -> pd.DataFrame:  # one row per threshold
     """Coverage, precision, skill and profit at each confidence threshold; NaN if no prediction reaches it.
 
@@ -315,7 +315,7 @@ class Robustness:
         return f"breaks even at {self.costs.attrs['break_even']:.1f} bp; {share}"
 
     def _headings(self):
-        "Heading of each table, with the level of its intervals if corrected."
+        "Heading of each table, with the level of its intervals if the level is corrected."
         levels = dict(slices=self.slices.attrs["slice_level"], thresholds=self.thresholds.attrs["threshold_level"])
         text = "{0}: intervals at {1:.2%}, corrected for {2} {0}".format
         headings = {name: name for name in self.tables}
@@ -368,7 +368,7 @@ def analyse_robustness(
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
     bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is known; None: no barrier exit
 ) -> Robustness:
-    "All tables of this module; raises `EvaluationError` for classes without both signs."
+    "All tables of this module; raises `EvaluationError` unless classes have both signs."
     if not has_direction(evaluator.classes):
         message = "have no direction to trade; expected negative and positive classes"
         raise EvaluationError(f"classes {tuple(evaluator.classes)} {message}")

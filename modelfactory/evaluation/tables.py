@@ -103,7 +103,7 @@ def header_card(
     metrics: dict,  # from `compute_all_metrics`
     claim: DirectionClaim | None = None,  # from `direction_claim`
     notes: tuple = (),  # sentences shown below the claim
-    **facts: object,  # further facts, such as data, seed and fingerprint; None is not shown
+    **facts: object,  # further facts, such as data, seed and fingerprint; facts that are None are not shown
 ) -> str:  # HTML
     "HTML box with model, horizon, facts, claim and notes."
     rows = f"{metrics['n_samples']:,}" if "n_samples" in metrics else None
