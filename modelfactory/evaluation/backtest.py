@@ -200,17 +200,17 @@ class Backtest:
 
     @property
     def equity(self) -> pd.Series:
-        "Capital by day after cost, starting at 1."
+        "Capital after each day, net of cost, compounded from 1."
         return self._by_day(equity_curve, "net")
 
     @property
     def equity_gross(self) -> pd.Series:
-        "Capital by day before cost, starting at 1."
+        "Capital after each day, before cost, compounded from 1."
         return self._by_day(equity_curve, "gross")
 
     @property
     def drawdown(self) -> pd.Series:
-        "Drawdown by day after cost, 0 or negative."
+        "Drawdown after each day, net of cost; 0 or negative."
         return self._by_day(drawdown, "net")
 
     @property
@@ -258,7 +258,7 @@ class Backtest:
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #765182e8
 def _is_first_row(symbol):
-    "Whether each row (n,) is the first of its symbol."
+    "Mask of the rows that are the first of their symbol."
     return np.diff(symbol, prepend=-1) != 0
 
 
@@ -276,7 +276,7 @@ def benchmark_pnl(
     position: np.ndarray,  # (n,) position of the strategy at each bar
     cost_bps: float,  # basis points per unit change in position
 ) -> dict[str, np.ndarray]:  # hold, constant: (n,)
-    "Net profit per row of two benchmarks from a symbol's first close on: buy and hold, and the mean position."
+    "Net profit per row of two benchmarks from a symbol's first close on: buy and hold, constant mean position."
     later = ~_is_first_row(symbol)
     mean = np.bincount(symbol, position * later) / np.maximum(np.bincount(symbol, later), 1)
     held = dict(hold=later.astype(float), constant=mean[symbol] * later)
@@ -299,7 +299,7 @@ def _portfolio(rows, symbol, returns, position, pnl, horizon, cost_bps, trading_
     benchmarks = benchmark_pnl(symbol, returns, position, cost_bps) if returns_source != "label" else {}
     sums = {k: np.bincount(time, v) / n_symbols for k, v in (flows | benchmarks).items()}
     table = pd.DataFrame(sums, pd.DatetimeIndex(times, name="datetime"))
-    # Rounding makes an exposure that returns to 0 exactly 0.
+    # Without rounding, an exposure that returns to 0 could differ from 0 by a rounding error.
     table["exposure"] = table.exposure.cumsum().round(12)
     daily = table.assign(bars=1.0).groupby(trading_day(table.index, day_start)).sum(min_count=1)
     not_last = np.diff(symbol, append=-1) == 0
@@ -377,7 +377,7 @@ def tranche_backtest(
     returns_source: str = "close",  # source of the prices: close or file
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
-    "Trades predictions from the next bar on in tranches of `horizon` bars; raises `BacktestError` for invalid input."
+    "Trades predictions from the next bar, in tranches held `horizon` bars; raises `BacktestError` for invalid input."
     bars = traded_bars(position_signals(predictions), prices, _check_horizon(horizon))
     symbol, predicted = bars.symbol.factorize()[0], bars.position.to_numpy()
     returns = bar_returns(bars, symbol)

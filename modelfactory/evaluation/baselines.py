@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ['BASELINES', 'baseline_predictions', 'last_known_labels', 'persistence_predictions', 'all_baselines']
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #91be78cd
-BASELINES = dict(prior="the class shares of train", flat="never a position", long="always long")
+BASELINES = dict(prior="the class shares of the training set", flat="never a position", long="always long")
 
 
 def baseline_predictions(
@@ -60,7 +60,7 @@ def last_known_labels(
 
 
 def _newest_decided(symbols, label_bars, gap):
-    "For each row, the newest row of its symbol whose label is known `gap` rows earlier; -1 if there is none."
+    "For each row, the newest row of its symbol whose label is known `gap` rows before it; -1 if there is none."
     rows = np.arange(len(symbols))
     starts = np.searchsorted(symbols, symbols)
     decided_at = rows + np.asarray(label_bars, int) + gap

@@ -49,7 +49,7 @@ class ModelEvaluator:
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
         y_true: np.ndarray | None = None,  # (n,) true class values, used if there are no prices
         returns_source: str | None = None,  # source of the prices: close or file
-    ) -> Backtest | None:  # None unless classes have both signs
+    ) -> Backtest | None:  # None if classes have no direction
         "Backtest of the predicted signs; raises `BacktestError`, or `EvaluationError` with neither prices nor labels."
         if not has_direction(self.classes):
             return None
@@ -83,7 +83,7 @@ class ModelEvaluator:
         predict_seconds: float | None = None,  # wall time of predicting
         returns_source: str | None = None,  # source of the prices: close or file
     ) -> dict:  # name -> number; NaN where undefined
-        "All metrics with their intervals; raises `EvaluationError`, and `BacktestError` if a bar has no price."
+        "All metrics with their intervals; raises `EvaluationError` (invalid input), `BacktestError` (missing prices)."
         checked = check_predictions(predictions, y_true, self.classes)
         scores: dict[str, float | str | None] = {**classification_metrics(*checked, self.classes)}
         rows = _claim_rows(predictions, y_true)

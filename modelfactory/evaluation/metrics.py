@@ -226,7 +226,7 @@ def expected_calibration_error(
     p: np.ndarray,  # (n, K) probabilities
     n_bins: int = 15,  # number of bins with equal row counts
 ) -> float:  # 0 to 1
-    "Expected calibration error: mean absolute gap between confidence and accuracy, weighted by rows per bin."
+    "Expected calibration error: mean gap between confidence and accuracy over bins, weighted by rows."
     gap = p.max(1) - (p.argmax(1) == y)
     return np.abs(np.bincount(confidence_bins(p, n_bins), gap)).sum() / len(y)
 
@@ -315,7 +315,7 @@ def row_statistics(
     p: np.ndarray,  # (n, K) probabilities
     n_bins: int = 15,  # number of calibration bins
 ) -> np.ndarray:  # (n, K * K + 2 + n_bins)
-    "Confusion cell, log loss, Brier score and calibration gap of each row, to be summed for `classification_stats`."
+    "Confusion cell, log loss, Brier score and calibration gap of each row; `classification_stats` uses their sums."
     n, K = p.shape
     rows, hot = np.arange(n), np.eye(K)[y]
     cells, gaps = np.zeros((n, K * K)), np.zeros((n, n_bins))
@@ -330,7 +330,7 @@ def sums_per_timestamp(
     rows: np.ndarray,  # (n, S) values to sum
     timestamps: np.ndarray,  # (n,) timestamps of any sortable type
 ) -> tuple[np.ndarray, np.ndarray]:  # (T, S) sums in time order, and (n,) timestamp index 0..T-1 of each row
-    "Sums the rows of each timestamp."
+    "Sums the rows that have the same timestamp."
     numbers = np.unique(timestamps, return_inverse=True)[1]
     return _sum_by(rows, numbers, numbers.max() + 1), numbers
 
@@ -345,7 +345,7 @@ def safe_ratio(
 
 
 def _direction_stats(cells, classes):
-    "Directional accuracy and coverage of confusion matrices (..., K, K)."
+    "Directional accuracy and coverage from confusion matrices of shape (..., K, K)."
     sign = np.sign(classes)
     both = np.outer(sign, sign)
     right, wrong, predicted = [(cells * mask).sum((-1, -2)) for mask in (both > 0, both < 0, np.abs(sign))]
@@ -354,7 +354,7 @@ def _direction_stats(cells, classes):
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #da10f720
 def _matthews(cells, truth, predicted, n):
-    "Matthews correlation of confusion matrices (..., K, K); 0 where undefined."
+    "Matthews correlation from confusion matrices of shape (..., K, K); 0 where undefined."
     covariance = n * np.trace(cells, axis1=-2, axis2=-1) - (truth * predicted).sum(-1)
     variances = (n**2 - (truth**2).sum(-1)) * (n**2 - (predicted**2).sum(-1))
     return np.nan_to_num(safe_ratio(covariance, np.sqrt(variances)))
@@ -364,7 +364,7 @@ def classification_stats(
     sums: np.ndarray,  # (..., K * K + 2 + bins) sums over a sample or over each draw
     classes: tuple = (-1, 0, 1),  # class values in code order
 ) -> dict[str, np.ndarray]:  # name -> (...)
-    "Class metrics from sums of `row_statistics`; direction metrics are NaN unless classes have both signs."
+    "Class metrics from sums of `row_statistics`; direction metrics need positive and negative classes."
     K = len(classes)
     cells, losses, gaps = np.split(sums, [K * K, K * K + 2], axis=-1)
     cells = cells.reshape(*sums.shape[:-1], K, K)

@@ -125,11 +125,11 @@ def profit_by_day(
 # %% ../../nbs/evaluation/04_permutation.ipynb #20a6ad80
 @dataclass
 class ShiftTest:
-    "Scores of predictions, and of the same predictions after each shift in time."
+    "Scores of predictions before and after each time shift."
 
     observed: dict  # unshifted scores: sharpe_net, directional_skill, log_loss
     draws: pd.DataFrame  # one row per shift (index: shift in timestamps), one column per metric
-    pnl: pd.DataFrame | None  # net profit by day (rows) and shift (columns); None without prices or signed classes
+    pnl: pd.DataFrame | None  # net profit by day (rows) and shift (columns); None if nothing can be traded
     excluded_fraction: float  # share of all shifts that are shorter than a horizon
 
     @property
@@ -155,7 +155,7 @@ class ShiftTest:
         return ranges.assign(p=pd.Series(self.p_values))
 
     def band(self, level: float = 0.95) -> pd.DataFrame:
-        "Daily equity band (low, high) that covers `level` of the draws; raises `PermutationError` without prices."
+        "Daily equity band (low, high) that covers a share `level` of draws; raises `PermutationError` without prices."
         if self.pnl is None:
             raise PermutationError("no equity: nothing was traded; expected prices and signed classes")
         equity = equity_curve(self.pnl.to_numpy().T)
@@ -204,7 +204,7 @@ def shift_test(
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #fd6852cc
 def _directional_skill(truth, prediction, symbols):
-    "`metrics.directional_skill` computed from sums by symbol, which halves the time of a shift test."
+    "`metrics.directional_skill` computed from sums by symbol, which halves the run time of a shift test."
     both = (truth * prediction != 0).astype(float)
     n = np.bincount(symbols, both)
     if not n.any():
@@ -280,7 +280,7 @@ def f1_null_interval(
     n_boot: int = 1000,  # bootstrap draws
     seed: int = 42,
 ) -> dict[str, float]:  # f1_null and f1_skill, each with _ci_low and _ci_high
-    "Null F1 and the model's excess over it, with intervals; raises `PermutationError` unless classes have both signs."
+    "Null F1 and the model's excess over it, with intervals; raises `PermutationError` if classes have no direction."
     if not has_direction(classes):
         message = f"classes {tuple(classes)} have no direction to shuffle; expected negative and positive classes"
         raise PermutationError(message)
@@ -303,7 +303,7 @@ def _f1_null_and_skill(sums):
 
 def _f1_macro(cells):
     "Macro F1 of confusion matrices, flattened to K * K cells."
-    padded = np.pad(cells, [(0, 0)] * (cells.ndim - 1) + [(0, 2)])  # zeros in place of the two losses
+    padded = np.pad(cells, [(0, 0)] * (cells.ndim - 1) + [(0, 2)])  # zeros in place of log loss and Brier score
     return classification_stats(padded, tuple(range(round(cells.shape[-1] ** 0.5))))["f1_macro"]
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #88fc7a0d

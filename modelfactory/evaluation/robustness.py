@@ -88,7 +88,7 @@ def by_slice(
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #3b7ac388
 def _direction_figures(evaluator, predictions, y, mask):
-    "Directional accuracy of model and constant prediction, and directional skill; no intervals with few blocks."
+    "Directional accuracy of model and constant prediction, and directional skill; no intervals with too few blocks."
     gains, scored = _slice_gains(predictions, y, mask)
     agree = np.sign(predictions.predictions) == np.sign(y)
     accuracy = _mean_with_interval(evaluator, predictions, mask, "directional_accuracy", agree & scored, scored, 0)
@@ -368,7 +368,7 @@ def analyse_robustness(
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no profit
     bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is known; None: no barrier exit
 ) -> Robustness:
-    "All tables of this module; raises `EvaluationError` unless classes have both signs."
+    "All tables of this module; raises `EvaluationError` if classes have no direction."
     if not has_direction(evaluator.classes):
         message = "have no direction to trade; expected negative and positive classes"
         raise EvaluationError(f"classes {tuple(evaluator.classes)} {message}")
