@@ -40,24 +40,24 @@ class ModelConfig(HTMLConfig):
     early_stopping: bool = True  # stop when the validation loss no longer falls, if the library supports it
     patience: PositiveInt = 10  # rounds or epochs without improvement before stopping
     stop_on: Literal["val", "train_tail"] = (
-        "val"  # rows that decide when to stop: validation, or a holdout at the end of train
+        "val"  # rows for early stopping: the validation rows, or the last training rows
     )
-    stop_share: Annotated[float, Interval(gt=0, lt=1)] = 0.15  # share of train's timestamps that train_tail holds out
+    stop_share: Annotated[float, Interval(gt=0, lt=1)] = 0.15  # share of training timestamps that train_tail holds out
     classes: Annotated[tuple[int, ...], Len(2)] = (-1, 0, 1)  # label values, in the order of the probability columns
-    class_weight: Literal["balanced"] | None = None  # weight each class by its inverse frequency in train
+    class_weight: Literal["balanced"] | None = None  # weight each class by its inverse training frequency
     sample_weight: Literal["column"] | None = None  # weight each row by the metadata column `sample_weight`
-    calibration: Literal["temperature", "isotonic"] | None = None  # calibrate probabilities on the end of train
-    calibration_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of train's timestamps used for calibration
+    calibration: Literal["temperature", "isotonic"] | None = None  # calibrate probabilities on the last training rows
+    calibration_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of training timestamps used for calibration
 
 # %% ../../nbs/models/00_base.ipynb #a31b88b7
 @dataclass
 class PredictionOutput:
-    "Predictions of `n` rows, in the order of their metadata."
+    "Predictions for `n` rows, in the order of the rows in the metadata."
 
     predictions: np.ndarray  # (n,) int8, predicted class values
     probabilities: np.ndarray  # (n, n_classes) float32, columns in class order, each row sums to 1
     timestamps: pd.DatetimeIndex  # (n,) timestamp of each labelled bar
-    symbols: np.ndarray  # (n,)
+    symbols: np.ndarray  # (n,) symbol of each labelled bar
     horizons: np.ndarray  # (n,) label horizon, in bars
 
     def __len__(self):
@@ -108,7 +108,7 @@ def _with_header(save):
 
 
 class BaseModel(ABC):
-    """A classifier of windows.
+    """Base class of all models: a model classifies windows of bars.
 
     Subclasses implement `fit`, `predict`, `save` and `load`; `check_model` tests the implementation.
     """
@@ -134,7 +134,7 @@ class BaseModel(ABC):
         self.config = build_config(self.Config, {**config, **names}, self.name or type(self).__name__)
         self.horizon, self.feature_columns = self.config.horizon, list(feature_columns)
         self.classes = self.config.classes
-        self.callbacks: list = []  # `Callback` objects; an import of the class would add its module to the code hash
+        self.callbacks: list = []  # `Callback` objects; importing `Callback` would add its module to the code hash
         self.fitted = False
 
     @classmethod
@@ -148,7 +148,7 @@ class BaseModel(ABC):
 
     @classmethod
     def history_length(cls, config: dict) -> int:
-        "Returns the number of rows that a prediction reads, up to the window's last row; at least the window length."
+        "Returns how many rows, up to the window's last row, a prediction depends on; at least the window length."
         return config["sequence_length"]
 
     @classmethod
@@ -166,7 +166,7 @@ class BaseModel(ABC):
         metadata_train: pd.DataFrame | None = None,
         metadata_val: pd.DataFrame | None = None,
     ) -> dict:
-        """Fits the model and returns the history: lists with one loss per round, and `best_round`.
+        """Fits the model and returns the training history: lists with one loss per round, and `best_round`.
 
         X is a float32 array of shape (n, T, F) or (n, F), and y holds n class values. The metadata has the columns
         datetime, symbol and horizon.
@@ -230,15 +230,15 @@ def check_y(
 # %% ../../nbs/models/00_base.ipynb #b100079f
 def check_two_classes(
     model: BaseModel,
-    codes: np.ndarray,  # (n,) class codes of train
+    codes: np.ndarray,  # (n,) class codes of the training rows
 ) -> None:
     "Raises `ValueError` if the training labels hold only one class."
     if len(np.unique(codes)) < 2:
-        raise ValueError(f"{model.name}: train holds one class only, expected at least two of {model.classes}")
+        raise ValueError(f"{model.name}: training labels hold only one class, expected at least two of {model.classes}")
 
 
 def raise_on_nan(model: BaseModel) -> None:
-    "Raises a `ValueError` with the message that X holds NaN, which the model does not accept."
+    "Raises a `ValueError`: X holds NaN, and the model does not accept NaN."
     raise ValueError(
         f"{model.name}: X holds NaN, but this model does not accept NaN; "
         "set nan='median' or 'zero' for the data, or use a model that accepts NaN"

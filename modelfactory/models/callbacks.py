@@ -28,10 +28,10 @@ class Callback:
         "Called before the first of at most `n_rounds` rounds or epochs."
 
     def on_epoch_end(self, model: BaseModel, epoch: int, logs: dict[str, float]) -> bool | None:
-        "Called after round `epoch` (from 0) with its losses; a true return value stops the fit."
+        "Called after round `epoch` (counted from 0) with its losses; a true return value stops the fit."
 
     def on_fit_end(self, model: BaseModel, history: dict) -> None:
-        "Called after the last round with the history of the fit."
+        "Called with the history of the fit, after the last round."
 
 # %% ../../nbs/models/03_callbacks.ipynb #6d3eaf18
 def run_callbacks(
@@ -59,7 +59,7 @@ class ShowProgress(Callback):
 
 # %% ../../nbs/models/03_callbacks.ipynb #7bb9ad16
 def _latest_losses(model):
-    "Returns the validation losses of the interrupted fit that is resumed; empty for a new fit."
+    "Returns the validation losses of the interrupted fit that is being resumed; an empty list for a new fit."
     losses = model.training.losses["val_loss"] if getattr(model, "training", None) else []
     return [_or_inf(loss) for loss in losses]
 

@@ -25,7 +25,7 @@ __all__ = ['TRAINER_MODULE', 'PLUGIN_PREFIX', 'UNHASHED_MODULES', 'without_docst
 def without_docstrings(
     source: str,  # source code of a module
 ) -> str:
-    "Returns the syntax tree of a module as text, without comments, docstrings or layout; raises `SyntaxError`."
+    "Returns a module's syntax tree as text, without comments, docstrings or layout. Invalid code raises SyntaxError."
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

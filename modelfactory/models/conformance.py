@@ -56,27 +56,27 @@ class SampleTask:
 
 # %% ../../nbs/models/06_conformance.ipynb #17ae5f7a
 def planted_task(
-    n: int = 900,  # number of training samples; validation has a third as many
+    n: int = 900,  # number of training samples; there are a third as many validation samples
     F: int = 5,  # features
     seq_len: int = 1,  # number of rows in a window
     classes: tuple[int, ...] = (-1, 0, 1),  # class values
     signal: bool = True,  # if False, the labels are shuffled
     seed: int = 0,  # seed of the random numbers
 ) -> SampleTask:
-    "Returns a task whose label is the quantile class of the first feature in the window's last row, plus noise."
+    "Returns a task whose label is the quantile class of a noisy copy of the first feature in the window's last row."
     rng, sizes = np.random.default_rng(seed), (n, n // 3)
     train, val = (_planted_part(rng, size, F, seq_len, classes, signal) for size in sizes)
     return _sample_task(train, val, F)
 
 
 def _sample_task(train, val, F):
-    "Builds a `SampleTask` from the pairs (X, y) of train and validation."
+    "Builds a `SampleTask` from a training pair and a validation pair (X, y)."
     meta, meta_val = _metadata(len(train[1]), "2024-01-01"), _metadata(len(val[1]), "2024-06-01")
     return SampleTask(*train, *val, meta, meta_val, [f"feature_{j}" for j in range(F)])
 
 
 def _planted_part(rng, n, F, seq_len, classes, signal):
-    "Returns X and y of one part, train or validation."
+    "Returns X and y of the training part or of the validation part."
     base = rng.normal(size=(n + seq_len - 1, F)).astype(np.float32)
     ends = np.arange(seq_len - 1, len(base))
     level = base[ends, 0] + 0.3 * rng.normal(size=n)
@@ -112,7 +112,7 @@ def register_network_check(f: Callable) -> Callable:
 
 # %% ../../nbs/models/06_conformance.ipynb #1059ffde
 class ModelFixture:
-    "Creates unfitted models of one registered name, and holds one model fitted on the planted task."
+    "Creates unfitted instances of a registered model, and holds one instance fitted on the planted task."
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ def require(
 # %% ../../nbs/models/06_conformance.ipynb #99c1320d
 @register_check
 def output_shape_and_types(fixture: ModelFixture) -> None:
-    "One prediction per row: int8 classes, float32 probabilities that sum to 1, keys equal to the metadata"
+    "One prediction per row: int8 classes, float32 probabilities that sum to 1; timestamps and symbols of the metadata"
     out, n = fixture.predict(), len(fixture.task.y_val)
     p = out.probabilities
     require(isinstance(out, PredictionOutput) and len(out) == n, f"{type(out).__name__} of {len(out)} rows for {n}")
@@ -256,7 +256,7 @@ def unfitted_errors(fixture: ModelFixture) -> None:
 
 @register_check
 def shape_errors(fixture: ModelFixture) -> None:
-    "A wrong F, T or dtype raises ValueError with both shapes; wrong labels or metadata raise ValueError"
+    "A wrong F, T or dtype raises a ValueError that shows both shapes; wrong labels or metadata raise ValueError"
     X, t = fixture.task.X_val[:], fixture.task
     for wrong in (X[..., :-1], X[:, None], X.astype(np.float64)):
         message = fixture.raises(ValueError, fixture.model.predict, wrong, t.meta_val)
@@ -379,7 +379,7 @@ def feature_mismatch_errors(fixture: ModelFixture) -> None:
 # %% ../../nbs/models/06_conformance.ipynb #f854757b
 @register_check
 def class_counts(fixture: ModelFixture) -> None:
-    "The model learns 2 and 9 classes; a class that is absent from train keeps its probability column"
+    "The model learns tasks of 2 and of 9 classes; a class without training rows keeps its probability column"
     for classes in ((0, 1), tuple(range(9))):
         task = planted_task(classes=classes, seq_len=fixture.seq_len)
         p = fixture.fitted(task, classes=classes).predict(task.X_val, task.meta_val)
@@ -392,7 +392,7 @@ def class_counts(fixture: ModelFixture) -> None:
     t, keep = fixture.task, fixture.task.y != 0
     model = fixture.new(t, **fixture.glance)
     model.fit(t.X[keep], t.y[keep], t.X_val, t.y_val, t.meta[keep], t.meta_val)
-    require(fixture.probabilities(model=model).shape[1] == 3, "a class that is absent from train loses its column")
+    require(fixture.probabilities(model=model).shape[1] == 3, "a class without training rows loses its column")
 
 
 @register_check
@@ -425,7 +425,7 @@ def window_lengths(fixture: ModelFixture) -> None:
 def learns_planted_signal(fixture: ModelFixture) -> None:
     "Accuracy on the planted task is above 0.6; chance is 0.33"
     accuracy = (fixture.predict().predictions == fixture.task.y_val).mean()
-    require(accuracy > 0.6, f"accuracy {accuracy:.2f}, expected above 0.6; chance is 0.33, good models exceed 0.8")
+    require(accuracy > 0.6, f"accuracy {accuracy:.2f}, expected above 0.6; chance is 0.33, and good models exceed 0.8")
 
 
 @register_check
@@ -434,7 +434,7 @@ def no_skill_on_noise(fixture: ModelFixture) -> None:
     task = planted_task(signal=False, seq_len=fixture.seq_len, seed=5)
     accuracy = (fixture.fitted(task).predict(task.X_val, task.meta_val).predictions == task.y_val).mean()
     std_error = (2 / 9 / len(task.y_val)) ** 0.5
-    require(abs(accuracy - 1 / 3) < 4 * std_error, f"accuracy {accuracy:.2f} on shuffled labels, chance is 0.33")
+    require(abs(accuracy - 1 / 3) < 4 * std_error, f"accuracy {accuracy:.2f} on shuffled labels; chance is 0.33")
 
 # %% ../../nbs/models/06_conformance.ipynb #726a316e
 @register_check
@@ -462,7 +462,7 @@ def weights_change_fit(fixture: ModelFixture) -> None:
 # %% ../../nbs/models/06_conformance.ipynb #d6a664f2
 def window_task(
     kind: Literal["level", "trend", "order"],
-    n: int = 1200,  # number of training samples; validation has a third as many
+    n: int = 1200,  # number of training samples; there are a third as many validation samples
     F: int = 5,  # number of features; the label depends on at most two of them
     seq_len: int = 16,  # number of rows in a window
     seed: int = 0,  # seed of the random numbers
@@ -474,7 +474,7 @@ def window_task(
 
 
 def _window_part(rng, kind, n, F, T):
-    "Returns X and y of one part, train or validation."
+    "Returns X and y of the training part or of the validation part."
     x, time = rng.normal(0, 0.5, (n, T, F)).astype(np.float32), np.linspace(-1, 1, T)
     score = rng.normal(size=n)
     if kind == "level":
@@ -483,7 +483,7 @@ def _window_part(rng, kind, n, F, T):
         x[..., 0] += score[:, None] * time + rng.normal(size=(n, 1))
     else:
         first, second = np.sort(np.argsort(rng.random((n, T)), 1)[:, :2], 1).T
-        which = rng.integers(0, 3, n)  # 0: feature 0 has the first event; 2: feature 0 has the last; 1: one event only
+        which = rng.integers(0, 3, n)  # 0: feature 0 has the first event; 2: it has the last event; 1: one event only
         x[np.arange(n), first, np.where(which == 2, 1, 0)] += 4
         keep = which != 1
         x[np.arange(n)[keep], second[keep], np.where(which == 2, 0, 1)[keep]] += 4
@@ -492,9 +492,9 @@ def _window_part(rng, kind, n, F, T):
 
 # %% ../../nbs/models/06_conformance.ipynb #a018d462
 def input_gradient(
-    model: NetworkModel,  # with a built network
+    model: NetworkModel,  # model whose network is built
 ) -> np.ndarray:  # (T, F)
-    "Returns the mean absolute gradient of the logits for each step and feature, over 32 random windows."
+    "Returns the absolute gradient of the logits with respect to each step and feature, averaged over 32 windows."
     import torch
 
     T, F = model.config.sequence_length, len(model.feature_columns)

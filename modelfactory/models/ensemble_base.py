@@ -62,7 +62,7 @@ def cross_val_predict(
     metadata: pd.DataFrame,  # n rows with columns datetime, symbol and horizon
     n_folds: int = 5,  # number of blocks
 ) -> np.ndarray:  # (n, K) probabilities
-    """Returns out-of-fold predictions: each row is predicted by a model whose training labels do not overlap its label.
+    """Returns out-of-fold predictions: no training label of the model that predicts a row overlaps the row's label.
 
     Early stopping uses the last 15% of a fold's training timestamps.
     """
@@ -200,7 +200,7 @@ class EnsembleModel(BaseModel):
 
 # %% ../../nbs/models/11_ensemble_base.ipynb #3cfb9de0
 def member_configs(config: EnsembleConfig) -> dict[str, dict]:  # name -> resolved config
-    "Returns the resolved config of each member; raises `ConfigError` if there is no member or a member is an ensemble."
+    "Returns the resolved config of each member; raises `ConfigError` if there are no members or one is an ensemble."
     if not config.members:
         raise ConfigError(f"{config.model_name}: members is empty, expected at least one model")
     if nested := [n for n in config.members if issubclass(ModelRegistry.get(n), EnsembleModel)]:

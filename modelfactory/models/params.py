@@ -21,10 +21,10 @@ class ModelParams:
     "Content of `params/models/<name>.yaml`."
 
     config: dict = field(default_factory=dict)  # values that override the config's defaults
-    presets: dict = field(default_factory=dict)  # name of the preset -> its overrides of the config
+    presets: dict = field(default_factory=dict)  # preset name -> its config overrides
     resources: dict = field(default_factory=dict)  # number of CPUs and GPUs for one run
     search: dict = field(default_factory=dict)  # config key -> search space of the tuner
-    about: dict = field(default_factory=dict)  # texts for the table of models: paper, sees, misses, use
+    about: dict = field(default_factory=dict)  # texts for the table of models; keys: paper, sees, misses, use
 
 # %% ../../nbs/models/04_params.ipynb #33493704
 # config key -> command-line option that sets it
@@ -39,9 +39,9 @@ TASK_KEYS = dict(
 # %% ../../nbs/models/04_params.ipynb #4321acc5
 def read_params(
     name: str,  # registered name of the model
-    folder: Path | None = None,  # folder of `<name>.yaml`; None: params/models of the settings, then of the package
+    folder: Path | None = None,  # folder of `<name>.yaml`; None: the user's params/models, then the package's
 ) -> ModelParams:
-    "Reads a model's YAML, or returns empty params if there is no file; raises `ConfigError` on an unknown key."
+    "Reads a model's YAML; returns empty `ModelParams` if there is no file. Raises `ConfigError` on an unknown key."
     model = ModelRegistry.get(name)
     file = Path(folder) / f"{model.name}.yaml" if folder else params_file(f"models/{model.name}.yaml")
     if file is None or not file.is_file():
@@ -93,7 +93,7 @@ def resolve_config(
     horizon: int,  # label horizon, in bars
     preset: str | None = None,  # name of a preset in the YAML
     *overrides: dict,  # later ones win
-    **decided: object,  # values set elsewhere; an override with a different value raises an error
+    **decided: object,  # values that are already set; an override that changes one raises an error
 ) -> dict:
     "Returns every config key with its final value; raises `ConfigError` on an unknown preset, key or value."
     model, params = ModelRegistry.get(name), read_params(name)

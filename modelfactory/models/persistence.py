@@ -144,7 +144,7 @@ def load_header(
 ) -> dict:  # the header
     """Reads the header and sets the config, horizon and classes of `model`.
 
-    Raises `FeatureMismatch` if the features differ, and `CheckpointError` if the checkpoint holds another model.
+    Raises `FeatureMismatch` if the saved features differ, and `CheckpointError` if the checkpoint holds another model.
     """
     from modelfactory.configuration import build_config
 
@@ -182,7 +182,7 @@ def checkpoint_errors(
     file: Path,  # a file that `save` wrote
     kind: str,  # expected content of the file, for the error message
 ) -> Iterator[Path]:  # the file
-    "Converts every exception raised while `file` is read into a `CheckpointError`."
+    "Context manager: an exception raised while `file` is being read is re-raised as a `CheckpointError`."
     if Path(file).is_symlink():
         raise CheckpointError(f"{file}: a symbolic link, expected {kind}")
     if not Path(file).is_file():

@@ -167,7 +167,7 @@ def load_pretrained(
         )
     if missing := sorted(k for k in info["missing_keys"] if "pooler" not in k):
         raise CheckpointError(
-            f"{folder}: {len(missing)} weights of {cls.__name__} are missing, the first is {missing[0]}; "
+            f"{folder}: {len(missing)} weights of {cls.__name__} are missing; the first is {missing[0]}; "
             f"use a checkpoint of {cls.__name__}"
         )
     return freeze(model)
@@ -229,7 +229,7 @@ class RowCache:
         self,
         rows: np.ndarray,  # (n,) row numbers
         compute: Callable,  # (m,) row numbers -> (m, width) float32
-        on_progress: Callable = lambda done, total: None,  # called after each block: rows done, number of rows
+        on_progress: Callable = lambda done, total: None,  # called after each block with the rows done and the total
     ) -> np.ndarray:  # (n, width) float32
         "Returns the values of `rows`; computes and stores missing values."
         unique, inverse = np.unique(rows, return_inverse=True)

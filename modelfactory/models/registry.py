@@ -99,7 +99,7 @@ def _missing_libraries(cls):
 
 
 def _yaml_config(cls):
-    "Returns the model's YAML as a dict, unchecked because listing must be fast; empty if the class does not use it."
+    "Returns the model's YAML as an unchecked dict; empty if the class does not override `unavailable_reason`."
     if cls.unavailable_reason.__func__ is BaseModel.unavailable_reason.__func__:
         return {}
     if (file := params_file(f"models/{cls.name}.yaml")) is None:
@@ -207,7 +207,7 @@ class ModelRegistry:
 
     @classmethod
     def discover(cls) -> None:
-        "Imports all modules that may register a model: the families of this package, entry points, plugins."
+        "Imports all modules that may register a model: the model families of this package, entry points and plugins."
         if not cls._discovered:
             cls._discovered = True
             for m in _family_modules():
@@ -236,7 +236,7 @@ def _family_modules():
             yield from (m.name for m in pkgutil.iter_modules([str(folder)], package.name + "."))
 
 
-_printed_lines: set[str] = set()  # lines printed by this process
+_printed_lines: set[str] = set()  # warnings that this process has printed
 
 
 def _print_once(line):

@@ -108,13 +108,13 @@ class SequenceConfig(ModelConfig):
     "Config keys of every sequence model."
 
     sequence_length: PositiveInt = field(default_factory=lambda: settings().sequence_length)  # rows in a window
-    max_epochs: PositiveInt = 30  # maximum number of passes over train
+    max_epochs: PositiveInt = 30  # maximum number of passes over the training rows
     batch_size: PositiveInt = 256  # number of windows per optimiser step
     learning_rate: PositiveFloat = 1e-3  # maximum learning rate of the one-cycle schedule
     warmup_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.3  # share of the cycle in which the learning rate rises
     weight_decay: Annotated[float, Ge(0)] = 1e-2  # weight decay of AdamW
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1  # share of activations set to 0 during training
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # target probability spread evenly over all classes
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # share of each target spread over all classes
     max_grad_norm: Annotated[float, Gt(0)] = 1.0  # maximum norm of the gradient; larger gradients are scaled down
     patience: PositiveInt = 6  # epochs without a lower validation loss before stopping
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
@@ -123,7 +123,7 @@ class SequenceConfig(ModelConfig):
 
 # %% ../../nbs/models/08_sequence.ipynb #d4e7b061
 def functional_module(
-    forward: Callable,  # function of (network, x (B, T, F)); the parts are attributes of the network
+    forward: Callable,  # called with the network and x (B, T, F); the parts are attributes of the network
     **parts: Module | Tensor | object,  # modules, parameters, buffers (tensors) or plain values
 ) -> Module:
     "Returns a module that has `parts` as attributes and the given function as `forward`."
@@ -177,7 +177,7 @@ CLIP_SIGMA = 10.0  # clipping limit of standardised features, in standard deviat
 def feature_mean_std(
     windows: Windows,
 ) -> tuple[np.ndarray, np.ndarray]:  # (F,) mean and standard deviation, float32
-    "Returns mean and standard deviation of each feature over the windows' rows; constant features get deviation 1."
+    "Returns each feature's mean and standard deviation over the windows' rows; the latter is 1 for constant features."
     rows = windows.base[used_rows(windows)]
     mean, std = rows.mean(0, np.float64), rows.std(0, dtype=np.float64)
     return mean.astype(np.float32), np.where(std > 1e-7 * abs(mean), std, 1).astype(np.float32)
@@ -235,8 +235,8 @@ def pick_device(
 def weighted_loss(
     logits: Tensor,  # (b, K)
     codes: Tensor,  # (b,) class codes
-    weight: Tensor | None = None,  # (b,) sample weights with mean 1 over train
-    smoothing: float = 0.0,  # target probability spread evenly over all classes
+    weight: Tensor | None = None,  # (b,) sample weights; their mean over all training rows is 1
+    smoothing: float = 0.0,  # share of each target that is spread evenly over all classes
 ) -> Tensor:  # scalar
     "Returns the mean weighted cross entropy, computed in float32."
     from torch.nn.functional import cross_entropy
@@ -411,7 +411,7 @@ def _by_part(tensors):
 
 # %% ../../nbs/models/08_sequence.ipynb #0ec0f75e
 class NetworkModel(BaseModel):
-    "A classifier of windows with a torch network; subclasses implement `backbone` and `fit`."
+    "A model that classifies windows with a torch network; subclasses implement `backbone` and `fit`."
 
     Config, requires = SequenceConfig, ("torch", "safetensors")
     training = None  # a `Training` while `fit` runs
@@ -507,7 +507,7 @@ class SequenceClassifier(NetworkModel):
         return [None if a is None else torch.as_tensor(a, device=self.device) for a in arrays]
 
     def _run_training(self, train, val):
-        "Trains on `train` with early stopping on `val`, both (batches, codes, weights); returns the history."
+        "Trains on `train` with early stopping on `val`, two tuples (batches, codes, weights); returns the history."
         c = self.config
         self.training = t = Training(self.net, c, c.max_epochs * -(-len(train[0]) // c.batch_size))
         config = json.loads(json.dumps(asdict(c)))
@@ -531,7 +531,7 @@ class SequenceClassifier(NetworkModel):
     def _run_epochs(self, t, train, val, callbacks):
         """Runs epochs until a callback stops the fit or the fit diverges.
 
-        Raises `DivergedError` if the fit diverges before an epoch with a finite validation loss.
+        Raises `DivergedError` if the fit diverges before any epoch has a finite validation loss.
         """
         for number in range(len(t.losses["val_loss"]), self.config.max_epochs):
             train_loss = t.epoch(number, *train)

@@ -62,7 +62,7 @@ class {Class}(TabularModel):
             rows = train.y == k
             if rows.any():
                 means.append(np.average(train.X[rows], axis=0, weights=weight[rows] + 1e-12))
-            else:  # the class is absent from train
+            else:  # no training row has this class
                 means.append(train.X.mean(0))
         self.means = np.stack(means)
         return {{}}
@@ -119,10 +119,10 @@ def new_model(
     family: str,  # name of an existing or a new family
     folder: Path = Path("."),  # root folder of the user's project
 ) -> list[Path]:  # the written files
-    """Writes the notebook and the YAML of a working model, and a `settings.ini` that lists it if the project has none.
+    """Writes the notebook and the YAML of a working model.
 
-    Raises `ValueError` if the name is invalid or taken, and `FileExistsError` if a file exists. In both cases, nothing
-    is written.
+    If the project has no `settings.ini`, one that lists the model is written too. Raises `ValueError` if the name is
+    invalid or taken, and `FileExistsError` if one of the files already exists. In both cases, nothing is written.
     """
     check_name(name)
     check_name(family)
