@@ -134,7 +134,7 @@ class BaseModel(ABC):
         self.config = build_config(self.Config, {**config, **names}, self.name or type(self).__name__)
         self.horizon, self.feature_columns = self.config.horizon, list(feature_columns)
         self.classes = self.config.classes
-        self.callbacks: list = []  # `Callback` objects; importing `Callback` would add its module to the code hash
+        self.callbacks: list = []  # list of `Callback`, not imported here: that would add its module to the code hash
         self.fitted = False
 
     @classmethod
@@ -185,7 +185,7 @@ class BaseModel(ABC):
         "Reads the files that `save` wrote."
 
     def feature_importance(self) -> dict[str, float] | None:
-        "Returns importances by feature name, which sum to 1, or None if the model does not compute them."
+        "Returns a dict of feature importances that sum to 1, or None if the model does not compute importances."
         return None
 
     def __repr__(self):
@@ -249,7 +249,7 @@ def divergence_message(
     model: BaseModel,
     number: int,  # number of the round, counted from 1
 ) -> str:
-    "Returns the error message for a fit whose loss is NaN or infinite; it names the setting to change."
+    "Returns the error message for a fit whose loss is NaN or infinite; the message says what to change."
     rate = getattr(model.config, "learning_rate", None)
     lower = f"lower learning_rate (now {rate:g})" if rate is not None else "check the scale of the features"
     return f"{model.name}: the loss is NaN or infinite in round {number}: the fit diverged; {lower}"

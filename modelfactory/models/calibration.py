@@ -168,7 +168,7 @@ class WrappedModel(BaseModel):
 
 # %% ../../nbs/models/10_calibration.ipynb #b7895924
 def _split_train(model, X, y, metadata, share, key, error=HoldoutError):
-    "Returns class codes and the positions of both parts of the rows; raises `error` if a part has too few rows."
+    "Returns class codes and the positions of the rows in both parts; raises `error` if a part has too few rows."
     codes = check_y(model, y, len(check_X(model, X)))
     if metadata is None:
         raise ValueError(

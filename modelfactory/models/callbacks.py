@@ -40,7 +40,7 @@ def run_callbacks(
     *args: object,  # arguments of the method
     to: list | None = None,  # callbacks to call; None: the model's callbacks
 ) -> bool:  # whether any callback requests a stop
-    "Calls a method of every callback, even after one of them has returned true."
+    "Calls one method on every callback, even after one of them has returned true."
     callbacks = model.callbacks if to is None else to
     return any([bool(getattr(callback, moment)(model, *args)) for callback in callbacks])
 

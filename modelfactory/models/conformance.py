@@ -379,7 +379,7 @@ def feature_mismatch_errors(fixture: ModelFixture) -> None:
 # %% ../../nbs/models/06_conformance.ipynb #f854757b
 @register_check
 def class_counts(fixture: ModelFixture) -> None:
-    "The model learns tasks of 2 and of 9 classes; a class without training rows keeps its probability column"
+    "The model learns tasks with 2 and with 9 classes; a class without training rows keeps its probability column"
     for classes in ((0, 1), tuple(range(9))):
         task = planted_task(classes=classes, seq_len=fixture.seq_len)
         p = fixture.fitted(task, classes=classes).predict(task.X_val, task.meta_val)
@@ -467,7 +467,7 @@ def window_task(
     seq_len: int = 16,  # number of rows in a window
     seed: int = 0,  # seed of the random numbers
 ) -> SampleTask:
-    "Returns a task of disjoint windows; the label is the tercile of a level or slope, or the order of two events."
+    "Returns a task with disjoint windows; the label is the tercile of a level or slope, or the order of two events."
     rng = np.random.default_rng(seed)
     train, val = (_window_part(rng, kind, size, F, seq_len) for size in (n, n // 3))
     return _sample_task(train, val, F)

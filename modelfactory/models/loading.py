@@ -20,8 +20,8 @@ def load_model(
 ) -> BaseModel:  # fitted
     """Loads a saved model.
 
-    Raises `CheckpointError` for an invalid file, `UnknownModel` for an unknown name, and `ModelUnavailable` if a
-    library or a pretrained checkpoint is missing.
+    Raises `CheckpointError` if a file is invalid, `UnknownModel` if the model name is not registered, and
+    `ModelUnavailable` if a library or a pretrained checkpoint is missing.
     """
     header = read_header(path)
     model = ModelRegistry.create(header["name"], header["config"], header["horizon"], header["feature_columns"])

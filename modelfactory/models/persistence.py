@@ -196,7 +196,7 @@ def checkpoint_errors(
 # %% ../../nbs/models/02_persistence.ipynb #08f99ec3
 MAX_ARCHIVE_FILES = 100_000  # maximum number of members in an archive
 MAX_ARCHIVE_BYTES = 4 << 30  # maximum number of bytes after unpacking
-MAX_UNPACK_RATIO = 10  # maximum number of bytes after unpacking, per byte of the archive
+MAX_UNPACK_RATIO = 10  # maximum ratio of unpacked bytes to bytes in the archive
 
 
 def check_archive(

@@ -151,7 +151,7 @@ class ModelRegistry:
             old = cls._models.get(name)
             if old and _conflict(old, model):
                 classes = " and ".join(f"{c.__module__}.{c.__qualname__}" for c in (old, model))
-                raise ValueError(f"model name {name!r} is taken: {classes}; rename one")
+                raise ValueError(f"model name {name!r} is taken: {classes}; rename one of them")
             model.name, model.family = name, family
             if not (old and old.__module__ == "__main__" and model.__module__ != "__main__"):
                 cls._models[name] = model
@@ -161,7 +161,7 @@ class ModelRegistry:
 
     @classmethod
     def get(cls, name: str) -> type[BaseModel]:
-        "Returns the class registered as `name` or `family:name`; raises `UnknownModel` with the most similar names."
+        "Returns the class registered as `name` or `family:name`; raises `UnknownModel`, which lists similar names."
         cls.discover()
         family, _, short = str(name).rpartition(":")
         model = cls._models.get(short)

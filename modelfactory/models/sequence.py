@@ -114,7 +114,7 @@ class SequenceConfig(ModelConfig):
     warmup_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.3  # share of the cycle in which the learning rate rises
     weight_decay: Annotated[float, Ge(0)] = 1e-2  # weight decay of AdamW
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1  # share of activations set to 0 during training
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # share of each target spread over all classes
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # share of the target given evenly to all classes
     max_grad_norm: Annotated[float, Gt(0)] = 1.0  # maximum norm of the gradient; larger gradients are scaled down
     patience: PositiveInt = 6  # epochs without a lower validation loss before stopping
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
@@ -236,7 +236,7 @@ def weighted_loss(
     logits: Tensor,  # (b, K)
     codes: Tensor,  # (b,) class codes
     weight: Tensor | None = None,  # (b,) sample weights; their mean over all training rows is 1
-    smoothing: float = 0.0,  # share of each target that is spread evenly over all classes
+    smoothing: float = 0.0,  # share of the target probability that is given evenly to all classes
 ) -> Tensor:  # scalar
     "Returns the mean weighted cross entropy, computed in float32."
     from torch.nn.functional import cross_entropy
@@ -355,7 +355,7 @@ class Training:
 
     @property
     def has_diverged(self) -> bool:
-        "Whether a weight of the network is NaN or infinite, which further epochs cannot repair."
+        "Whether a weight of the network is NaN or infinite; further epochs cannot repair this."
         return not all(p.isfinite().all() for p in self.net.parameters())
 
 # %% ../../nbs/models/08_sequence.ipynb #b18ad4a0
@@ -444,7 +444,7 @@ class NetworkModel(BaseModel):
         "Restores the data that `get_extra_state` returned; called before the network is built."
 
     def batches(self, X: Windows | np.ndarray) -> Batches:
-        "Returns standardised windows on the device; raises `ValueError` on NaN."
+        "Returns standardised windows on the device; raises `ValueError` if they hold NaN."
         windows = as_windows(X)
         if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[used_rows(windows)]).any():
             raise_on_nan(self)

@@ -93,7 +93,7 @@ class TabularModel(BaseModel):
 
     @abstractmethod
     def predict_rows(self, X: np.ndarray) -> np.ndarray:
-        "Returns the probabilities as (n, n_classes), in class order."
+        "Returns the probabilities with shape (n, n_classes), in class order."
 
     @abstractmethod
     def write(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class TabularModel(BaseModel):
         return FlatRows(self._flat(X), codes, training_weights(self, codes, metadata))
 
     def _flat(self, X):
-        "Returns flat rows; raises `ValueError` on NaN if the model does not accept NaN."
+        "Returns flat rows; raises `ValueError` if they hold NaN and the model does not accept NaN."
         flat = flatten_windows(X)
         if not self.accepts_nan and not np.isfinite(flat.sum(dtype=np.float64)) and np.isnan(flat).any():
             raise_on_nan(self)
