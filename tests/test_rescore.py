@@ -26,6 +26,7 @@ from modelfactory.runs.run_folder import (
     replace_run,
     start_attempt,
 )
+from modelfactory.training import trainer as trainers
 from modelfactory.training.trainer import Trainer, trainer_plots
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -222,7 +223,7 @@ def test_a_kill_at_any_step_leaves_the_old_run_or_the_new_one(run, monkeypatch, 
     for module, function in (
         (rescoring.tear_sheet, "plot_equity"),
         (rescoring.tear_sheet, "figure_png"),
-        (rescoring, "plot_robustness"),
+        (trainers, "plot_robustness"),
     ):
         monkeypatch.setattr(module, function, lambda *args: b"a picture")
     source, name = run.path.parent, run.path.name

@@ -25,7 +25,6 @@ from ..evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from ..evaluation.metrics import EvaluationError, has_direction, metric_names
 from ..evaluation.permutation import null_metrics
 from ..figures import tear_sheet
-from ..figures.robustness import plot_robustness
 from ..models.base import PredictionOutput, probability_columns, to_output
 from .attempt import add_predictions, change_manifest, prediction_file, score_files, write_scores
 from .run import Run, list_runs, load_run
@@ -41,7 +40,7 @@ from modelfactory.runs.run_folder import (
     write_json,
 )
 from .stored import check_data
-from ..training.trainer import trainer_plots
+from ..training.trainer import RESCORED_FIGURES, trainer_plots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +49,8 @@ if TYPE_CHECKING:
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['RESCORED_FIGURES', 'NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'matching_rows', 'stored_output',
-           'score_with_data', 'score_without_data', 'rescore_run', 'rescore_runs', 'rescore']
+__all__ = ['NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'matching_rows', 'stored_output', 'score_with_data',
+           'score_without_data', 'rescore_run', 'rescore_runs', 'rescore']
 
 # %% ../../nbs/runs/08_rescore.ipynb #c7858486
 def scoring_trainer(
@@ -188,22 +187,14 @@ def _staged_copy(run):
     return staged
 
 # %% ../../nbs/runs/08_rescore.ipynb #318d9491
-RESCORED_FIGURES = ("equity", "robustness")  # figures that show rescored values
-
-
 def _write_rescored(scored, split, staged):
     "Writes the scores of a split and, for the validation split, the figures of these scores."
     write_scores(scored, split, staged)
     backtest = scored.backtest(split)
-    if split != "val" or not backtest or not backtest.has_prices:
+    if split != "val" or not backtest or not backtest.has_prices or not (staged / "plots").is_dir():
         return
-    draw = dict(
-        equity=lambda: tear_sheet.plot_equity(backtest), robustness=lambda: plot_robustness(scored.robustness(split))
-    )
-    for name in RESCORED_FIGURES:
-        file = staged / f"plots/{name}.png"
-        if (file.parent).is_dir():
-            file.write_bytes(tear_sheet.figure_png(draw[name]()))
+    for name, figure in trainer_plots(scored, split, RESCORED_FIGURES).items():
+        (staged / f"plots/{name}.png").write_bytes(tear_sheet.figure_png(figure))
 
 
 def _write_all_figures(run, scored, staged):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +34,7 @@ from ..evaluation.metrics import has_direction
 from ..evaluation.permutation import null_metrics
 from ..evaluation.robustness import analyse_robustness
 from ..evaluation.tables import Metrics
+from ..figures import tear_sheet
 from ..figures.robustness import plot_robustness
 from ..models.base import BaseModel, PredictionOutput, check_history, check_y, training_weights
 from ..models.params import resolve_config
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from modelfactory.evaluation.significance import DirectionClaim
 
 # %% auto #0
-__all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'TrainerConfig', 'trainer_config', 'Trainer', 'learning_notes',
-           'divergence_notes', 'early_stopping_note', 'trainer_plots']
+__all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'RESCORED_FIGURES', 'TrainerConfig', 'trainer_config', 'Trainer',
+           'learning_notes', 'divergence_notes', 'early_stopping_note', 'trainer_plots']
 
 # %% ../../nbs/training/00_trainer.ipynb #25f0a7d0
 @dataclass
@@ -370,29 +371,27 @@ def early_stopping_note(
     return EARLY_STOPPING_NOTE if ModelRegistry.get(config["model_name"]).stops_early(config) else None
 
 # %% ../../nbs/training/00_trainer.ipynb #0b479276
+RESCORED_FIGURES = ("equity", "robustness")  # figures that show scores; rescoring draws these figures again
+
+
 def trainer_plots(
     trainer: Trainer,  # evaluated on the split; without a model, feature importance is omitted
     split: str = "val",
+    names: tuple = (),  # names of the figures to draw; empty: all
 ) -> dict[str, Figure]:  # name -> figure
-    """Figures of one trained model, by name.
-
-    The names are learning_curve, confusion, reliability, precision_recall, equity (only with prices), robustness,
-    importance and predictions."""
-    from modelfactory.figures import tear_sheet
-
-    predictions, y = trainer.predictions[split], trainer.datasets[split].y
-    classes, history, figures = trainer.config.data.classes, trainer.history or {}, {}
-    if history.get("val_loss"):
-        figures["learning_curve"] = tear_sheet.plot_learning_curve(history)
-    figures["confusion"] = tear_sheet.plot_confusion(predictions, y, classes)
-    figures["reliability"] = tear_sheet.plot_reliability(predictions, y, classes)
-    figures["precision_recall"] = tear_sheet.plot_precision_recall(predictions, y, classes)
-    if backtest := trainer.backtest(split):
-        if backtest.has_prices:
-            figures["equity"] = tear_sheet.plot_equity(backtest)
-        if robustness := trainer.robustness(split):
-            figures["robustness"] = plot_robustness(robustness)
-    importance = trainer.model.feature_importance() if trainer.model else None
-    if importance:
-        figures["importance"] = tear_sheet.plot_importance(importance)
-    return figures | dict(predictions=tear_sheet.plot_probabilities(predictions, classes))
+    "Figures of one trained model, by name; figures without data are omitted."
+    predictions, classes = trainer.predictions[split], trainer.config.data.classes
+    labelled = predictions, trainer.datasets[split].y, classes
+    history, model = trainer.history or {}, trainer.model
+    draw: dict[str, Callable[[], Figure | None]] = dict(
+        learning_curve=lambda: tear_sheet.plot_learning_curve(history) if history.get("val_loss") else None,
+        confusion=lambda: tear_sheet.plot_confusion(*labelled),
+        reliability=lambda: tear_sheet.plot_reliability(*labelled),
+        precision_recall=lambda: tear_sheet.plot_precision_recall(*labelled),
+        equity=lambda: tear_sheet.plot_equity(b) if (b := trainer.backtest(split)) and b.has_prices else None,
+        robustness=lambda: plot_robustness(tables) if (tables := trainer.robustness(split)) else None,
+        importance=lambda: tear_sheet.plot_importance(i) if model and (i := model.feature_importance()) else None,
+        predictions=lambda: tear_sheet.plot_probabilities(predictions, classes),
+    )
+    figures = {name: draw[name]() for name in names or draw}
+    return {name: figure for name, figure in figures.items() if figure}
