@@ -260,7 +260,9 @@ MODELS = dict(
 DIRECTION = dict(
     none=dict(
         p_direction=None,
-        why=dict(direction="too few rows to say: 3 blocks of four label lengths, at least 8 are needed"),
+        why=dict(
+            direction="too few rows to say: 3 blocks, at least 8 are needed (a block is four label lengths long)",
+        ),
     ),
     no=dict(),
     yes=dict(p_direction=0.0004, direction_significant=True),

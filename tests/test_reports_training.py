@@ -370,7 +370,7 @@ def test_a_fit_whose_loss_is_above_that_of_the_class_shares_warns(tmp_path):
 
     t.model.predict, t._learning = wrong, None
     (note,) = t.learning_notes()
-    assert "its log loss on train is" in note and "rows of train, 3 classes" in note
+    assert "its log loss on the training rows is" in note and "training rows, 3 classes" in note
 
 
 def test_a_fit_that_learnt_nothing_is_named_by_run_grid_and_comparison(task):

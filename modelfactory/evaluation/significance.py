@@ -57,11 +57,11 @@ __all__ = ['LABELLED_ROW', 'MIN_DAYS', 'SignificanceError', 'probabilistic_sharp
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e9206335
 class SignificanceError(ValueError):
-    "Raised for model scores that cannot be compared."
+    "Raised when model scores cannot be compared."
 
 # %% ../../nbs/evaluation/06_significance.ipynb #a6e85ce0
 def _daily_sharpe(pnl):
-    "Daily Sharpe ratio, and its standard error times `sqrt(days - 1)`; NaN if the profit is constant."
+    "Daily Sharpe ratio, and `sqrt(days - 1)` times its standard error; both are NaN if the profit is constant."
     from scipy.stats import kurtosis, skew
 
     varies = np.ptp(pnl, -1) > 0
@@ -72,7 +72,7 @@ def _daily_sharpe(pnl):
 
 
 def probabilistic_sharpe(
-    pnl: np.ndarray,  # (..., days) daily profit, share of capital
+    pnl: np.ndarray,  # (..., days) daily profit as a share of capital
     benchmark: float = 0.0,  # annual Sharpe ratio of the benchmark
     trading_days: float = 252,  # trading days per year
 ) -> np.ndarray:  # (...) probability
@@ -84,12 +84,12 @@ def probabilistic_sharpe(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e608bce0
 def minimum_track_record(
-    pnl: np.ndarray,  # (..., days) daily profit, share of capital
+    pnl: np.ndarray,  # (..., days) daily profit as a share of capital
     benchmark: float = 0.0,  # annual Sharpe ratio of the benchmark
     level: float = 0.95,  # required probability
     trading_days: float = 252,  # trading days per year
-) -> np.ndarray:  # (...) days; infinite if the ratio does not exceed the benchmark
-    "Number of days at which `probabilistic_sharpe` reaches `level`, given the Sharpe ratio and moments of `pnl`."
+) -> np.ndarray:  # (...) number of days; infinite if the Sharpe ratio does not exceed the benchmark
+    "Number of days until `probabilistic_sharpe` reaches `level` if the Sharpe ratio and moments stay as in `pnl`."
     from scipy.special import ndtri
 
     ratio, error = _daily_sharpe(np.asarray(pnl))
@@ -101,7 +101,7 @@ def minimum_track_record(
 def expected_max(
     n_trials: int,  # number of independent standard normal draws
 ) -> float:
-    "Expected maximum of `n_trials` standard normal draws, 0 for one draw; raises `SignificanceError` below one draw."
+    "Expected maximum of `n_trials` standard normal draws; raises `SignificanceError` if `n_trials` is less than 1."
     from scipy.special import ndtri
 
     if int(n_trials) != n_trials or n_trials < 1:
@@ -115,12 +115,12 @@ def expected_max(
 def deflated_sharpe(
     pnl: np.ndarray,  # (models, days) daily profit of the models that were tried
     n_trials: int,  # number of models tried, including these
-    variance: float | None = None,  # variance of the annual Sharpe ratios over trials; None: from these models
+    variance: float | None = None,  # variance of the annual Sharpe ratios over trials; None: computed from these models
     trading_days: float = 252,  # trading days per year
 ) -> np.ndarray:  # (models,) probability
     """Probability that the true Sharpe ratio exceeds the expected maximum of `n_trials` models without skill.
 
-    Raises `SignificanceError` if `n_trials` is below the number of models, or for one model without `variance`.
+    Raises `SignificanceError` if `n_trials` is below the number of models, or if `variance` is missing for one model.
     """
     pnl = np.atleast_2d(pnl)
     if n_trials < len(pnl):
@@ -128,7 +128,9 @@ def deflated_sharpe(
             f"n_trials is {n_trials}, but there are {len(pnl)} models: count everything that was tried"
         )
     if variance is None and len(pnl) < 2:
-        raise SignificanceError("one model has no variance over trials: pass variance= of the annual Sharpe ratios")
+        raise SignificanceError(
+            "one model has no variance over trials: pass the variance of the annual Sharpe ratios as variance="
+        )
     if variance is None:
         deviation = np.nanstd(_daily_sharpe(pnl)[0], ddof=1) * trading_days**0.5
     else:
@@ -140,13 +142,13 @@ def deflated_sharpe(
 class Overfitting:
     "Out-of-sample rank of the best in-sample model, over all symmetric splits of the days."
 
-    logits: np.ndarray  # (splits,) logit of the out-of-sample relative rank of the best in-sample model
+    logits: np.ndarray  # (splits,) logit of the relative rank that the best in-sample model has out of sample
     sharpe: np.ndarray  # (splits, 2) daily Sharpe ratio of this model, in sample and out of sample
     trading_days: float = 252  # trading days per year
 
     @property
     def probability(self) -> float:
-        "Share of splits in which the best in-sample model is below the median out of sample."
+        "Share of splits in which the best in-sample model ranks below the median out of sample."
         return float((self.logits < 0).mean() + (self.logits == 0).mean() / 2)
 
     def __repr__(self):
@@ -171,10 +173,13 @@ def _half_sharpes(pnl, half, n_blocks):
 # %% ../../nbs/evaluation/06_significance.ipynb #1d9e138a
 def backtest_overfitting(
     pnl: np.ndarray,  # (models, days) daily profit
-    n_blocks: int | None = None,  # even number from 2 to 20; None: 16, or fewer so that each block has two days
+    n_blocks: int | None = None,  # even number from 2 to 20; None: 16, or fewer if there are fewer than 32 days
     trading_days: float = 252,  # trading days per year
 ) -> Overfitting:
-    "Combinatorially symmetric cross-validation of the best model; raises `SignificanceError` for too few days."
+    """Combinatorially symmetric cross-validation of the best model.
+
+    Raises `SignificanceError` if there are too few days or models, or if a profit is not finite.
+    """
     pnl = np.asarray(pnl, float)
     days = pnl.shape[-1]
     if n_blocks is None:
@@ -200,14 +205,14 @@ def backtest_overfitting(
 # %% ../../nbs/evaluation/06_significance.ipynb #25acebf7
 def spa_test(
     gains: np.ndarray,  # (T, models) gain over the benchmark per day or timestamp; larger is better
-    overlap: float = 1,  # overlap of the gains in rows: the horizon in timestamps or in days
+    overlap: float = 1,  # number of rows over which gains overlap: the horizon in timestamps or in days
     n_boot: int = 1000,  # draws
     seed: int = 42,
     mean_block: float | None = None,  # mean block length in rows; None: `label_block_length` of this overlap
-    studentise: bool = True,  # False: gains are not standardised and not corrected for few blocks
-    benchmarks: int = 1,  # number of benchmarks; columns: all models against the first, then the second
+    studentise: bool = True,  # False: gains are neither standardised nor corrected for few blocks
+    benchmarks: int = 1,  # number of benchmarks; columns: all models against the first, then all against the second
 ) -> dict[str, float]:  # p-values: lower, consistent, upper (Hansen) and white
-    "P-values for the best of many models against the benchmarks; raises `SignificanceError` for infinite gains."
+    "P-values for the best of many models against the benchmarks; raises `SignificanceError` if a gain is not finite."
     gains = np.asarray(gains, float)
     if gains.ndim != 2 or len(gains) < 3 or not np.isfinite(gains).all():
         raise SignificanceError(f"gains: shape {gains.shape}, expected finite numbers of shape (T, models)")
@@ -234,14 +239,14 @@ def _t_to_normal(t, freedom):
 
 
 def _best_p_value(score, drawn, benchmarks):
-    "Share of draws whose largest gain reaches the best model's smallest gain over its benchmarks."
+    "Share of draws whose largest gain is at least the gain of the best model over its hardest benchmark."
     best = max(score.reshape(benchmarks, -1).min(0).max(), 0)
     return float((1 + (np.maximum(drawn.max(1), 0) >= best).sum()) / (1 + len(drawn)))
 
 # %% ../../nbs/evaluation/06_significance.ipynb #68cbc110
 def adjust_for_trials(
     p: float,  # p-value of the best of `n_models`
-    n_models: int,  # models in the test
+    n_models: int,  # number of models in the test
     trials: int | None,  # number of models tried; None: these models only
 ) -> float:
     "P-value of the best of all trials if only `n_models` of these trials are in the test."
@@ -289,7 +294,7 @@ def row_losses(
 
 
 def timestamp_sums(
-    frame: pd.DataFrame,  # n rows: datetime, symbol
+    frame: pd.DataFrame,  # n rows with the columns datetime and symbol
     rows: pd.DataFrame,  # (n, models) values to sum
     horizon: int,  # label horizon in bars
 ) -> tuple[np.ndarray, float]:  # sums (T, models), and the label overlap in timestamps
@@ -302,15 +307,15 @@ def timestamp_sums(
 class DirectionClaim:
     "Directional skill of one model, its interval, and the resulting claim."
 
-    skill: float  # covariance of predicted and true sign within symbols, net of base rates
+    skill: float  # covariance of the predicted and the true sign within symbols, net of base rates
     low: float  # lower bound of the interval at `level`; NaN if there are too few rows
     high: float  # upper bound of the interval
     level: float  # coverage of the interval
     accuracy: float  # directional accuracy
     constant: float  # directional accuracy of the better constant call on all rows with a non-zero label
     constant_class: int  # sign of the better constant call: 1 up, -1 down, 0 if labels have no direction
-    n_rows: int  # rows where prediction and label are both non-zero
-    n_blocks: int  # blocks of four label lengths with at least one of these rows
+    n_rows: int  # number of rows where prediction and label are both non-zero
+    n_blocks: int  # number of blocks, each four label lengths long, with at least one of these rows
     trials: int = 1  # number of models tried
 
     @property
@@ -335,8 +340,8 @@ class DirectionClaim:
         if self.verdict == "too few rows":
             blocks = f"{self.n_blocks} block{'s' * (self.n_blocks != 1)}"
             return (
-                f"Direction: too few rows to say ({self.n_rows:,} rows with a predicted and a true sign in "
-                f"{blocks}, at least {MIN_BLOCKS} are needed)."
+                f"Direction: too few rows to say ({self.n_rows:,} rows with both a predicted and a true sign in "
+                f"{blocks}, at least {MIN_BLOCKS} blocks are needed)."
             )
         text = dict(significant="significant", worse="significantly negative").get(self.verdict, "not significant")
         tried = "as the only model tried" if self.trials == 1 else f"corrected for {self.trials:,} trials"
@@ -351,7 +356,7 @@ class DirectionClaim:
         return "always up" if self.constant_class > 0 else "always down"
 
     def metrics(self) -> dict[str, float]:
-        "The claim as metrics, with names from `METRICS` and interval bounds."
+        "The claim as a dict of metrics with the names in `METRICS`, including the interval bounds."
         return dict(
             directional_skill=self.skill,
             directional_accuracy_constant=self.constant,
@@ -367,7 +372,7 @@ def direction_claim(
     rows: pd.DataFrame,  # datetime, symbol, and the class values y_true and prediction
     horizon: int,  # label horizon in bars
     trials: int = 1,  # number of models tried, including this one
-    alpha: float = 0.05,  # two-sided probability of at least one wrong verdict over all trials
+    alpha: float = 0.05,  # probability that any of the trials gets a wrong verdict (significant or worse)
     classes: tuple = (-1, 0, 1),
 ) -> DirectionClaim:
     "Directional skill of one model, with its interval and verdict."
@@ -389,7 +394,7 @@ def direction_claim(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #a41e0801
 def _mean_tests(x, overlap):
-    "Means, standard errors and degrees of freedom (S,) of series (T, S)."
+    "Mean, standard error and degrees of freedom of each of the S columns of `x`."
     T = len(x)
     freedom = np.array([count_frequencies(column, overlap, strict=True) for column in x.T])
     power = cosine_transforms(x, max_frequencies(T, overlap)) ** 2
@@ -398,16 +403,19 @@ def _mean_tests(x, overlap):
 
 
 def diebold_mariano(
-    difference: np.ndarray,  # (T,) or (T, S) loss of one model minus that of another, by timestamp
+    difference: np.ndarray,  # (T,) or (T, S) loss of one model minus the loss of another, per timestamp
     overlap: float,  # label overlap in timestamps, usually the horizon
 ) -> tuple[np.ndarray, np.ndarray]:  # statistic and two-sided p-value; NaN if the losses are equal
-    "Test of equal mean loss, fixed-b critical values; raises `SignificanceError` if data span at most two overlaps."
+    """Tests whether two models have equal mean loss, with fixed-b critical values.
+
+    Raises `SignificanceError` if the data span at most two label overlaps.
+    """
     from scipy.special import stdtr
 
     d = np.asarray(difference, float)
     if len(d) <= 2 * max(overlap, 1):
         raise SignificanceError(
-            f"{len(d)} timestamps of labels that overlap by {overlap:g}: expected more than {2 * overlap:g}"
+            f"{len(d)} timestamps, expected more than {2 * overlap:g}: labels overlap by {overlap:g} timestamps"
         )
     mean, error, freedom = _mean_tests(d.reshape(len(d), -1), overlap)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -421,7 +429,7 @@ def mcnemar(
     hits_b: np.ndarray,  # (n,) whether the second model is right
     timestamps: np.ndarray | None = None,  # (n,) timestamps of the rows; None: one row per timestamp
     overlap: float = 1,  # label overlap in timestamps
-) -> dict[str, float]:  # only_a, only_b (rows); p_exact (independent rows), p (overlapping labels)
+) -> dict[str, float]:  # only_a and only_b (numbers of rows); p_exact (independent rows); p (overlapping labels)
     "McNemar's test of whether two models are right equally often."
     from scipy.stats import binomtest
 
@@ -454,9 +462,9 @@ def paired_tests(
 ) -> pd.DataFrame:  # one row per model, sorted by log loss
     """Compares every model with a reference: Diebold-Mariano on log loss, and McNemar, with Holm's correction.
 
-    Columns: `log_loss`; `difference` from the reference; `dm`, `p_dm`, `p_dm_holm`; rows that only the model
-    (`only_here`) or only the reference (`only_there`) predicts correctly; `p_mcnemar`, `p_mcnemar_holm`.
-    Raises `SignificanceError` for an unknown reference or a single model.
+    Columns: `log_loss`; `difference` from the reference; `dm`, `p_dm`, `p_dm_holm`; number of rows that only the
+    model (`only_here`) or only the reference (`only_there`) predicts correctly; `p_mcnemar`, `p_mcnemar_holm`.
+    Raises `SignificanceError` if the reference is unknown or there is only one model.
     """
     losses, hits = row_losses(frame, "log_loss", classes), row_losses(frame, "error", classes) == 0
     against = against or losses.mean().idxmin()
@@ -479,7 +487,7 @@ def paired_tests(
 # %% ../../nbs/evaluation/06_significance.ipynb #f69d5cdc
 def mean_differences(
     losses: pd.DataFrame,  # (n, models) loss of each row
-    frame: pd.DataFrame,  # n rows: datetime, symbol
+    frame: pd.DataFrame,  # n rows with the columns datetime and symbol
     horizon: int,  # label horizon in bars
     metric: str = "log_loss",  # metric name in `METRICS`, which defines its sign
     level: float = 0.95,  # joint coverage of all intervals
@@ -489,7 +497,7 @@ def mean_differences(
     """Difference between each model's mean loss and that of the best model, with joint intervals.
 
     Columns: `value`, `difference`, `low`, `high`, and `not_worse` (whether the interval contains 0).
-    Raises `SignificanceError` for a single model, or if the data span at most two label overlaps.
+    Raises `SignificanceError` if there is only one model or the data span at most two label overlaps.
     """
     from scipy.special import ndtr, stdtrit
 
@@ -498,7 +506,7 @@ def mean_differences(
     sums, overlap = timestamp_sums(frame, losses, horizon)
     if len(sums) <= 2 * overlap:
         raise SignificanceError(
-            f"{len(sums)} timestamps of labels that overlap by {overlap:g}: expected more than {2 * overlap:g}"
+            f"{len(sums)} timestamps, expected more than {2 * overlap:g}: labels overlap by {overlap:g} timestamps"
         )
     rows, value, names = len(losses), losses.mean(), list(losses)
     best = int((value * (metric_sign(metric) or 1)).to_numpy().argmax())
@@ -532,7 +540,7 @@ def paired_differences(
     """Difference between each model's metric and that of the reference model, with joint intervals.
 
     Columns: `value`, `difference`, `low`, `high`, and `not_worse` (whether the interval contains 0).
-    Models with an undefined metric are excluded; raises `SignificanceError` if fewer than two remain.
+    Models whose metric is undefined are excluded; raises `SignificanceError` if fewer than two models remain.
     """
     models, sign = [m for m, v in points.items() if not np.isnan(v)], metric_sign(metric) or 1
     if len(models) < 2:
@@ -583,7 +591,10 @@ def class_differences(
     seed: int = 42,
     level: float = 0.95,  # joint coverage of all intervals
 ) -> pd.DataFrame:  # one row per model: value, difference, low, high, not_worse
-    "Difference between each model's class metric and the best, with joint intervals; raises `SignificanceError`."
+    """Difference between each model's class metric and that of the best model, with joint intervals.
+
+    Raises `SignificanceError` if the metric is unknown or defined for fewer than two models.
+    """
     if metric not in ("log_loss", "brier"):
         return paired_differences(*_metric_draws(frame, horizon, metric, classes, n_boot, seed), metric, level=level)
     return mean_differences(row_losses(frame, metric, classes), frame, horizon, metric, level, n_boot, seed)
@@ -593,7 +604,7 @@ def plot_differences(
     table: pd.DataFrame,  # from `mean_differences` or `class_differences`
     metric: str,  # metric name, for the axis label
 ) -> Figure:
-    "Figure of the differences from the best model with intervals; models that are not significantly worse are grey."
+    "Figure of each model's difference from the best, with its interval; grey if the model is not significantly worse."
     from matplotlib import pyplot as plt
 
     size = 6, 0.27 * len(table) + 1
@@ -637,7 +648,7 @@ def information_gains(
     frame: pd.DataFrame,  # stacked table
     classes: tuple = (-1, 0, 1),
 ) -> pd.DataFrame:  # (n, models)
-    "Product of outcome and log probabilities of each model on each row, each minus its symbol mean."
+    "Sum over classes of outcome times log probability, each minus its symbol mean, for each row and model."
     codes, symbols = class_codes(frame["y_true"], classes, "y_true"), frame["symbol"].to_numpy()
 
     def demean(x):
@@ -656,7 +667,7 @@ def prior_gains(
     train_shares: np.ndarray,  # (K,) class shares of the training set
     classes: tuple = (-1, 0, 1),
 ) -> pd.DataFrame:  # (n, models)
-    "Log loss of the class shares of the training set minus the log loss of each model, for each row."
+    "On each row, the log loss of the training set's class shares minus the log loss of each model."
     codes = class_codes(frame["y_true"], classes, "y_true")
     prior = -np.log(np.maximum(np.asarray(train_shares, float), np.finfo(float).eps))[codes]
     return row_losses(frame, classes=classes).rsub(prior, axis=0)
@@ -666,13 +677,13 @@ def significance_summary(
     frame: pd.DataFrame,  # stacked table
     horizon: int,  # label horizon in bars
     train_shares: np.ndarray,  # (K,) class shares of the training set
-    daily: dict | None = None,  # model -> `Backtest.daily` with net, hold and constant; None: no prices
+    daily: dict | None = None,  # model -> `Backtest.daily` with the columns net, hold and constant; None: no prices
     trials: int | None = None,  # number of models tried on this task, including these; None: only these
     classes: tuple = (-1, 0, 1),
     alpha: float = 0.05,  # significance level of each claim
     days_per_year: float = 252,  # trading days per year
     predictions: dict | None = None,  # model -> (n,) class values; None: the most probable classes
-) -> dict:  # counts, p-values, claims, figures of the best models, `models` (a dictionary per model), `why`
+) -> dict:  # counts, p-values, claims, values for the best models, `models` (a dictionary per model), `why`
     "All claims about the models of one task; a p-value is None if the test was not made, and `why` gives the reason."
     predictions, why = predictions or most_probable(frame, classes), {}
     models = list(predictions)
@@ -710,12 +721,12 @@ def significance_summary(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #4e345314
 def _too_few_blocks(blocks):
-    text = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"
-    return f"too few rows to say: {text}, at least {MIN_BLOCKS} are needed"
+    text = f"{blocks} block{'s' * (blocks != 1)}, at least {MIN_BLOCKS} are needed"
+    return f"too few rows to say: {text} (a block is four label lengths long)"
 
 
 def _spa_p_value(frame, gains, horizon, trials, slow=False, benchmarks=1):
-    "P-value of the best of all trials, from gains (n, models); `slow`: block lengths allow for persistent gains."
+    "P-value of the best of all trials, from gains (n, models); `slow`: blocks are long enough for persistent gains."
     sums, overlap = timestamp_sums(frame, gains, horizon)
     block = series_block_length(sums, overlap) if slow else None
     p = spa_test(sums, overlap, mean_block=block, benchmarks=benchmarks)["consistent"]
@@ -729,13 +740,13 @@ def log_loss_p_value(
     trials: int,  # number of models tried
     classes: tuple,  # class values in column order
 ) -> float:
-    "P-value of the claim that the best model beats the training class shares and is informative on single rows."
+    "P-value of the claim that the best model beats the training class shares and its probabilities follow the outcome."
     gains = pd.concat([prior_gains(frame, train_shares, classes), information_gains(frame, classes)], axis=1)
     return _spa_p_value(frame, gains, horizon, trials, slow=True, benchmarks=2)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #54ba176c
 def _model_figures(claim, any_skill):
-    "Figures of one model; its direction is significant only if the joint test of all models is significant."
+    "Metrics of one model; its directional skill is significant only if the joint test of all models is also."
     values = dict(directional_accuracy=claim.accuracy, direction_significant=claim.significant and any_skill)
     return claim.metrics() | values | dict(direction_verdict=claim.verdict, n_blocks=claim.n_blocks)
 
@@ -752,7 +763,7 @@ def _best_by_log_loss(frame, horizon, classes, alpha, n_blocks):
 
 # %% ../../nbs/evaluation/06_significance.ipynb #14467249
 def profit_claims(
-    daily: dict,  # model -> table by day: net, hold, constant
+    daily: dict,  # model -> daily table with the columns net, hold and constant
     trials: int,  # number of models tried, including these
     days_per_year: float = 252,  # trading days per year
 ) -> dict:  # p_profit (also _cash, _hold, _constant), best_sharpe_model, sharpe_net, deflated_sharpe, overfitting, why
@@ -817,7 +828,10 @@ def critical_difference(
     n_folds: int,
     alpha: float = 0.05,  # significance level
 ) -> float:  # in ranks
-    "Smallest significant difference of two mean ranks; raises `SignificanceError` for fewer than two models or folds."
+    """Smallest significant difference between two mean ranks.
+
+    Raises `SignificanceError` if there are fewer than two models or folds.
+    """
     from scipy.stats import studentized_range
 
     if n_models < 2 or n_folds < 2:
@@ -830,7 +844,7 @@ def critical_difference(
 class Ranks:
     "Ranks of models over folds; 1 is the best rank, and ties get their mean rank."
 
-    table: pd.DataFrame  # ranks, folds x models, best mean rank first
+    table: pd.DataFrame  # rank of each model on each fold (folds x models), best mean rank first
     cd: float  # critical difference of mean ranks
     p: float  # p-value of Friedman's test of equal ranks
 
@@ -848,7 +862,7 @@ def rank_models(
     metric: str,  # metric name in `METRICS`, which defines its sign
     alpha: float = 0.05,  # significance level of the critical difference
 ) -> Ranks:
-    "Ranks the models on each fold and assumes independent folds; raises `SignificanceError` for missing scores."
+    "Ranks the models on each fold, assuming independent folds; raises `SignificanceError` if a score is missing."
     from scipy.stats import friedmanchisquare
 
     if scores.isna().any(axis=None):

@@ -95,7 +95,7 @@ def _symbol_rows(table):
 # %% ../../nbs/training/02_null_zoo.ipynb #b781f577
 BAR_MODELS = ("logistic", "lightgbm", "momentum", "reversal", "persistence")
 OPINION_BARS = 200  # decay time of an AR(1) forecast, in bars
-TILT_STD = 0.1  # standard deviation of a slow tilt, in log odds
+TILT_STD = 0.1  # standard deviation of a slowly changing tilt, in log odds
 RULE_CERTAINTY = 0.6  # probability mass that a rule adds to its predicted class
 LIGHTGBM_PARAMS = dict(
     objective="multiclass",
@@ -138,7 +138,7 @@ def _sign_probabilities(sign, shares):
 
 
 def _ar1_forecasts(table, rng):
-    "A random AR(1) series with unit variance for each symbol, (n,)."
+    "Random AR(1) series with unit variance, one for each symbol, joined into one array."
     from scipy.signal import lfilter
 
     keep = math.exp(-1 / OPINION_BARS)
@@ -150,20 +150,20 @@ def _ar1_forecasts(table, rng):
 
 
 def _tilted_shares(shares, forecast):
-    "Class shares tilted towards up or down by a forecast, (n, 3)."
+    "Class probabilities (n, 3): the class shares, tilted towards up or down by a forecast."
     odds = shares * np.exp(TILT_STD * forecast[:, None] * np.array([-1, 0, 1]))
     return odds / odds.sum(1, keepdims=True)
 
 
 def _last_decided(table, label, hit):
-    "The symbol's most recent decided label at each row; 0 if no label is decided yet."
-    decided_after = np.where(label == NO_LABEL, len(label), hit)  # a missing label is never decided
+    "At each row, the most recent label of the same symbol that is already known; 0 if there is none."
+    decided_after = np.where(label == NO_LABEL, len(label), hit)  # a missing label never becomes known
     metadata = table[["datetime", "symbol"]].assign(label_bars=decided_after, horizon=0)
     return np.nan_to_num(last_known_labels(label, metadata, gap=0))
 
 # %% ../../nbs/training/02_null_zoo.ipynb #bca3dad8
 def _constant_models(train, val, shares, horizon, rng):
-    "Predictions of the models that do not use the bars of val."
+    "Predictions of the models that do not use the validation bars."
     label = f"label_h{horizon}"
     frequent_sign = np.sign(train.groupby("symbol")[label].mean())
     direction = val["symbol"].map(frequent_sign.replace(0, 1)).to_numpy()
@@ -199,8 +199,8 @@ def null_models(
     elsewhere: dict,  # model name -> (n, F) features of another market of the same world
     horizon: int,  # horizon of the label, in bars
     seed: int = 0,
-) -> tuple[dict, np.ndarray]:  # model -> (n_val, 3) probabilities for the rows of val; class shares of train, (3,)
-    "Fits all models on train and predicts val."
+) -> tuple[dict, np.ndarray]:  # model -> (n_val, 3) probabilities for the validation rows; training class shares
+    "Fits all models on the training rows and predicts the validation rows."
     label, is_val = table[f"label_h{horizon}"].to_numpy(int), (table["split"] == "val").to_numpy()
     labelled = ~is_val & (label != NO_LABEL)
     shares = np.bincount(label[labelled] + 1, minlength=3) / labelled.sum()
@@ -257,7 +257,7 @@ def _daily_tables(val, price, models, horizon):
 
 # %% ../../nbs/training/02_null_zoo.ipynb #df143e8d
 def _old_direction_p(frame, models, horizon):
-    "P-value of the old rule, which tests correct signs minus wrong signs."
+    "P-value of the old rule, which tests whether correct signs outnumber wrong signs."
     truth = frame["y_true"].to_numpy()
     gains = pd.DataFrame({name: (p.argmax(1) - 1) * truth for name, p in models.items()})
     return significance.spa_test(*significance.timestamp_sums(frame, gains, horizon))["consistent"]
@@ -270,13 +270,13 @@ def _is_called_worse(frame, pair, horizon):
 
 
 def _select_models(frame, models):
-    "The columns of the given models."
+    "The key columns, and the prediction columns of the given models."
     names = [f"{m}_{c}" for m in models for c in probability_columns((-1, 0, 1))]
     return frame[["datetime", "symbol", "y_true", *names]]
 
 
 def _card_verdicts(frame, models, horizon):
-    "The verdict on directional skill shown on the card of each model."
+    "The verdict on the directional skill of each model, as shown on its card."
     keys = frame[["datetime", "symbol", "y_true"]]
     cards = {}
     for name, p in models.items():
@@ -286,7 +286,7 @@ def _card_verdicts(frame, models, horizon):
 
 # %% ../../nbs/training/02_null_zoo.ipynb #9a497d96
 def _direction_and_profit(val, models, shares, horizon, price):
-    "Claims about direction and profit; `price` is the name of the column of closes, or None without closes."
+    "Claims about direction and profit; `price` names the column with the closes, or is None if there are none."
     frame = stacked_frame(val, models, horizon)
     daily = _daily_tables(val, price, models, horizon) if price else None
     summary = significance.significance_summary(frame, horizon, shares, daily, trials=len(models))
@@ -316,7 +316,7 @@ def evaluate_null_market(
     world: str,  # name of a null world
     seed: int,  # random seed of the market; even seeds use horizon 5, odd seeds horizon 20
 ) -> dict:  # world, seed, horizon, claims (claim -> bool, or None without a test), p, cards, seconds
-    "The claims of the evaluation about the cheap models on one null market."
+    "Tests the cheap models on one null market and returns the claims that the evaluation makes."
     start, w, horizon = time.process_time(), find_world(world), (5, 20)[seed % 2]
     table = simulate_null(w, horizon, seed)
     elsewhere = {}
@@ -341,7 +341,7 @@ def evaluate_null_market(
     )
 
 # %% ../../nbs/training/02_null_zoo.ipynb #dd97e71f
-STRENGTHS = (0.2, 0.25, 0.35)  # strengths of the planted signal, as fractions of the signal of the bundled market
+STRENGTHS = (0.2, 0.25, 0.35)  # strengths of the planted signal, as fractions of its strength in the bundled market
 
 
 def _planted_table(strength, horizon, seed):
@@ -372,10 +372,10 @@ def _planted_table(strength, horizon, seed):
 
 # %% ../../nbs/training/02_null_zoo.ipynb #789c51b8
 def evaluate_planted_market(
-    strength: float,  # signal strength, as a fraction of that of the bundled planted market
+    strength: float,  # signal strength, as a fraction of the strength in the bundled planted market
     seed: int,  # random seed of the market; even seeds use horizon 5, odd seeds horizon 20
 ) -> dict:  # world, seed, horizon, claims, p, cards, seconds
-    "The claims of the evaluation about direction and profit on one market with a planted signal."
+    "Tests the cheap models on one market with a planted signal; returns the claims about direction and profit."
     start, horizon = time.process_time(), (5, 20)[seed % 2]
     table, features = _planted_table(strength, horizon, 1_000_000 + seed)
     models, shares = null_models(table, features, {}, horizon, seed)
@@ -419,7 +419,7 @@ def code_hash() -> str:
 
 
 def _judge(world, seed):
-    "The result of one market: a planted market if the world's name starts with planted_, else a null market."
+    "Tests the models on one market: a planted one if the world's name starts with planted_, else a null market."
     if world.startswith("planted_"):
         return evaluate_planted_market(float(world.removeprefix("planted_")), seed)
     return evaluate_null_market(world, seed)
@@ -429,7 +429,7 @@ def read_results(
     folder: Path | None = None,  # cache folder; None: from settings.ini
     any_code: bool = False,  # True: include results computed by different code
 ) -> pd.DataFrame:  # one row per market: world, seed, horizon, claims, p, cards, seconds, code
-    "Stored results, keeping only the most recent result of each market."
+    "Stored results; for each market, only the most recent result."
     folder = Path(folder or settings().cache / "null_zoo")
     lines = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     rows = [line for line in lines if any_code or line["code"] == code_hash()]
@@ -444,7 +444,7 @@ def run_zoo(
     folder: Path | None = None,  # cache folder; None: from settings.ini
     any_code: bool = False,  # True: keep results computed by different code
 ) -> pd.DataFrame:  # results of these markets, in the format of `read_results`
-    "Computes results for the markets that are not stored yet and returns the results of all markets."
+    "Computes the results of markets without a stored result and returns the results of all markets."
     folder = Path(folder or settings().cache / "null_zoo")
     folder.mkdir(parents=True, exist_ok=True)
     stored = read_results(folder, any_code)
@@ -462,7 +462,7 @@ def run_zoo(
 
 
 def _select_markets(results, worlds, n_markets):
-    "The results of the first `n_markets` markets of the given worlds."
+    "The results of the first `n_markets` markets of each given world."
     return results[results["world"].isin(worlds) & (results["seed"] < n_markets)].reset_index(drop=True)
 
 
@@ -479,7 +479,7 @@ def _results(tasks, workers):
 def claim_table(
     results: pd.DataFrame,  # as from `run_zoo`
     by: str | list = "world",  # columns to group by
-) -> pd.DataFrame:  # a row per group: markets, then the share of markets with each claim; NaN without a test
+) -> pd.DataFrame:  # one row per group: number of markets, share with each claim; NaN without a test
     "Share of markets with each kind of claim."
     claims = pd.DataFrame(results["claims"].tolist(), results.index).astype(float)
     columns = [c for c in CLAIM_LABELS if c in claims]
@@ -538,7 +538,7 @@ def plot_claims(
 
 # %% ../../nbs/training/02_null_zoo.ipynb #bfa52b22
 def main(argv: list[str] | None = None) -> None:  # None: the command-line arguments
-    "Runs the zoo from the command line and prints the shares of claims."
+    "Runs the zoo from the command line and prints the share of markets with each claim."
     parser = argparse.ArgumentParser(
         description="Count claims of skill on markets without skill, and on markets with planted skill."
     )

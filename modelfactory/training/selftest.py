@@ -96,14 +96,14 @@ class InvarianceResult:
 
 # %% ../../nbs/training/01_selftest.ipynb #4efe94c5
 def _model_and_dataset(model, dataset):
-    "A fitted model and the dataset to predict. A trainer provides its model and, by default, its val dataset."
+    "A fitted model and the dataset to predict; for a trainer, its model and, by default, its validation dataset."
     if isinstance(model, BaseModel):
         return model, dataset
     return model.model, dataset or model.datasets["val"]
 
 
 def _cutoffs(dataset, fractions):
-    "The timestamps at given fractions of the samples."
+    "The timestamps that are reached after the given fractions of the samples."
     times = dataset.metadata["datetime"].sort_values()
     return [times.iloc[int(fraction * (len(times) - 1))] for fraction in fractions]
 
@@ -126,11 +126,11 @@ def _compare_predictions(test, model, dataset, variants, tolerance):
 # %% ../../nbs/training/01_selftest.ipynb #c52e3712
 def future_perturbation(
     model: BaseModel | Trainer,  # fitted
-    dataset: TimeSeriesDataset | None = None,  # None: the trainer's val dataset
+    dataset: TimeSeriesDataset | None = None,  # None: the trainer's validation dataset
     shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples after which rows are replaced
     seed: int = 0,
 ) -> InvarianceResult:
-    "Replaces all rows after a cutoff; predictions up to the cutoff must be equal, bit for bit."
+    "Replaces all rows after a cutoff; predictions up to the cutoff must stay the same, bit for bit."
     model, ds = _model_and_dataset(model, dataset)
     variants = []
     for i, cutoff in enumerate(_cutoffs(ds, shares)):
@@ -140,11 +140,11 @@ def future_perturbation(
 # %% ../../nbs/training/01_selftest.ipynb #52140bc4
 def prefix_test(
     model: BaseModel | Trainer,  # fitted
-    dataset: TimeSeriesDataset | None = None,  # None: the trainer's val dataset
+    dataset: TimeSeriesDataset | None = None,  # None: the trainer's validation dataset
     shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples in each prefix
     tolerance: float = 1e-5,  # largest permitted change of a probability
 ) -> InvarianceResult:
-    "Predicts from only the rows up to a cutoff; the predictions must equal those made from all rows."
+    "Predicts from the rows up to a cutoff only; the predictions must equal those from all rows."
     model, ds = _model_and_dataset(model, dataset)
     variants = [(cutoff, ds.with_split(truncate(ds.split, cutoff))) for cutoff in _cutoffs(ds, shares)]
     return _compare_predictions("only a prefix", model, ds, variants, tolerance)
@@ -157,7 +157,7 @@ def _joined_features(bars, features):
 
 
 def lookahead_features(
-    features: Callable | None = None,  # function of bars that returns aligned feature columns; None: kit only
+    features: Callable | None = None,  # function from bars to aligned feature columns; None: only the kit's features
     bars: pd.DataFrame | None = None,  # datetime, symbol, open, high, low, close, volume; None: a simulated market
     moments: int = 2,  # number of cutoffs to try
 ) -> list[str]:  # names
@@ -170,17 +170,17 @@ def lookahead_features(
 # %% ../../nbs/training/01_selftest.ipynb #28524f27
 TABULAR_MODELS = ("logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", "catboost")
 FALSE_ALARM_RATE = 0.01  # probability that a correct pipeline raises an alarm
-SELFTEST_ROWS = (8_000, 8_000, 300)  # rows of train, val and test; the intervals are computed on val
+SELFTEST_ROWS = (8_000, 8_000, 300)  # numbers of training, validation and test rows; intervals use validation rows
 
 
 def null_splits(
     folder: Path,  # is created
     horizons: tuple,  # bars ahead
     seed: int,  # random seed of the market
-    rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
+    rows: tuple = SELFTEST_ROWS,  # numbers of training, validation and test rows
     features: Callable | None = None,  # as in `lookahead_features`
 ) -> Path:  # of the folder
-    "Writes Phase 1 splits of a market without signal, with the features of the kit and the user."
+    "Writes Phase 1 splits of a market without signal, with the kit's features and the user's own."
     market = simulate_market(replace(MARKET_PRESETS["null"], seed=seed, rows=rows))
     table, own = market_table(market, horizons), []
     if features is not None:
@@ -206,7 +206,7 @@ def _model_problems(r):
 
 
 def _test_cell(test):
-    "The text of a test in the table: the number of changed predictions, or a dash if the test did not run."
+    "The table cell of one test: the number of changed predictions, or a dash if the test did not run."
     if test is None:
         return "–"
     return "same" if test.ok else f"{test.moved:,} moved"
@@ -308,7 +308,7 @@ def _test_model(model, horizon, folder, preset, level, seed):
 
 
 def _skill_scores(trainer, level):
-    "Directional skill on val with its confidence interval, and whether the interval excludes 0."
+    "Directional skill on the validation data, with its confidence interval and whether the interval excludes 0."
     val = trainer.datasets["val"]
     y_pred = trainer.model.predict(val.X, val.metadata).predictions
     claim = direction_claim(val.metadata.assign(y_true=val.y, prediction=y_pred), val.horizon, alpha=1 - level)
@@ -320,12 +320,12 @@ def selftest(
     models: tuple = TABULAR_MODELS,  # model names in the registry
     horizons: tuple = (5, 20),  # bars ahead
     seed: int = 0,  # random seed of the market
-    rows: tuple = SELFTEST_ROWS,  # rows of train, val and test
+    rows: tuple = SELFTEST_ROWS,  # numbers of training, validation and test rows
     preset: str | None = None,  # preset in each model's YAML file; None: quick if the model has it
     features: Callable | None = None,  # function of bars that returns additional feature columns to test
     alpha: float = FALSE_ALARM_RATE,  # probability that a correct pipeline raises an alarm about direction
 ) -> SelfTest:
-    "Runs the pipeline on a market without signal; raises `UnknownModel`, and lists a model's exceptions as problems."
+    "Runs the pipeline on a market without signal; lists a model's exceptions as problems, but raises `UnknownModel`."
     jobs = [(ModelRegistry.get(m).name, h) for m in models for h in horizons]
     level, bar = 1 - alpha / max(1, len(jobs)), Progress(len(jobs), "self-test")
     with tempfile.TemporaryDirectory() as d:

@@ -73,7 +73,7 @@ class TrainerConfig(HTMLConfig):
 def trainer_config(
     values: dict | Path | TrainerConfig,  # keys of `TrainerConfig`, or a YAML file; `data` may be a folder or a name
 ) -> TrainerConfig:
-    "A `TrainerConfig` with missing keys taken from `settings.ini`; raises `ConfigError` on an invalid key or value."
+    "Builds a `TrainerConfig`; missing keys are read from `settings.ini`. Raises `ConfigError` if a value is invalid."
     if isinstance(values, TrainerConfig):
         return values
     source = "TrainerConfig" if isinstance(values, dict) else str(values)
@@ -97,7 +97,7 @@ class Trainer:
         config: TrainerConfig | dict | Path,  # see `trainer_config`
         data: Mapping | None = None,  # split name -> DataFrame, used instead of `config.data.data`
         callbacks: tuple = (),  # callbacks that are called during the fit
-        runs: Path | None = None,  # runs folder with the ledger of test-set uses; None: from settings.ini
+        runs: Path | None = None,  # runs folder that contains the ledger of test-set uses; None: from settings.ini
     ):
         self.config = trainer_config(config)
         self.frames, self.callbacks, self.runs, self._fingerprint = data, list(callbacks), runs, ""
@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def context_rows(self) -> int:
-        "Number of rows per symbol from earlier splits that the first windows of a later split may need."
+        "Number of rows per symbol that the first windows of a split may need from earlier splits."
         model = ModelRegistry.get(self.config.model)
         return model.history_length(self.model_config) + self.config.data.gap - 1
 
@@ -143,9 +143,9 @@ class Trainer:
         return fingerprint(resolve_data(self.config.data.data) if self.frames is None else self.frames, splits)
 
     def prepare_data(self) -> SplitsReport:
-        """Reads train and val into `datasets`; returns the report on the splits and stores it in `report`.
+        """Reads the training and validation splits into `datasets`; returns their report, also stored in `report`.
 
-        Raises `SplitsError` if the splits are not valid or the prices of val cannot be traded."""
+        Raises `SplitsError` if the splits are not valid or the validation prices are unusable."""
         self.datasets, report = self._load(("train", "val"))
         self.report = report
         self.baseline_metrics, self._fingerprint = {}, ""
@@ -154,7 +154,7 @@ class Trainer:
         return report
 
     def build_model(self) -> BaseModel:
-        "Creates an unfitted model for the features of train and stores it in `model`."
+        "Creates an unfitted model for the features of the training split and stores it in `model`."
         if not self.datasets:
             self.prepare_data()
         self.model = ModelRegistry.create(
@@ -163,7 +163,7 @@ class Trainer:
         return self.model
 
     def train(self) -> dict:
-        "Fits `model`, which is built first if it does not exist; returns the losses by round, stored in `history`."
+        "Fits `model`, building it first if needed; returns the losses of each round, also stored in `history`."
         if not self.datasets:
             self.prepare_data()
         model = self.build_model() if self.model is None else self.model
@@ -179,7 +179,7 @@ class Trainer:
     def evaluate(
         self,
         split: str = "val",  # name of the split; each use of "test" is recorded in the ledger
-        run: Path | None = None,  # folder of the run, whose runs folder contains the ledger; None: use `runs`
+        run: Path | None = None,  # folder of the run; the ledger is in its runs folder; None: use `runs`
     ) -> dict:
         "Predicts a split and returns its metrics; fills `predictions[split]` and `metrics[split]`."
         self.predict(split, run)
@@ -208,7 +208,7 @@ class Trainer:
         self,
         split: str = "val",  # a split with stored predictions
     ) -> dict:
-        "Metrics of the stored predictions of a split; also stored in `metrics[split]`."
+        "Computes the metrics of a split's stored predictions and stores them in `metrics[split]`."
         self.robustness_by_split.pop(split, None)
         self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.null_metrics(split))
         return self.metrics[split]
@@ -220,7 +220,7 @@ class Trainer:
         record_test_use(runs, c.data.data, self.fingerprint(), c.model, c.horizon, name)
 
     def null_metrics(self, split: str = "val") -> dict:
-        "Metrics under the null hypothesis: p-values from circular shifts in time, and the F1 of volatility alone."
+        "Metrics under the null hypothesis: p-values from circular time shifts, and the F1 without directional skill."
         c, ds = self.config, self.datasets[split]
         prices, _ = read_prices(ds, c.data.prices)
         rules = c.horizon, c.seed, c.cost_bps, c.trading_days, c.data.classes, c.day_start
@@ -236,14 +236,14 @@ class Trainer:
         )
 
     def learning_notes(self) -> list[str]:  # sentences
-        "Warnings if the fit learnt nothing or diverged, based on predictions for rows of train; computed once."
+        "Warnings if the fit learnt nothing or diverged, based on predictions for training rows; computed once."
         if self._learning is None:
             assert self.model is not None, "learning_notes: the trainer has no model; call train first"
             self._learning = learning_notes(self.model, self.datasets["train"]) + divergence_notes(self.history)
         return self._learning
 
     def notes(self) -> tuple:  # sentences
-        "Caveats on the scores: a fit that learnt nothing, early stopping on val, trades at the signal bar's close."
+        "Caveats on the scores: a useless fit, early stopping on validation data, trades at the signal bar's close."
         gap = GAP_0_NOTE[:1].upper() + GAP_0_NOTE[1:] + "." if self.config.data.gap == 0 else None
         learning = self.learning_notes() if self.history is not None else []
         return tuple(note for note in (*learning, early_stopping_note(self.model_config), gap) if note)
@@ -291,7 +291,7 @@ class Trainer:
         return self.baseline_metrics[split]
 
     def baseline(self, split: str = "val") -> dict:
-        "Metrics of the baseline that predicts the class shares of train for every row."
+        "Metrics of the baseline that predicts the training class shares for every row."
         return self.baselines(split)["prior"]
 
     def run_full_pipeline(self) -> dict:
@@ -302,7 +302,7 @@ class Trainer:
         return self.evaluate()
 
     def resolved_config(self) -> dict:
-        "The configuration with every key of the model; a trainer created from it gives the same result."
+        "The configuration with all keys of the model filled in; a trainer created from it gives the same result."
         return asdict(self.config) | dict(config=self.model_config, preset=None)
 
 
@@ -311,19 +311,19 @@ def _with_folder(data, folder):
     return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
 
 # %% ../../nbs/training/00_trainer.ipynb #c413ba48
-NOTE_ROWS = 4096  # maximum number of train rows on which a fit is checked
-NOTE_STD = 1e-4  # predictions are constant if the standard deviation of every probability is below this value
+NOTE_ROWS = 4096  # maximum number of training rows on which a fit is checked
+NOTE_STD = 1e-4  # predictions count as constant if the standard deviation of each probability is lower
 
 
 def learning_notes(
     model: BaseModel,  # fitted
     train: TimeSeriesDataset,  # the data that the model was fitted on
 ) -> list[str]:  # one sentence, or an empty list if the fit learnt something
-    "Warning if a fit predicts the same probabilities for every row or is no better than the class shares on train."
+    "Warning if a fit predicts the same probabilities for all training rows or does not beat the class shares on them."
     rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
     metadata = train.metadata.iloc[rows].reset_index(drop=True)
     p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
-    size = f"{len(train):,} rows of train, {len(model.classes)} classes"
+    size = f"{len(train):,} training rows, {len(model.classes)} classes"
     if p.std(0).max() < NOTE_STD:
         return [f"The fit learnt nothing: it predicts the same probabilities for every row ({size})."]
     codes = check_y(model, train.y[rows], len(rows))
@@ -333,7 +333,7 @@ def learning_notes(
     loss, prior = (_log_loss(p_true, weights) for p_true in (p[np.arange(len(rows)), codes], shares[codes]))
     if loss < prior:
         return []
-    losses = f"its log loss on train is {loss:.4f}, compared with {prior:.4f} for the class shares"
+    losses = f"its log loss on the training rows is {loss:.4f}, compared with {prior:.4f} for the class shares"
     return [f"The fit learnt nothing: {losses} ({size})."]
 
 
@@ -352,7 +352,7 @@ def divergence_notes(
         return []
     best_round = (history or {}).get("best_round", 0) + 1
     kept = f"the weights of round {best_round} are kept"
-    return [f"The loss was NaN or infinite in round {bad[0] + 1}; {kept}: lower learning_rate."]
+    return [f"The loss was NaN or infinite in round {bad[0] + 1}; {kept}. To avoid this, lower learning_rate."]
 
 # %% ../../nbs/training/00_trainer.ipynb #a8b5a652
 EARLY_STOPPING_NOTE = (
@@ -364,7 +364,7 @@ EARLY_STOPPING_NOTE = (
 def early_stopping_note(
     model_config: dict,  # resolved configuration of a model, from `Trainer.model_config` or a run's config.yaml
 ) -> str | None:
-    "`EARLY_STOPPING_NOTE` if the fit may stop early on validation, else None."
+    "`EARLY_STOPPING_NOTE` if the fit may stop early on validation data, else None."
     config = dict(early_stopping=False, stop_on="val") | model_config
     if config["stop_on"] != "val" or not config["early_stopping"]:
         return None
@@ -375,7 +375,7 @@ RESCORED_FIGURES = ("equity", "robustness")  # figures that show scores; rescori
 
 
 def trainer_plots(
-    trainer: Trainer,  # evaluated on the split; without a model, feature importance is omitted
+    trainer: Trainer,  # must have evaluated the split; without a model, feature importance is omitted
     split: str = "val",
     names: tuple = (),  # names of the figures to draw; empty: all
 ) -> dict[str, Figure]:  # name -> figure
