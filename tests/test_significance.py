@@ -249,7 +249,7 @@ def test_the_interval_of_a_single_comparison_is_a_percentile_interval():
         (lambda: backtest_overfitting(simulated_pnl(models=1)), "at least 2 models"),
         (lambda: backtest_overfitting(simulated_pnl(days=15)), "at least 2 models x 16 days"),
         (lambda: backtest_overfitting(simulated_pnl() * np.nan), "finite"),
-        (lambda: spa_test(simulated_pnl()[0]), "expected (T, models)"),
+        (lambda: spa_test(simulated_pnl()[0]), "of shape (T, models)"),
         (lambda: diebold_mariano(np.zeros(30), 20), "expected more than 40"),
         (lambda: row_losses(stack([0]).drop(columns="y_true")), "no column 'y_true'"),
         (lambda: row_losses(stack([])), "no model"),

@@ -521,7 +521,7 @@ def mean_differences(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #40f22615
 def _max_normal_quantile(sums, i, j, overlap, level, n_draws, seed):
-    "Quantile of the largest absolute value of normal variables, correlated like the differences of columns i and j."
+    "Quantile of the largest absolute value of normal variables, correlated like differences between columns i and j."
     transforms = cosine_transforms(sums, max_frequencies(len(sums), overlap))
     drawn = np.random.default_rng(seed).standard_normal((n_draws, len(transforms))) @ transforms
     spread = np.sqrt(((transforms[:, i] - transforms[:, j]) ** 2).sum(0))
@@ -746,7 +746,7 @@ def log_loss_p_value(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #54ba176c
 def _model_figures(claim, any_skill):
-    "Metrics of one model; its directional skill is significant only if the joint test of all models is also."
+    "Metrics of one model; its directional skill is significant only if the joint test of all models is, too."
     values = dict(directional_accuracy=claim.accuracy, direction_significant=claim.significant and any_skill)
     return claim.metrics() | values | dict(direction_verdict=claim.verdict, n_blocks=claim.n_blocks)
 
@@ -842,7 +842,7 @@ def critical_difference(
 # %% ../../nbs/evaluation/06_significance.ipynb #b82bf482
 @dataclass
 class Ranks:
-    "Ranks of models over folds; 1 is the best rank, and ties get their mean rank."
+    "Ranks of models over folds; 1 is the best rank, and tied models get their mean rank."
 
     table: pd.DataFrame  # rank of each model on each fold (folds x models), best mean rank first
     cd: float  # critical difference of mean ranks

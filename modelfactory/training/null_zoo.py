@@ -479,7 +479,7 @@ def _results(tasks, workers):
 def claim_table(
     results: pd.DataFrame,  # as from `run_zoo`
     by: str | list = "world",  # columns to group by
-) -> pd.DataFrame:  # one row per group: number of markets, share with each claim; NaN without a test
+) -> pd.DataFrame:  # one row per group: number of markets, and the share with each claim; NaN without a test
     "Share of markets with each kind of claim."
     claims = pd.DataFrame(results["claims"].tolist(), results.index).astype(float)
     columns = [c for c in CLAIM_LABELS if c in claims]

@@ -144,7 +144,7 @@ def prefix_test(
     shares: tuple = (0.2, 0.5, 0.8),  # fractions of the samples in each prefix
     tolerance: float = 1e-5,  # largest permitted change of a probability
 ) -> InvarianceResult:
-    "Predicts from the rows up to a cutoff only; the predictions must equal those from all rows."
+    "Predicts from only the rows up to a cutoff; the predictions must equal those from all rows."
     model, ds = _model_and_dataset(model, dataset)
     variants = [(cutoff, ds.with_split(truncate(ds.split, cutoff))) for cutoff in _cutoffs(ds, shares)]
     return _compare_predictions("only a prefix", model, ds, variants, tolerance)
@@ -322,7 +322,7 @@ def selftest(
     seed: int = 0,  # random seed of the market
     rows: tuple = SELFTEST_ROWS,  # numbers of training, validation and test rows
     preset: str | None = None,  # preset in each model's YAML file; None: quick if the model has it
-    features: Callable | None = None,  # function of bars that returns additional feature columns to test
+    features: Callable | None = None,  # function from bars to additional feature columns to test
     alpha: float = FALSE_ALARM_RATE,  # probability that a correct pipeline raises an alarm about direction
 ) -> SelfTest:
     "Runs the pipeline on a market without signal; lists a model's exceptions as problems, but raises `UnknownModel`."
