@@ -35,7 +35,7 @@ __all__ = ['CLAIM_KEYS', 'LEADERBOARD_METRICS', 'seed_statistics', 'variance_spl
 
 # %% ../../nbs/runs/09_comparison.ipynb #0d54e7c3
 def _task_scores(task):
-    "Metrics by run folder, metrics of the baselines, daily profit by model, and the reason if profit is missing."
+    "Run metrics by folder name, baseline metrics, daily profit by model, and the reason if there is no daily profit."
     if not task.n_left_out:
         daily, reason = stored_daily(task)
         return {r.path.name: r.metrics for r in task.runs}, task.runs[-1].baselines, daily, reason
@@ -44,7 +44,7 @@ def _task_scores(task):
     if trainer is not None:
         try:
             return _scores_with_data(task, trainer, tables)
-        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # if prices are missing
+        except (RunError, SplitsError, EvaluationError, BacktestError, OSError) as e:  # for example, prices are missing
             reason = " ".join(str(e).split())
     scored = {name: score_without_data(*pair, nulls=False) for name, pair in tables.items()}
     metrics = {name: values for name, (values, _) in scored.items()}
@@ -60,7 +60,7 @@ def _scores_with_data(task, trainer, tables):
 
 
 def _task_trainer(task):
-    "A trainer with the data of a task, from the newest run whose data can be read; otherwise None and the reason."
+    "A trainer from the newest run whose data can be read and an empty reason; otherwise None and the reason."
     reason = ""
     for run in sorted(task.runs, key=lambda r: r.created, reverse=True):
         try:
@@ -93,8 +93,8 @@ def _is_number(value):
 # %% ../../nbs/runs/09_comparison.ipynb #640c8124
 def variance_split(
     scores: dict[str, list],  # model -> one score per seed
-) -> dict[str, float] | None:  # model_sd, seed_sd, seed_share; None with one model, or with one seed per model
-    "Standard deviation of a score between models and between seeds of a model (one-way analysis of variance)."
+) -> dict[str, float] | None:  # model_sd, seed_sd, seed_share; None if there is one model, or one seed per model
+    "Standard deviation of a score between models and between seeds of one model (one-way analysis of variance)."
     groups = [np.asarray(v, float) for v in scores.values() if np.isfinite(v).all()]
     freedom = sum(len(v) - 1 for v in groups)
     if len(groups) < 2 or not freedom:
@@ -107,7 +107,7 @@ def variance_split(
 
 # %% ../../nbs/runs/09_comparison.ipynb #58fdc0b0
 def _has_ceiling(data, horizon):
-    "Whether the Bayes optimum of a data set is stored beside it; False if the data set no longer exists."
+    "Whether the folder of a data set contains its Bayes optimum; False if the data set no longer exists."
     try:
         return (resolve_data(data) / f"ceiling_h{horizon}.parquet").is_file()
     except MissingFile:
@@ -118,8 +118,8 @@ def ceiling_scores(
     data: str,  # a folder, or the name of a bundled data set
     horizon: int,  # bars ahead
     predictions: pd.DataFrame,  # predictions of a run, which define the rows to score
-) -> dict[str, dict] | None:  # row and full: directional_accuracy, f1_macro, log_loss ...; None if no optimum is known
-    "Class metrics of the Bayes optimum on these rows, given one row (`row`) or the full history (`full`)."
+) -> dict[str, dict] | None:  # `row` and `full`: directional_accuracy, f1_macro, log_loss ...; None without an optimum
+    "Class metrics of the Bayes optimum that uses a single row (`row`) or the full history (`full`)."
     if not _has_ceiling(data, horizon):
         return None
     from modelfactory.data.market import read_ceiling
@@ -131,7 +131,7 @@ def ceiling_scores(
 
 
 def _class_scores(y, p):
-    "Class metrics and `f1_null`, the F1 with shuffled direction."
+    "Class metrics and `f1_null`, the expected F1 if the predicted directions are shuffled."
     y_pred = p.argmax(1)
     confusion = shuffled_direction_confusion(y, y_pred, (-1, 0, 1)).sum(0)
     f1_null = float(classification_stats(np.pad(confusion, (0, 2)))["f1_macro"])
@@ -139,7 +139,7 @@ def _class_scores(y, p):
 
 # %% ../../nbs/runs/09_comparison.ipynb #7ef221ac
 def _ceiling(task, prior, constant):
-    "Null score, score of the one-row policy and ceiling of a task, by metric; None if the optimum is unknown."
+    "For each metric: null score, score of the one-row policy and ceiling; None if the optimum is unknown."
     best = ceiling_scores(task.runs[-1].data_folder, task.horizon, next(iter(task.predictions.values())))
     if best is None:
         return None
@@ -150,7 +150,7 @@ def _ceiling(task, prior, constant):
 
 
 def _fraction(score, null_score, ceiling, metric):
-    "Share of the distance from the null score to the ceiling that a score covers; NaN if the distance is too small."
+    "How much of the distance from null score to ceiling a score covers, as a share; NaN if the distance is too small."
     gap = (ceiling - null_score) * metric_sign(metric)
     return (score - null_score) / (ceiling - null_score) if gap > MIN_CEILING_GAP[metric] else math.nan
 
@@ -160,7 +160,7 @@ def _fractions(entry, ceilings, bound):
 
 # %% ../../nbs/runs/09_comparison.ipynb #5112d2b8
 def _claim(tests, model):
-    "The claim on the directional skill of a model: sentence, verdict, significance and level."
+    "The claim of directional skill for a model: sentence, verdict, significance and level."
     claim, significant = tests["claims"][model], bool(tests["models"][model]["direction_significant"])
     denied = claim.significant and not significant
     sentence = claim.sentence + (" The test of all models together does not confirm it." if denied else "")
@@ -169,7 +169,7 @@ def _claim(tests, model):
 
 
 def _direction_figures(claim):
-    "The figures of a claim, keyed by metric name."
+    "The numbers on which a claim is based, keyed by metric name."
     return dict(
         directional_skill=claim.skill,
         directional_skill_ci_low=claim.low,
@@ -183,7 +183,7 @@ def _direction_figures(claim):
 def _model_entry(task, model, metrics, tests):
     runs, claimed = task.models[model], _direction_figures(tests["claims"][model])
     values = seed_statistics([metrics[r.path.name] for r in runs])
-    if len(runs) > 1:  # the row holds metrics over seeds; `averaged` holds the figures of the claim
+    if len(runs) > 1:  # the entry holds means over seeds; `averaged` holds the numbers of the claim
         averaged = _averaged(task, model) | claimed
         values = dict.fromkeys(claimed, math.nan) | values | dict(constant_class=claimed["constant_class"])
     else:
@@ -204,7 +204,7 @@ def _averaged(task, model):
 def entry_log_loss(
     entry: dict,  # entry of a model, from a task of `comparison`
 ) -> float:
-    "Log loss of a model; with several seeds, the log loss of their averaged probabilities."
+    "Log loss of a model; with several seeds, the log loss of the probabilities averaged over the seeds."
     return (entry["averaged"] or entry)["log_loss"]
 
 # %% ../../nbs/runs/09_comparison.ipynb #e988d1d8
@@ -266,7 +266,7 @@ def _baseline_entry(name, values):
 
 # %% ../../nbs/runs/09_comparison.ipynb #db7d1e1c
 def _task_limits(task):
-    "Limits of the comparison of a task: outdated scores, warnings on data and fits, and the number of data versions."
+    "Limitations of a task's comparison: outdated scores, warnings about data and fits, and number of data versions."
     return dict(
         earlier_scoring=[r.path.name for r in task.runs if r.scoring < SCORING_VERSION],
         data_notes=_data_notes(task),
@@ -276,7 +276,7 @@ def _task_limits(task):
 
 
 def _data_notes(task):
-    "Warnings on the data, as stored by the newest run of a task."
+    "Warnings about the data, as stored by the newest run of a task."
     newest = max(task.runs, key=lambda r: (r.created, r.path.name))
     try:
         return [str(text) for text in newest.report["warnings"]]
@@ -285,7 +285,7 @@ def _data_notes(task):
 
 
 def _variance(task, metrics):
-    "Variance of the main scores, split between models and seeds."
+    "Standard deviations of the main scores, between models and between seeds of one model."
     rows = []
     for m in LEADERBOARD_METRICS:
         scores = {model: [metrics[r.path.name].get(m, math.nan) for r in seeds] for model, seeds in task.models.items()}
@@ -297,7 +297,7 @@ def _variance(task, metrics):
 def comparison(
     runs: RunList | Path,  # finished runs, or the folder that holds them
 ) -> dict:  # schema 1: tasks, excluded, failed, unread, test_set_uses, early_stopping
-    "The comparison of all finished runs as plain values; every sentence and table is made from it."
+    "All results of a comparison as plain values, from which every table and sentence is made."
     runs = runs if isinstance(runs, RunList) else list_runs(runs)
     unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
     names, unread, tasks = runs.data_names, list(runs.unread), []
@@ -327,7 +327,7 @@ def _unscored_row(run):
 
 
 def _early_stopping(runs):
-    "Sentences on early stopping, each with the models to which it applies."
+    "Sentences about early stopping, each with the models to which it applies."
     from modelfactory.training.trainer import early_stopping_note
 
     notes = {}
@@ -335,7 +335,7 @@ def _early_stopping(runs):
         try:
             note = early_stopping_note(run.config["config"])
         except (RunError, ConfigError, UnknownModel, KeyError, TypeError):
-            continue  # the plugin of the model or the config of the run is missing
+            continue  # the model's plugin or the run's config is missing
         if note:
             notes.setdefault(note, []).append(model)
     return [dict(sentence=note, models=models) for note, models in notes.items()]

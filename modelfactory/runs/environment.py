@@ -28,9 +28,9 @@ __all__ = ['STATE_MARKS', 'STATE_COLOURS', 'EnvironmentFinding', 'Environment', 
 class EnvironmentFinding:
     "The result of one check."
 
-    what: str  # was checked
-    value: str  # in one line
-    state: str = "ok"  # ok; warn: a disadvantage; fail: nothing can be trained
+    what: str  # what was checked
+    value: str  # finding in one line
+    state: str = "ok"  # ok; warn: a smaller problem; fail: nothing can be trained
     fix: str = ""  # what to do if the state is not ok
 
 
@@ -43,7 +43,7 @@ class Environment(list):
 
     @property
     def ok(self) -> bool:
-        "True if no check failed, so that a model can be trained."
+        "True if no check failed, so a model can be trained."
         return not any(f.state == "fail" for f in self)
 
     def __repr__(self):
@@ -67,7 +67,7 @@ class Environment(list):
 
 # %% ../../nbs/runs/17_environment.ipynb #d67a0b14
 def versions_that_differ(
-    constraints: Path,  # file with lines name==version
+    constraints: Path,  # file with one name==version per line
     names: list[str],  # distributions to check
 ) -> list[str]:  # such as "pandas 2.1.0, tested 2.2.3"
     "Those of `names` that are missing or whose installed version differs from the version in `constraints`."
@@ -124,7 +124,7 @@ def _machine():
     memory = psutil.virtual_memory()
     value = f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free"
     if memory.available < 2 * 2**30:
-        fix = "a training needs at least 2 GiB: end other programs, or use --workers 1"
+        fix = "training needs at least 2 GiB: close other programs, or use --workers 1"
         return EnvironmentFinding("machine", value, "warn", fix)
     return EnvironmentFinding("machine", value)
 
@@ -137,13 +137,13 @@ def _gpu():
         return EnvironmentFinding("gpu", "; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices))
     if shutil.which("nvidia-smi"):
         value = f"nvidia-smi finds a GPU, but torch {torch.__version__} does not"
-        fix = "install the build of torch for its driver; until then networks train on the CPU"
+        fix = "install the torch build for the driver of this GPU; until then, networks train on the CPU"
         return EnvironmentFinding("gpu", value, "warn", fix)
     return EnvironmentFinding("gpu", "none: networks train on the CPU, so start with preset quick")
 
 # %% ../../nbs/runs/17_environment.ipynb #b5fe8d36
 def kernel_python(
-    name: str = "python3",  # of a kernel
+    name: str = "python3",  # name of a kernel
 ) -> str:  # path of the interpreter; empty if the kernel does not exist
     "The interpreter that Jupyter starts for a kernel."
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
@@ -152,7 +152,7 @@ def kernel_python(
         command = KernelSpecManager().get_kernel_spec(name).argv[0]
     except NoSuchKernel:
         return ""
-    # for a name without a path, Jupyter starts its own interpreter
+    # if the command is a name without a path, Jupyter starts its own interpreter
     return sys.executable if re.fullmatch(r"python(3(\.\d+)?)?", command) else command
 
 
@@ -208,7 +208,7 @@ def _runs(current: Settings):
     free = shutil.disk_usage(folder).free / 2**30
     if free < 1:
         fix = (
-            "free some, or set another folder as runs= in settings.ini; runs store weights, predictions and a notebook"
+            "free some space or set another runs= in settings.ini; runs contain weights, predictions and a notebook"
         )
         return EnvironmentFinding("runs", f"{name} has {free:.1f} GiB left", "warn", fix)
     return EnvironmentFinding("runs", f"{name} can be written, {free:,.0f} GiB free")

@@ -62,7 +62,7 @@ CARD_METRICS = (
 def model_card(
     run: Run,
 ) -> str:  # markdown
-    "A card with data, period, validation scores and their intervals, baseline scores, the claim and the limits."
+    "A card that states the data, period, validation scores with intervals, baseline scores, claim and limits."
     report = run.report
     parts = [
         *_card_head(run, report),
@@ -140,7 +140,7 @@ def _card_limits(run, report):
         "## Limits",
         "",
         f"- {_validation_use(run)}. {_test_use(run)}.",
-        "- Sharpe ratios are of staggered positions traded at the close, after cost, without slippage or financing.",
+        "- Sharpe ratios are for staggered positions traded at the close, after costs, without slippage or financing.",
         "- The symbol is not a feature. A symbol that is not in train is predicted like any other.",
         *(f"- {escape_markdown(w)}" for w in report["warnings"]),
     ]
@@ -158,7 +158,7 @@ from modelfactory.runs.predict import prediction_warnings
 
 run = load_run(Path(__file__).resolve().parent)  # every file is checked against its hash before it is used
 bars, output = sys.argv[1], sys.argv[2]
-predictions = run.predict(bars, ahead=True)  # one row per bar; the row of the next bar of each symbol has no datetime
+predictions = run.predict(bars, ahead=True)  # one row per bar, plus one without a datetime for each symbol's next bar
 print(*prediction_warnings(predictions), sep="\\n")
 predictions.to_parquet(output, index=False)
 '''

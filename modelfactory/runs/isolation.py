@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 __all__ = ['MEMORY_GB', 'REQUEST_SECONDS', 'MAX_REPLY_BYTES', 'serve_model', 'limits_note', 'IsolatedModel']
 
 # %% ../../nbs/runs/13_isolation.ipynb #d9f31842
-MEMORY_GB = 12  # address space of the process, in addition to the size of a request
-REQUEST_SECONDS = 600  # wall-clock time for one request
+MEMORY_GB = 12  # address space of the process, in addition to 8 times the size of a request
+REQUEST_SECONDS = 600  # wall-clock limit for one request
 MAX_REPLY_BYTES = 1 << 34
 
 
@@ -58,7 +58,7 @@ def _receive(pipe, max_bytes=MAX_REPLY_BYTES):
 
 # %% ../../nbs/runs/13_isolation.ipynb #743f950f
 def _limit(memory, seconds):
-    "Sets the limits that the system supports: no core file, address space in bytes, CPU time from now on."
+    "Sets the limits that the system supports: no core file, `memory` bytes of address space, and CPU time from now on."
     try:
         import resource
     except ImportError:
@@ -154,7 +154,7 @@ class IsolatedModel(WrappedModel):
         self._ask((str(self.checkpoint.absolute()), MEMORY_GB, REQUEST_SECONDS))
 
     def _ask(self, request, max_bytes=10_000):
-        "Sends a request and returns the reply of at most `max_bytes` bytes; raises `RunError` if the process fails."
+        "Sends a request and returns the reply; raises `RunError` on failure or if the reply exceeds `max_bytes`."
         expired, process = threading.Event(), self._process
         timer = threading.Timer(REQUEST_SECONDS, lambda: (expired.set(), process.kill()))
         timer.daemon = True
@@ -177,7 +177,7 @@ class IsolatedModel(WrappedModel):
 
     def predict(
         self,
-        X: np.ndarray,  # (n, T, F), or the windows of a dataset
+        X: np.ndarray,  # shape (n, T, F), or the windows of a dataset
         metadata: pd.DataFrame,  # datetime, symbol, horizon of each row
     ) -> PredictionOutput:
         "Predictions of the saved model; raises `RunError` if the process fails or its answer is not valid."
@@ -218,4 +218,4 @@ def _exit_reason(code, expired):
     if expired:
         return f"reading or predicting took more than {REQUEST_SECONDS} s"
     how = signal.Signals(-code).name if code is not None and -code in set(signal.Signals) else f"exit code {code}"
-    return f"the process that loads the model ended with {how}: its files are damaged or need more than {MEMORY_GB} GB"
+    return f"the loading process ended with {how}: the model files are damaged or need more than {MEMORY_GB} GB"

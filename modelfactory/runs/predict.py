@@ -26,7 +26,7 @@ __all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
-    "Rows to predict, by symbol and time. The next bar of a symbol has the row number of its last bar plus 0.5."
+    "Row numbers to predict, sorted by symbol and time. A next bar comes half a row after its symbol's last bar."
     predicted = np.zeros(len(bars), bool)
     predicted[own] = True
     rows = sample_rows(bars.codes, predicted, seq_len, gap)
@@ -48,8 +48,8 @@ def _prediction_keys(bars, rows, gap, horizon):
 # %% ../../nbs/runs/12_predict.ipynb #1aec0933
 def predict_run(
     run: StoredRun | Path | str,  # a run, or its folder
-    data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or of splits, or a bundled name
-    split: str = "test",  # split of the folder to predict
+    data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or splits, or a bundled data set
+    split: str = "test",  # split to predict if `data` is a folder of splits
     ahead: bool = False,  # also predict the next bar of each symbol
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
@@ -58,8 +58,8 @@ def predict_run(
 
     - `skipped`: symbol -> number of bars without a full window
     - `unseen`: symbols that are not in train
-    - `drift`: one row for each feature
-    - `limits`: numbers of bars for which the run stored drift limits
+    - `drift`: one dict for each feature, from `population_stability_index`
+    - `limits`: segment lengths, in bars, for which the run stored drift limits
     - `isolated`: whether the model ran in a separate process
     """
     from modelfactory.runs.stored import StoredRun, open_run
@@ -132,7 +132,7 @@ def _context(folder, bars, n, fills, nan):
 
 
 def _fill_nan(bars, fills, nan):
-    "Fills NaN values as in training; raises `BadValue` if a feature has NaN values but had none in train."
+    "Fills NaN values as in training; raises `BadValue` if a feature has NaN values now but had none in train."
     for j, name in enumerate(bars.features):
         value = 0.0 if nan == "zero" else fills.get(name)
         if value is not None:
@@ -145,9 +145,9 @@ def _fill_nan(bars, fills, nan):
 
 # %% ../../nbs/runs/12_predict.ipynb #240ed617
 def prediction_warnings(
-    frame: pd.DataFrame,  # of `predict_run`
+    frame: pd.DataFrame,  # result of `predict_run`
 ) -> list[str]:  # sentences; the first gives the number of predictions
-    "Sentences on bars that are not predicted, symbols that are not in train, and features that differ from train."
+    "Sentences about bars without a prediction, symbols that are not in train, and features whose distribution differs."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
     sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}"]
     if skipped:
@@ -171,11 +171,11 @@ def _skipped_text(skipped):
     return f"{bars} no full window before {'it' if n == 1 else 'them'}: {symbols}"
 
 # %% ../../nbs/runs/12_predict.ipynb #bba99bc9
-OUT_OF_RANGE_SHARE = 0.5  # above this share of values outside the range of train, a feature is reported
+OUT_OF_RANGE_SHARE = 0.5  # a feature is reported if more than this share of its values is outside the training range
 
 
 def _drift_warnings(drift, lengths):
-    "At most one sentence on features whose distribution differs from train."
+    "At most one sentence about features whose distribution differs from the training split."
     if not len(drift):
         return ["the run stored no distributions of its features, so drift is not checked"]
     unlike = drift[(drift["index"] > drift.limit) | (drift.outside > OUT_OF_RANGE_SHARE)]

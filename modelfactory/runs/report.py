@@ -27,9 +27,9 @@ _INTERVAL_ENDS = ("_ci_low", "_ci_high", "_sd", "_min", "_max")
 
 
 def leaderboard(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
     metrics: tuple = LEADERBOARD_METRICS,  # names in `METRICS`
-) -> pd.DataFrame:  # data, horizon, rank, model, family, seeds, metrics, their interval ends and spread over seeds
+) -> pd.DataFrame:  # data, horizon, rank, model, family, seeds, metrics with their interval ends and spread over seeds
     "Models and baselines by data set and horizon, sorted by log loss from best to worst."
     rows = [_row(task, entry, metrics) for task in result["tasks"] for entry in task["models"] + task["baselines"]]
     if not rows:
@@ -69,7 +69,7 @@ class FormattedTable:
     "A frame with its HTML and markdown representations."
 
     frame: pd.DataFrame
-    page: str = ""  # HTML to show; empty: the HTML of the frame
+    page: str = ""  # HTML to show; if empty, the HTML of the frame
 
     def __repr__(self):
         return self.frame.to_string(index=False, na_rep="–")
@@ -108,7 +108,7 @@ def _best_rows(table, metric):
 
 # %% ../../nbs/runs/10_report.ipynb #610e9d7f
 def leaderboard_table(
-    table: pd.DataFrame,  # of `leaderboard`
+    table: pd.DataFrame,  # result of `leaderboard`
     metrics: tuple = LEADERBOARD_METRICS,  # columns to show
 ) -> FormattedTable:
     "Formats a leaderboard: each cell shows a number, its spread over seeds and its interval."
@@ -151,9 +151,9 @@ DIRECTION_COLUMNS = dict(
 
 
 def direction_tests(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
 ) -> pd.DataFrame:  # data, horizon, model, skill, low, high, accuracy, constant, verdict, significant
-    "Skill of each model with the interval of its claim, and accuracy of the model and the better constant prediction."
+    "Skill of each model with the interval of its claim; accuracy of the model and of the better constant prediction."
     rows = [
         dict(data=task["data"], horizon=task["horizon"]) | {name: entry[key] for key, name in DIRECTION_COLUMNS.items()}
         for task in result["tasks"]
@@ -168,7 +168,7 @@ BEST_COLUMNS = ["data", "horizon", "model", "log_loss", "prior_log_loss", "sharp
 
 
 def best_per_horizon(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
 ) -> pd.DataFrame:  # data, horizon, model, log_loss, prior_log_loss, sharpe_net, directional_skill, verdict
     "For each task, the model with the lowest log loss and a verdict on which models have directional skill."
     return pd.DataFrame([_best_row(task) for task in result["tasks"]], columns=BEST_COLUMNS)
@@ -213,24 +213,24 @@ VERDICT_COLUMNS = ("data", "horizon", *_SHOWN_CLAIM_KEYS)
 
 
 def verdict_table(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
 ) -> FormattedTable:
-    "The tests of each task; `not_worse` counts the models whose log loss is not significantly worse than the best."
+    "The tests of each task; `not_worse` counts other models with a log loss not significantly worse than the best."
     rows = [{k: task[k] for k in VERDICT_COLUMNS} | dict(not_worse=_n_not_worse(task)) for task in result["tasks"]]
     return FormattedTable(pd.DataFrame(rows, columns=VERDICT_COLUMNS))
 
 
 def _n_not_worse(task):
-    "Number of models that are not significantly worse than the best; a dash if this was not tested."
+    "Number of other models that are not significantly worse than the best one; a dash if this was not tested."
     not_worse = task["not_worse"]
     return "–" if not_worse is None else len([m for m in not_worse if m != task["best"]])
 
 # %% ../../nbs/runs/10_report.ipynb #0f250cbd
 def seed_table(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
     metric: str = "log_loss",
 ) -> FormattedTable | None:  # None if no model has several seeds
-    "Mean, standard deviation and range of a metric over the seeds of each model; score of the averaged probabilities."
+    "Mean, standard deviation and range of a metric over each model's seeds, and the score of the mean probabilities."
     rows = [
         _seed_row(task, model, metric)
         for task in result["tasks"]
@@ -248,7 +248,7 @@ def _seed_row(task, model, metric):
 
 
 def variance_table(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
 ) -> FormattedTable | None:  # None if no model has several seeds
     "Standard deviation of the main scores between models and between seeds of one model."
     rows = []
@@ -274,9 +274,9 @@ FRACTION_COLUMNS = [
 
 
 def fraction_of_ceiling(
-    result: dict,  # of `comparison`
-) -> pd.DataFrame:  # `FRACTION_COLUMNS`; one row for each task, model and metric
-    "Each score with its ceiling and as a share of the distance from the null score, for tasks with a known optimum."
+    result: dict,  # result of `comparison`
+) -> pd.DataFrame:  # `FRACTION_COLUMNS`; one row for each task with a known optimum, model and metric
+    "Scores, ceilings, and the share of the distance from null score to ceiling that each score covers."
     rows = []
     for task in result["tasks"]:
         for model in task["models"] if task["ceiling"] else ():
@@ -302,11 +302,12 @@ BOUND_LABELS = dict(null_score="null score", one_row_policy="one-row policy", ce
 
 
 def ceiling_table(
-    fractions: pd.DataFrame,  # of `fraction_of_ceiling`
+    fractions: pd.DataFrame,  # result of `fraction_of_ceiling`
 ) -> FormattedTable:
     """Rows for the null score, the one-row policy and the ceiling, followed by one row for each model.
 
-    Brackets hold the share of the distance from the null score to the one-row policy, and to the ceiling.
+    Two percentages follow each score in brackets. They show how much of the distance from the null score the score
+    covers, first to the one-row policy and then to the ceiling.
     """
     rows = []
     for (data, horizon), task in fractions.groupby(["data", "horizon"], sort=False):
@@ -332,7 +333,7 @@ def _percent(value):
 
 # %% ../../nbs/runs/10_report.ipynb #3c44ab42
 def seconds_table(
-    table: pd.DataFrame,  # of `leaderboard`
+    table: pd.DataFrame,  # result of `leaderboard`
 ) -> pd.DataFrame:  # one row per model, one column per task
     "Training time of each model, in seconds."
     models = table[table.family != "baseline"]
@@ -342,7 +343,7 @@ def seconds_table(
 
 
 def excluded_table(
-    result: dict,  # of `comparison`
+    result: dict,  # result of `comparison`
 ) -> FormattedTable:
     "Columns that are not features, rows without a label, and folders that cannot be read as runs."
     unread = [

@@ -51,7 +51,7 @@ class TrackingStore:
 
     uri: str = field(repr=False)
     runs: Path  # the runs folder
-    file: Path | None = None  # file of a sqlite database
+    file: Path | None = None  # the database file; None for other stores
     experiment: str = EXPERIMENT
 
     def __str__(self):
@@ -143,7 +143,7 @@ def _mlflow_value(value):
 
 # %% ../../nbs/runs/16_tracking.ipynb #e250ad43
 def flatten_params(
-    values: dict,  # nested
+    values: dict,  # nested config
     under: str = "",  # prefix of the names
 ) -> dict[str, str]:  # dotted name -> text
     "Flattens a nested config into MLflow parameters."
@@ -242,12 +242,12 @@ MLFLOW_ENVIRONMENT = dict(
 
 @contextlib.contextmanager
 def _quiet_mlflow():
-    "Runs a block with `MLFLOW_ENVIRONMENT` set, without warnings and without the logs of MLflow."
+    "Runs a block with `MLFLOW_ENVIRONMENT` set, without warnings or MLflow's log messages."
     added = {k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ}
     os.environ.update(added)
     try:
         with warnings.catch_warnings(action="ignore"):
-            import_module("mlflow")  # imported before its loggers are silenced: the import sets their levels
+            import_module("mlflow")  # imported before its loggers are silenced, because the import sets their levels
             with _silenced_loggers("mlflow", "alembic", "urllib3"):
                 yield
     finally:
@@ -290,7 +290,8 @@ def _session(store: TrackingStore):
         raise TrackingError(f"{store}: {reason}{fix}") from None
 
 
-BROKEN_STORE_PATTERN = re.compile("no such (table|column)|not a database|malformed|database schema")  # of a sqlite file
+# errors of a damaged sqlite file
+BROKEN_STORE_PATTERN = re.compile("no such (table|column)|not a database|malformed|database schema")
 
 # %% ../../nbs/runs/16_tracking.ipynb #87d318c6
 def _short_reason(e, uri):
@@ -341,13 +342,13 @@ class _Session:
             )
         if self.store._is_default and experiment.artifact_location != artifacts.as_uri():
             raise TrackingError(
-                f"{self.store.file}: was made when its folder had another name; "
+                f"{self.store.file}: was created when its folder had another name; "
                 "delete it, then modelfactory track --rebuild"
             )
         return experiment.experiment_id
 
     def find(self, key: str, value: str) -> list:
-        "MLflow's runs whose tag `key` equals `value`."
+        "The MLflow runs whose tag `key` equals `value`."
         runs, token = [], ""
         while token is not None:
             page = self.client.search_runs(
@@ -357,7 +358,7 @@ class _Session:
         return runs
 
     def ensure(self, view: MLflowView, parent: str | None = None, again: bool = False) -> tuple[str, bool]:
-        "Adds the run of a view if necessary; returns the run's id and whether the run is new."
+        "Adds the run described by a view unless MLflow already has it; returns its id and whether it is new."
         runs = self.find(KEY_TAG, view.tags[KEY_TAG])
         kept = next((r for r in runs if r.info.status != "RUNNING" and not again), None)
         for r in runs:
@@ -461,7 +462,7 @@ def track_runs(
 
 
 def _tracked_runs(runs, uri, experiment):
-    "Store and runs of a folder; raises `RunError` if it is missing, as a rebuild would then remove every entry."
+    "Store and runs of a folder; raises `RunError` if the folder is missing: a rebuild would then remove every entry."
     store = tracking_store(uri, runs, experiment)
     if not store.runs.is_dir():
         raise RunError(
@@ -491,15 +492,15 @@ MLFLOW_STATUS = dict(COMPLETE="FINISHED", PRUNED="KILLED", FAIL="FAILED")  # opt
 
 
 def track_study(
-    name: str,  # name of the study, which identifies it
+    name: str,  # name that identifies the study
     trials: list[tuple],  # number, params, value, state
     uri: str = "sqlite",
     experiment: str = EXPERIMENT,
     runs: Path | None = None,  # None: the runs folder from the settings
     objective: str = "value",  # name of the metric, such as log_loss
     tags: dict | None = None,  # model, horizon, data
-) -> str:  # MLflow's run id of the study
-    "Adds a study and the trials that have ended to MLflow; raises `TrackingError` on failure."
+) -> str:  # the study's run id in MLflow
+    "Adds to MLflow a study and those of its trials that have ended; raises `TrackingError` on failure."
     store, metric = tracking_store(uri, runs, experiment), _mlflow_name(objective)
     shared = {_mlflow_name(k): _mlflow_value(v) for k, v in (tags or {}).items()}
     shared |= {"study": _mlflow_value(name), ORIGIN_TAG: store._origin}
@@ -530,16 +531,16 @@ def try_track(
     path: Path,  # folder of a finished run
     uri: str = "sqlite",
     experiment: str = EXPERIMENT,
-    say: Callable[[str], object] = print,  # called with one line on failure
+    say: Callable[[str], object] = print,  # called with a one-line message on failure
 ) -> str:  # reason of the failure; empty if the run was tracked
-    "Tracks a run and never raises; a failure is reported in one line."
+    "Tracks a run and never raises an exception; a failure is reported in one line."
     try:
         track_run(load_run(path), uri, experiment)
     except Exception as e:
         reason = redact(" ".join(str(e).split()) or type(e).__name__)
     else:
         return ""
-    say(f"not tracked: {reason}; the run is published, `modelfactory track` adds it later")
+    say(f"not tracked: {reason}; the run is published, and `modelfactory track` can add it later")
     return reason
 
 # %% ../../nbs/runs/16_tracking.ipynb #3cc49e40
@@ -550,7 +551,7 @@ class Tracker:
         self,
         uri: str = "",  # empty: nothing is tracked
         experiment: str = EXPERIMENT,
-        say: Callable[[str], object] = print,  # called with one line at the first failure
+        say: Callable[[str], object] = print,  # called with a one-line message at the first failure
     ):
         self.uri, self.experiment, self.say, self.reason = uri, experiment, say, ""
 
