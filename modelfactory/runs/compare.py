@@ -95,7 +95,7 @@ def use_moved_data(
     for data, folder in moved.items():
         on_data = [r for r in runs if names[r.data] == data]
         if not on_data:
-            raise RunError(f"--data {data}: no run used data of this name, {did_you_mean(data, set(names.values()))}")
+            raise RunError(f"--data {data}: no run used data with this name, {did_you_mean(data, set(names.values()))}")
         refusals = []
         for run in on_data:
             try:

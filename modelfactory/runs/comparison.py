@@ -60,7 +60,7 @@ def _scores_with_data(task, trainer, tables):
 
 
 def _task_trainer(task):
-    "A trainer from the newest run whose data can be read and an empty reason; otherwise None and the reason."
+    "A trainer and an empty text, from the newest run with readable data; without such a run, None and the reason."
     reason = ""
     for run in sorted(task.runs, key=lambda r: r.created, reverse=True):
         try:
@@ -202,7 +202,7 @@ def _averaged(task, model):
 
 
 def entry_log_loss(
-    entry: dict,  # entry of a model, from a task of `comparison`
+    entry: dict,  # entry of a model in a task of the comparison
 ) -> float:
     "Log loss of a model; with several seeds, the log loss of the probabilities averaged over the seeds."
     return (entry["averaged"] or entry)["log_loss"]

@@ -208,7 +208,8 @@ def _runs(current: Settings):
     free = shutil.disk_usage(folder).free / 2**30
     if free < 1:
         fix = (
-            "free some space or set another runs= in settings.ini; runs contain weights, predictions and a notebook"
+            "free some space, or set another folder as runs= in settings.ini; "
+            "runs store weights, predictions and a notebook"
         )
         return EnvironmentFinding("runs", f"{name} has {free:.1f} GiB left", "warn", fix)
     return EnvironmentFinding("runs", f"{name} can be written, {free:,.0f} GiB free")

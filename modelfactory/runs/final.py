@@ -26,7 +26,7 @@ def score_on_test(
     run: Run,
     data: str | Path | None = None,  # folder of its data, if the data have moved
 ) -> dict:  # metric -> value on test
-    "Test metrics of a run. The use of test is recorded in the ledger before scoring."
+    "Test metrics of a run. The use of the test set is recorded in the ledger before scoring."
     from modelfactory.training.trainer import Trainer
 
     config = run.config | dict(data=run.config["data"] | dict(data=str(data or run.data_folder)))
@@ -39,7 +39,7 @@ def score_on_test(
 def final_scores(
     paths: list[Path],  # folders of finished runs
     data: str | Path | None = None,  # folder of their data, if the data have moved
-) -> pd.DataFrame:  # one row per run and metric: val, test with its interval, and whether test is worse
+) -> pd.DataFrame:  # one row per run and metric: val, test with its interval, and whether the test value is worse
     "Scores each chosen run on test once. Checks all folders first and raises `RunError` if one is not a run."
     runs = [load_run(p) for p in dict.fromkeys(Path(p).resolve() for p in paths)]
     validation = [_checked_metrics(run, data) for run in runs]

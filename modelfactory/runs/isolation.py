@@ -58,7 +58,7 @@ def _receive(pipe, max_bytes=MAX_REPLY_BYTES):
 
 # %% ../../nbs/runs/13_isolation.ipynb #743f950f
 def _limit(memory, seconds):
-    "Sets the limits that the system supports: no core file, `memory` bytes of address space, and CPU time from now on."
+    "Sets the limits that the system supports: no core file, `memory` bytes of address space, and a new CPU time limit."
     try:
         import resource
     except ImportError:

@@ -26,7 +26,7 @@ __all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
-    "Row numbers to predict, sorted by symbol and time. A next bar comes half a row after its symbol's last bar."
+    "Row numbers to predict, sorted by symbol and time. The next bar of a symbol is numbered as its last row plus 0.5."
     predicted = np.zeros(len(bars), bool)
     predicted[own] = True
     rows = sample_rows(bars.codes, predicted, seq_len, gap)
@@ -132,7 +132,7 @@ def _context(folder, bars, n, fills, nan):
 
 
 def _fill_nan(bars, fills, nan):
-    "Fills NaN values as in training; raises `BadValue` if a feature has NaN values now but had none in train."
+    "Fills NaN values as in training; raises `BadValue` if a feature has NaN values but had none in training."
     for j, name in enumerate(bars.features):
         value = 0.0 if nan == "zero" else fills.get(name)
         if value is not None:
@@ -147,7 +147,7 @@ def _fill_nan(bars, fills, nan):
 def prediction_warnings(
     frame: pd.DataFrame,  # result of `predict_run`
 ) -> list[str]:  # sentences; the first gives the number of predictions
-    "Sentences about bars without a prediction, symbols that are not in train, and features whose distribution differs."
+    "Sentences about bars without a prediction, symbols that are not in train, and features that have drifted."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
     sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}"]
     if skipped:
@@ -175,7 +175,7 @@ OUT_OF_RANGE_SHARE = 0.5  # a feature is reported if more than this share of its
 
 
 def _drift_warnings(drift, lengths):
-    "At most one sentence about features whose distribution differs from the training split."
+    "At most one sentence about features whose distribution differs from that in the training split."
     if not len(drift):
         return ["the run stored no distributions of its features, so drift is not checked"]
     unlike = drift[(drift["index"] > drift.limit) | (drift.outside > OUT_OF_RANGE_SHARE)]

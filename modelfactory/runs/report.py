@@ -275,7 +275,7 @@ FRACTION_COLUMNS = [
 
 def fraction_of_ceiling(
     result: dict,  # result of `comparison`
-) -> pd.DataFrame:  # `FRACTION_COLUMNS`; one row for each task with a known optimum, model and metric
+) -> pd.DataFrame:  # `FRACTION_COLUMNS`; one row per task, model and metric; only tasks with a known optimum
     "Scores, ceilings, and the share of the distance from null score to ceiling that each score covers."
     rows = []
     for task in result["tasks"]:
@@ -306,8 +306,8 @@ def ceiling_table(
 ) -> FormattedTable:
     """Rows for the null score, the one-row policy and the ceiling, followed by one row for each model.
 
-    Two percentages follow each score in brackets. They show how much of the distance from the null score the score
-    covers, first to the one-row policy and then to the ceiling.
+    Two percentages follow each score in brackets. They show how much of two distances the score covers: from the
+    null score to the one-row policy, and from the null score to the ceiling.
     """
     rows = []
     for (data, horizon), task in fractions.groupby(["data", "horizon"], sort=False):

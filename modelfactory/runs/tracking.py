@@ -290,7 +290,7 @@ def _session(store: TrackingStore):
         raise TrackingError(f"{store}: {reason}{fix}") from None
 
 
-# errors of a damaged sqlite file
+# error messages that indicate a damaged sqlite file
 BROKEN_STORE_PATTERN = re.compile("no such (table|column)|not a database|malformed|database schema")
 
 # %% ../../nbs/runs/16_tracking.ipynb #87d318c6
@@ -462,7 +462,7 @@ def track_runs(
 
 
 def _tracked_runs(runs, uri, experiment):
-    "Store and runs of a folder; raises `RunError` if the folder is missing: a rebuild would then remove every entry."
+    "Store and runs of a folder; raises `RunError` if the folder is missing, since a rebuild would remove every entry."
     store = tracking_store(uri, runs, experiment)
     if not store.runs.is_dir():
         raise RunError(
@@ -532,7 +532,7 @@ def try_track(
     uri: str = "sqlite",
     experiment: str = EXPERIMENT,
     say: Callable[[str], object] = print,  # called with a one-line message on failure
-) -> str:  # reason of the failure; empty if the run was tracked
+) -> str:  # reason for the failure; empty if the run was tracked
     "Tracks a run and never raises an exception; a failure is reported in one line."
     try:
         track_run(load_run(path), uri, experiment)
@@ -549,7 +549,7 @@ class Tracker:
 
     def __init__(
         self,
-        uri: str = "",  # empty: nothing is tracked
+        uri: str = "",  # if empty, nothing is tracked
         experiment: str = EXPERIMENT,
         say: Callable[[str], object] = print,  # called with a one-line message at the first failure
     ):
