@@ -85,7 +85,7 @@ def dataset_keys(
     features: str | None = None,  # columns, comma-separated
     classes: str | None = None,  # label values, comma-separated
     prices: str | None = None,  # path of a parquet file with prices
-) -> dict:  # the keys of `DatasetConfig` that were given
+) -> dict:  # keys of `DatasetConfig`, only for the options that were given
     "Converts command-line options to keys of `DatasetConfig`; raises `ConfigError` on invalid `classes`."
     from modelfactory.configuration import ConfigError
 
@@ -111,7 +111,7 @@ def check(
     classes: Classes = None,
     prices: Prices = None,
 ) -> None:
-    """Check splits: column roles, labels, time between splits, prices, and columns that leak the future.
+    """Check splits: column roles, labels, prices, the time between splits, and columns that leak future information.
 
     Example: modelfactory check data/splits/scaled"""
     from modelfactory.configuration import build_config
@@ -135,7 +135,7 @@ def purge(
     data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
     output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
 ) -> None:
-    """Copy splits; set labels that depend on bars of a later split to null and leave all other values unchanged.
+    """Copy splits; replace labels that depend on bars of a later split with null, and change no other values.
 
     Example: modelfactory purge data/splits/scaled --output data/splits/purged"""
     from modelfactory.data.bundled import resolve_data
@@ -198,7 +198,7 @@ def parse_set(
 
 
 def _parameters(model, horizon, data, preset, config, pairs, seed, dataset):
-    "Converts the options that `train` and `tune` share to notebook parameters."
+    "Converts the options shared by `train` and `tune` into notebook parameters."
     from modelfactory.configuration import read_yaml, settings
 
     keys = (read_yaml(config) if config else {}) | parse_set(pairs)
@@ -286,7 +286,7 @@ def experiment(
 ) -> None:
     """Run a grid of models and horizons; finished runs are skipped.
 
-    Exit codes: 0 if every run is finished, or unavailable because a library or checkpoint is missing on this machine;
+    Exit codes: 0 if every run is either finished or unavailable (a library or checkpoint is missing on this machine);
     1 if a run failed or was stopped by a limit; 2 if the grid or its data are invalid and no run was started; 130
     after Ctrl-C.
 
@@ -360,7 +360,7 @@ def rescore(
     ] = False,
     data: Annotated[str | None, typer.Option(help="new folder of the data of these runs, if it was moved")] = None,
 ) -> None:
-    """Score stored predictions again, without training. Use it for runs that an earlier version scored.
+    """Score stored predictions again, without training. Use this command for runs that an earlier version scored.
 
     Example: modelfactory rescore runs"""
     from modelfactory.runs.rescore import NOT_SCORED, rescore_runs
@@ -380,7 +380,7 @@ def tune(
     horizon: Annotated[int, typer.Option(help="label horizon, in bars")],
     data: DataFolder = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML with overrides of the model's config; these keys are not searched")
+        Path | None, typer.Option(help="YAML with overrides of the model's config; these keys are not tuned")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="name of a preset in the model's YAML")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; excludes the key from the search")] = None,
@@ -395,19 +395,19 @@ def tune(
         int, typer.Option(min=1, help="total number of trials in the study, including earlier calls")
     ] = 50,
     objective: Annotated[str, typer.Option(help="log_loss, f1_macro or sharpe_net")] = "log_loss",
-    folds: Annotated[int, typer.Option(min=1, help="purged walk-forward folds inside train")] = 3,
+    folds: Annotated[int, typer.Option(min=1, help="number of purged walk-forward folds in the training split")] = 3,
     on: Annotated[
         str,
         typer.Option(help="split to score on: train (its folds), or val, whose scores are then no longer independent"),
     ] = "train",
     storage: Annotated[
-        str | None, typer.Option(help="URL of a database that machines share; default: SQLite in the runs folder")
+        str | None, typer.Option(help="URL of a database for several machines; default: SQLite in the runs folder")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="YAML file to write; default: in tuned/ of the runs folder", dir_okay=False)
     ] = None,
 ) -> None:
-    """Search the hyperparameters of a model; to continue a study, run the same command again.
+    """Tune the hyperparameters of a model; to continue a study, run the same command again.
 
     Example: modelfactory tune --model xgboost --horizon 5 --data planted --trials 50"""
     from modelfactory.data.audit import audit

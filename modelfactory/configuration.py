@@ -49,7 +49,7 @@ def did_you_mean(
     name: str,  # the unknown name
     valid: Iterable,  # valid names
 ) -> str:
-    "Returns the end of an error message, with the nearest valid name or a list of valid names."
+    "Returns the last part of an error message: the nearest valid name or a list of valid names."
     valid = sorted(map(str, valid))
     by_lower = {v.lower(): v for v in valid}
     near = get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
@@ -67,7 +67,7 @@ PositiveFloat = Annotated[float, Gt(0)]  # a positive real number
 # %% ../nbs/00_configuration.ipynb #044087d1
 @cache
 def _adapter(cls):
-    "The pydantic adapter of a dataclass, and the types of the fields that are dataclasses themselves."
+    "The pydantic adapter of a dataclass, and the types of those fields that are dataclasses themselves."
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls), {name: hint for name, hint in get_type_hints(cls).items() if is_dataclass(hint)}
@@ -76,7 +76,7 @@ def _adapter(cls):
 def build_config(
     cls: type,  # a dataclass
     values: dict,  # key -> value
-    where: str = "",  # source of the values for error messages: a file or a command
+    where: str = "",  # where the values come from (a file or a command), for error messages
     error: type = ConfigError,  # class of the exception to raise
 ) -> Any:  # an instance of `cls`
     "Creates an instance of `cls` from `values`; raises `error` on an unknown key or an invalid value."
@@ -172,7 +172,7 @@ MAX_YAML_BYTES, MAX_YAML_NODES = 1 << 20, 200_000  # limits per file; nodes are 
 def read_yaml(
     path: Path,  # YAML file with a mapping at the top level
 ) -> dict:
-    "Reads the mapping in a YAML file; raises `ConfigError` if it is missing, malformed, too large or not plain data."
+    "Reads a YAML mapping; raises `ConfigError` if the file is missing, malformed, too large or not plain data."
     import yaml
 
     try:
@@ -186,7 +186,7 @@ def read_yaml(
         raise ConfigError(str(e)) from None
     except RecursionError:
         raise ConfigError(f"{path}: not readable as plain YAML: nested too deeply") from None
-    except Exception as e:  # PyYAML does not wrap errors of the types it constructs, such as dates
+    except Exception as e:  # PyYAML does not wrap errors from constructing values, such as invalid dates
         is_deep = "maximum nesting depth" in str(e)  # libyaml's wording
         reason = "nested too deeply" if is_deep else " ".join(str(e).split())[:200]
         raise ConfigError(f"{path}: not readable as plain YAML: {reason}") from None
@@ -210,7 +210,7 @@ def _check_node_count(value):
 def redact(
     text: Any,  # object whose text may contain an address
 ) -> str:
-    "Replaces the user part of addresses, and passwords, tokens and keys in their query strings, with `***`."
+    "Replaces credentials in addresses with `***`: the user part, and passwords, tokens and keys in query strings."
     text = re.sub(r"//[^/\s]*@", "//***@", str(text))
     return re.sub(r"(?i)([?&;][\w-]*(?:passw(?:or)?d|pwd|token|secret|key)[\w-]*=)[^&;\s'\")]+", r"\1***", text)
 
@@ -237,7 +237,7 @@ class Settings:
     address: str = ""  # address of the Ray cluster; empty: a cluster on this machine
     tracking: str = ""  # MLflow tracking: sqlite (the file runs/mlflow.db), an address, or empty (off)
     experiment: str = "modelfactory"  # name of the MLflow experiment
-    storage: str = ""  # database of tuning studies that machines share; empty: tuning.db in the runs folder
+    storage: str = ""  # database for tuning studies on several machines; empty: tuning.db in the runs folder
     plugins: tuple[Path, ...] = ()  # files that define the user's own models
 
     def __repr__(self):

@@ -80,7 +80,7 @@ def _check_regular(file, status, limit):
         raise FileError(f"{file}: {status.st_size:,} bytes, expected at most {limit:,}")
 
 # %% ../nbs/02_files.ipynb #2daf201e
-MAX_JSON_DEPTH = 100  # maximum number of nested brackets; a manifest has 2
+MAX_JSON_DEPTH = 100  # maximum nesting depth of brackets; a manifest has a depth of 2
 
 
 def read_json(
@@ -114,7 +114,7 @@ def _check_depth(value):
 def check_inner_name(
     name: str,  # relative path of a file in a folder, with / as separator
 ) -> str:  # `name`, unchanged
-    "Returns `name`; raises `FileError` if it is absolute, empty, not normal, or has `..`, a drive, a backslash or NUL."
+    "Returns `name`; raises `FileError` if it is absolute, empty or not normalised, or has a drive, backslash or NUL."
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") for part in parts) or re.search(r"^[A-Za-z]:|[\\\0]", name):
         raise FileError(f"{name!r}: expected the relative name of a file inside the folder")

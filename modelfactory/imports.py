@@ -21,7 +21,7 @@ TORCH_ARRAYS = "sklearn.externals.array_api_compat.torch"
 def without_module(
     name: str,  # full name of a module
 ) -> Iterator[None]:
-    "A block in which importing a module raises `ImportError`, unless the module is already loaded."
+    "Context manager in which importing a module raises `ImportError`, unless the module is already loaded."
     if name in sys.modules:
         yield
         return

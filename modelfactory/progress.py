@@ -55,7 +55,7 @@ class Progress:
         done: int,  # number of finished steps
         note: str = "",  # text after the step counts
     ) -> None:
-        "Sets the number of finished steps; redraws at most every 0.2 s, and when all steps are finished."
+        "Sets the number of finished steps; redraws at most once every 0.2 s, and when all steps are finished."
         self.done, self.note, now = done, note, time.monotonic()
         if now - self._drawn >= 0.2 or done >= self.total:
             self._drawn = now
