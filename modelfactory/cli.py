@@ -135,7 +135,7 @@ def purge(
     data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
     output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
 ) -> None:
-    """Copy splits; replace labels that depend on bars of a later split with null, and change no other values.
+    """Copy splits; labels that depend on bars of a later split become null, and all other values stay unchanged.
 
     Example: modelfactory purge data/splits/scaled --output data/splits/purged"""
     from modelfactory.data.bundled import resolve_data
@@ -360,7 +360,7 @@ def rescore(
     ] = False,
     data: Annotated[str | None, typer.Option(help="new folder of the data of these runs, if it was moved")] = None,
 ) -> None:
-    """Score stored predictions again, without training. Use this command for runs that an earlier version scored.
+    """Score stored predictions again, without training. Use it for runs that were scored by an earlier version.
 
     Example: modelfactory rescore runs"""
     from modelfactory.runs.rescore import NOT_SCORED, rescore_runs
@@ -480,7 +480,7 @@ def final_score(
 def demo(
     output: RunsFolder = None,
 ) -> None:
-    "Train six models for two horizons on three data sets, and compare them.\n\nExample: modelfactory demo"
+    "Train and compare six models for two horizons on three data sets.\n\nExample: modelfactory demo"
     from modelfactory.runs.grid import run_grid
 
     result = run_grid("demo", output)

@@ -210,7 +210,7 @@ def _check_node_count(value):
 def redact(
     text: Any,  # object whose text may contain an address
 ) -> str:
-    "Replaces credentials in addresses with `***`: the user part, and passwords, tokens and keys in query strings."
+    "Masks credentials in addresses as `***`: the user part, and passwords, tokens and keys in query strings."
     text = re.sub(r"//[^/\s]*@", "//***@", str(text))
     return re.sub(r"(?i)([?&;][\w-]*(?:passw(?:or)?d|pwd|token|secret|key)[\w-]*=)[^&;\s'\")]+", r"\1***", text)
 

@@ -50,7 +50,7 @@ class FileError(PrintableError):
     "Raised when a file is not a regular file, is too large or has invalid content."
 
 
-MAX_TEXT_BYTES = 64 << 20  # size limit of a JSON file; a header with the tables of 10,000 features takes 4 MB
+MAX_TEXT_BYTES = 64 << 20  # size limit of a JSON file; the header of a checkpoint with 10,000 features takes 4 MB
 
 
 def read_regular(
@@ -58,7 +58,7 @@ def read_regular(
     limit: int = MAX_TEXT_BYTES,  # maximum size, in bytes
     links: bool = True,  # whether the file may be a symbolic link
 ) -> bytes:
-    "Reads a regular file; raises `FileError` if it is not regular or is too large, `OSError` if it cannot be read."
+    "Reads a file; raises `FileError` if it is not regular or is too large, and `OSError` if it cannot be read."
     _check_regular(file, os.stat(file, follow_symlinks=links), limit)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if not links:
@@ -88,7 +88,7 @@ def read_json(
     limit: int = MAX_TEXT_BYTES,  # maximum size, in bytes
     links: bool = True,  # whether the file may be a symbolic link
 ) -> Any:  # the parsed content
-    "Parses a JSON file; raises `FileError` if it is invalid or nested too deeply, `OSError` if it cannot be read."
+    "Parses a JSON file; raises `FileError` if it is invalid or too deeply nested, and `OSError` if it is unreadable."
     content = read_regular(file, limit, links)
     try:
         value = json.loads(content)
