@@ -30,7 +30,7 @@ from .files import FileError, PrintableError, printable, read_regular
 # %% auto #0
 __all__ = ['MAX_NAMES_SHOWN', 'PositiveInt', 'NonNegativeInt', 'Fraction', 'PositiveFloat', 'MAX_YAML_BYTES', 'MAX_YAML_NODES',
            'PACKAGE_ROOT', 'RUN_NAME_PATTERN', 'HARMLESS_VALUES', 'ConfigError', 'SettingsError', 'did_you_mean',
-           'build_config', 'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'Settings',
+           'build_config', 'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingRules', 'Settings',
            'refused_settings', 'settings', 'plugin_files', 'params_folder']
 
 # %% ../nbs/00_configuration.ipynb #198bfcc1
@@ -215,9 +215,23 @@ def redact(
     return re.sub(r"(?i)([?&;][\w-]*(?:passw(?:or)?d|pwd|token|secret|key)[\w-]*=)[^&;\s'\")]+", r"\1***", text)
 
 # %% ../nbs/00_configuration.ipynb #ec077464
+@dataclass(frozen=True, kw_only=True)
+class TradingRules:
+    "Costs and trading calendar of a backtest."
+
+    cost_bps: Annotated[float, Ge(0)] = 1.0  # cost of each change of position, in basis points
+    trading_days: PositiveFloat | None = None  # trading days per year; auto (None): counted in the bars
+    day_start: Annotated[int, Interval(ge=0, le=23)] = 0  # hour at which a trading day begins, in the bars' time zone
+
+    @property
+    def rules(self) -> TradingRules:
+        "The trading rules without the other fields of a subclass."
+        return TradingRules(**{f.name: getattr(self, f.name) for f in fields(TradingRules)})
+
+
 @dataclass(frozen=True)
-class Settings:
-    "Folders, addresses and default values that all modules use."
+class _TaskSettings:
+    "Folders and default values of a task."
 
     root: Path  # folder of settings.ini, where relative paths start
     data: Path = Path("data/splits/scaled")  # folder with the Phase 1 splits
@@ -230,9 +244,12 @@ class Settings:
     horizons: tuple[PositiveInt, ...] = (5, 20)  # label horizons, in bars
     sequence_length: PositiveInt = 60  # window length of sequence models, in bars
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # bars between the end of a window and the labelled bar
-    cost_bps: Annotated[float, Ge(0)] = 1.0  # cost of each change of position, in basis points
-    trading_days: PositiveFloat | None = None  # trading days per year; auto (None): counted from the bars
-    day_start: Annotated[int, Interval(ge=0, le=23)] = 0  # hour when a trading day begins, in the bars' time zone
+
+
+@dataclass(frozen=True)
+class Settings(TradingRules, _TaskSettings):
+    "Folders, addresses and default values that all modules use."
+
     engine: Literal["local", "ray"] = "local"  # where the runs of a grid are executed: on this machine or on Ray
     address: str = ""  # address of the Ray cluster; empty: a cluster on this machine
     tracking: str = ""  # MLflow tracking: sqlite (the file runs/mlflow.db), an address, or empty (off)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from modelfactory.configuration import ConfigError, SettingsError, settings
+from modelfactory.configuration import ConfigError, SettingsError, TradingRules, settings
 from modelfactory.evaluation.backtest import BacktestError, days_per_year, label_backtest, trading_day, tranche_backtest
 from modelfactory.evaluation.evaluator import ModelEvaluator
 from modelfactory.evaluation.permutation import shift_test
@@ -94,11 +94,11 @@ def test_a_sharpe_ratio_is_annualised_by_the_days_of_its_bars(freq, n, expected)
 
 def test_a_number_of_trading_days_overrides_the_calendar_of_the_bars():
     table = walk(pd.date_range("2023-01-06", periods=200, freq="W-FRI"))
-    result = tranche_backtest(table, table, 1, trading_days=100)
+    result = tranche_backtest(table, table, 1, TradingRules(trading_days=100))
     assert result.trading_days == result.metrics()["days_per_year"] == 100
     sides = np.sign(table.prediction)
     assert label_backtest(table, sides, 1).metrics()["days_per_year"] == pytest.approx(52.18, abs=0.01)
-    assert label_backtest(table, sides, 1, trading_days=7).metrics()["days_per_year"] == 7
+    assert label_backtest(table, sides, 1, TradingRules(trading_days=7)).metrics()["days_per_year"] == 7
 
 
 # The hour at which a day begins
@@ -114,7 +114,7 @@ def eurusd(weeks=30):
 def test_fx_days_that_roll_at_17_are_monday_to_friday():
     "With days that begin at midnight, Sunday has only 7 hours and Friday only 17."
     table = eurusd()
-    rolled, midnight = (tranche_backtest(table, table, 5, day_start=hour) for hour in (17, 0))
+    rolled, midnight = (tranche_backtest(table, table, 5, TradingRules(day_start=hour)) for hour in (17, 0))
     assert set(midnight.daily.index.day_name()) - set(rolled.daily.index.day_name()) == {"Sunday"}
     assert len(set(rolled.daily.index.day_name())) == 5 and abs(rolled.trading_days - 260.9) < 3
     relabelled = table.assign(datetime=table.datetime.dt.tz_localize(None) + pd.Timedelta(hours=7))
@@ -127,8 +127,9 @@ def test_fx_days_that_roll_at_17_are_monday_to_friday():
 def test_a_short_sunday_does_not_lower_the_sharpe_ratio_of_fx():
     "252 days a year with six days a week would give a Sharpe ratio 11% too low."
     table = eurusd().assign(prediction=1)
-    midnight, rolled = (tranche_backtest(table, table, 5, 0.0, day_start=hour).metrics()["sharpe"] for hour in (0, 17))
-    at_252 = tranche_backtest(table, table, 5, 0.0, trading_days=252).metrics()["sharpe"]
+    rules = dict(day_start=0), dict(day_start=17), dict(trading_days=252)
+    backtests = (tranche_backtest(table, table, 5, TradingRules(cost_bps=0.0, **rule)) for rule in rules)
+    midnight, rolled, at_252 = (backtest.metrics()["sharpe"] for backtest in backtests)
     assert abs(midnight / rolled - 1) < 0.05 < 1 - at_252 / rolled
 
 
@@ -146,18 +147,18 @@ def test_a_day_begins_at_its_hour_across_clock_changes(zone, hour):
 def test_day_start_24_raises():
     table = walk(pd.date_range("2024-01-01", periods=50, freq="h"))
     with pytest.raises(BacktestError, match="day_start is 24, expected a whole hour from 0 to 23"):
-        tranche_backtest(table, table, 1, day_start=24)
+        tranche_backtest(table, table, 1, TradingRules(day_start=24))
 
 
 def test_shift_test_and_evaluator_use_the_same_days():
     from test_permutation import market
 
     predictions, y, prices = market()
-    for rules in (dict(day_start=17), dict(trading_days=100), {}):
-        scores = ModelEvaluator(5, n_boot=0, **rules).compute_all_metrics(predictions, y, prices)
-        test = shift_test(predictions, y, prices, 5, 19, **rules)
+    for rules in (TradingRules(day_start=17), TradingRules(trading_days=100), TradingRules()):
+        scores = ModelEvaluator(5, n_boot=0, **vars(rules)).compute_all_metrics(predictions, y, prices)
+        test = shift_test(predictions, y, prices, 5, 19, rules=rules)
         assert np.isclose(test.observed["sharpe_net"], scores["sharpe_net"])
-    assert len(shift_test(predictions, y, prices, 5, 19, day_start=17).pnl) == 30
+    assert len(shift_test(predictions, y, prices, 5, 19, rules=TradingRules(day_start=17)).pnl) == 30
 
 
 # Settings of both

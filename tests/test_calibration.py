@@ -9,6 +9,7 @@ import pytest
 from test_folds import panel
 from test_permutation import market
 
+from modelfactory.configuration import TradingRules
 from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.folds import LabelSpans
 from modelfactory.data.splits import read_split
@@ -357,7 +358,7 @@ def test_a_threshold_sweep_equals_a_slow_loop(traded):
         with_direction = [(call, truth) for call, truth in zip(position, y, strict=True) if call and truth]
         assert np.isclose(row.directional_accuracy, np.mean([call == truth for call, truth in with_direction]))
         columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=position.astype(float))
-        backtest = tranche_backtest(pd.DataFrame(columns), prices, horizon=5, cost_bps=0.5)
+        backtest = tranche_backtest(pd.DataFrame(columns), prices, horizon=5, rules=TradingRules(cost_bps=0.5))
         assert np.isclose(row.sharpe_net, backtest.metrics()["sharpe_net"])
     assert swept.calls.iloc[-1] == 0 < swept.calls.iloc[-2] < swept.calls[0]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from modelfactory.configuration import TradingRules
 from modelfactory.evaluation.backtest import tranche_backtest
 from modelfactory.evaluation.baselines import persistence_predictions
 from modelfactory.evaluation.evaluator import ModelEvaluator
@@ -116,8 +117,8 @@ def test_observed_scores_equal_those_of_the_evaluator():
     for horizon, cost in [(1, 0.0), (5, 2.0), (20, 1.0)]:
         predictions, y, prices = market(horizon=horizon)
         for close in (prices, None):
-            scores = ModelEvaluator(horizon, cost, n_boot=0).compute_all_metrics(predictions, y, close)
-            observed = shift_test(predictions, y, close, horizon, 19, cost_bps=cost).observed
+            scores = ModelEvaluator(horizon, n_boot=0, cost_bps=cost).compute_all_metrics(predictions, y, close)
+            observed = shift_test(predictions, y, close, horizon, 19, rules=TradingRules(cost_bps=cost)).observed
             for k in observed:
                 assert np.isclose(observed[k], scores[k], equal_nan=True)
             assert np.isnan(observed["sharpe_net"]) == (close is None)

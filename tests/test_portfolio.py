@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_permutation import market, rows_of
 
+from modelfactory.configuration import TradingRules
 from modelfactory.evaluation.backtest import (
     GAP_0_NOTE,
     NO_PRICES_NOTE,
@@ -92,7 +93,8 @@ def slow_portfolio(positions, prices, horizon, cost_bps, day_start=0):
 @settings(max_examples=60, deadline=None)
 def test_the_portfolio_equals_a_loop_over_bars(calendar, horizon, cost_bps, day_start):
     positions, prices = calendar
-    fast = tranche_backtest(positions, prices, horizon, cost_bps, day_start=day_start)
+    rules = TradingRules(cost_bps=cost_bps, day_start=day_start)
+    fast = tranche_backtest(positions, prices, horizon, rules)
     bars, daily = slow_portfolio(positions, prices, horizon, cost_bps, day_start)
     assert fast.bars.index.equals(bars.index) and fast.daily.index.equals(daily.index)
     for name in ("gross", "net", "turnover", "exposure"):
@@ -101,7 +103,7 @@ def test_the_portfolio_equals_a_loop_over_bars(calendar, horizon, cost_bps, day_
         assert np.allclose(fast.daily[name], daily[name]), name
     assert fast.daily.trades.sum() == fast.n_trades
     assert np.isclose(fast.metrics()["exposure"], bars.exposure.mean())
-    profit, days = profit_by_day(positions, prices, horizon, cost_bps, day_start)
+    profit, days = profit_by_day(positions, prices, horizon, rules)
     assert days.equals(pd.DatetimeIndex(daily.index))
     assert np.allclose(profit(positions.position.to_numpy()), daily.net)
 
@@ -119,8 +121,8 @@ def walks(symbols, times, sd=0.002, seed=0):
     return pd.concat(parts, ignore_index=True)
 
 
-def backtest_of(table, **kw):
-    return tranche_backtest(table[["datetime", "symbol", "prediction"]], table, 5, **kw)
+def backtest_of(table, *rules):
+    return tranche_backtest(table[["datetime", "symbol", "prediction"]], table, 5, *rules)
 
 
 def test_a_shift_of_each_symbol_by_minutes_does_not_change_the_portfolio():
@@ -165,11 +167,12 @@ def test_a_symbol_without_predictions_has_no_share_of_the_capital():
 
 def test_always_long_equals_buy_and_hold_and_always_short_equals_its_mean_position():
     table = walks(["A", "B", "C"], pd.date_range("2024-01-01", periods=500, freq="h")).sample(frac=0.7, random_state=0)
+    rules, free = TradingRules(cost_bps=5.0), TradingRules(cost_bps=0.0)
     for horizon, tolerance in ((1, 1e-12), (5, 0.02)):
-        long, short = (tranche_backtest(table.assign(prediction=c), table, horizon, 5.0) for c in (1, -1))
+        long, short = (tranche_backtest(table.assign(prediction=c), table, horizon, rules) for c in (1, -1))
         assert np.abs(long.daily.net - long.daily.hold).sum() < tolerance
         assert np.abs(short.daily.net - short.daily.constant).sum() < tolerance
-        assert np.isclose(long.daily.hold.sum() + 5e-4, tranche_backtest(table, table, horizon, 0.0).daily.hold.sum())
+        assert np.isclose(long.daily.hold.sum() + 5e-4, tranche_backtest(table, table, horizon, free).daily.hold.sum())
 
 
 def test_the_constant_benchmark_of_the_barrier_strategy_uses_its_positions():
@@ -249,10 +252,11 @@ def test_robustness_without_prices_has_no_profit():
 
 def test_backtest_and_fast_backtest_have_the_same_cost():
     table = walks(["A", "B"], pd.date_range("2024-01-01", periods=300, freq="h"))
-    costly, free = (backtest_of(table, cost_bps=c) for c in (7.0, 0.0))
-    assert np.allclose(free.daily.net - costly.daily.net, trading_cost(costly.daily.turnover, 7.0))
-    profit = [profit_by_day(table, table, 5, c)[0](table.prediction.to_numpy()) for c in (7.0, 0.0)]
-    assert np.allclose(profit[1] - profit[0], trading_cost(costly.daily.turnover, 7.0))
+    rules = [TradingRules(cost_bps=c) for c in (7.0, 0.0)]
+    costly, free = (backtest_of(table, r) for r in rules)
+    assert np.allclose(free.daily.net - costly.daily.net, trading_cost(costly.daily.turnover, rules[0]))
+    profit = [profit_by_day(table, table, 5, r)[0](table.prediction.to_numpy()) for r in rules]
+    assert np.allclose(profit[1] - profit[0], trading_cost(costly.daily.turnover, rules[0]))
 
 
 def test_intervals_of_slices_are_at_a_level_corrected_for_their_number():

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..configuration import TradingRules
+
 if TYPE_CHECKING:
     from modelfactory.models.base import PredictionOutput
 
@@ -53,10 +55,10 @@ def forward_sum(
 # %% ../../nbs/evaluation/02_backtest.ipynb #02a64755
 def trading_cost(
     change: np.ndarray,  # change in position, as a share of capital
-    cost_bps: float,  # basis points per unit change in position
+    rules: TradingRules,  # costs and trading calendar
 ) -> np.ndarray:  # share of capital
-    "Cost of a change in position."
-    return np.abs(change) * cost_bps / 1e4
+    "Cost of a change in position, proportional to its size."
+    return np.abs(change) * rules.cost_bps / 1e4
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #f55f1cb2
 def trading_day(
@@ -182,10 +184,9 @@ class Backtest:
     daily: pd.DataFrame  # by day: sums of `bars`; trades, wins, gains, losses by entry day; hold, constant
     trades: pd.DataFrame  # one row per tranche: datetime, symbol, position, pnl (before cost, per unit of capital)
     horizon: int  # holding period of a tranche in bars
-    cost_bps: float = 1.0  # basis points per unit change in position
-    trading_days: float = 252  # trading days per year
+    rules: TradingRules  # costs and trading calendar
+    trading_days: float  # trading days per year, as in `rules` or estimated from the bars
     returns_source: str = "close"  # source of the returns: close, file or label
-    day_start: int = 0  # hour at which a trading day begins
     gap: int = 1  # bars from the last feature bar to the predicted bar; affects only the title
 
     @property
@@ -230,7 +231,7 @@ class Backtest:
         days = self.daily.index
         parts = [
             f"Backtest: {len(days)} days {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, held {self.horizon} bars, "
-            f"{self.cost_bps:g} bp, {self.trading_days:.0f} days a year from {self.day_start}:00, "
+            f"{self.rules.cost_bps:g} bp, {self.trading_days:.0f} days a year from {self.rules.day_start}:00, "
             f"returns from {self.returns_source}"
         ]
         if self.flat and self.has_prices:
@@ -274,13 +275,13 @@ def benchmark_pnl(
     symbol: np.ndarray,  # (n,) codes, sorted
     returns: np.ndarray,  # (n,) return of each bar
     position: np.ndarray,  # (n,) position of the strategy at each bar
-    cost_bps: float,  # basis points per unit change in position
+    rules: TradingRules,  # costs and trading calendar
 ) -> dict[str, np.ndarray]:  # hold, constant: (n,)
     "Net profit per row of two benchmarks from a symbol's first close on: buy and hold, constant mean position."
     later = ~_is_first_row(symbol)
     mean = np.bincount(symbol, position * later) / np.maximum(np.bincount(symbol, later), 1)
     held = dict(hold=later.astype(float), constant=mean[symbol] * later)
-    return {k: p * returns - trading_cost(position_changes(p, symbol), cost_bps) for k, p in held.items()}
+    return {k: p * returns - trading_cost(position_changes(p, symbol), rules) for k, p in held.items()}
 
 
 def _by_entry_day(trades, day_start):
@@ -290,25 +291,25 @@ def _by_entry_day(trades, day_start):
     return pd.DataFrame(columns, index=day).astype(float).groupby(level=0).sum()
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #676a88f0
-def _portfolio(rows, symbol, returns, position, pnl, horizon, cost_bps, trading_days, returns_source, day_start):
+def _portfolio(rows, symbol, returns, position, pnl, horizon, rules, returns_source):
     "Backtest of the positions held at `rows` (datetime, symbol, predicted position); rows are sorted by symbol."
     n_symbols, (time, times) = symbol[-1] + 1, rows.datetime.factorize(sort=True)
     change, gross = position_changes(position, symbol), position * returns
-    flows = dict(gross=gross, net=gross - trading_cost(change, cost_bps), turnover=np.abs(change))
+    flows = dict(gross=gross, net=gross - trading_cost(change, rules), turnover=np.abs(change))
     flows |= dict(exposure=position_changes(np.abs(position), symbol))
-    benchmarks = benchmark_pnl(symbol, returns, position, cost_bps) if returns_source != "label" else {}
+    benchmarks = benchmark_pnl(symbol, returns, position, rules) if returns_source != "label" else {}
     sums = {k: np.bincount(time, v) / n_symbols for k, v in (flows | benchmarks).items()}
     table = pd.DataFrame(sums, pd.DatetimeIndex(times, name="datetime"))
     # Without rounding, an exposure that returns to 0 could differ from 0 by a rounding error.
     table["exposure"] = table.exposure.cumsum().round(12)
-    daily = table.assign(bars=1.0).groupby(trading_day(table.index, day_start)).sum(min_count=1)
+    daily = table.assign(bars=1.0).groupby(trading_day(table.index, rules.day_start)).sum(min_count=1)
     not_last = np.diff(symbol, append=-1) == 0
     trades = rows[["datetime", "symbol", "position"]].assign(pnl=pnl)[(rows.position != 0) & not_last]
-    entries = _by_entry_day(trades, day_start).reindex(daily.index, fill_value=0.0)
+    entries = _by_entry_day(trades, rules.day_start).reindex(daily.index, fill_value=0.0)
     daily = pd.concat([daily.drop(columns=benchmarks), entries, daily[list(benchmarks)]], axis=1)
     bars, trades = table.drop(columns=benchmarks), trades.reset_index(drop=True)
-    days = trading_days or days_per_year(daily.index)
-    return Backtest(bars, daily, trades, horizon, cost_bps, float(days), returns_source, day_start)
+    days = rules.trading_days or days_per_year(daily.index)
+    return Backtest(bars, daily, trades, horizon, rules, float(days), returns_source)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #c8e9bcbd
 def position_signals(
@@ -372,10 +373,8 @@ def tranche_backtest(
     predictions: PredictionOutput | Mapping,  # or a table: datetime, symbol, prediction (-1, 0, 1) or position [-1, 1]
     prices: pd.DataFrame,  # datetime, symbol, close
     horizon: int,  # holding period of each tranche in bars
-    cost_bps: float = 1.0,  # basis points per unit change in position
-    trading_days: float | None = None,  # trading days per year; None: estimated from the bars
+    rules: TradingRules = TradingRules(),  # costs and trading calendar
     returns_source: str = "close",  # source of the prices: close or file
-    day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
     "Trades predictions from the next bar, in tranches held `horizon` bars; raises `BacktestError` for invalid input."
     bars = traded_bars(position_signals(predictions), prices, _check_horizon(horizon))
@@ -383,8 +382,7 @@ def tranche_backtest(
     returns = bar_returns(bars, symbol)
     position = trailing_sum(predicted, symbol, horizon) / horizon
     pnl = predicted * forward_sum(returns, symbol, horizon)
-    rules = horizon, cost_bps, trading_days, returns_source, day_start
-    return _portfolio(bars, symbol, returns, position, pnl, *rules)
+    return _portfolio(bars, symbol, returns, position, pnl, horizon, rules, returns_source)
 
 
 def bar_returns(
@@ -407,10 +405,8 @@ def barrier_backtest(
     prices: pd.DataFrame,  # datetime, symbol, close
     bars_to_hit: np.ndarray,  # (n,) bars from each prediction until its barrier is hit, at least 1
     horizon: int,  # maximum holding period in bars
-    cost_bps: float = 1.0,  # basis points per unit change in position
-    trading_days: float | None = None,  # trading days per year; None: estimated from the bars
+    rules: TradingRules = TradingRules(),  # costs and trading calendar
     returns_source: str = "close",  # source of the prices: close or file
-    day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
 ) -> Backtest:
     "Trades predictions in tranches that are closed at their barrier; raises `BacktestError` for invalid input."
     signals, horizon = position_signals(predictions), _check_horizon(horizon)
@@ -427,17 +423,15 @@ def barrier_backtest(
     opened = np.bincount(row + 1, predicted, len(bars) + 1)[:-1]
     closed = np.bincount(until + 1, predicted, len(bars) + 1)[:-1]
     position, growth = np.cumsum(opened - closed) / horizon, np.cumsum(returns)
-    rules = horizon, cost_bps, trading_days, returns_source, day_start
-    return _portfolio(bars, symbol, returns, position, predicted * (growth[until] - growth), *rules)
+    pnl = predicted * (growth[until] - growth)
+    return _portfolio(bars, symbol, returns, position, pnl, horizon, rules, returns_source)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #7e853383
 def label_backtest(
     predictions: PredictionOutput | Mapping,  # as for `tranche_backtest`
     y_true: np.ndarray,  # (n,) labels -1, 0, 1, aligned with the predictions
     horizon: int,  # holding period of each tranche in bars
-    cost_bps: float = 1.0,  # basis points per unit change in position
-    trading_days: float | None = None,  # trading days per year; None: estimated from the bars
-    day_start: int = 0,  # hour at which a trading day begins, in the time zone of the timestamps
+    rules: TradingRules = TradingRules(),  # costs and trading calendar
 ) -> Backtest:  # gross and net are NaN; `daily` has no column `hold` or `constant`
     "Backtest without prices: a trade earns position times label; raises `BacktestError` for invalid input."
     signals, horizon = position_signals(predictions), _check_horizon(horizon)
@@ -447,5 +441,4 @@ def label_backtest(
     bars = bars.sort_values(["symbol", "datetime"], ignore_index=True)
     symbol = bars.symbol.factorize()[0]
     position = trailing_sum(bars.position.to_numpy(), symbol, horizon) / horizon
-    rules = horizon, cost_bps, trading_days, "label", day_start
-    return _portfolio(bars, symbol, np.full(len(bars), np.nan), position, bars.pnl, *rules)
+    return _portfolio(bars, symbol, np.full(len(bars), np.nan), position, bars.pnl, horizon, rules, "label")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from ..configuration import TradingRules
 from ..data.splits import MIN_BLOCKS
 from .backtest import TRADING_METRICS, Backtest, label_backtest, tranche_backtest
 from modelfactory.evaluation.bootstrap import (
@@ -29,18 +30,15 @@ __all__ = ['SCORING_VERSION', 'ModelEvaluator']
 SCORING_VERSION = 2  # increased when a code change alters the scores of given predictions; older runs can be rescored
 
 
-@dataclass
-class ModelEvaluator:
-    "Scores predictions for one horizon."
+@dataclass(frozen=True)
+class ModelEvaluator(TradingRules):
+    "Scores predictions for one horizon; the fields of `TradingRules` are keyword arguments."
 
     horizon: int  # label horizon in bars
-    cost_bps: float = 1.0  # basis points per unit change in position
-    trading_days: float | None = None  # trading days per year; None: estimated from the bars
     classes: tuple = (-1, 0, 1)  # class values in the order of the probability columns
     n_boot: int = 1000  # number of bootstrap draws; 0: no intervals
     level: float = 0.95  # coverage of the intervals
     seed: int = 42
-    day_start: int = 0  # hour at which a trading day begins, in the time zone of the timestamps
     gap: int = 1  # bars from the last feature bar to the predicted bar; a backtest's title mentions a gap of 0
 
     def backtest(
@@ -65,11 +63,10 @@ class ModelEvaluator:
     ) -> Backtest:
         "Backtest of given positions at the rows of `predictions`; raises the same errors as `backtest`."
         rows = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=np.asarray(position, float))
-        rules = self.horizon, self.cost_bps, self.trading_days
         if prices is not None:
-            result = tranche_backtest(rows, prices, *rules, returns_source or "close", self.day_start)
+            result = tranche_backtest(rows, prices, self.horizon, self.rules, returns_source or "close")
         elif y_true is not None:
-            result = label_backtest(rows, np.sign(y_true), *rules, self.day_start)
+            result = label_backtest(rows, np.sign(y_true), self.horizon, self.rules)
         else:
             raise EvaluationError("found neither prices nor y_true, expected one of them to trade on")
         return replace(result, gap=self.gap)

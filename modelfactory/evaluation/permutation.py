@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..configuration import TradingRules
 from ..data.splits import timestamps_per_bar
 from modelfactory.evaluation.backtest import (
     bar_returns,
@@ -108,16 +109,15 @@ def profit_by_day(
     predictions: PredictionOutput | Mapping,  # as for `tranche_backtest`
     prices: pd.DataFrame,  # datetime, symbol, close
     horizon: int,  # holding period of each tranche in bars
-    cost_bps: float = 1.0,  # basis points per unit change in position
-    day_start: int = 0,  # hour at which a trading day begins
+    rules: TradingRules = TradingRules(),  # costs and trading calendar
 ) -> tuple[Callable, pd.DatetimeIndex]:  # positions (n,) -> net profit (days,); and the days
     "Function that computes the daily net profit of `tranche_backtest` from predicted positions."
-    held, symbol, returns, day, days = held_positions(predictions, prices, horizon, day_start)
+    held, symbol, returns, day, days = held_positions(predictions, prices, horizon, rules.day_start)
 
     def profit(positions):
         "Daily net profit of predicted positions."
         position = held(positions)
-        net = position * returns - trading_cost(position_changes(position, symbol), cost_bps)
+        net = position * returns - trading_cost(position_changes(position, symbol), rules)
         return np.bincount(day, net) / (symbol[-1] + 1)
 
     return profit, days
@@ -177,11 +177,9 @@ def shift_test(
     horizon: int,  # label horizon in bars
     n_draws: int = 500,  # shifts to draw
     seed: int = 42,
-    cost_bps: float = 1.0,  # basis points per unit change in position
-    trading_days: float | None = None,  # trading days per year; None: estimated from the bars
+    rules: TradingRules = TradingRules(),  # costs and trading calendar
     classes: tuple = (-1, 0, 1),
     step: int = 1,  # all shifts are multiples of this; set it to the bars per day to keep the time of day
-    day_start: int = 0,  # hour at which a trading day begins
 ) -> ShiftTest:
     """Compares the scores of predictions with their scores after time shifts.
 
@@ -192,8 +190,7 @@ def shift_test(
     symbols, T = pd.factorize(predictions.symbols)[0], timestamps.max() + 1
     overlap = int(np.ceil(horizon * timestamps_per_bar(timestamps, symbols)))
     shifts = random_shifts(T, 4 * overlap, n_draws, seed, step)
-    rules = horizon, cost_bps, trading_days, day_start
-    score, days = _scorer(predictions, np.asarray(y_true), y, p, symbols, prices, classes, *rules)
+    score, days = _scorer(predictions, np.asarray(y_true), y, p, symbols, prices, classes, horizon, rules)
     table = ffill_index(timestamps, symbols)
     observed, _ = score(np.arange(len(y)))
     shifted = [score(table[(timestamps - k) % len(table), symbols]) for k in shifts]
@@ -214,15 +211,15 @@ def _directional_skill(truth, prediction, symbols):
     return float((product - predicted * true / np.maximum(n, 1)).sum() / n.sum())
 
 
-def _scorer(predictions, y_true, y, p, symbols, prices, classes, horizon, cost_bps, trading_days, day_start):
+def _scorer(predictions, y_true, y, p, symbols, prices, classes, horizon, rules):
     "Function that computes the three scores and the daily profit from row numbers, and the days of that profit."
     loss, signed = -np.log(np.maximum(p, np.finfo(float).eps)), has_direction(classes)
     truth, sign = np.sign(y_true).astype(float), np.sign(predictions.predictions).astype(float)
     profit = days = None
     if signed and prices is not None:
         columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, prediction=sign)
-        profit, days = profit_by_day(columns, prices, horizon, cost_bps, day_start)
-        trading_days = trading_days or days_per_year(days)
+        profit, days = profit_by_day(columns, prices, horizon, rules)
+        trading_days = rules.trading_days or days_per_year(days)
 
     def score(rows):
         "Scores and daily profit if row `i` has the prediction of row `rows[i]`."
@@ -313,16 +310,13 @@ def null_metrics(
     prices: pd.DataFrame | None,  # datetime, symbol, close; None: no Sharpe ratio
     horizon: int,  # label horizon in bars
     seed: int = 42,
-    cost_bps: float = 1.0,  # basis points per unit change in position
-    trading_days: float | None = None,  # trading days per year; None: estimated from the bars
+    rules: TradingRules = TradingRules(),  # costs and trading calendar
     classes: tuple = (-1, 0, 1),
-    day_start: int = 0,  # hour at which a trading day begins
 ) -> dict[str, float]:  # metrics of kind `permutation`, and interval bounds of the F1 metrics
     "P-values of the shift test and metrics of the null F1; NaN if they cannot be computed."
     metrics = dict.fromkeys(metric_names("permutation"), np.nan)
-    rules = dict(cost_bps=cost_bps, trading_days=trading_days, classes=classes, day_start=day_start)
     with contextlib.suppress(PermutationError):
-        metrics |= shift_test(predictions, y_true, prices, horizon, seed=seed, **rules).metrics()
+        metrics |= shift_test(predictions, y_true, prices, horizon, seed=seed, rules=rules, classes=classes).metrics()
     with contextlib.suppress(PermutationError):
         metrics |= f1_null_interval(predictions, y_true, classes, seed=seed)
     return metrics

@@ -42,13 +42,14 @@ def cost_sweep(
     daily = {k: v.to_numpy() for k, v in backtest.daily.items()}
     rows = []
     for cost_bps in costs:
-        net = daily["gross"] - trading_cost(daily["turnover"], cost_bps)
+        net = daily["gross"] - trading_cost(daily["turnover"], replace(backtest.rules, cost_bps=cost_bps))
         stats = trading_stats(daily | dict(net=net), backtest.trading_days)
         ratios = {k: float(stats[k]) for k in ("sharpe_net", "max_drawdown")}
         rows.append(dict(cost_bps=cost_bps, profit=net.sum()) | ratios)
     table = pd.DataFrame(rows)
-    cost_at_1_bp = trading_cost(daily["turnover"], 1.0).sum()
-    table.attrs["break_even"] = float(daily["gross"].sum() / cost_at_1_bp) if cost_at_1_bp else np.nan
+    rules = (replace(backtest.rules, cost_bps=c) for c in (0.0, 1.0))
+    fixed, at_1_bp = (trading_cost(daily["turnover"], r).sum() for r in rules)
+    table.attrs["break_even"] = float((daily["gross"].sum() - fixed) / (at_1_bp - fixed)) if at_1_bp else np.nan
     return table
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #fadaafbe
@@ -211,8 +212,7 @@ def compare_exit_rules(
     backtests = {k: evaluator.backtest_positions(predictions, v, prices, y) for k, v in positions.items()}
     if prices is not None and bars_to_hit is not None:
         frame = dict(datetime=predictions.timestamps, symbol=predictions.symbols, position=sign)
-        rules = evaluator.horizon, evaluator.cost_bps, evaluator.trading_days
-        backtests["barrier"] = barrier_backtest(frame, prices, bars_to_hit, *rules, day_start=evaluator.day_start)
+        backtests["barrier"] = barrier_backtest(frame, prices, bars_to_hit, evaluator.horizon, evaluator.rules)
     rows = [dict(strategy=name) | _strategy_row(evaluator, b) for name, b in backtests.items()]
     return pd.DataFrame(rows)
 

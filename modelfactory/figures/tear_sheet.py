@@ -217,7 +217,7 @@ def _plot_curves(ax, backtest, days):
     before_cost, after_cost = dict(color="#7f7f7f", ls="--"), dict(color="#0072B2")
     start = days.insert(0, days[0] - pd.Timedelta("1D"))
     ax.plot(start, np.r_[1, backtest.equity_gross], lw=1.4, label="before cost", **before_cost)
-    ax.plot(start, np.r_[1, backtest.equity], lw=1.4, label=f"after {backtest.cost_bps:g} bp", **after_cost)
+    ax.plot(start, np.r_[1, backtest.equity], lw=1.4, label=f"after {backtest.rules.cost_bps:g} bp", **after_cost)
     ax.axhline(1, color="black", lw=0.6)
     stats = backtest.metrics()
     sharpe = f"Sharpe {stats['sharpe']:.2f} before, {stats['sharpe_net']:.2f} after cost"

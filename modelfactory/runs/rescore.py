@@ -117,7 +117,9 @@ def score_with_data(
     from modelfactory.evaluation.tables import Metrics
 
     scored = copy.copy(trainer)
-    scored.config = replace(trainer.config, cost_bps=run.config["cost_bps"], seed=run.seed)
+    calendar = ("trading_days", "day_start")  # all runs of a comparison use the calendar of the trainer
+    costs = {k: v for k, v in run.config.items() if k in vars(trainer.config.rules) and k not in calendar}
+    scored.config = replace(trainer.config, **costs, seed=run.seed)
     scored.datasets = trainer.datasets | {split: matching_rows(trainer.datasets[split], frame)}
     scored.predictions = {split: stored_output(frame, trainer.config.data.classes)}
     scored.robustness_by_split, scored.baseline_metrics = {}, {}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..configuration import settings
+from ..configuration import TradingRules, settings
 from ..data.labels import triple_barrier
 from ..data.market import MarketConfig, news_effect, news_kernel, simulate_market, state_effect
 from ..data.null_worlds import NULL_WORLDS, find_world, simulate_null
@@ -251,7 +251,7 @@ def _daily_tables(val, price, models, horizon):
     daily = {}
     for name, p in models.items():
         position = held(p.argmax(1) - 1)
-        columns = dict(net=position * returns) | benchmark_pnl(symbol, returns, position, 0.0)
+        columns = dict(net=position * returns) | benchmark_pnl(symbol, returns, position, TradingRules(cost_bps=0.0))
         daily[name] = pd.DataFrame({k: np.bincount(day, v) / (symbol[-1] + 1) for k, v in columns.items()}, days)
     return daily
 

@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from annotated_types import Ge, Interval
 
 from modelfactory.configuration import (
     HTMLConfig,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
+    TradingRules,
     build_config,
     read_yaml,
     settings,
@@ -55,9 +54,9 @@ __all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'RESCORED_FIGURES', '
            'learning_notes', 'divergence_notes', 'early_stopping_note', 'trainer_plots']
 
 # %% ../../nbs/training/00_trainer.ipynb #25f0a7d0
-@dataclass
-class TrainerConfig(HTMLConfig):
-    "All settings that determine the result of training a model."
+@dataclass(frozen=True)
+class _FitConfig:
+    "The model, its data and its seed."
 
     model: str  # model name in the registry
     horizon: PositiveInt  # horizon of the label, in bars
@@ -65,9 +64,11 @@ class TrainerConfig(HTMLConfig):
     config: dict = field(default_factory=dict)  # values that override the model's config
     preset: str | None = None  # preset in the model's YAML file
     seed: NonNegativeInt = 42  # random seed of the model and of the bootstrap
-    cost_bps: Annotated[float, Ge(0)] = 1.0  # cost of each change of position, in basis points
-    trading_days: PositiveFloat | None = None  # trading days per year; auto (None): counted in the bars
-    day_start: Annotated[int, Interval(ge=0, le=23)] = 0  # hour at which a trading day begins, in the bars' time zone
+
+
+@dataclass(frozen=True)
+class TrainerConfig(HTMLConfig, TradingRules, _FitConfig):
+    "All settings that determine the result of training a model."
 
 # %% ../../nbs/training/00_trainer.ipynb #79c20d51
 def trainer_config(
@@ -85,8 +86,7 @@ def trainer_config(
         values["data"] = absolute_paths({"data": str(s.data), "gap": s.gap} | values["data"])
     if values.get("trading_days") == "auto":
         values["trading_days"] = None
-    defaults = dict(seed=s.seed, cost_bps=s.cost_bps, trading_days=s.trading_days, day_start=s.day_start)
-    return build_config(TrainerConfig, defaults | values, source)
+    return build_config(TrainerConfig, {"seed": s.seed, **vars(s.rules), **values}, source)
 
 # %% ../../nbs/training/00_trainer.ipynb #225ac76b
 class Trainer:
@@ -223,8 +223,7 @@ class Trainer:
         "Metrics under the null hypothesis: p-values from circular time shifts, and the F1 without directional skill."
         c, ds = self.config, self.datasets[split]
         prices, _ = read_prices(ds, c.data.prices)
-        rules = c.horizon, c.seed, c.cost_bps, c.trading_days, c.data.classes, c.day_start
-        return null_metrics(self.predictions[split], ds.y, prices, *rules)
+        return null_metrics(self.predictions[split], ds.y, prices, c.horizon, c.seed, c.rules, c.data.classes)
 
     def score(self, predictions: PredictionOutput, split: str = "val") -> dict:
         "Metrics of any predictions for a split, made by the model or by a baseline."
@@ -280,8 +279,7 @@ class Trainer:
     def evaluator(self) -> ModelEvaluator:
         "An evaluator with the costs, classes and seed of the configuration."
         c = self.config
-        rules = dict(seed=c.seed, day_start=c.day_start, gap=c.data.gap)
-        return ModelEvaluator(c.horizon, c.cost_bps, c.trading_days, c.data.classes, **rules)
+        return ModelEvaluator(c.horizon, c.data.classes, seed=c.seed, gap=c.data.gap, **vars(c.rules))
 
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
         "Metrics of the baselines prior, flat, long and persistence, which use no features; computed once."

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -255,7 +255,7 @@ class Objective:
     ) -> dict:
         "All metrics, without confidence intervals."
         c = self.config
-        evaluator = ModelEvaluator(c.horizon, c.cost_bps, c.trading_days, c.data.classes, 0, day_start=c.day_start)
+        evaluator = ModelEvaluator(c.horizon, c.data.classes, n_boot=0, **vars(c.rules))
         return evaluator.compute_all_metrics(predictions, y, prices)
 
     def _prior(self, train, test):
@@ -349,7 +349,7 @@ class OptunaModelTuner:
             space={k: [type(r).__name__, vars(r)] for k, r in self.space.items()},
             embargo=o.embargo,
             data=data,
-            cost=[c.cost_bps, c.trading_days, c.day_start],
+            cost=astuple(c.rules),
             seed=c.seed,
             version=modelfactory.__version__,
         )
