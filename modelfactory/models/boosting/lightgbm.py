@@ -109,7 +109,7 @@ class LightGBMModel(TabularModel):
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #2079ce5c
 def _is_complete(text):
-    "Whether the trees have the length stated in the header; if they do not, LightGBM's parser ends the process."
+    "Whether the trees have the length stated in the header; if not, LightGBM's parser would end the process."
     sizes = re.search(r"^tree_sizes=(.*)$", text, re.M)
     if not text.startswith("tree\n") or not sizes:
         return False

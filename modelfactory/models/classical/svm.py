@@ -28,7 +28,7 @@ class SVMConfig(TabularConfig):
     gamma: PositiveFloat | None = None  # inverse squared width of the RBF kernel; None: 1 / number of features
     exact: bool = False  # fit an exact kernel SVM, whose cost grows with the square of the number of rows
     max_exact_rows: PositiveInt = 10_000  # maximum number of training rows for `exact`
-    calibration_folds: PositiveInt = 3  # number of contiguous folds of train used to calibrate the probabilities
+    calibration_folds: PositiveInt = 3  # number of contiguous training folds used to calibrate the probabilities
 
 # %% ../../../nbs/models/classical/svm.ipynb #b1efc2ab
 @ModelRegistry.register("svm", family="classical")

@@ -68,7 +68,7 @@ def encode_with_llm(
     net: nn.Module,
     x: torch.Tensor,  # (B, T, F)
 ) -> torch.Tensor:  # (B, n_classes)
-    "Logits from the language model's states at the patches, or from the patches if there is no language model."
+    "Logits from the language model's states at the patch positions, or from the patches if there is no model."
     import torch
 
     z = reprogram(net, x)
@@ -119,7 +119,7 @@ class TimeLLMModel(SequenceClassifier):
         return super().fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
 
     def describe(self, codes: np.ndarray) -> str:
-        "The prompt: the task, the class frequencies of the train labels `codes`, and the user's text."
+        "The prompt: the task, the class frequencies of the training labels `codes`, and the user's text."
         frequencies = np.bincount(codes, minlength=len(self.classes)) / len(codes)
         classes = ", ".join(f"{share:.0%} {c}" for c, share in zip(self.classes, frequencies, strict=True))
         data = f"{self.config.sequence_length} bars of {len(self.feature_columns)} features of a market"

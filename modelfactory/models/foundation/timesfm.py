@@ -62,8 +62,8 @@ class TimesFMConfig(SequenceConfig):
     series: str = "close"  # raw column (its logarithm is the context) or feature (its window is the context)
     context_length: PositiveInt = 512  # bars of context
     frequency: Literal[0, 1, 2] = 0  # 0: up to daily bars, 1: weekly or monthly bars, 2: quarterly or yearly bars
-    barrier_up: PositiveFloat | None = None  # distance above the close, ATR(14); None: from barrier_folder or estimated
-    barrier_down: PositiveFloat | None = None  # distance below the close, ATR(14); None: as for barrier_up
+    barrier_up: PositiveFloat | None = None  # distance above the close in ATR(14); None: barrier_folder or estimated
+    barrier_down: PositiveFloat | None = None  # distance below the close in ATR(14); None: as for barrier_up
     barrier_folder: str | None = None  # folder with Phase 1's files {SYMBOL}_ga_h{H}_best.json
     C: PositiveFloat = 0.01  # inverse strength of the penalty on the head in the modes `zero_shot` and `probe`
     unfrozen: PositiveInt = 2  # number of layers that `finetune` trains, counted from the last
@@ -73,7 +73,7 @@ class TimesFMConfig(SequenceConfig):
 # %% ../../../nbs/models/foundation/timesfm.ipynb #bdd80ea0
 MAX_CONTEXT = 2048  # maximum context of the pretrained network, in points
 PATCH_POINTS = 32  # points in a patch
-ATR_ROWS = 256  # bars after which the starting value changes Wilder's 14-bar average by less than 1e-8
+ATR_ROWS = 256  # after this many bars, the starting value of Wilder's 14-bar average has a weight below 1e-8
 
 
 def forecast_context(
@@ -250,7 +250,7 @@ def volatility_scale(
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #65b700f8
 def estimate_width(
-    share: float,  # fraction of train labels beyond this barrier
+    share: float,  # fraction of training labels beyond this barrier
     beyond: Callable[[float], np.ndarray],  # width -> (n,) probabilities of ending beyond that width
 ) -> float:  # in units of volatility
     "The width at which the mean probability equals `share`, limited to the range from 0 to 20."
@@ -324,8 +324,8 @@ class BarrierDistances:
         unit: np.ndarray,  # (n,)
         quantiles: np.ndarray,  # (n, Q), ascending
         levels: list,  # Q probabilities
-        down: float,  # fraction of train labels that are down
-        up: float,  # fraction of train labels that are up
+        down: float,  # fraction of training labels that are down
+        up: float,  # fraction of training labels that are up
     ) -> None:
         "Sets the widths at which the mean forecast probabilities of ending beyond the barriers equal `down` and `up`."
         if self.folder or self.given:
@@ -400,7 +400,7 @@ class TimesFMModel(SequenceClassifier):
 
     @classmethod
     def history_length(cls, config):
-        "Rows of history that cover the context in whole patches and make the ATR independent of its start."
+        "Rows of history that fill the context in whole patches and make the ATR independent of its starting value."
         return max(config["sequence_length"], config["context_length"] + PATCH_POINTS, ATR_ROWS)
 
     @classmethod
@@ -436,7 +436,7 @@ class TimesFMModel(SequenceClassifier):
         return self.head.predict(Z, metadata)
 
     def _head_features(self, X, metadata, codes=None):
-        "Features of the head for each row; estimates the barriers if the class codes of train are given."
+        "Features of the head for each row; estimates the barriers if the training class codes are given."
         windows = as_windows(X)
         past = self.reader.contexts(windows)
         states = self.reader.states(past)

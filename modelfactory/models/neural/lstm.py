@@ -29,7 +29,7 @@ class RecurrentConfig(SequenceConfig):
 
 # %% ../../../nbs/models/neural/lstm.ipynb #6824b75d
 def window_logits(
-    net: nn.Module,  # module with the parts `rnn`, `drop` and `head`
+    net: nn.Module,  # module with the submodules `rnn`, `drop` and `head`
     x: torch.Tensor,  # (B, T, F)
 ) -> torch.Tensor:  # (B, n_classes)
     "Logits from the last state concatenated with the mean state."

@@ -67,7 +67,7 @@ def tft_outputs(
     net: nn.Module,
     x: torch.Tensor,  # (B, T, F)
 ) -> Any:  # the library's named tuple
-    "All outputs of the network: prediction, weights of steps, weights of variables."
+    "All outputs of the network: the prediction, and the weights of steps and variables."
     return on_device_of(x, net.tft)(decoding_one_step(net.variables(x)))
 
 
