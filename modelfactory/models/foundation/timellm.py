@@ -68,7 +68,7 @@ def encode_with_llm(
     net: nn.Module,
     x: torch.Tensor,  # (B, T, F)
 ) -> torch.Tensor:  # (B, n_classes)
-    "Logits from the language model's states at the patch positions, or from the patches if there is no model."
+    "Logits from the language model's states at the patch positions; without a language model, from the patches."
     import torch
 
     z = reprogram(net, x)
@@ -182,7 +182,7 @@ class TimeLLMModel(SequenceClassifier):
         most = getattr(llm.config, "max_position_embeddings", n)
         if n > most:
             raise ValueError(
-                f"{self.name}: prompt and patches of {T} rows have {n} tokens, the language model accepts {most}; "
+                f"{self.name}: prompt and patches of {T} rows have {n} tokens, expected at most {most}; "
                 "increase stride or shorten prompt"
             )
 

@@ -36,7 +36,7 @@ def gated_layer(
     net: nn.Module,
     x: torch.Tensor,  # (B, C, T)
 ) -> torch.Tensor:  # (B, C, T)
-    "The product of filter and gate."
+    "The product of the filter and the gate."
     return net.filter(x) * net.gate(x)
 
 
