@@ -336,7 +336,7 @@ def test_the_verdict_names_all_other_models_with_skill():
         (a_task(MODELS["all"], direction_significant=True, p_direction=0.01), ["3 of 3 models have directional skill"]),
         (
             a_task(MODELS["two"], direction_significant=True, p_direction=0.01),
-            ["the 2 models together have directional skill", "no single model has it"],
+            ["at least one of 2 models has directional skill", "no single model is significant"],
         ),
         (
             a_task([a_model(constant_class=-1, directional_accuracy_constant=0.6), a_model("b", skill=-1.0)]),
@@ -349,7 +349,7 @@ def test_the_verdict_names_all_other_models_with_skill():
         (
             a_task(MODELS["one"], trials=1),
             [
-                "the log loss of a is not significantly better than that of the class shares of train "
+                "the log loss of a is not significantly better than that of the training class shares "
                 "(p = 0.400, corrected for 1 trial)"
             ],
         ),

@@ -124,7 +124,7 @@ def _result_values(trainer, resolved):
 def git_commit(
     folder: Path,  # folder in a git repository
 ) -> str | None:
-    "The git commit of a folder, followed by + if files have changed; None without git or a repository."
+    "The git commit of a folder, followed by + if files have changed; None if git or the repository is missing."
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -158,7 +158,7 @@ def write_scores(
     split: str,
     folder: Path,  # folder of an attempt
 ) -> None:
-    "Writes metrics, baselines, robustness and daily profit of a split."
+    "Writes the metrics, baseline metrics, robustness tables and daily profit of a split."
     files = {name: folder / file for name, file in score_files(split).items()}
     write_json(files["metrics"], trainer.metrics[split])
     write_json(files["baselines"], trainer.baselines(split))

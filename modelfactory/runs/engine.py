@@ -37,7 +37,7 @@ __all__ = ['GC_THRESHOLD', 'KERNEL_START_CODE', 'MAX_SOCKET_BYTES', 'NO_LIMITS',
 def find_notebook(
     name: str,  # file name, such as train.ipynb
 ) -> Path:
-    "The path of a notebook; raises `ConfigError` with the searched folders if the notebook does not exist."
+    "The path of a notebook; if it does not exist, raises a `ConfigError` that lists the searched folders."
     places = [settings().notebooks / name, builtin_folder("notebooks") / name]
     if notebook := next((p for p in places if p.is_file()), None):
         return notebook
@@ -49,7 +49,7 @@ def check_parameters(
     notebook: Path,  # notebook with a cell tagged `parameters`
     parameters: dict,  # name -> value
 ) -> None:
-    "Raises `ConfigError` if the `parameters` cell does not define a parameter; papermill would only log a warning."
+    "Raises `ConfigError` if a parameter is missing from the `parameters` cell; papermill would only log a warning."
     from papermill import inspect_notebook
 
     names = inspect_notebook(_escape_braces(notebook))
@@ -59,7 +59,7 @@ def check_parameters(
 
 
 def _escape_braces(path):
-    "Escapes the braces in a path, because papermill replaces text in braces by parameters."
+    "Escapes the braces in a path, because papermill substitutes parameters for text in braces."
     return str(path).replace("{", "{{").replace("}", "}}")
 
 # %% ../../nbs/runs/03_engine.ipynb #44d175c9
@@ -76,13 +76,13 @@ KERNEL_START_CODE = "; ".join(
         "launch_new_instance()",
     ]
 )
-MAX_SOCKET_BYTES = 100  # limit for a path without its numeric suffix; macOS allows 103 bytes in all, Linux 107
+MAX_SOCKET_BYTES = 100  # limit for a socket path without its numeric suffix; macOS allows 103 bytes, Linux 107
 
 
 def _kernel_manager(runtime):
     """A kernel manager class that starts kernels with this interpreter, regardless of the installed kernels.
 
-    The kernel's sockets are files in the folder `runtime`; TCP ports are used if this path is too long."""
+    The kernel's sockets are files in the folder `runtime`; if its path is too long, TCP ports are used."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import Unicode
@@ -262,13 +262,14 @@ def rss_gb(
     return total / 1e9
 
 # %% ../../nbs/runs/03_engine.ipynb #be59b561
-EXIT_SECONDS = 60  # time in seconds that a process may take to exit after its run is published
+EXIT_SECONDS = 60  # maximum time in seconds between the publication of a run and the exit of its process
 
 
 def _wait_for_end(process, limits, stop, is_closed):
     """Waits for a process; returns a status and a reason if the process must be killed.
 
-    Status and reason are empty if the process has exited, or still runs `EXIT_SECONDS` after its run was closed."""
+    Both are empty if the process has exited. They are also empty if the process is still running `EXIT_SECONDS`
+    after its run was published and its attempt was removed."""
     start, closed_at = time.monotonic(), math.inf
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -336,7 +337,7 @@ def run_outcome(
     title: str,  # name shown in the outcome
     run: Run,
     status: str,  # status to report if the run is scored
-    reason: str = "",  # why the run is not scored; empty: the reason stored in the run
+    reason: str = "",  # why the run is not scored; empty: use the reason stored in the run
     seconds: float = 0.0,  # wall-clock time
 ) -> Outcome:
     "The outcome of a published run: `status` with remarks on the fit, or `not scored` with the reason."
@@ -371,7 +372,7 @@ def run_notebook(
     """Trains a model in a separate process, publishes the run and returns its outcome.
 
     Errors in that process are reported in the outcome. Raises `ConfigError` if the notebook
-    does not define a parameter."""
+    does not define one of the parameters."""
     from modelfactory.data.bundled import absolute_paths
 
     runs, notebook = Path(runs or settings().runs).resolve(), find_notebook("train.ipynb")

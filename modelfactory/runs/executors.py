@@ -81,7 +81,7 @@ def run_job(
     stop: threading.Event | None = None,  # event that another thread sets to end the run
     force: bool = False,  # whether to train even if a finished run exists
 ) -> Outcome:
-    """Trains one run unless a finished run exists; waits while another process trains the same run.
+    """Trains one run unless the same run is already finished; waits while another process trains it.
 
     Does not raise exceptions: an error is returned as an outcome with status `failed`."""
     stop = stop or threading.Event()
@@ -98,7 +98,7 @@ def run_job(
 
 @contextlib.contextmanager
 def _lock(job, runs, stop):
-    "Holds the lock of a run's identity; waits until the lock is free or `stop` is set."
+    "Acquires the lock for a run's identity and holds it; waits until the lock is free or `stop` is set."
     (Path(runs) / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(runs) / LOCKS_FOLDER / job.identity)
     while not stop.is_set():
@@ -222,7 +222,7 @@ def _ray_processes():
 
 
 def _require_token():
-    "Makes a local cluster refuse connections without its token, unless the user has set an authentication mode."
+    "Makes a local cluster refuse connections that lack its token, unless the user has set an authentication mode."
     if "RAY_AUTH_MODE" in os.environ:
         return
     os.environ |= dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
@@ -252,7 +252,7 @@ def make_engine(
     workers: int,  # number of parallel runs on this machine
     address: str | None = None,  # address of a Ray cluster
 ) -> LocalEngine | RayEngine:
-    "The engine with the given name; raises `ConfigError` if the name is unknown or no cluster is at the address."
+    "The engine with the given name; raises `ConfigError` if the name is unknown or no cluster runs at the address."
     if name not in ENGINES:
         raise ConfigError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
     if name == "local" and address:

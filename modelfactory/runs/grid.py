@@ -69,7 +69,7 @@ class GridConfig(HTMLConfig):
 def grid_config(
     values: dict | str | Path,  # keys of `GridConfig`, a YAML file with these keys, or a grid name in params/grids
 ) -> GridConfig:
-    "Builds a `GridConfig`, with missing keys from the settings; raises `ConfigError` on an unknown key or model."
+    "Builds a `GridConfig`, taking missing keys from the settings; raises `ConfigError` on an unknown key or model."
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
     values, s = values if isinstance(values, dict) else read_yaml(Path(where)), settings()
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
@@ -118,7 +118,7 @@ def _is_selected(model, name):
 def grid_jobs(grid: GridConfig) -> list[Job]:
     """All jobs of a grid; data files are hashed but not validated.
 
-    Raises `ConfigError` if a model does not have the preset or an overridden key."""
+    Raises `ConfigError` if a model does not define the preset or an overridden key."""
     fingerprints = {d: fingerprint(resolve_data(d)) for d in map(data_path, grid.data)}
     tasks = product(fingerprints, grid.horizons, grid.models, grid.seeds)
     return [_make_job(grid, *task, fingerprints) for task in tasks]
@@ -225,7 +225,7 @@ def run_grid(
     force: bool = False,  # whether to train finished runs again
     memory: float | None = None,  # memory limit of a run in GB
     engine: str | None = None,  # local or ray; None: the engine of the settings
-    address: str | None = None,  # Ray cluster address; None: the settings' address for their engine, else local
+    address: str | None = None,  # None: the settings' address if their engine is used, else a local Ray cluster
 ) -> GridResult:
     """Trains all unfinished runs of a grid; a failed run does not stop the others.
 
@@ -264,7 +264,7 @@ def trained_by_other_code(
     jobs: list[Job],  # jobs without a scored run
     stored: RunList,  # all stored runs
 ) -> list[Job]:
-    "Jobs whose task and config match a stored run that was made with other code or other defaults."
+    "Jobs whose task and config match a stored run that was made with different code or different defaults."
     identities = {run.identity for run in stored}
     runs_of_task: dict[tuple[str, int, int, str | None], list[StoredRun]] = {}
     for run in stored:
@@ -279,7 +279,7 @@ def trained_by_other_code(
 
 
 def _is_same_config(resolved, run):
-    "Whether a config and a run's config agree in all common keys, except keys for the location of the data."
+    "Whether a config and a run's config agree in all common keys, ignoring the location of the data."
     try:
         old, new = run.config, json.loads(json.dumps(resolved))
     except ConfigError:
@@ -366,7 +366,7 @@ def grid_status(
 
 
 def _parameters_key(parameters):
-    "The parameters of a run as comparable text, without the output folder."
+    "The parameters of a run as text, without the output folder; equal parameters give equal text."
     return json.dumps({k: v for k, v in parameters.items() if k != "output"}, sort_keys=True, default=list)
 
 
@@ -380,7 +380,7 @@ def _newest_attempts(folder):
 
 # %% ../../nbs/runs/05_grid.ipynb #3a69ded1
 def _job_status(job, run, running, failed):
-    "Status, seconds and note of a job, given its run, running attempt and failed attempt; each may be None."
+    "Status, seconds and note of a job; the job's run, running attempt and failed attempt may each be None."
     if run and not run.scored:
         return dict(status=UNSCORED, seconds=None, note=f"{run.reason} (see {run.path.name})")
     if run:

@@ -71,7 +71,7 @@ def scoring_trainer(
 
 # %% ../../nbs/runs/08_rescore.ipynb #7cfb5093
 def _scoring_config(run):
-    "The run's config; scoring version 1 stored `trading_days` even if the user had not set it, so the key is dropped."
+    "The run's config; drops `trading_days` from runs of scoring version 1, which stored even unset values of this key."
     config = {k: v for k, v in run.config.items() if run.scoring > 1 or k != "trading_days"}
     return config | dict(data=config["data"] | dict(data=run.data_folder))
 
@@ -129,7 +129,7 @@ def score_with_data(
 
 
 def _timings(run):
-    "The times of fitting and prediction in seconds, as measured in training."
+    "Fitting and prediction times in seconds, as measured during training."
     if not run.scored:
         seconds = run.manifest["seconds"]
         return {f"{name}_seconds": seconds.get(name, np.nan) for name in ("fit", "predict")}
@@ -200,7 +200,7 @@ def _write_rescored(scored, split, staged):
 
 
 def _write_all_figures(run, scored, staged):
-    "Writes all figures of a run that has none; returns an error message, or an empty text on success."
+    "Writes all figures of a run that has none; returns an error message, or an empty string on success."
     scored.history = run.history
     try:
         # a model from another user runs in a separate process and provides no feature importance
@@ -233,7 +233,7 @@ def rescore_run(
     path: Path,  # folder of a finished run
     class_metrics: bool = False,  # for unreadable data: True writes only class metrics, False leaves the run unchanged
     data: str | Path | None = None,  # new folder of the data, if the data have moved
-) -> dict:  # run, splits, scored (`all`, `class metrics only` or `NOT_SCORED`), reason
+) -> dict:  # keys: run, splits, scored (`all`, `class metrics only` or `NOT_SCORED`), reason
     "Recomputes the scores of a run; raises `RunError` if its predictions are missing or have changed."
     run = load_run(Path(path).resolve())
     with FileLock(run.path.parent / ".rescore.lock", timeout=600):
@@ -271,7 +271,7 @@ def _predict_and_rescore(run, class_metrics):
 
 # %% ../../nbs/runs/08_rescore.ipynb #5600d92d
 def _rescore_splits(run, splits, class_metrics):
-    "Writes a new folder with the scores of the given splits and replaces the run with this folder."
+    "Writes a new folder with the scores of the given splits and replaces the run with it."
     staged, reason, figure_note = _staged_copy(run), "", ""
     changed = [f for s in splits for f in score_files(s).values()] + [f"plots/{name}.png" for name in RESCORED_FIGURES]
     if not run.scored:
@@ -335,6 +335,6 @@ def rescore(
     paths: list,  # run folders, or folders that contain runs
     class_metrics: bool = False,  # for unreadable data: True writes only class metrics, False leaves the run unchanged
     data: str | Path | None = None,  # new folder of the data, if the data have moved
-) -> pd.DataFrame:  # run, splits, scored (`all`, `class metrics only` or `NOT_SCORED`), reason
+) -> pd.DataFrame:  # columns: run, splits, scored (`all`, `class metrics only` or `NOT_SCORED`), reason
     "Rescores runs and returns a table with one row per run; raises `RunError` if a folder contains no runs."
     return pd.DataFrame(rescore_runs(paths, class_metrics, data), columns=["run", "splits", "scored", "reason"])

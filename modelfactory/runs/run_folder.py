@@ -51,7 +51,7 @@ def start_attempt(
     model: str,  # name of the model in the registry
     horizon: int,  # bars ahead
 ) -> Path:  # a new folder that contains only the file `pid`
-    "Creates the folder of an attempt under the name of the future run."
+    "Creates an attempt folder with the name of the future run."
     name = f"{check_name(model)}_h{int(horizon)}_{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     attempt = working_folder(runs, PARTIAL_FOLDER) / name
     attempt.mkdir(parents=True)
@@ -67,7 +67,7 @@ def write_pid(attempt: Path) -> None:
 
 
 def _process_start(process):
-    "Seconds from system boot to the start of a process, independent of changes to the system clock."
+    "Seconds between system boot and the start of a process; changes to the system clock do not affect it."
     import psutil
 
     return process.create_time() - psutil.boot_time()
@@ -79,7 +79,7 @@ def working_folder(
 ) -> Path:
     "The path of a folder for work in progress; raises `RunError` if the path is a symbolic link."
     folder = Path(runs) / name
-    if folder.is_symlink():  # runs are moved and deleted inside the folder
+    if folder.is_symlink():  # through a link, runs outside the runs folder could be moved or deleted
         raise RunError(f"{folder}: a symbolic link, expected a folder; remove the link")
     return folder
 
@@ -94,7 +94,7 @@ def clear_partial(
     return [a.name for a in dead]
 
 
-# Seconds without an update of `pid` after which an attempt on another machine counts as dead.
+# An attempt on another machine counts as dead after this many seconds without an update of `pid`.
 # A live process updates `pid` every second.
 STALE_SECONDS = 120
 
@@ -123,7 +123,7 @@ def write_json(
 
 
 def _finite(value):
-    "Replaces NaN and infinity in nested data by None."
+    "Replaces NaN and infinity in nested data with None."
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -140,9 +140,9 @@ def _key_file():
 
 
 def user_key(
-    make: bool = False,  # whether to create a missing key
+    make: bool = False,  # whether to create the key if it is missing
 ) -> bytes | None:
-    "The user's secret key of 32 bytes; None if no valid key exists or can be created."
+    "The user's secret 32-byte key; None if there is no valid key."
     file = _key_file()
     with contextlib.suppress(OSError, FileError):
         if make and not file.exists():
@@ -151,7 +151,7 @@ def user_key(
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
                 f.write(secrets.token_bytes(32))
             with contextlib.suppress(FileExistsError):
-                os.link(temporary, file)  # unlike a rename, a link cannot overwrite the key of another process
+                os.link(temporary, file)  # unlike a rename, a link cannot overwrite a key that another process made
             temporary.unlink()
         key = read_regular(file, 32)
         return key if len(key) == 32 else None
@@ -187,10 +187,10 @@ def _swap_lock(folder):
 
 
 def replace_run(
-    staged: Path,  # complete new run, in `.rescored/` of the runs folder
+    staged: Path,  # complete new run in the folder `.rescored/`
     run: Path,  # folder of the old run, with the same name
 ) -> None:
-    "Replaces a run with a complete new folder; if the process is killed, the old or the new run remains complete."
+    "Replaces a run with a complete new run; if the process is killed, one of the two remains complete."
     old = working_folder(run.parent, REPLACED_FOLDER) / run.name
     old.parent.mkdir(exist_ok=True)
     with _swap_lock(run.parent):

@@ -37,7 +37,7 @@ def _not_tested(task, claim, subject):
 
 # %% ../../nbs/runs/07_sentences.ipynb #55c5e99a
 def constant_call_text(
-    model: dict,  # model entry in a task of `comparison`
+    model: dict,  # a model's entry in a task from `comparison`
 ) -> str:  # such as `always up would be right 69% of the time`; empty if the classes have no direction
     "The better constant prediction and its accuracy on rows whose true label is up or down."
     accuracy, direction = model.get("directional_accuracy_constant"), model.get("constant_class")
@@ -47,7 +47,7 @@ def constant_call_text(
 
 
 def no_skill_text(
-    models: list,  # model entries in a task of `comparison`
+    models: list,  # entries of models in a task from `comparison`
     who: str = "no model",  # the subject of the sentence
 ) -> str:
     "A statement that models have no significant skill; the wording depends on whether some are significantly worse."
@@ -57,8 +57,8 @@ def no_skill_text(
 
 
 def claim_figures(
-    model: dict,  # model entry in a task of `comparison`
-) -> dict:  # the same keys; for several seeds, the metrics of their averaged probabilities
+    model: dict,  # a model's entry in a task from `comparison`
+) -> dict:  # the same keys; with several seeds, metrics of the averaged probabilities
     "The entry of a model, with the metrics on which its direction claim is based."
     return model | (model.get("averaged") or {})
 
@@ -83,7 +83,7 @@ def _direction_sentence(task):
         return f"{len(skilled)} of {len(models)} models {verb} directional skill{details}."
     if task["direction_significant"]:
         details = _in_brackets(p_value, _trials_text(task))
-        return f"the {len(models)} models together have directional skill{details}; no single model has it."
+        return f"at least one of {len(models)} models has directional skill{details}; no single model is significant."
     details = _in_brackets(constant_call_text(best), p_value, _trials_text(task))
     return no_skill_text(models) + f"{details}."
 
@@ -95,8 +95,8 @@ def _log_loss_sentence(task):
     details = _in_brackets(_p_text(p), _trials_text(task))
     if not task["log_loss_significant"]:
         subject = f"the log loss of {best} is not" if len(models) == 1 else "no model's log loss is"
-        return f"{subject} significantly better than that of the class shares of train{details}."
-    head = f"{best} has a better log loss than the class shares of train{details}"
+        return f"{subject} significantly better than that of the training class shares{details}."
+    head = f"{best} has a better log loss than the training class shares{details}"
     if len(models) == 1 or task["not_worse"] is None:
         return head + "."
     not_worse = [m for m in task["not_worse"] if m != best]
@@ -251,7 +251,7 @@ def _data_kind(tasks):
 def conclusion(
     result: dict,  # of `comparison`
 ) -> list[str]:  # one sentence for each data set
-    "The claim on each data set, sorted by kind: simulated with a signal, simulated without a signal, real."
+    "One sentence for each data set, sorted by kind: simulated with a signal, simulated without a signal, real."
     templates, by_data = dict(planted=_planted_sentence, null=_null_sentence, real=_real_sentence), {}
     for task in result["tasks"]:
         by_data.setdefault(task["data"], []).append(task)
@@ -276,7 +276,7 @@ def comparison_notes(
     return notes + stopping + _unread_note(result["unread"])
 
 
-MAX_LISTED = 5  # maximum number of folders named in one sentence
+MAX_LISTED = 5  # maximum number of folders that a sentence names
 
 
 def _unread_note(unread):
@@ -311,7 +311,7 @@ def task_notes(
 
 # %% ../../nbs/runs/07_sentences.ipynb #25987c5f
 def _seed_note(task):
-    "A note if the seeds of a model differ by more than the gap to the next model."
+    "A note if log loss varies more between the seeds of a model than between this model and the next one."
     wide, models = [], task["models"]
     for m, following in zip(models[:-1], models[1:], strict=True):
         if len(m["seeds"]) < 2:

@@ -28,7 +28,7 @@ class TunerError(ConfigError):
 # %% ../../nbs/tuning/00_space.ipynb #fb79ac86
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    "A context that suppresses optuna's log and its warnings about widgets and experimental features."
+    "Context manager that suppresses optuna's log and its warnings about widgets and experimental features."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "IProgress not found")
         import optuna
@@ -60,7 +60,7 @@ class IntRange:
         return trial.suggest_int(key, self.low, self.high, step=self.step, log=self.log)
 
     def contains(self, value: object) -> bool:
-        "Whether the value lies in the range."
+        "Whether the value lies in the range, a whole number of steps above `low`."
         return isinstance(value, int) and self.low <= value <= self.high and (value - self.low) % self.step == 0
 
     values = property(lambda self: (self.low, self.high))
@@ -84,7 +84,7 @@ class FloatRange:
         return trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
 
     def contains(self, value: object) -> bool:
-        "Whether the value lies in the range."
+        "Whether the value lies in the range; False for a range with a step."
         return isinstance(value, (int, float)) and self.low <= value <= self.high and self.step is None
 
     values = property(lambda self: (self.low, self.high))
@@ -105,7 +105,7 @@ class Categorical:
         return trial.suggest_categorical(key, self.choices)
 
     def contains(self, value: object) -> bool:
-        "Whether the value lies in the range."
+        "Whether the value is one of the choices."
         return value in self.choices
 
     values = property(lambda self: self.choices)
@@ -135,7 +135,7 @@ def read_space(
 
 # %% ../../nbs/tuning/00_space.ipynb #7cd7e531
 def _read_range(values, source, config, key):
-    "A range read from YAML, checked by optuna and by the configuration of the model."
+    "A range read from YAML, checked by optuna and by the model's configuration class."
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if not isinstance(values, dict) or "type" not in values:
