@@ -336,7 +336,7 @@ def test_the_verdict_names_all_other_models_with_skill():
         (a_task(MODELS["all"], direction_significant=True, p_direction=0.01), ["3 of 3 models have directional skill"]),
         (
             a_task(MODELS["two"], direction_significant=True, p_direction=0.01),
-            ["at least one of 2 models has directional skill", "no single model is significant"],
+            ["at least one of 2 models has directional skill", "none is significant alone"],
         ),
         (
             a_task([a_model(constant_class=-1, directional_accuracy_constant=0.6), a_model("b", skill=-1.0)]),

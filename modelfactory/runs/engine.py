@@ -268,8 +268,8 @@ EXIT_SECONDS = 60  # maximum time in seconds between the publication of a run an
 def _wait_for_end(process, limits, stop, is_closed):
     """Waits for a process; returns a status and a reason if the process must be killed.
 
-    Both are empty if the process has exited. They are also empty if the process is still running `EXIT_SECONDS`
-    after its run was published and its attempt was removed."""
+    Status and reason are empty if the process has exited. They are also empty if the process is still running
+    `EXIT_SECONDS` after its run was published and its attempt was removed."""
     start, closed_at = time.monotonic(), math.inf
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -199,7 +199,7 @@ class GridResult(list):
 
     @property
     def ok(self) -> bool:
-        "Whether no run failed; models that are unavailable on this machine do not count as failures."
+        "Whether every run succeeded or was skipped; models unavailable on this machine do not count as failures."
         return all(o.status in ("ok", "skipped", "unavailable") for o in self)
 
     def to_frame(self) -> pd.DataFrame:
@@ -225,7 +225,7 @@ def run_grid(
     force: bool = False,  # whether to train finished runs again
     memory: float | None = None,  # memory limit of a run in GB
     engine: str | None = None,  # local or ray; None: the engine of the settings
-    address: str | None = None,  # None: the settings' address if their engine is used, else a local Ray cluster
+    address: str | None = None,  # Ray cluster address; None: `address` in settings.ini if its engine is used
 ) -> GridResult:
     """Trains all unfinished runs of a grid; a failed run does not stop the others.
 

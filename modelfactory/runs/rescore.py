@@ -71,7 +71,7 @@ def scoring_trainer(
 
 # %% ../../nbs/runs/08_rescore.ipynb #7cfb5093
 def _scoring_config(run):
-    "The run's config; drops `trading_days` from runs of scoring version 1, which stored even unset values of this key."
+    "The run's config; omits `trading_days` for scoring version 1, which stored this key even if it was not set."
     config = {k: v for k, v in run.config.items() if run.scoring > 1 or k != "trading_days"}
     return config | dict(data=config["data"] | dict(data=run.data_folder))
 
@@ -80,7 +80,7 @@ def matching_rows(
     dataset: TimeSeriesDataset,
     frame: pd.DataFrame,  # predictions with the columns datetime, symbol and y_true
 ) -> TimeSeriesDataset:
-    "The samples of a dataset that match a prediction table, in table order; raises `RunError` on a mismatch."
+    "The samples of a dataset that match a prediction table, in its order; raises `RunError` on a mismatch."
     index = pd.MultiIndex.from_frame(dataset.metadata[["datetime", "symbol"]])
     times = frame["datetime"].astype(dataset.metadata["datetime"].dtype)
     rows = index.get_indexer(pd.MultiIndex.from_arrays([times, frame["symbol"]]))
@@ -218,7 +218,7 @@ def _write_all_figures(run, scored, staged):
 
 
 def _write_class_metrics(run, split, staged):
-    "Writes the metrics of a split that need no data."
+    "Writes those metrics of a split that can be computed without the data."
     files = score_files(split)
     metrics, baselines = score_without_data(run, run.predictions(split))
     write_json(staged / files["metrics"], metrics)

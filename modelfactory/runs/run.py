@@ -83,7 +83,7 @@ class Run(StoredRun):
 
 def load_run(
     path: Path,  # folder of the run
-    isolated: bool = False,  # whether to load the model in a separate process; use for runs of others
+    isolated: bool = False,  # whether to load the model in a separate process; True for runs of other users
 ) -> Run:
     "Opens a finished run; raises `RunError` if the folder is not a finished run."
     return Run._open(path, isolated)

@@ -83,7 +83,7 @@ def _direction_sentence(task):
         return f"{len(skilled)} of {len(models)} models {verb} directional skill{details}."
     if task["direction_significant"]:
         details = _in_brackets(p_value, _trials_text(task))
-        return f"at least one of {len(models)} models has directional skill{details}; no single model is significant."
+        return f"at least one of {len(models)} models has directional skill{details}; none is significant alone."
     details = _in_brackets(constant_call_text(best), p_value, _trials_text(task))
     return no_skill_text(models) + f"{details}."
 

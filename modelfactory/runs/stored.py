@@ -105,7 +105,7 @@ def read_manifest(
 ) -> dict:  # validated fields of `Manifest` that are present, plus all other stored fields
     """Reads and validates the manifest of a run; all code that reads runs uses this function.
 
-    Raises `RunError` if the manifest is damaged or lists a file outside the run. Raises the same error if the
+    Raises `RunError` if the manifest is damaged or lists a file outside the run. Also raises `RunError` if the
     run folder contains a link or anything else that is neither a file nor a folder."""
     folder = Path(folder)
     stored, file = _stored_manifest(folder), folder / MANIFEST_FILE
@@ -380,7 +380,7 @@ def _read_table(file):
 # %% ../../nbs/runs/01_stored.ipynb #f515efcc
 def open_run(
     path: Path,  # folder of a run
-    isolated: bool = False,  # whether `model` loads the checkpoint in a separate process; use for runs of others
+    isolated: bool = False,  # whether `model` loads the checkpoint in a separate process; True for runs of other users
     kind: type[StoredRun] = StoredRun,  # class of the returned run
 ) -> StoredRun:
     "Opens a finished run; raises `RunError` if the folder is not a finished run."
@@ -424,7 +424,7 @@ def name_data(
 
 
 def _data_name(group):
-    "The name of a data set: its bundled name, else the newest absolute path in its runs, else the newest path."
+    "The name of a data set: its bundled name if it has one, else its latest absolute path, else its latest path."
     from modelfactory.data.bundled import BUNDLED
 
     paths = [str(run.manifest["data"]) for run in reversed(group)]
@@ -487,7 +487,7 @@ _LISTED = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net")
 
 
 def _list_row(run):
-    "The row of one run in the table of a `RunList`."
+    "The row for one run in the table of a `RunList`."
     try:
         metrics = run.metrics
     except RunError:

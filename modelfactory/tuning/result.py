@@ -139,7 +139,7 @@ def _usage_note(task):
     same_options = f", and {' '.join(options)} as in the search" if options else ""
     on_val = "; it was chosen on val, whose scores are no longer independent of it"
     warning = on_val if task["measured_on"] == "val" else ""
-    return f"pass this file to a training as --config{same_options}{warning}"
+    return f"pass this file to `modelfactory train` as --config{same_options}{warning}"
 
 # %% ../../nbs/tuning/02_result.ipynb #aa81f338
 def write_tuned(
@@ -182,7 +182,7 @@ def read_tuned(
         facts = None
     if not isinstance(facts, dict) or "n_trials" not in facts:
         raise ConfigError(
-            f"{file}: no comments on how it was tuned; tune again, or use the file only as --config of a training"
+            f"{file}: no comments on how it was tuned; tune again, or use the file only with `train --config`"
         )
     return params, facts
 

@@ -108,7 +108,7 @@ def live_trials(study: Study) -> list[FrozenTrial]:
 def void_trials(
     trial: Trial,
     why: str,  # reason, stored with the trial
-) -> float:  # NaN, the value of the trial
+) -> float:  # NaN, which becomes the value of the trial
     "Marks a trial as void, so that it does not count."
     trial.set_user_attr("void", why)
     return math.nan
@@ -126,7 +126,7 @@ class OrphanedTrials:
     def fail(self, study: Study) -> None:
         """Marks trials as failed after `MISSED_HEARTBEATS` missed heartbeats; new trials repeat them.
 
-        optuna detects a lost trial only by the time of its last heartbeat. If a process was killed before its first
+        optuna detects a lost trial only from the time of its last heartbeat. If a process was killed before its first
         heartbeat, this method records one heartbeat for its trial, so that optuna can detect the loss."""
         from optuna.storages import fail_stale_trials
 
