@@ -128,7 +128,7 @@ def read_space(
             if key not in fixed:
                 space[key] = _read_range(values, f"{source}: {key}", ModelRegistry.get(model).Config, key)
     if not space:
-        besides = f" besides {sorted(fixed)}, which is fixed" if search else ""
+        besides = f" besides the fixed keys {sorted(fixed)}" if search else ""
         example = "learning_rate: {type: float, low: 0.001, high: 0.1, log: true}"
         raise TunerError(f"{source}: nothing to vary{besides}; write at least one key, such as {example}")
     return space
