@@ -2595,6 +2595,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine.find_notebook': ( 'runs/engine.html#find_notebook',
                                                                                       'modelfactory/runs/engine.py'),
+                                          'modelfactory.runs.engine.import_papermill': ( 'runs/engine.html#import_papermill',
+                                                                                         'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine.kill_run': ('runs/engine.html#kill_run', 'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine.rss_gb': ('runs/engine.html#rss_gb', 'modelfactory/runs/engine.py'),
                                           'modelfactory.runs.engine.run_attempt': ( 'runs/engine.html#run_attempt',

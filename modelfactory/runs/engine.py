@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,8 @@ from .run_folder import FAILED_FOLDER, UNSCORED, start_attempt, write_json, writ
 
 # %% auto #0
 __all__ = ['GC_THRESHOLD', 'KERNEL_START_CODE', 'MAX_SOCKET_BYTES', 'NO_LIMITS', 'RUN_ENV_VAR', 'EXIT_SECONDS', 'RETRYABLE',
-           'MAX_ATTEMPTS', 'find_notebook', 'check_parameters', 'execute_notebook', 'run_attempt', 'Outcome', 'Limits',
-           'run_environment', 'rss_gb', 'kill_run', 'run_outcome', 'run_notebook']
+           'MAX_ATTEMPTS', 'find_notebook', 'import_papermill', 'check_parameters', 'execute_notebook', 'run_attempt',
+           'Outcome', 'Limits', 'run_environment', 'rss_gb', 'kill_run', 'run_outcome', 'run_notebook']
 
 # %% ../../nbs/runs/03_engine.ipynb #fe60489e
 def find_notebook(
@@ -44,15 +45,20 @@ def find_notebook(
     folders = ", ".join(str(p.parent) for p in places)
     raise ConfigError(f"{name}: not found in {folders}; set notebooks= in settings.ini to the folder that holds it")
 
+# %% ../../nbs/runs/03_engine.ipynb #32f0edc0
+def import_papermill() -> types.ModuleType:
+    "Imports `papermill` without the grammar of internet addresses that jsonschema would build."
+    with without_module(ADDRESS_GRAMMAR):
+        import papermill
+    return papermill
+
 # %% ../../nbs/runs/03_engine.ipynb #6817dd60
 def check_parameters(
     notebook: Path,  # notebook with a cell tagged `parameters`
     parameters: dict,  # name -> value
 ) -> None:
     "Raises `ConfigError` if a parameter is missing from the `parameters` cell; papermill would only log a warning."
-    from papermill import inspect_notebook
-
-    names = inspect_notebook(_escape_braces(notebook))
+    names = import_papermill().inspect_notebook(_escape_braces(notebook))
     for name in parameters:
         if name not in names:
             raise ConfigError(f"{notebook.name}: no parameter {name!r}, {did_you_mean(name, names)}")
@@ -106,9 +112,7 @@ def execute_notebook(
     parameters: dict,  # name -> value
 ) -> None:
     "Executes a notebook with papermill in this process; raises the error of a failed cell."
-    with without_module(ADDRESS_GRAMMAR):
-        import papermill
-
+    papermill = import_papermill()
     _throttle_saves()
     with tempfile.TemporaryDirectory(prefix="mf") as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime
