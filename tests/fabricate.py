@@ -69,7 +69,7 @@ def make_run(
     output, y = to_output(p, meta, classes), table.y_true.to_numpy()
     evaluator = ModelEvaluator(horizon, classes=classes, n_boot=n_boot)
     closes = table[["datetime", "symbol", "close"]] if prices else None
-    attempt = start_attempt(Path(runs), model, horizon)
+    attempt = start_attempt(Path(runs), dict(model=model, horizon=horizon))
     resolved = dict(
         model=model,
         horizon=horizon,

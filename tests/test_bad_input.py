@@ -137,7 +137,7 @@ def valid_folder(tmp_path_factory):
         at.chdir(work)
         trainer = Trainer(dict(model="logistic_regression", horizon=5, data="data"))
         trainer.run_full_pipeline()
-        attempt = start_attempt(work / "runs", "logistic_regression", 5)
+        attempt = start_attempt(work / "runs", dict(model="logistic_regression", horizon=5))
         write_run(trainer, attempt)
         publish(attempt, work / "runs").rename(work / "runs/first")
         for name, (_, config) in MODELS.items():
@@ -903,7 +903,7 @@ def _(work):
 
 @kind("an attempt named as a path", ValueError, "'../x'", "lower-case")
 def _(work):
-    return lambda: start_attempt(work / "runs", "../x", 5)
+    return lambda: start_attempt(work / "runs", dict(model="../x", horizon=5))
 
 
 @kind("registering a path", ValueError, "'../x'", "lower-case")
@@ -1148,7 +1148,7 @@ def _(work):
 
 @kind("an attempt that did not end", RunError, "result.json", "did not reach its end")
 def _(work):
-    attempt = start_attempt(work / "runs", "svm", 5)
+    attempt = start_attempt(work / "runs", dict(model="svm", horizon=5))
     return lambda: publish(attempt, work / "runs")
 
 

@@ -454,7 +454,7 @@ def train(runs, data, model="logistic_regression", seed=0, **config):
     config = MODELS[model] | config
     trainer = Trainer(dict(model=model, horizon=5, data=dict(data=str(data)), seed=seed, config=config))
     trainer.run_full_pipeline()
-    attempt = start_attempt(runs, model, 5)
+    attempt = start_attempt(runs, dict(model=model, horizon=5))
     write_run(trainer, attempt)
     return load_run(publish(attempt, runs)), trainer
 
@@ -731,7 +731,7 @@ def test_a_model_name_that_is_no_plain_word_raises_an_error_everywhere(name, tmp
     with pytest.raises(ValueError):
         check_name(name)
     with pytest.raises(ValueError):
-        start_attempt(tmp_path, name, 5)
+        start_attempt(tmp_path, dict(model=name, horizon=5))
     with pytest.raises(UnknownModel):
         ModelRegistry.get(name)
     assert list(tmp_path.iterdir()) == []
@@ -1140,7 +1140,7 @@ def test_a_link_in_place_of_the_folder_of_replaced_runs_moves_and_removes_nothin
         replace_run(runs / "documents", received)
 
 
-@pytest.mark.parametrize("act", [clear_partial, lambda runs: start_attempt(runs, "svm", 5)])
+@pytest.mark.parametrize("act", [clear_partial, lambda runs: start_attempt(runs, dict(model="svm", horizon=5))])
 def test_a_link_in_place_of_the_folder_of_attempts_raises_an_error(act, received, home):
     shutil.rmtree(received.parent / ".partial")
     (received.parent / ".partial").symlink_to(home)

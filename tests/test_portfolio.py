@@ -230,7 +230,7 @@ def test_a_run_without_prices_is_published(splits, tmp_path):
     assert all(np.isnan(b["sharpe_net"]) for b in trainer.baselines().values())
     figures = trainer_plots(trainer)
     assert "equity" not in figures and "robustness" in figures
-    attempt = start_attempt(tmp_path, "logistic_regression", 5)
+    attempt = start_attempt(tmp_path, dict(model="logistic_regression", horizon=5))
     write_run(trainer, attempt, figures)
     assert publish(attempt, tmp_path).is_dir()
 

@@ -352,7 +352,7 @@ def trained(folder, make, **data):
         make(split).to_parquet(folder / f"data/{split}_scaled.parquet")
     trainer = Trainer(dict(model="logistic_regression", horizon=5, data=dict(data=str(folder / "data"), **data)))
     trainer.run_full_pipeline()
-    attempt = start_attempt(folder / "runs", "logistic_regression", 5)
+    attempt = start_attempt(folder / "runs", dict(model="logistic_regression", horizon=5))
     write_run(trainer, attempt)
     return load_run(publish(attempt, folder / "runs"))
 

@@ -341,7 +341,7 @@ def trained(runs, data, **task):
     "The folder of a finished run that was trained in this process."
     trainer = make_trainer(dict(model="logistic_regression", horizon=5, data=str(data)) | task)
     trainer.run_full_pipeline()
-    attempt = start_attempt(runs, trainer.config.model, 5)
+    attempt = start_attempt(runs, dict(model=trainer.config.model, horizon=5))
     write_run(trainer, attempt)
     return publish(attempt, runs)
 

@@ -63,7 +63,7 @@ def notebook_cells(name="train"):
 
 def run_here(runs, parameters):
     "Runs the cells of train.ipynb in this process and ends the attempt as the parent of a run does."
-    attempt = start_attempt(runs, parameters["model"], parameters["horizon"])
+    attempt = start_attempt(runs, parameters)
     write_json(attempt / "job.json", dict(grid="nightly", parameters=parameters))
     (attempt / "train.ipynb").write_text("{}")
     space, code = {}, 0
@@ -243,7 +243,7 @@ def test_a_figure_with_wrong_classes_is_an_error():
 
 def test_a_run_whose_process_and_its_parent_are_killed_is_finished_by_rescore(task):
     runs, parameters = task
-    attempt = start_attempt(runs, "logistic_regression", 5)
+    attempt = start_attempt(runs, dict(model="logistic_regression", horizon=5))
     space = {}
     for i, source in enumerate(notebook_cells()[:6]):
         exec(source, space)

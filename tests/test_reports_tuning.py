@@ -349,7 +349,7 @@ def test_a_new_process_that_hangs_is_an_error(monkeypatch, tmp_path):
 def test_a_run_of_such_a_plugin_can_be_loaded(own_files, tmp_path):
     trainer = Trainer(dict(model="own_files", horizon=5, data="planted", config=dict(width=2.0)))
     trainer.run_full_pipeline()
-    attempt = start_attempt(tmp_path / "runs", "own_files", 5)
+    attempt = start_attempt(tmp_path / "runs", dict(model="own_files", horizon=5))
     write_run(trainer, attempt)
     model, task = load_run(publish(attempt, tmp_path / "runs")).model(), trainer.datasets["val"]
     again = model.predict(task.X, task.metadata).probabilities

@@ -45,7 +45,7 @@ def made(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     trainer = Trainer(dict(model="logistic_regression", horizon=5, data=str(data), preset="quick"))
     trainer.run_full_pipeline()
-    attempt = start_attempt(runs, "logistic_regression", 5)
+    attempt = start_attempt(runs, dict(model="logistic_regression", horizon=5))
     trainer.evaluate("test", attempt)
     write_run(trainer, attempt, trainer_plots(trainer))
     for split in ("val", "test"):

@@ -30,7 +30,7 @@ def test_file_times_do_not_decide_whether_a_local_attempt_is_alive(tmp_path, shi
     """A clock that jumped leaves files with times far in the future or in the past.
 
     Whether an attempt of this machine is alive depends on its process alone."""
-    alive, dead = start_attempt(tmp_path, "svm", 5), start_attempt(tmp_path, "svm", 20)
+    alive, dead = (start_attempt(tmp_path, dict(model="svm", horizon=horizon)) for horizon in (5, 20))
     (dead / "pid").write_text("999999999 0")
     for attempt in (alive, dead):
         os.utime(attempt / "pid", (time.time() + shift,) * 2)
@@ -40,7 +40,7 @@ def test_file_times_do_not_decide_whether_a_local_attempt_is_alive(tmp_path, shi
 @pytest.mark.parametrize("jump", [-3600, -2, 2, 3600])
 def test_a_jump_of_the_clock_does_not_make_a_running_attempt_dead(tmp_path, jump, monkeypatch):
     "The system gives the start of a process as its boot time, which moves with the clock, plus ticks since boot."
-    attempt = start_attempt(tmp_path, "svm", 5)
+    attempt = start_attempt(tmp_path, dict(model="svm", horizon=5))
     boot = psutil.boot_time() + jump
     monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot)
     if hasattr(psutil._psplatform, "BOOT_TIME"):

@@ -23,7 +23,7 @@ from ..models.base import probability_columns
 from ..models.registry import UnknownModel
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .run import list_runs
-from .run_folder import FAILED_FOLDER, UNSCORED, RunError
+from .run_folder import FAILED_FOLDER, UNSCORED, RunError, list_attempts
 from .sentences import MIN_CEILING_GAP, claim_figures
 from .stored import RunList
 from .task import count_trials, read_task, stored_daily, task_significance
@@ -403,11 +403,11 @@ def failed_runs(
     for run in list_runs(runs):
         finished |= {_job_key(data, run.manifest) for data in (run.data, run.manifest["data"])}
     failed = {}
-    for file in sorted((Path(runs) / FAILED_FOLDER).glob("*/job.json"), key=lambda f: f.parent.name[-22:]):
+    for attempt in list_attempts(Path(runs) / FAILED_FOLDER):
         try:
-            job, outcome = read_json(file)["parameters"], read_json(file.parent / "outcome.json")
+            job, outcome = read_json(attempt / "job.json")["parameters"], read_json(attempt / "outcome.json")
             title = f"{job['model']} h{job['horizon']} {Path(job['data']).name}"
-            row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=file.parent.name)
+            row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.name)
             failed[_job_key(job["data"], job)] = row
         except (OSError, ValueError, KeyError, TypeError):
             continue

@@ -393,7 +393,7 @@ def run_notebook(
 # %% ../../nbs/runs/03_engine.ipynb #336f091b
 def _attempt(parameters, runs, notebook, limits, stop, grid):
     "Executes the notebook in a new process, waits until the process ends, and returns the outcome."
-    attempt, start = start_attempt(runs, parameters["model"], parameters["horizon"]), time.monotonic()
+    attempt, start = start_attempt(runs, parameters), time.monotonic()
     job = dict(notebook=str(notebook), runs=str(runs), grid=grid, parameters=parameters | dict(output=str(attempt)))
     write_json(attempt / "job.json", job)
     command = [sys.executable, "-P", "-m", "modelfactory.runs.engine", str(attempt), str(os.getpid())]

@@ -41,7 +41,7 @@ from .attempt import run_identity
 from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .run import list_runs
-from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, UNSCORED, clear_partial, is_alive
+from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, UNSCORED, clear_partial, is_alive, list_attempts
 from .stored import RunList, StoredRun
 from .tracking import Tracker
 from ..training.trainer import Trainer
@@ -373,7 +373,7 @@ def _parameters_key(parameters):
 def _newest_attempts(folder):
     "The newest attempt for each set of parameters."
     attempts = {}
-    for attempt in sorted(folder.glob("*"), key=lambda f: f.name[-22:]):
+    for attempt in list_attempts(folder):
         with contextlib.suppress(OSError, ValueError):
             attempts[_parameters_key(read_json(attempt / "job.json")["parameters"])] = attempt
     return attempts

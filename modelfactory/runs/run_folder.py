@@ -23,9 +23,9 @@ from ..models.registry import check_name
 
 # %% auto #0
 __all__ = ['MANIFEST_FILE', 'RESULT_FILE', 'FEATURES_FILE', 'PARTIAL_FOLDER', 'FAILED_FOLDER', 'STAGED_FOLDER', 'REPLACED_FOLDER',
-           'UNSCORED', 'STALE_SECONDS', 'OWNER_MARK', 'RunError', 'RunConfigError', 'start_attempt', 'write_pid',
-           'working_folder', 'clear_partial', 'is_alive', 'write_json', 'user_key', 'owner_mark', 'write_manifest',
-           'replace_run', 'finish_swaps']
+           'UNSCORED', 'STALE_SECONDS', 'OWNER_MARK', 'RunError', 'RunConfigError', 'name_prefix', 'start_attempt',
+           'write_pid', 'working_folder', 'list_attempts', 'clear_partial', 'is_alive', 'write_json', 'user_key',
+           'owner_mark', 'write_manifest', 'replace_run', 'finish_swaps']
 
 # %% ../../nbs/runs/00_run_folder.ipynb #bdc1e8f8
 class RunError(PrintableError):
@@ -46,13 +46,19 @@ REPLACED_FOLDER = ".replaced"  # old runs that are being replaced
 UNSCORED = "not scored"  # status of a run that was trained and published but could not be scored
 
 # %% ../../nbs/runs/00_run_folder.ipynb #7cdad489
+def name_prefix(
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required
+) -> str:
+    "The first part of a run's name, which depends on its parameters."
+    return f"{check_name(parameters['model'])}_h{int(parameters['horizon'])}_"
+
+
 def start_attempt(
     runs: Path,  # the runs folder
-    model: str,  # name of the model in the registry
-    horizon: int,  # bars ahead
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required
 ) -> Path:  # a new folder that contains only the file `pid`
     "Creates an attempt folder with the name of the future run."
-    name = f"{check_name(model)}_h{int(horizon)}_{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
+    name = f"{name_prefix(parameters)}{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     attempt = working_folder(runs, PARTIAL_FOLDER) / name
     attempt.mkdir(parents=True)
     write_pid(attempt)
@@ -82,6 +88,13 @@ def working_folder(
     if folder.is_symlink():  # through a link, runs outside the runs folder could be moved or deleted
         raise RunError(f"{folder}: a symbolic link, expected a folder; remove the link")
     return folder
+
+
+def list_attempts(
+    folder: Path,  # folder that contains attempts, such as FAILED_FOLDER of the runs folder
+) -> list[Path]:
+    "The folders of attempts, oldest first."
+    return sorted(folder.glob("*"), key=lambda attempt: attempt.name[-22:])  # start time and random number
 
 
 def clear_partial(
