@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .data.bundled import BUNDLED
 from .files import print_escaped as print  # names in received files may contain control characters
 
 app = typer.Typer(
@@ -102,7 +103,7 @@ def dataset_keys(
 @app.command()
 def check(
     data: Annotated[
-        str, typer.Argument(help="folder with Phase 1 splits, or a bundled data set: eurusd, planted, null, sequence")
+        str, typer.Argument(help=f"folder with Phase 1 splits, or a bundled data set: {', '.join(BUNDLED)}")
     ],
     nan: Nan = None,
     exclude: Exclude = None,
@@ -279,9 +280,9 @@ def experiment(
     timeout: Annotated[float | None, typer.Option(min=1, help="time limit of a run, in seconds")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="memory limit of a run, in GB")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="engine of the grid: local or ray; default: from settings.ini")
+        str | None, typer.Option(help="engine of the grid, such as local or ray; default: from settings.ini")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="address of a Ray cluster; default: from settings.ini")] = None,
+    address: Annotated[str | None, typer.Option(help="address of a cluster; default: from settings.ini")] = None,
     force: Annotated[bool, typer.Option(help="train finished runs again")] = False,
 ) -> None:
     """Run a grid of models and horizons; finished runs are skipped.

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
@@ -250,7 +250,7 @@ class _TaskSettings:
 class Settings(TradingRules, _TaskSettings):
     "Folders, addresses and default values that all modules use."
 
-    engine: Literal["local", "ray"] = "local"  # where the runs of a grid are executed: on this machine or on Ray
+    engine: str = "local"  # where the runs of a grid are executed; a name in `ENGINES` of `runs.executors`
     address: str = ""  # address of the Ray cluster; empty: a cluster on this machine
     tracking: str = ""  # MLflow tracking: sqlite (the file runs/mlflow.db), an address, or empty (off)
     experiment: str = "modelfactory"  # name of the MLflow experiment

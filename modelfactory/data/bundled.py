@@ -9,7 +9,6 @@ import contextlib
 from pathlib import Path
 
 from ..configuration import did_you_mean, settings
-from .splits import MissingFile
 
 # %% auto #0
 __all__ = ['BUNDLED', 'resolve_data', 'data_path', 'absolute_paths']
@@ -40,7 +39,9 @@ BUNDLED = {"eurusd": _build_eurusd, **{preset: _market_builder(preset) for prese
 def resolve_data(
     data: str | Path,  # a folder, or the name of a bundled data set
 ) -> Path:
-    "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile`, which suggests valid names."
+    "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile`, which suggests similar names."
+    from modelfactory.data.splits import MissingFile
+
     if str(data) not in BUNDLED:
         if Path(data).is_dir():
             return Path(data)

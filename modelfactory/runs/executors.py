@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,10 @@ class LocalEngine:
     def __init__(
         self,
         workers: int,  # number of parallel runs
+        address: str | None = None,  # always None; only a cluster has an address
     ):
+        if address:
+            raise ConfigError(f"engine local: found address {address!r}, expected none; use engine ray")
         self.pool, self.stop = ThreadPoolExecutor(workers), threading.Event()
         self.threads = max(1, (os.cpu_count() or 1) // workers)
 
@@ -244,17 +248,15 @@ def _check_reachable(address):
         raise ConfigError(f"engine ray: no cluster at {address} ({e.strerror or e})") from None
 
 # %% ../../nbs/runs/04_executors.ipynb #119c3b7e
-ENGINES = ("local", "ray")
+ENGINES: dict[str, Callable[..., LocalEngine | RayEngine]] = dict(local=LocalEngine, ray=RayEngine)
 
 
 def make_engine(
-    name: str,  # local or ray
+    name: str,  # name in `ENGINES`
     workers: int,  # number of parallel runs on this machine
-    address: str | None = None,  # address of a Ray cluster
+    address: str | None = None,  # address of a cluster
 ) -> LocalEngine | RayEngine:
     "The engine with the given name; raises `ConfigError` if the name is unknown or no cluster runs at the address."
     if name not in ENGINES:
         raise ConfigError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
-    if name == "local" and address:
-        raise ConfigError(f"engine local: found address {address!r}, expected none; use engine ray")
-    return LocalEngine(workers) if name == "local" else RayEngine(address, workers)
+    return ENGINES[name](workers=workers, address=address)

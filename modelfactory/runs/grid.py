@@ -224,7 +224,7 @@ def run_grid(
     timeout: float | None = None,  # time limit of a run in seconds
     force: bool = False,  # whether to train finished runs again
     memory: float | None = None,  # memory limit of a run in GB
-    engine: str | None = None,  # local or ray; None: the engine of the settings
+    engine: str | None = None,  # such as local or ray; None: the engine of the settings
     address: str | None = None,  # Ray cluster address; None: `address` in settings.ini if its engine is used
 ) -> GridResult:
     """Trains all unfinished runs of a grid; a failed run does not stop the others.
