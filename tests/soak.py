@@ -25,7 +25,7 @@ from modelfactory.runs.run import list_runs
 from modelfactory.runs.run_folder import FAILED_FOLDER, MANIFEST_FILE, PARTIAL_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
-VICTIMS = dict(run="modelfactory.runs.engine", kernel="ipykernel_launcher", grid="experiment")
+VICTIMS = dict(run="modelfactory.runs.engine", kernel="ipykernel", grid="experiment")
 PATIENCE = 60  # seconds until all processes must have ended; a leftover process would sleep longer
 LIMITED = "; ".join(  # runs a command with a limit on file sizes
     [
@@ -210,7 +210,7 @@ def _kernel_environment(folder, code):
     "An environment in which the process of a kernel executes some code before it starts."
     site = Path(folder) / "first"
     site.mkdir(parents=True)
-    is_kernel = 'any("ipykernel_launcher" in word for word in sys.orig_argv)'
+    is_kernel = 'any("ipykernel" in word for word in sys.orig_argv)'
     (site / "sitecustomize.py").write_text(f"import os, sys, time\nif {is_kernel}: {code}\n")
     return dict(PYTHONPATH=os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
 

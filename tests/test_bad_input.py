@@ -841,7 +841,10 @@ def _(work):
     return predict(loaded(work), meta=lambda m: m[:-1])
 
 
-@kind("metadata without symbol", ValueError, "['symbol']")
+COLUMNS = "the columns ['datetime', 'horizon', 'sample_weight'], expected 150 rows with datetime, symbol, horizon"
+
+
+@kind("metadata without symbol", ValueError, COLUMNS)
 def _(work):
     return predict(loaded(work), meta=lambda m: m.drop(columns="symbol"))
 

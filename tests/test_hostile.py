@@ -880,7 +880,7 @@ def test_a_manifest_that_names_a_file_outside_the_run_is_refused(reader, receive
     payload.write_text("evil")
     name = "checkpoints/../../.bashrc"
     forge(received, files=json.loads((received / MANIFEST_FILE).read_text())["files"] | {name: file_hash(payload)})
-    assert_run_error(received, reader, "outside the run")
+    assert_run_error(received, reader, "expected a path inside the run")
 
 
 @pytest.mark.parametrize(
@@ -902,7 +902,7 @@ def test_a_manifest_that_names_a_file_outside_the_run_is_refused(reader, receive
 )
 def test_a_file_name_that_is_no_plain_relative_path_raises_an_error(name, received):
     forge(received, files={name: "0" * 64})
-    assert_run_error(received, "load", "outside the run")
+    assert_run_error(received, "load", "expected a path inside the run")
     assert comparison(received.parent)["unread"][0]["folder"] == received.name
 
 
@@ -1374,14 +1374,14 @@ def test_notebooks_of_a_folder_without_settings_are_not_executed(tmp_path, monke
 
 
 def test_a_module_in_the_working_folder_is_not_imported(canary, tmp_path):
-    "A kernel and the process of an isolated model import other modules; `runpy` and `json` come first."
+    "A kernel and the process of an isolated model import other modules; `ipykernel` and `json` come first."
     from modelfactory.runs.engine import KERNEL_START_CODE
 
-    for name in ("runpy", "json", "gc", "pandas", "numpy"):
+    for name in ("ipykernel", "json", "gc", "pandas", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
-    code = KERNEL_START_CODE.replace("runpy.run_module(", "print(").replace("run_name=", "end=")
+    code = KERNEL_START_CODE.replace("launch_new_instance()", "print(launch_new_instance.__qualname__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0 and "ipykernel_launcher" in done.stdout, done.stderr
+    assert done.returncode == 0 and "launch_instance" in done.stdout, done.stderr
     done = subprocess.run(
         [sys.executable, "-P", "-m", "modelfactory.runs.isolation"],
         cwd=tmp_path,

@@ -412,7 +412,7 @@ def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_p
     code, _, err = call(capsys, "final", run)
     assert code == 2 and err.count("\n") == 1 and "splits: no such folder" in err and "--data" in err
     code, _, err = call(capsys, "final", run, "--data", projects / "two/splits")
-    assert code == 2 and "holds other data" in err
+    assert code == 2 and "contains other data" in err
     code, out, _ = call(capsys, "final", run, "--data", moved)
     assert code in (0, None) and "used 2 times" in out and len(sentences_on_test(runs)) == 1
     stored = list_runs(runs)

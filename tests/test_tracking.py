@@ -430,7 +430,7 @@ def test_damaged_runs_are_listed_and_the_others_are_tracked(tmp_path):
     (odd.path / "metrics/metrics.json").write_text("[1, 2]")
     done = track_runs(tmp_path)
     assert done.added == 1 and set(done.failed) == {r.path.name for r in (changed, outside, link, odd)}
-    assert "outside the run" in done.failed[outside.path.name]
+    assert "expected a path inside the run" in done.failed[outside.path.name]
     assert "symbolic link" in done.failed[link.path.name]
     assert "changed since" in done.failed[changed.path.name]
     artifacts = [f for f in (tmp_path / "mlflow-artifacts").rglob("*") if f.is_file()]

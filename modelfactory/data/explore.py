@@ -148,7 +148,7 @@ def _bin_numbers(x, b):
 
 
 def _psi(counts, shares, bars):
-    """PSI (...) of counts (..., 12) against the training shares (..., 12); NaN if there are no rows.
+    """PSI over the last axis of counts and training shares, both (..., 12); NaN where there are no rows.
 
     Each share is raised to at least `0.5 / bars` (half a bar), where `bars` is the number of bars per symbol.
     """

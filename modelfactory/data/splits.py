@@ -704,7 +704,7 @@ def _value_counts_text(values, most=5):
 # %% ../../nbs/data/00_splits.ipynb #2344ef39
 @np.errstate(invalid="ignore")  # an infinite label would cause this warning; it is never a class
 def _parse_labels(column, name, classes, file):
-    "Labels (N,) as int8, `NO_TARGET` for missing ones, and notes on values that were rounded or dropped."
+    "Labels (N,) as int8, with `NO_TARGET` where missing; and notes on the values that were rounded or dropped."
     if min(classes) <= NO_TARGET or max(classes) > 127:
         raise SplitsError(f"classes = {tuple(classes)}: expected whole numbers from -127 to 127; renumber the classes")
     allowed = ", ".join(map(str, classes))

@@ -222,7 +222,7 @@ def _scorer(predictions, y_true, y, p, symbols, prices, classes, horizon, rules)
         trading_days = rules.trading_days or days_per_year(days)
 
     def score(rows):
-        "Scores and daily profit if row `i` has the prediction of row `rows[i]`."
+        "The scores and the daily profit when row `i` is given the prediction of row `rows[i]`."
         pnl = profit(sign[rows]) if profit else None
         scores = dict(
             sharpe_net=float(sharpe_ratio(pnl, trading_days)) if profit else np.nan,

@@ -39,7 +39,7 @@ def _not_tested(task, claim, subject):
 def constant_call_text(
     model: dict,  # a model's entry in a task from `comparison`
 ) -> str:  # such as `always up would be right 69% of the time`; empty if the classes have no direction
-    "The better constant prediction and its accuracy on rows whose true label is up or down."
+    "The better of always up and always down, and its accuracy on the rows whose true label is up or down."
     accuracy, direction = model.get("directional_accuracy_constant"), model.get("constant_class")
     if accuracy is None or not direction:
         return ""

@@ -198,7 +198,7 @@ class Objective:
         return f"{self.folds} purged walk-forward folds of train" if self.on == "train" else "val"
 
     def prepare_data(self) -> SplitsReport:
-        "Reads the training split, and with `on='val'` the validation split; returns a report; raises `SplitsError`."
+        "Reads the training split and, if `on='val'`, the validation split; raises `SplitsError` if they are invalid."
         d, h = self.config.data, self.config.horizon
         source = resolve_data(d.data) if self.trainer.frames is None else self.trainer.frames
         names = ("train",) if self.on == "train" else ("train", "val")
