@@ -120,7 +120,7 @@ def _mean_with_interval(evaluator, predictions, mask, name, gains, scored, lowes
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #eb7a22f6
 def _constant_accuracy(predictions, y, mask):
-    "Directional accuracy of the better constant prediction on a slice; a slice of one predicted sign is compared with that sign."
+    "Directional accuracy of the better constant prediction on a slice; for a side, the constant is its sign."
     called, truth = np.sign(predictions.predictions), np.sign(np.asarray(y))
     both = called * truth != 0
     sides = np.unique(called[mask & both])
