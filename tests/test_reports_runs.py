@@ -421,7 +421,7 @@ def test_data_that_moved_are_named_for_final_rescore_and_compare(projects, tmp_p
     use_moved_data(stored, dict(splits=moved))
     assert scoring_trainer(stored[0]).datasets["val"].y.size
     for pair, message in (
-        (f"splits={projects / 'two/splits'}", "holds other data"),
+        (f"splits={projects / 'two/splits'}", "contains other data"),
         (f"split={moved}", "did you mean 'splits'"),
         ("splits", "expected key=value"),
     ):
