@@ -384,6 +384,6 @@ def test_the_help_of_experiment_documents_the_exit_codes(capsys):
     assert call("experiment", "no such grid") == 2
     assert call("experiment", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "0 when every run is finished" in text and "unavailable" in text
-    for code in ("1 when a run failed", "2 when the grid", "130 after Ctrl-C"):
+    assert "0 if every run is either finished or unavailable" in text
+    for code in ("1 if a run failed", "2 if the grid", "130 after Ctrl-C"):
         assert code in text
