@@ -96,6 +96,7 @@ def build(seed, sessions, horizon, with_hits, seq_len):
     return frame, ds, makers
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @cases
 def test_no_training_label_overlaps_a_test_label_and_every_purged_label_does(
@@ -131,6 +132,7 @@ def test_no_training_label_overlaps_a_test_label_and_every_purged_label_does(
                 assert timestamps[train].max() < timestamps[test].min()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @cases
 def test_the_embargo_is_counted_on_the_rows_own_bars(seed, sessions, horizon, with_hits, embargo, seq_len):

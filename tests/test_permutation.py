@@ -65,6 +65,7 @@ def p_values(n, **kw):
     return pd.DataFrame([test.p_values for test in tests])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizon, symbols", [(5, 2), (20, 2), (5, 4)])
 def test_p_values_have_their_size_without_skill(horizon, symbols):
     p = p_values(100, horizon=horizon, symbols=symbols)
@@ -137,6 +138,7 @@ def test_ffill_index_finds_the_last_row_of_each_symbol_with_missing_bars():
             assert timestamps[table[t, s]] == (t - age) % T and symbols[table[t, s]] == s
 
 
+@pytest.mark.slow
 def test_the_interval_of_f1_skill_has_its_coverage_and_power():
     null = [f1_null_interval(*market(seed=s)[:2], n_boot=300, seed=s) for s in range(120)]
     missed = np.mean([not f["f1_skill_ci_low"] <= 0 <= f["f1_skill_ci_high"] for f in null])

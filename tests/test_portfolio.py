@@ -89,6 +89,7 @@ def slow_portfolio(positions, prices, horizon, cost_bps, day_start=0):
     return bars, bars.groupby(bars.index.normalize() + next_day).sum()
 
 
+@pytest.mark.slow
 @given(calendars(), st.sampled_from([1, 2, 5]), st.sampled_from([0.0, 3.0]), st.sampled_from([0, 17]))
 @settings(max_examples=60, deadline=None)
 def test_the_portfolio_equals_a_loop_over_bars(calendar, horizon, cost_bps, day_start):
@@ -218,6 +219,7 @@ def test_labels_without_prices_have_no_sharpe_ratio(seed):
         plot_equity(result)
 
 
+@pytest.mark.slow
 def test_a_run_without_prices_is_published(splits, tmp_path):
     from modelfactory.runs.attempt import publish, write_run
     from modelfactory.runs.run_folder import start_attempt

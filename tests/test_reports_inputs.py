@@ -808,6 +808,7 @@ def four_features(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("four"), make, nan="zero")
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(frame=splits_of_any_type())
 def test_five_formats_give_the_same_matrix_labels_and_predictions(frame, four_features):
