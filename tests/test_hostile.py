@@ -1377,7 +1377,7 @@ def test_a_module_in_the_working_folder_is_not_imported(canary, tmp_path):
     "A kernel and the process of an isolated model import other modules; `ipykernel` and `json` come first."
     from modelfactory.runs.engine import KERNEL_START_CODE
 
-    for name in ("ipykernel", "json", "gc", "pandas", "numpy"):
+    for name in ("runpy", "ipykernel", "json", "gc", "pandas", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
     code = KERNEL_START_CODE.replace("launch_new_instance()", "print(launch_new_instance.__qualname__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)

@@ -318,7 +318,7 @@ def test_a_grid_that_trains_again_because_of_other_code_says_so(tmp_path, monkey
     assert capsys.readouterr().out == "training 1 run of this grid again: the code or the defaults have changed\n"
     del resolved["config"]["calibration"]  # an earlier version did not have the key
     (run.path / "config.yaml").write_text(yaml.safe_dump(resolved))
-    assert run_grid(grid, tmp_path).ok and capsys.readouterr().out.startswith("training 1 run of")
+    assert run_grid(grid, tmp_path).ok and capsys.readouterr().out.startswith("training 1 run of this grid again")
     for change in (dict(force=True), dict(grid=grid | dict(overrides=dict(logistic_regression=dict(C=0.5))))):
         run_grid(**dict(grid=grid, runs=tmp_path) | change)
         assert capsys.readouterr().out == ""
