@@ -118,7 +118,7 @@ def score_with_data(
 
     scored = copy.copy(trainer)
     calendar = ("trading_days", "day_start")  # all runs of a comparison use the calendar of the trainer
-    costs = {k: v for k, v in run.config.items() if k in vars(trainer.config.rules) and k not in calendar}
+    costs = {name: run.config[name] for name in vars(trainer.config.rules) if name not in calendar}
     scored.config = replace(trainer.config, **costs, seed=run.seed)
     scored.datasets = trainer.datasets | {split: matching_rows(trainer.datasets[split], frame)}
     scored.predictions = {split: stored_output(frame, trainer.config.data.classes)}

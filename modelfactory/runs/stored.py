@@ -380,11 +380,9 @@ def _read_table(file):
 # %% ../../nbs/runs/01_stored.ipynb #f515efcc
 def open_run(
     path: Path,  # folder of a run
-    isolated: bool = False,  # whether `model` loads the checkpoint in a separate process; True for runs of other users
-    kind: type[StoredRun] = StoredRun,  # class of the returned run
 ) -> StoredRun:
     "Opens a finished run; raises `RunError` if the folder is not a finished run."
-    return kind._open(path, isolated)
+    return StoredRun._open(path, isolated=False)
 
 # %% ../../nbs/runs/01_stored.ipynb #7ad18e8c
 def _data_keys(run):
