@@ -80,6 +80,16 @@ def _split_commas(text):
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
+def _whole_numbers(text, option):
+    "Numbers of a comma-separated list; raises `ConfigError`, which names the option."
+    from modelfactory.configuration import ConfigError
+
+    try:
+        return [int(part) for part in _split_commas(text)]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected whole numbers, such as 0,1") from None
+
+
 def dataset_keys(
     nan: str | None = None,  # treatment of NaN, as in `DatasetConfig`
     exclude: str | None = None,  # columns, comma-separated
@@ -88,12 +98,7 @@ def dataset_keys(
     prices: str | None = None,  # path of a parquet file with prices
 ) -> dict:  # keys of `DatasetConfig`, only for the options that were given
     "Converts command-line options to keys of `DatasetConfig`; raises `ConfigError` on invalid `classes`."
-    from modelfactory.configuration import ConfigError
-
-    try:
-        values = [int(c) for c in _split_commas(classes)]
-    except ValueError:
-        raise ConfigError(f"--classes {classes!r}: expected whole numbers, such as 0,1") from None
+    values = _whole_numbers(classes, "--classes")
     keys = dict(
         nan=nan, exclude=_split_commas(exclude), features=_split_commas(features), classes=values, prices=prices
     )
@@ -276,6 +281,15 @@ def _print_error(text):
 def experiment(
     grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
     output: RunsFolder = None,
+    data: Annotated[
+        str | None, typer.Option(help="data instead of the grid's: folders or names, comma-separated")
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="models instead of the grid's, comma-separated")] = None,
+    horizons: Annotated[str | None, typer.Option(help="horizons instead of the grid's, such as 5,20")] = None,
+    seeds: Annotated[str | None, typer.Option(help="seeds instead of the grid's, such as 1,2,3")] = None,
+    walk_forward: Annotated[
+        int | None, typer.Option(min=1, help="number of walk-forward folds: train and score each run once per fold")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="number of runs executed in parallel")] = None,
     timeout: Annotated[float | None, typer.Option(min=1, help="time limit of a run, in seconds")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="memory limit of a run, in GB")] = None,
@@ -292,9 +306,13 @@ def experiment(
     after Ctrl-C.
 
     Example: modelfactory experiment demo"""
-    from modelfactory.runs.grid import run_grid
+    from modelfactory.runs.grid import grid_config, run_grid
 
-    result = run_grid(grid, output, workers, timeout, force, memory, engine, address)
+    changes: dict = dict(data=_split_commas(data), models=_split_commas(models))
+    changes |= dict(horizons=_whole_numbers(horizons, "--horizons"), seeds=_whole_numbers(seeds, "--seeds"))
+    folds = None if walk_forward is None else dict(kind="walk_forward", n=walk_forward)
+    config = grid_config(grid, **{key: value or None for key, value in changes.items()}, folds=folds)
+    result = run_grid(config, output, workers, timeout, force, memory, engine, address)
     print(result)
     if not result.ok:
         raise typer.Exit(1)

@@ -20,7 +20,8 @@ from difflib import get_close_matches
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
@@ -67,10 +68,15 @@ PositiveFloat = Annotated[float, Gt(0)]  # a positive real number
 # %% ../nbs/00_configuration.ipynb #044087d1
 @cache
 def _adapter(cls):
-    "The pydantic adapter of a dataclass, and the types of those fields that are dataclasses themselves."
+    "The pydantic adapter of a dataclass, and the types of those fields that are (optional) dataclasses themselves."
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls), {name: hint for name, hint in get_type_hints(cls).items() if is_dataclass(hint)}
+    nested = {}
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if inner := [kind for kind in kinds if is_dataclass(kind)]:
+            nested[name] = inner[0]
+    return TypeAdapter(cls), nested
 
 
 def build_config(

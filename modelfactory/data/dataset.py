@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from math import comb
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +16,7 @@ import numpy as np
 import pandas as pd
 from annotated_types import Interval
 
-from ..configuration import HTMLConfig
+from ..configuration import HTMLConfig, NonNegativeInt, PositiveInt
 from modelfactory.data.splits import (
     NO_TARGET,
     SPLIT_ORDER,
@@ -31,8 +33,9 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'prepend_context',
-           'TimeSeriesDataset', 'DatasetConfig', 'load_datasets', 'read_prices', 'read_price_file']
+__all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'to_timezone',
+           'prepend_context', 'TimeSeriesDataset', 'FoldConfig', 'DatasetConfig', 'load_datasets', 'read_prices',
+           'read_price_file']
 
 # %% ../../nbs/data/01_dataset.ipynb #2c6c8c8a
 class Windows:
@@ -181,7 +184,7 @@ def last_rows(
     if not pieces:
         return None
     names = dict.fromkeys(name for split in splits for name in split.market)
-    first, *later = [_to_timezone(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
+    first, *later = [to_timezone(splits[-1], split.datetimes[rows]) for _, split, rows in pieces]
     return replace(
         splits[-1],
         name="context",
@@ -211,7 +214,10 @@ def _last_pieces(splits, places, name, n):
     return pieces[::-1]
 
 
-def _to_timezone(split, datetimes):
+def to_timezone(
+    split: Split,
+    datetimes: pd.DatetimeIndex,  # times of another split
+) -> pd.DatetimeIndex:
     "Converts datetimes to the time zone of `split`; raises `BadDatetime` if only one side has a time zone."
     zone = split.datetimes.tz
     if (datetimes.tz is None) != (zone is None):
@@ -234,7 +240,7 @@ def prepend_context(
     if context is None:
         return split, np.arange(len(split))
     _check_context(split, context)
-    context = replace(context, datetimes=_to_timezone(split, context.datetimes))
+    context = replace(context, datetimes=to_timezone(split, context.datetimes))
     codes = np.concatenate([context.codes, split.codes])
     order = np.argsort(codes, kind="stable")
     position = np.empty(len(order), np.int64)
@@ -320,6 +326,21 @@ class TimeSeriesDataset:
         "Dataset of the same task, with the same context, built from another version of the split."
         return TimeSeriesDataset(split, self.horizon, self.seq_len, self.gap, self.context, self.context_rows)
 
+    def subset(
+        self,
+        idx: np.ndarray,  # (m,) positions of samples
+        name: str | None = None,  # name of the part, such as train; None: the split's name
+    ) -> TimeSeriesDataset:  # m samples over the same matrix; only their labels are left in its split
+        "Dataset with some of the samples, in the order of `idx`; the windows are not copied."
+        labels = np.full(len(self.split), NO_TARGET, self.y.dtype)
+        labels[self.rows[idx]] = self.y[idx]
+        part = copy(self)
+        part.rows, part.X, part.y = self.rows[idx], self.X.subset(idx), self.y[idx]
+        part.metadata = self.metadata.iloc[idx].reset_index(drop=True)
+        labels_by_horizon = self.split.labels | {self.horizon: labels}
+        part.split = replace(self.split, name=name or self.split.name, labels=labels_by_horizon)
+        return part
+
     def _metadata(self):
         "One row per sample: datetime, symbol, horizon, label_bars, and optionally sample_weight and close."
         s, rows = self.split, self.rows
@@ -350,6 +371,52 @@ class TimeSeriesDataset:
     def _repr_html_(self):
         return f"<p>{self!r}</p>{self.metadata.head(3).to_html(index=False, border=0)}"
 
+# %% ../../nbs/data/01_dataset.ipynb #72117f8d
+@dataclass
+class FoldConfig(HTMLConfig):
+    "Describes how train and val are cut into folds by time, and which fold a run uses."
+
+    kind: Literal["walk_forward", "combinatorial"] = (
+        "walk_forward"  # each fold trains on earlier rows, or on both sides
+    )
+    n: PositiveInt = 6  # number of folds (walk_forward), or of groups (combinatorial)
+    test: PositiveInt | str | None = None  # length of a test part: bars, "20 days", "3 months"; None: equal parts
+    window: PositiveInt | str = "expanding"  # training rows before a test part: all, or a length such as "24 months"
+    retrain: Literal["each", "first"] = "each"  # training rows: before each test part, or before the first one only
+    embargo: NonNegativeInt | str = "auto"  # minimum gap beside a test part: bars or a length; auto: the horizon
+    fold: PositiveInt | None = None  # number of the fold, from 1; None: all folds, for a stitched record
+
+    @property
+    def n_test_groups(self) -> int:
+        "Number of groups that a combinatorial fold tests: `test`, or 2."
+        return self.test if isinstance(self.test, int) else 2
+
+    @property
+    def n_folds(self) -> int:
+        "Number of folds, which is the number of fits."
+        return self.n if self.kind == "walk_forward" else comb(self.n, self.n_test_groups)
+
+    @property
+    def label(self) -> str:
+        "The scheme in words, without the number of the fold."
+        if self.kind == "combinatorial":
+            words = [f"combinatorial, {self.n_test_groups} of {self.n} groups"]
+        else:
+            words = [f"walk-forward, {self.n} folds"]
+        if self.kind == "walk_forward" and self.test is not None:
+            words[0] += f" of {_length_text(self.test)}"
+        if self.window != "expanding":
+            words.append(f"window {_length_text(self.window)}")
+        if self.retrain == "first":
+            words.append("trained once")
+        if self.embargo != "auto":
+            words.append(f"embargo {_length_text(self.embargo)}")
+        return ", ".join(words)
+
+
+def _length_text(length):
+    return f"{length} bars" if isinstance(length, int) else length
+
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass
 class DatasetConfig(HTMLConfig):
@@ -362,6 +429,7 @@ class DatasetConfig(HTMLConfig):
     nan: Literal["median", "zero", "keep"] | None = None  # how to fill NaN; None raises an error
     classes: tuple[int, ...] = (-1, 0, 1)  # valid label values; all others are treated as missing
     prices: str | None = None  # parquet file with datetime, symbol and close, if the splits have no close
+    folds: FoldConfig | None = None  # the fold of train and val to use; None: train as in the files, scored on val
 
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02
 def load_datasets(

@@ -125,8 +125,10 @@ class Fold:
         return "Fold(" + ", ".join(f"{k} {len(v):,}" for k, v in vars(self).items()) + ")"
 
 # %% ../../nbs/data/09_folds.ipynb #8dcc088a
-def _make_fold(labels, blocks, embargo, only_before):
-    "Fold whose test part consists of the timestamp ranges `blocks`; if `only_before`, it trains only on earlier rows."
+def _make_fold(labels, blocks, embargo, only_before, first=0):
+    """Fold whose test part consists of the timestamp ranges `blocks`.
+
+    If `only_before`, it trains only on earlier rows, from timestamp number `first` on."""
     test, purged, embargoed = np.zeros((3, labels.n), bool)
     for lo, hi in blocks:
         block = (labels.stamp >= lo) & (labels.stamp < hi)
@@ -142,7 +144,7 @@ def _make_fold(labels, blocks, embargo, only_before):
             embargoed |= _embargoed_before(labels, test_start, embargo)
         else:
             embargoed |= _embargoed_after(labels, test_end, embargo)
-    candidates = ~test & (labels.stamp < blocks[0][0] if only_before else True)
+    candidates = ~test & (labels.stamp < blocks[0][0] if only_before else True) & (labels.stamp >= first)
     train = candidates & ~purged & ~embargoed
     return Fold(*map(np.flatnonzero, (train, test, candidates & purged, candidates & embargoed & ~purged)))
 
@@ -208,15 +210,47 @@ def walk_forward(
     ds: TimeSeriesDataset,
     n_folds: int = 3,  # number of folds
     embargo: int | pd.Timedelta | None = None,  # minimum gap before the test part, in bars or time; None: horizon
+    test: int | pd.DateOffset | None = None,  # length of a test part, in timestamps or time; None: equal parts
+    window: int | pd.DateOffset | None = None,  # length of a training part, in timestamps or time; None: all rows
 ) -> Folds:
-    "Purged folds in which a growing training part precedes each test part; raises `FoldsError`."
+    "Purged folds in which the training part precedes the test part, which ends where the next begins; `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
     T = len(labels.stamps)
     _check_count(n_folds, "n_folds", 1, T - 1, f"the dataset has {T:,} timestamps")
-    size = T // (n_folds + 1)
-    starts = T - size * np.arange(n_folds, 0, -1)
-    folds = [_make_fold(labels, [(lo, lo + size)], embargo, True) for lo in starts]
+    edges = _test_edges(labels, n_folds, T // (n_folds + 1) if test is None else test, ds)
+    folds = []
+    for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+        first = 0 if window is None else _stamps_before(labels, lo, window, ds)
+        folds.append(_make_fold(labels, [(lo, hi)], embargo, True, first))
     return _checked_folds(folds, ds, embargo)
+
+
+def _test_edges(labels, n_folds, test, ds):
+    "Numbers of the timestamps at which the test parts begin, and the number of timestamps."
+    edges = [len(labels.stamps)]
+    for k in range(1, n_folds + 1):
+        edges.append(_stamps_before(labels, edges[0], test * k, ds))
+    if edges[-1] <= 0 or len(set(edges)) < len(edges):
+        raise FoldsError(
+            f"{n_folds} test parts of {test} do not fit: the dataset has {len(labels.stamps):,} timestamps "
+            f"from {_stamp_text(labels, 0)} to {_stamp_text(labels, -1)}, and each part needs at least one timestamp, "
+            "as does the training part before the first; take fewer folds or another length of the test part"
+        )
+    return edges[::-1]
+
+
+def _stamps_before(labels, end, length, ds):
+    "Number of the first timestamp within `length` before the timestamp number `end`; at least 0."
+    if isinstance(length, (int, np.integer)):
+        return max(end - length, 0)
+    zone = ds.split.datetimes.tz
+    is_last = end == len(labels.stamps)
+    time = pd.Timestamp(labels.stamps[end - is_last] + is_last, tz="UTC").tz_convert(zone)
+    return int(np.searchsorted(labels.stamps, (time - length).value))
+
+
+def _stamp_text(labels, i):
+    return pd.Timestamp(labels.stamps[i]).strftime("%Y-%m-%d %H:%M")
 
 # %% ../../nbs/data/09_folds.ipynb #83afe3ea
 def combinatorial_purged(

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -35,7 +35,8 @@ __all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'FIRST_YE
            'present_splits', 'split_files', 'symbol_text', 'Split', 'file_order', 'read_split', 'read_columns',
            'bars_between', 'label_bars', 'labels_crossing', 'check_order', 'label_reach', 'timestamps_per_bar',
            'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
-           'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+           'fill_nan', 'fill_warnings', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler',
+           'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError):
@@ -584,6 +585,14 @@ class Split:
         "Row number in the file."
         return int(i if self.order is None else self.order[i])
 
+    def features_of(
+        self,
+        rows: np.ndarray,  # (m,) ascending row numbers
+    ) -> Split:  # m rows, without labels and raw columns
+        "Features, symbols and times of some of the rows."
+        part = dict(matrix=self.matrix[rows], datetimes=self.datetimes[rows], codes=self.codes[rows])
+        return replace(self, **part, labels={}, bars_to_hit={}, weights={}, market={}, order=None)
+
     def keys(self) -> pd.DataFrame:  # datetime, symbol
         "Datetime and symbol of each row."
         return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes]))
@@ -1130,7 +1139,7 @@ def read_splits(
     }
     if nan is None:
         _check_nan(list(read.values()))
-    fills = _fill_nan(read, nan)
+    fills = fill_nan(read, nan)
     for i, early in enumerate(splits):
         for late in splits[i + 1 :]:
             _check_no_overlap(read[early], read[late])
@@ -1159,20 +1168,26 @@ def _difference_text(names, file, schema, other, other_schema):
     return f"{other}: {'; '.join(texts)}; give all splits the same numeric features, or exclude these with exclude="
 
 
-def _fill_nan(read, nan):
-    "Fills NaNs with values fitted on the first split; returns the fill value of each affected feature."
+def fill_nan(
+    read: dict[str, Split],  # name -> split; the matrices are changed
+    nan: str | None,  # "median" or "zero"; otherwise nothing is filled
+    rows: np.ndarray | None = None,  # rows of the first split whose median is used; None: all
+) -> dict[str, float]:  # feature with NaN -> its fill value
+    "Fills NaNs in place with values fitted on the first split."
     train = next(iter(read.values()))
     if nan in (None, "keep"):
         return {}
     with_nan = [j for j in range(len(train.features)) if any(np.isnan(s.matrix[:, j]).any() for s in read.values())]
-    fills = {
-        j: 0.0 if nan == "zero" or np.isnan(train.matrix[:, j]).all() else float(np.nanmedian(train.matrix[:, j]))
-        for j in with_nan
-    }
+    fills = {j: _fill_value(train.matrix[:, j] if rows is None else train.matrix[rows, j], nan) for j in with_nan}
     for s in read.values():
         for j, value in fills.items():
             np.nan_to_num(s.matrix[:, j], copy=False, nan=value)
     return {train.features[j]: v for j, v in fills.items()}
+
+
+def _fill_value(x, nan):
+    "Value that replaces NaN in a column: 0, or the median of its numbers."
+    return 0.0 if nan == "zero" or np.isnan(x).all() else float(np.nanmedian(x))
 
 # %% ../../nbs/data/00_splits.ipynb #ff21873c
 def _build_report(read, roles, classes, fills):
@@ -1249,10 +1264,17 @@ def _data_warnings(read, classes, fills):
     sentences += [text for h in train.labels for text in _rare_class_warnings(train, h, classes)]
     if constant:
         sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
-    if fills:
-        shown = ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5])
-        sentences.append(f"NaN filled in {len(fills)} features: {shown}")
-    return sentences
+    return sentences + fill_warnings(fills)
+
+
+def fill_warnings(
+    fills: dict[str, float],  # feature -> value that replaces NaN
+) -> list[str]:  # one sentence, or none
+    "Warning that names filled features with their values."
+    if not fills:
+        return []
+    shown = ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5])
+    return [f"NaN filled in {len(fills)} features: {shown}"]
 
 # %% ../../nbs/data/00_splits.ipynb #7f315eec
 CONSTANT_CALL_SHARE = 0.55  # a constant prediction is reported if its accuracy exceeds this share

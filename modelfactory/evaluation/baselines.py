@@ -17,9 +17,10 @@ from ..models.base import PredictionOutput, to_output
 
 if TYPE_CHECKING:
     from modelfactory.data.dataset import TimeSeriesDataset
+    from modelfactory.data.fold_data import FoldDatasets
 
 # %% auto #0
-__all__ = ['BASELINES', 'baseline_predictions', 'last_known_labels', 'persistence_predictions', 'all_baselines']
+__all__ = ['BASELINES', 'baseline_predictions', 'last_known_labels', 'persistence_predictions', 'all_baselines', 'fold_baselines']
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #91be78cd
 BASELINES = dict(prior="the class shares of the training set", flat="never a position", long="always long")
@@ -113,3 +114,24 @@ def all_baselines(
     outputs = {n: baseline_predictions(n, train.y, val.metadata, classes) for n in possible}
     persistence = persistence_predictions(train.y, train.metadata, val.y, val.metadata, classes, val.gap)
     return outputs | dict(persistence=persistence)
+
+# %% ../../nbs/evaluation/03_baselines.ipynb #c2cf5ee7
+def fold_baselines(
+    folds: list[FoldDatasets],
+    val: TimeSeriesDataset,  # rows of a stitched record, each scored by at least one of the folds
+    classes: tuple = (-1, 0, 1),
+) -> dict[str, PredictionOutput]:  # by name, as from `all_baselines`
+    "Predictions of the baselines for the rows of a stitched record."
+    n_rows, sums, labels = len(folds[0].val.split), {}, {}
+    count = np.zeros(n_rows)
+    for fold in folds:
+        rows = fold.val.rows
+        count[rows] += 1
+        for name, output in all_baselines(fold.train, fold.val, classes).items():
+            sums.setdefault(name, np.zeros((n_rows, len(classes))))[rows] += output.probabilities
+            labels.setdefault(name, np.zeros(n_rows, np.int8))[rows] = output.predictions
+    outputs = {}
+    for name, total in sums.items():
+        output = to_output(total[val.rows] / count[val.rows, None], val.metadata, classes)
+        outputs[name] = replace(output, predictions=labels[name][val.rows])
+    return outputs

@@ -20,6 +20,7 @@ from ..files import FileError, check_inner_name, check_tree, read_json
 from ..models.base import probability_columns
 from ..models.code import code_version
 from ..models.persistence import file_hash, library_version
+from ..models.registry import ModelRegistry
 from .migrate import SCHEMA_VERSION
 from .run_folder import FEATURES_FILE, RESULT_FILE, RunError, write_json, write_manifest
 from .stored import StoredRun, open_run
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['run_identity', 'prediction_frame', 'write_run', 'git_commit', 'prediction_file', 'score_files', 'write_scores',
-           'folder_hashes', 'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'change_manifest',
-           'close_attempt']
+__all__ = ['run_identity', 'prediction_frame', 'write_run', 'write_record', 'git_commit', 'prediction_file', 'score_files',
+           'write_scores', 'folder_hashes', 'publish', 'publish_fitted', 'add_predictions', 'add_scores',
+           'change_manifest', 'close_attempt']
 
 # %% ../../nbs/runs/02_attempt.ipynb #49a67090
 def run_identity(
@@ -46,6 +47,8 @@ def run_identity(
     "The hash of everything that determines a run's results; independent of the location of the data."
     code = code_version(resolved["model"], resolved["config"]) if code is None else code
     data_config = {k: v for k, v in resolved["data"].items() if k not in ("data", "prices")}
+    if data_config.get("folds") is None:
+        data_config.pop("folds", None)  # a run without folds keeps the identity that it had before there were folds
     values = resolved | dict(data=data_config, fingerprint=data, code=code)
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
 
@@ -76,25 +79,41 @@ def write_run(
     figures: dict | None = None,  # figure name -> matplotlib Figure
 ) -> None:
     "Writes a trainer's results to `folder`, with `result.json` last, and closes the figures."
-    import yaml
-
     from modelfactory.data.explore import feature_bins
 
     folder = Path(folder)
+    trainer.model.save(folder / "checkpoints")
+    # the drift check compares new bars with these distributions of the training split
+    write_json(folder / FEATURES_FILE, feature_bins(_training_features(trainer)))
+    write_record(trainer, folder, figures)
+
+
+def write_record(
+    trainer: Trainer,  # trainer with or without a model
+    folder: Path,  # folder of an attempt
+    figures: dict | None = None,  # figure name -> matplotlib Figure
+    **changes: object,  # fields of `result.json` to change or to add
+) -> None:
+    "Writes the results of a trainer, but not its model, with `result.json` last, and closes the figures."
+    import yaml
+
     resolved = json.loads(json.dumps(trainer.resolved_config()))
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-    trainer.model.save(folder / "checkpoints")
     for split in trainer.predictions:
         _write_predictions(trainer, split, folder)
     for split in trainer.metrics:
         write_scores(trainer, split, folder)
-    write_json(folder / "metrics/history.json", trainer.history)
+    write_json(folder / "metrics/history.json", trainer.history or {})
     write_json(folder / "splits.json", trainer.report.to_dict())
-    # the drift check compares new bars with these distributions of the training split
-    write_json(folder / FEATURES_FILE, feature_bins(trainer.datasets["train"].split))
     for name, figure in (figures or {}).items():
         _write_figure(figure, folder / "plots" / f"{name}.png")
-    write_json(folder / RESULT_FILE, _result_values(trainer, resolved))
+    write_json(folder / RESULT_FILE, _result_values(trainer, resolved) | changes)
+
+
+def _training_features(trainer):
+    "The features that a model was fitted on: the training split, or the training rows of a fold."
+    ds = trainer.datasets["train"]
+    return ds.split if trainer.config.data.folds is None else ds.split.features_of(ds.rows)
 
 
 def _result_values(trainer, resolved):
@@ -102,10 +121,11 @@ def _result_values(trainer, resolved):
     from modelfactory.evaluation.evaluator import SCORING_VERSION
 
     c, data = trainer.config, trainer.fingerprint()
+    model = trainer.model or ModelRegistry.get(c.model)
     return dict(
         scoring=SCORING_VERSION,
         model=c.model,
-        family=trainer.model.family,
+        family=model.family,
         horizon=c.horizon,
         data=c.data.data,
         data_fingerprint=data,
@@ -117,8 +137,18 @@ def _result_values(trainer, resolved):
         splits=list(trainer.predictions),
         seconds=trainer.seconds,
         train_shares=_class_shares(trainer),
-        versions=_library_versions(trainer.model),
+        versions=_library_versions(model),
+        **_fold_values(trainer),
     )
+
+
+def _fold_values(trainer):
+    "The manifest fields of a run on one fold: its number, the scheme in words, first and last time of its scored rows."
+    folds = trainer.config.data.folds
+    if folds is None:
+        return {}
+    times = trainer.datasets["val"].metadata["datetime"]
+    return dict(fold=folds.fold, folds=folds.label, scored_span=[times.min().isoformat(), times.max().isoformat()])
 
 # %% ../../nbs/runs/02_attempt.ipynb #8fcdc758
 def git_commit(

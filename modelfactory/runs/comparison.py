@@ -21,6 +21,7 @@ from ..evaluation.permutation import shuffled_direction_confusion
 from ..files import FileError, printable, read_json
 from ..models.base import probability_columns
 from ..models.registry import UnknownModel
+from .fold_comparison import fold_entry
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .run import list_runs
 from .run_folder import FAILED_FOLDER, UNSCORED, RunError, list_attempts
@@ -188,9 +189,8 @@ def _model_entry(task, model, metrics, tests):
         values = dict.fromkeys(claimed, math.nan) | values | dict(constant_class=claimed["constant_class"])
     else:
         averaged, values = None, values | claimed
-    about = dict(
-        model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs], folds=1
-    )
+    about = dict(model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs])
+    about |= dict(folds=len(runs[-1].manifest.get("stitched") or [None]))
     return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
 
 # %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
@@ -300,11 +300,13 @@ def comparison(
     "All results of a comparison as plain values, from which every table and sentence is made."
     runs = runs if isinstance(runs, RunList) else list_runs(runs)
     unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
-    names, unread, tasks = runs.data_names, list(runs.unread), []
-    for data, horizon in sorted({(names[r.data], r.horizon) for r in runs}):
+    names, unread, tasks = runs.task_names, list(runs.unread), []
+    data_of_task = {names[r.path.name]: runs.data_names[r.data] for r in runs}
+    for data, horizon in sorted({(names[r.path.name], r.horizon) for r in runs if r.fold is None}):
         task = read_task(runs, data, horizon, unread=unread)
         if task.models:
-            tasks.append(_task_entry(task, count_trials(runs, data)))
+            entry = _task_entry(task, count_trials(runs, data_of_task[data]))
+            tasks.append(entry | dict(folds=fold_entry(task, runs)))
     folders = list(dict.fromkeys([runs.folder] if runs.folder else [r.path.parent for r in runs]))
     return plain_data(
         dict(
@@ -401,18 +403,19 @@ def failed_runs(
     "The newest failure for each combination of model, data set, horizon and seed that has no finished run."
     finished = set()
     for run in list_runs(runs):
-        finished |= {_job_key(data, run.manifest) for data in (run.data, run.manifest["data"])}
+        finished |= {_job_key(data, run.manifest, run.fold) for data in (run.data, run.manifest["data"])}
     failed = {}
     for attempt in list_attempts(Path(runs) / FAILED_FOLDER):
         try:
             job, outcome = read_json(attempt / "job.json")["parameters"], read_json(attempt / "outcome.json")
-            title = f"{job['model']} h{job['horizon']} {Path(job['data']).name}"
+            fold = ((job.get("dataset") or {}).get("folds") or {}).get("fold")
+            title = f"{job['model']} h{job['horizon']} {Path(job['data']).name}" + (f" fold {fold}" if fold else "")
             row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.name)
-            failed[_job_key(job["data"], job)] = row
+            failed[_job_key(job["data"], job, fold)] = row
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return [row for key, row in failed.items() if key not in finished]
 
 
-def _job_key(data, job):
-    return str(data), job["model"], job["horizon"], settings().seed if job["seed"] is None else job["seed"]
+def _job_key(data, job, fold):
+    return str(data), job["model"], job["horizon"], settings().seed if job["seed"] is None else job["seed"], fold

@@ -46,8 +46,10 @@ class Job:
 
     @property
     def title(self) -> str:
-        "Model, horizon and data set of the job, in one line."
-        return f"{self.parameters['model']} h{self.parameters['horizon']} {Path(self.parameters['data']).name}"
+        "Model, horizon, data set and fold of the job, in one line."
+        folds = (self.parameters.get("dataset") or {}).get("folds") or {}
+        fold = f" fold {folds['fold']}" if folds.get("fold") else ""
+        return f"{self.parameters['model']} h{self.parameters['horizon']} {Path(self.parameters['data']).name}{fold}"
 
 # %% ../../nbs/runs/04_executors.ipynb #1d48f707
 LOCKS_FOLDER = ".locks"

@@ -56,6 +56,10 @@ def final_scores(
 
 def _checked_metrics(run, data):
     "Validation metrics; raises `RunError` if the run is not scored, or if its files or its data have changed."
+    if run.is_stitched:
+        raise RunError(
+            f"{run.path.name}: a stitched record has no model; name the runs of folds, or train on all of train"
+        )
     run.verify()
     metrics = run.metrics
     try:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Collection
 from concurrent.futures import as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from modelfactory.configuration import (
 )
 from ..data.audit import audit
 from ..data.bundled import absolute_paths, data_path, resolve_data
-from ..data.dataset import DatasetConfig
+from ..data.dataset import DatasetConfig, FoldConfig
 from ..data.prices import check_split_prices
 from ..data.splits import fingerprint, present_splits, read_splits
 from ..evaluation.metrics import has_direction
@@ -42,13 +42,14 @@ from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .run import list_runs
 from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, UNSCORED, clear_partial, is_alive, list_attempts
+from .stitch import stitch_finished
 from .stored import RunList, StoredRun
 from .tracking import Tracker
 from ..training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'plan_grid', 'audit_data', 'make_trainer', 'GridResult',
-           'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus', 'grid_status']
+__all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'fold_numbers', 'plan_grid', 'audit_data', 'make_trainer',
+           'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus', 'grid_status']
 
 # %% ../../nbs/runs/05_grid.ipynb #7765424b
 @dataclass
@@ -62,21 +63,26 @@ class GridConfig(HTMLConfig):
     preset: str | None = None  # preset name, as defined in each model's YAML file
     overrides: dict[str, dict] = field(default_factory=dict)  # model name -> config keys
     dataset: dict = field(default_factory=dict)  # additional keys of DatasetConfig, applied to every data set
+    folds: FoldConfig | None = None  # folds of train and val; each fold gives a separate run
     allow: tuple[str, ...] = ()  # columns that the leak audit must accept, because they are known not to leak
     name: str = "grid"  # grid name, stored in the manifest of each run; default: the grid file's name
 
 # %% ../../nbs/runs/05_grid.ipynb #1224e3d1
 def grid_config(
     values: dict | str | Path,  # keys of `GridConfig`, a YAML file with these keys, or a grid name in params/grids
+    **changes: object,  # keys that replace those of `values`; None: no change
 ) -> GridConfig:
     "Builds a `GridConfig`, taking missing keys from the settings; raises `ConfigError` on an unknown key or model."
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
     values, s = values if isinstance(values, dict) else read_yaml(Path(where)), settings()
+    values = values | {key: value for key, value in changes.items() if value is not None}
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
     defaults = dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed], name=Path(where).stem)
     grid = build_config(GridConfig, defaults | given, where)
     for empty in [k for k in ("data", "models", "horizons", "seeds") if not getattr(grid, k)]:
         raise ConfigError(f"{where}: {empty} is empty, expected at least one")
+    if grid.folds and grid.dataset.get("folds"):
+        raise ConfigError(f"{where}: folds is also in dataset, expected it in one place")
     grid.models = tuple(expand_models(grid.models))
     for name in grid.overrides:
         if name not in grid.models:
@@ -120,11 +126,23 @@ def grid_jobs(grid: GridConfig) -> list[Job]:
 
     Raises `ConfigError` if a model does not define the preset or an overridden key."""
     fingerprints = {d: fingerprint(resolve_data(d)) for d in map(data_path, grid.data)}
-    tasks = product(fingerprints, grid.horizons, grid.models, grid.seeds)
+    tasks = product(fingerprints, grid.horizons, grid.models, grid.seeds, fold_numbers(grid))
     return [_make_job(grid, *task, fingerprints) for task in tasks]
 
 
-def _make_job(grid, data, horizon, model, seed, fingerprints):
+def fold_numbers(grid: GridConfig) -> list[int | None]:
+    "The number of each fold of a grid; a list with None if the grid has no folds."
+    if grid.folds is None:
+        return [None]
+    return list(range(1, grid.folds.n_folds + 1)) if grid.folds.fold is None else [grid.folds.fold]
+
+
+def _fold_keys(grid, fold):
+    "Keys of `DatasetConfig` that select a fold."
+    return {} if grid.folds is None else dict(folds=asdict(replace(grid.folds, fold=fold)))
+
+
+def _make_job(grid, data, horizon, model, seed, fold, fingerprints):
     parameters = dict(
         model=model,
         horizon=horizon,
@@ -132,7 +150,7 @@ def _make_job(grid, data, horizon, model, seed, fingerprints):
         seed=seed,
         preset=grid.preset,
         config=grid.overrides.get(model, {}),
-        dataset=absolute_paths(grid.dataset),
+        dataset=absolute_paths(grid.dataset) | _fold_keys(grid, fold),
     )
     resolved = make_trainer(parameters).resolved_config()
     identity = run_identity(resolved, fingerprints[data])
@@ -152,7 +170,8 @@ def plan_grid(
     todo = {(j.parameters["data"], j.parameters["horizon"]): j for j in jobs if j.identity not in finished}
     data_warnings: dict[str, None] = {}  # used as an ordered set
     for (data, _), job in todo.items():
-        report = make_trainer(job.parameters).prepare_data()
+        all_folds = job.parameters["dataset"] | _fold_keys(grid, grid.folds and grid.folds.fold)
+        report = make_trainer(job.parameters | dict(dataset=all_folds)).prepare_data()
         data_warnings |= dict.fromkeys(f"{Path(data).name}: {text}" for text in report.warnings)
     for data in dict.fromkeys(data for data, _ in todo):
         audit_data(grid, data)
@@ -192,6 +211,7 @@ class GridResult(list):
     "The outcomes of a grid, one `Outcome` for each run."
 
     warnings: list[str] = []  # warnings about the data
+    stitched: list[Path] = []  # folders of new stitched records, which join the runs on all folds
 
     def count(self, status: str) -> int:
         "The number of runs with the given status."
@@ -210,6 +230,8 @@ class GridResult(list):
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
         lines = [f"{o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason]
+        if self.stitched:
+            lines.append(f"{len(self.stitched)} stitched record{'s' * (len(self.stitched) > 1)} written")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n  ".join([counts or "nothing to run", *lines])
 
@@ -235,7 +257,8 @@ def run_grid(
     stored = RunList() if force else list_runs(runs)
     warnings: list[str] = []
     finished = {identity: run for identity, run in _by_identity(stored).items() if run.scored}
-    jobs = plan_grid(grid if isinstance(grid, GridConfig) else grid_config(grid), finished, warnings)
+    config = grid if isinstance(grid, GridConfig) else grid_config(grid)
+    jobs = plan_grid(config, finished, warnings)
     clear_partial(runs)
     result = GridResult(run_outcome(j.title, run, "skipped") for j in jobs if (run := finished.get(j.identity)))
     missing = [j for j in jobs if j.identity not in finished]
@@ -246,6 +269,8 @@ def run_grid(
     if todo:
         executor = make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address)
         result += _run_all(todo, runs, executor, Limits(timeout, memory), force)
+    if any(fold is not None for fold in fold_numbers(config)):
+        result.stitched = stitch_finished(runs, warnings)
     result.warnings = warnings
     return result
 
@@ -266,13 +291,15 @@ def trained_by_other_code(
 ) -> list[Job]:
     "Jobs whose task and config match a stored run that was made with different code or different defaults."
     identities = {run.identity for run in stored}
-    runs_of_task: dict[tuple[str, int, int, str | None], list[StoredRun]] = {}
+    runs_of_task: dict[tuple[str, int, int, int | None, str | None], list[StoredRun]] = {}
     for run in stored:
-        task = run.manifest["model"], run.horizon, run.seed, run.manifest.get("data_fingerprint")
+        task = run.manifest["model"], run.horizon, run.seed, run.fold, run.manifest.get("data_fingerprint")
         runs_of_task.setdefault(task, []).append(run)
 
     def candidates(job):
-        return runs_of_task.get((*(job.resolved_config[k] for k in ("model", "horizon", "seed")), job.fingerprint), ())
+        resolved = job.resolved_config
+        fold = (resolved["data"]["folds"] or {}).get("fold")
+        return runs_of_task.get((*(resolved[k] for k in ("model", "horizon", "seed")), fold, job.fingerprint), ())
 
     new = [job for job in jobs if job.identity not in identities]
     return [job for job in new if any(_is_same_config(job.resolved_config, run) for run in candidates(job))]

@@ -20,7 +20,7 @@ from .sentences import MIN_CEILING_GAP, claim_figures, no_skill_text
 __all__ = ['DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard',
            'escape_markdown', 'FormattedTable', 'leaderboard_table', 'direction_tests', 'best_per_horizon',
            'best_verdict', 'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table',
-           'seconds_table', 'excluded_table']
+           'seconds_table', 'excluded_table', 'fold_summary', 'fold_variance']
 
 # %% ../../nbs/runs/10_report.ipynb #b09da8bb
 _INTERVAL_ENDS = ("_ci_low", "_ci_high", "_sd", "_min", "_max")
@@ -351,3 +351,58 @@ def excluded_table(
     ]
     columns = ["data", "role", "reason", "count", "examples"]
     return FormattedTable(pd.DataFrame(result["excluded"] + unread, columns=columns))
+
+# %% ../../nbs/runs/10_report.ipynb #a1e9b92a
+def fold_summary(
+    result: dict,  # result of `comparison`
+) -> FormattedTable | None:  # None without folds
+    "For each model: folds in which it is first, mean rank, folds with skill, share of folds better than simple models."
+    rows = []
+    for task in _tasks_with_folds(result):
+        rows += [_fold_summary_row(task, task["folds"], model["model"]) for model in task["models"]]
+    return FormattedTable(pd.DataFrame(rows)) if rows else None
+
+
+def _tasks_with_folds(result):
+    return [task for task in result["tasks"] if task.get("folds") and not task["folds"]["why"]]
+
+
+def _fold_summary_row(task, folds, model):
+    best = _first_by_fold(folds["rows"])
+    ranks = (folds["ranks"]["log_loss"] or {}).get("mean_ranks", {})
+    decay = folds["decay"].get(model, {})
+    losses = [row["log_loss"] for row in folds["rows"] if row["model"] == model and row["log_loss"] is not None]
+    return dict(
+        data=task["data"],
+        horizon=task["horizon"],
+        model=model,
+        first_in=f"{best.count(model)} of {folds['n_folds']}",
+        mean_rank=ranks.get(model, math.nan),
+        lowest_log_loss=min(losses, default=math.nan),
+        highest_log_loss=max(losses, default=math.nan),
+        folds_with_skill=_count_text(folds["skilled_folds"].get(model), folds["n_folds"]),
+        better_than_simple=folds["better_than_simple"].get(model, math.nan),
+        gain_first_half=decay.get("first_half", math.nan),
+        gain_second_half=decay.get("second_half", math.nan),
+    )
+
+
+def _count_text(numbers, n_folds):
+    return "–" if numbers is None else f"{len(numbers)} of {n_folds}"
+
+
+def _first_by_fold(rows):
+    "The model with the lowest mean log loss in each fold."
+    table = pd.DataFrame(rows).pivot_table(index="fold", columns="model", values="log_loss")
+    return table.idxmin(axis=1).tolist()
+
+
+def fold_variance(
+    result: dict,  # result of `comparison`
+) -> FormattedTable | None:  # None if no variance can be split
+    "Standard deviation of the scores between models, between folds, of their interaction, and between seeds."
+    rows = []
+    for task in _tasks_with_folds(result):
+        for metric, parts in task["folds"]["variance"].items():
+            rows += [dict(data=task["data"], horizon=task["horizon"], metric=metric) | parts] if parts else []
+    return FormattedTable(pd.DataFrame(rows)) if rows else None

@@ -56,13 +56,15 @@ __all__ = ['NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'matching_rows', '
 def scoring_trainer(
     run: Run,
     splits: tuple = ("val",),  # names of the splits to score
+    **data: object,  # keys of `DatasetConfig` that differ from those of the run
 ) -> Trainer:
     "A trainer with the data of a run but no model; raises `RunError` if the data have changed or are unreadable."
     from modelfactory.models.registry import UnknownModel
     from modelfactory.training.trainer import Trainer
 
     try:
-        trainer = Trainer(_scoring_config(run))
+        config = _scoring_config(run)
+        trainer = Trainer(config | dict(data=config["data"] | data))
         check_data(run, run.data_folder)
         trainer.datasets, trainer.report = trainer._load(("train", *splits))
     except (SplitsError, ConfigError, UnknownModel, OSError) as e:
@@ -90,10 +92,7 @@ def matching_rows(
     n_different = int((dataset.y[rows] != frame["y_true"].to_numpy()).sum())
     if n_different:
         raise RunError(f"{n_different} of {len(rows)} labels in the data differ from those of the predictions")
-    matched = copy.copy(dataset)
-    matched.rows, matched.X, matched.y = dataset.rows[rows], dataset.X.subset(rows), dataset.y[rows]
-    matched.metadata = dataset.metadata.iloc[rows].reset_index(drop=True)
-    return matched
+    return dataset.subset(rows)
 
 
 def stored_output(

@@ -47,15 +47,17 @@ UNSCORED = "not scored"  # status of a run that was trained and published but co
 
 # %% ../../nbs/runs/00_run_folder.ipynb #7cdad489
 def name_prefix(
-    parameters: dict,  # parameters of train.ipynb; model and horizon are required
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required, dataset is optional
 ) -> str:
-    "The first part of a run's name, which depends on its parameters."
-    return f"{check_name(parameters['model'])}_h{int(parameters['horizon'])}_"
+    "The first part of a run's name: model, horizon and, if the run uses folds, the number of its fold or `stitched`."
+    folds = (parameters.get("dataset") or {}).get("folds")
+    fold_text = "" if not folds else f"f{int(folds['fold'])}_" if folds.get("fold") else "stitched_"
+    return f"{check_name(parameters['model'])}_h{int(parameters['horizon'])}_{fold_text}"
 
 
 def start_attempt(
     runs: Path,  # the runs folder
-    parameters: dict,  # parameters of train.ipynb; model and horizon are required
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required, dataset is optional
 ) -> Path:  # a new folder that contains only the file `pid`
     "Creates an attempt folder with the name of the future run."
     name = f"{name_prefix(parameters)}{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"

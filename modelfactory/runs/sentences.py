@@ -10,8 +10,9 @@ import numpy as np
 from .run_folder import UNSCORED
 
 # %% auto #0
-__all__ = ['BENCHMARK_LABELS', 'MIN_CEILING_GAP', 'MAX_LISTED', 'describe', 'constant_call_text', 'no_skill_text',
-           'claim_figures', 'conclusion', 'comparison_notes', 'task_notes', 'summary_sentences']
+__all__ = ['BENCHMARK_LABELS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe', 'constant_call_text',
+           'no_skill_text', 'claim_figures', 'conclusion', 'fold_sentences', 'number_text', 'comparison_notes',
+           'task_notes', 'summary_sentences']
 
 # %% ../../nbs/runs/07_sentences.ipynb #8f29b4b5
 def describe(
@@ -263,6 +264,83 @@ def conclusion(
         sentences.append(templates[kinds[data]](tasks, skilled))
     return sentences
 
+# %% ../../nbs/runs/07_sentences.ipynb #ace9fb9f
+def fold_sentences(
+    task: dict,  # one task from the result of `comparison`
+) -> list[str]:  # empty if the task has no folds
+    "What the folds of a task show, beyond the scores of the whole record."
+    folds = task.get("folds")
+    if not folds:
+        return []
+    head = f"{task['data']}, horizon {task['horizon']}: "
+    if folds["why"]:
+        return [f"{head}the folds are not compared: {folds['why']}."]
+    parts = _lead_sentence(folds["lead"]), _skilled_folds_sentence(folds), _decay_sentence(folds["decay"])
+    return [head + sentence for sentence in (*parts, _paths_sentence(folds)) if sentence]
+
+
+def _lead_sentence(lead):
+    if not lead:
+        return ""
+    text = f"{lead['leader']} has the lowest log loss in {len(lead['first_in'])} of {lead['n_folds']} folds"
+    if lead["decisive_fold"] is None:
+        return f"{text}; its lead over {lead['second']} does not depend on a single fold."
+    return f"{text}; its lead is that of fold {lead['decisive_fold']}, without which {lead['then_first']} is first."
+
+
+def number_text(
+    numbers: list[int],  # ascending
+) -> str:  # such as `1 to 3 and 6`
+    "Whole numbers in words; three or more consecutive numbers become a range."
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = []
+    for run in runs:
+        texts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    return _listed(texts, "and")
+
+
+def _skilled_folds_sentence(folds):
+    "The folds in which each model has directional skill; models with the same folds are named together."
+    by_folds: dict[tuple, list[str]] = {}
+    for model, numbers in folds["skilled_folds"].items():
+        by_folds.setdefault(tuple(numbers), []).append(model)
+    if not by_folds:
+        return ""
+    n, texts = folds["n_folds"], []
+    for numbers, models in sorted(by_folds.items(), key=lambda pair: -len(pair[0])):
+        where = f"in each of {n} folds" if len(numbers) == n else f"in fold{'s' * (len(numbers) > 1)} "
+        where += "" if len(numbers) == n else f"{number_text(list(numbers))} of {n}"
+        texts.append(f"{_listed(models, 'and')} {where if numbers else f'in none of {n} folds'}")
+    level = "corrected for all models and folds"
+    return f"directional skill of single folds is significant for {'; for '.join(texts)} ({level})."
+
+
+def _decay_sentence(decay):
+    "Models whose information gain falls with the time since the fit, with a Bonferroni correction for the models."
+    fading = {
+        model: d
+        for model, d in decay.items()
+        if d["p"] is not None and d["p"] * len(decay) < 0.05 and d["first_half"] > d["second_half"]
+    }
+    if not fading:
+        return ""
+    details = [f"{m}: {d['first_half']:.4f} to {d['second_half']:.4f} nats" for m, d in fading.items()]
+    head = "the information gain is smaller in the second half of the test parts than in the first"
+    return f"{head} ({'; '.join(details)}); shorter test parts retrain more often."
+
+
+def _paths_sentence(folds):
+    if folds["path_overfitting"] is None:
+        return ""
+    n = len(next(iter(folds["paths"].values())))
+    chosen = "the model with the best Sharpe ratio on the other paths is in the worse half"
+    return f"on {folds['path_overfitting']:.0%} of {n} paths, {chosen} (probability of backtest overfitting)."
+
 # %% ../../nbs/runs/07_sentences.ipynb #432c5251
 def comparison_notes(
     result: dict,  # of `comparison`
@@ -273,7 +351,14 @@ def comparison_notes(
         if row["status"] == UNSCORED:
             notes.append(f"{row['run']}: trained but not scored: {row['reason']}.")
     stopping = [f"{row['sentence']} Models: {', '.join(row['models'])}." for row in result["early_stopping"]]
-    return notes + stopping + _unread_note(result["unread"])
+    scaling = [FOLD_SCALING_NOTE] if any(task.get("folds") for task in result["tasks"]) else []
+    return notes + stopping + scaling + _unread_note(result["unread"])
+
+
+FOLD_SCALING_NOTE = (
+    "Folds take the features as they are: a scaler that was fitted on all of train before the data reached the kit "
+    "has seen rows after the training part of early folds; models that standardise do so on the fold."
+)
 
 
 MAX_LISTED = 5  # maximum number of folders that a sentence names
@@ -330,5 +415,5 @@ def summary_sentences(
     result: dict,  # of `comparison`
 ) -> list[str]:
     "All sentences of the comparison page: conclusion, claims of each task, notes, uses of the test set."
-    claims = [sentence for task in result["tasks"] for sentence in describe(task)]
+    claims = [sentence for task in result["tasks"] for sentence in [*describe(task), *fold_sentences(task)]]
     return [*conclusion(result), *claims, *comparison_notes(result), *result["test_set_uses"]]

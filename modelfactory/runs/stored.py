@@ -79,6 +79,10 @@ class Manifest:
     splits: list[ShortText] = field(default_factory=list)  # names of the predicted splits
     seconds: dict[ShortText, float] = field(default_factory=dict)  # duration of each step in seconds
     train_shares: list[float] | None = None  # share of each class in the training split
+    fold: PositiveInt | None = None  # number of the fold that the run uses; None: no folds, or a stitched record
+    folds: ShortText | None = None  # the scheme of the folds in words
+    scored_span: list[ShortText] = field(default_factory=list)  # first and last time of the scored rows of a fold
+    stitched: list[ShortText] = field(default_factory=list)  # stitched records only: the names of the folds' runs
     versions: dict[ShortText, ShortText | None] = field(default_factory=dict)  # library -> version
 
 
@@ -183,6 +187,21 @@ class StoredRun:
     def scored(self) -> bool:
         "Whether the run's predictions were scored; if not, `reason` gives the cause."
         return self.manifest.get("scored", True)
+
+    @property
+    def fold(self) -> int | None:
+        "The number of the fold that the run was trained and scored on; None if it is not a run on a single fold."
+        return self.manifest.get("fold")
+
+    @property
+    def folds(self) -> str:
+        "The scheme of the folds in words; empty if the run uses the splits as they are."
+        return self.manifest.get("folds") or ""
+
+    @property
+    def is_stitched(self) -> bool:
+        "Whether the run is a stitched record, which joins the predictions of the runs on all folds."
+        return bool(self.manifest.get("stitched"))
 
     @property
     def notes(self) -> list[str]:
@@ -339,6 +358,9 @@ class StoredRun:
         for file in self.file("checkpoints").rglob("*"):
             if not file.is_dir() and file.relative_to(self.path).as_posix() not in listed:
                 raise RunError(f"{file}: not listed in the manifest; remove the file")
+        if self.is_stitched:
+            last = self.manifest["stitched"][-1]
+            raise RunError(f"{self.path}: a stitched record has no model; use the run of a fold, such as {last}")
         if not listed:
             raise RunError(f"{self.path}: its manifest lists no checkpoint; train the run again")
         if not self.isolated:
@@ -348,9 +370,10 @@ class StoredRun:
         return IsolatedModel(self.file("checkpoints"))
 
     @property
-    def key(self) -> tuple[str, str, int, int]:
-        "The data set, model, horizon and seed of the run."
-        return self.data, self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
+    def key(self) -> tuple[str, str, int, int, str, int | None]:
+        "The data set, model, horizon, seed, scheme of folds and fold of the run."
+        task = self.data, self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
+        return *task, self.folds, self.fold
 
     def __getattr__(self, name):
         if name in ("horizon", "family", "data", "seed", "identity", "created"):
@@ -460,7 +483,7 @@ class RunList(list):
         return pd.DataFrame([_list_row(r) for r in self])
 
     def latest(self) -> RunList:
-        "The newest run of each data set, model, horizon and seed."
+        "The newest run of each data set, model, horizon, seed and fold."
         return RunList({r.key: r for r in self}.values())
 
     @property
@@ -468,6 +491,12 @@ class RunList(list):
         "A short name for each data set: the shortest path ending that is unique in this list."
         names = short_names([r.data for r in self])
         return {r.manifest["data"]: names[r.data] for r in self} | names
+
+    @property
+    def task_names(self) -> dict[str, str]:
+        "For each run folder, the short name of the data set with the scheme of the folds, if there is one."
+        names = self.data_names
+        return {r.path.name: ", ".join(filter(None, (names[r.data], r.folds))) for r in self}
 
     def __repr__(self):
         table = self.to_frame().round(3).to_string(index=False) if self else "no finished run"
@@ -492,6 +521,8 @@ def _list_row(run):
         metrics = {}  # the run is not scored, or it is damaged
     scored = "yes" if run.scored else f"no: {run.reason}"
     row = dict(run=run.path.name, data=run.data, model=run.manifest["model"], horizon=run.horizon, seed=run.seed)
+    if run.folds:
+        row |= dict(folds=run.folds, fold=run.fold or "all")
     return row | {name: metrics.get(name, math.nan) for name in _LISTED} | dict(scored=scored)
 
 

@@ -43,8 +43,8 @@ def task_runs(
 
 def _runs_by_model(runs, data, horizon, read):
     "Groups runs by model; `read` returns the setup that all seeds of a model share, or None to exclude a run."
-    names, models = runs.data_names, {}
-    on_task = [r for r in runs if names[r.data] == data and r.horizon == horizon]
+    names, models = runs.task_names, {}
+    on_task = [r for r in runs if r.fold is None and names[r.path.name] == data and r.horizon == horizon]
     for run in sorted(on_task, key=lambda r: (r.created, r.path.name), reverse=True):
         newest, seeds = models.get(run.manifest["model"], (None, {}))
         if run.seed in seeds or newest not in (None, _shared_setup(run)):
@@ -270,8 +270,8 @@ def _as_runs(runs) -> RunList:
 
 def _only_task(runs, data, horizon) -> tuple[str, int]:
     "Data set and horizon of the runs; raises `SignificanceError` unless they are from exactly one task."
-    names = runs.data_names
-    tasks = sorted({(names[r.data], r.horizon) for r in runs})
+    names = runs.task_names
+    tasks = sorted({(names[r.path.name], r.horizon) for r in runs if r.fold is None})
     tasks = [(d, h) for d, h in tasks if data in (None, d) and horizon in (None, h)]
     if len(tasks) == 1:
         return tasks[0]
@@ -289,7 +289,7 @@ def count_trials(
 ) -> int:
     "The number of distinct runs on a data set plus the number of configurations tried in tuning studies on it."
     names = runs.data_names
-    on_data = [r for r in runs if names[r.data] == data and horizon in (None, r.horizon)]
+    on_data = [r for r in runs if names[r.data] == data and horizon in (None, r.horizon) and not r.is_stitched]
     return len({r.identity for r in on_data}) + (_tuning_trials(on_data, horizon) if tuning else 0)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from modelfactory.configuration import (
+    ConfigError,
     HTMLConfig,
     NonNegativeInt,
     PositiveInt,
@@ -24,10 +25,11 @@ from modelfactory.configuration import (
 )
 from ..data.bundled import absolute_paths, resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
+from ..data.fold_data import fill_features, fold_datasets, scored_rows
 from ..data.prices import check_dataset_prices
 from ..data.splits import fingerprint
 from ..evaluation.backtest import GAP_0_NOTE
-from ..evaluation.baselines import all_baselines
+from ..evaluation.baselines import all_baselines, fold_baselines
 from ..evaluation.evaluator import ModelEvaluator
 from ..evaluation.metrics import has_direction
 from ..evaluation.permutation import null_metrics
@@ -43,7 +45,8 @@ from .test_set import record_test_use, runs_folder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from modelfactory.data.dataset import TimeSeriesDataset
+    from modelfactory.data.dataset import FoldConfig, TimeSeriesDataset
+    from modelfactory.data.fold_data import FoldDatasets
     from modelfactory.data.splits import SplitsReport
     from modelfactory.evaluation.backtest import Backtest
     from modelfactory.evaluation.robustness import Robustness
@@ -111,8 +114,9 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.robustness_by_split: dict[str, Robustness] = {}
         self.baseline_metrics: dict[str, dict[str, dict]] = {}
+        self.folds: list[FoldDatasets] = []
         c = self.config
-        fixed = dict(random_seed=c.seed, classes=c.data.classes)
+        fixed = dict(random_seed=c.seed, classes=c.data.classes, **_fold_rules(c.data.folds, c.config))
         self.model_config = resolve_config(c.model, c.horizon, c.preset, c.config, **fixed)
 
     def __repr__(self):
@@ -124,8 +128,18 @@ class Trainer:
     def _load(self, splits: tuple[str, ...]) -> tuple[dict[str, TimeSeriesDataset], SplitsReport]:
         c = self.config
         folder = c.data if self.frames is not None else _with_folder(c.data, resolve_data(c.data.data))
-        seq_len = self.model_config["sequence_length"]
-        return load_datasets(folder, c.horizon, seq_len, splits, self.frames, self.context_rows)
+        task = c.horizon, self.model_config["sequence_length"]
+        if c.data.folds is None:
+            return load_datasets(folder, *task, splits, self.frames, self.context_rows)
+        self.folds, report = fold_datasets(folder, *task, self.frames, self.context_rows)
+        is_single = c.data.folds.fold is not None
+        val = self.folds[0].val if is_single else scored_rows(self.folds)
+        datasets = {k: ds for k, ds in dict(train=self.folds[0].train, val=val).items() if k in splits}
+        if "test" in splits:
+            whole = replace(folder, folds=None, nan=folder.nan and "keep")
+            datasets |= load_datasets(whole, *task, ("test",), self.frames, self.context_rows)[0]
+            fill_features(datasets["test"], report.fills)
+        return datasets, report
 
     @property
     def context_rows(self) -> int:
@@ -164,6 +178,11 @@ class Trainer:
 
     def train(self) -> dict:
         "Fits `model`, building it first if needed; returns the losses of each round, also stored in `history`."
+        folds = self.config.data.folds
+        if folds is not None and folds.fold is None:
+            raise ConfigError(
+                f"folds: fold is missing, expected a number from 1 to {folds.n_folds}; a grid with `folds` trains all"
+            )
         if not self.datasets:
             self.prepare_data()
         model = self.build_model() if self.model is None else self.model
@@ -245,7 +264,18 @@ class Trainer:
         "Caveats on the scores: a useless fit, early stopping on validation data, trades at the signal bar's close."
         gap = GAP_0_NOTE[:1].upper() + GAP_0_NOTE[1:] + "." if self.config.data.gap == 0 else None
         learning = self.learning_notes() if self.history is not None else []
-        return tuple(note for note in (*learning, early_stopping_note(self.model_config), gap) if note)
+        stopping = early_stopping_note(self.model_config)
+        return tuple(note for note in (*learning, stopping, gap, self.fold_note()) if note)
+
+    def fold_note(self) -> str | None:
+        "The fold of the run with the times of its training and scored rows, in words; None without folds."
+        folds = self.config.data.folds
+        if folds is None or not self.datasets:
+            return None
+        trained, scored = (_span_text(self.datasets[name]) for name in ("train", "val"))
+        if folds.fold is None:
+            return f"Stitched from {folds.n_folds} folds ({folds.label}), scored on {scored}."
+        return f"Fold {folds.fold} of {folds.n_folds} ({folds.label}): trained on {trained}, scored on {scored}."
 
     def direction_claim(
         self,
@@ -284,7 +314,9 @@ class Trainer:
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
         "Metrics of the baselines prior, flat, long and persistence, which use no features; computed once."
         if split not in self.baseline_metrics:
-            outputs = all_baselines(self.datasets["train"], self.datasets[split], self.config.data.classes)
+            train, ds, classes = self.datasets["train"], self.datasets[split], self.config.data.classes
+            is_stitched = len(self.folds) > 1 and split == "val"
+            outputs = fold_baselines(self.folds, ds, classes) if is_stitched else all_baselines(train, ds, classes)
             self.baseline_metrics[split] = {name: self.score(output, split) for name, output in outputs.items()}
         return self.baseline_metrics[split]
 
@@ -304,9 +336,27 @@ class Trainer:
         return asdict(self.config) | dict(config=self.model_config, preset=None)
 
 
+def _fold_rules(folds: FoldConfig | None, config: dict) -> dict:
+    "Config keys that a fold decides: early stopping uses the end of its own training rows, never the scored rows."
+    if folds is None:
+        return {}
+    if config.get("stop_on") == "val":
+        raise ConfigError(
+            "stop_on = 'val' would stop on the rows that the fold scores; remove it: "
+            "a fold stops early on the last part of its own training rows"
+        )
+    return dict(stop_on="train_tail")
+
+
+def _span_text(ds):
+    "First and last day of a dataset's labelled rows."
+    times = ds.metadata["datetime"]
+    return f"{times.min():%Y-%m-%d} to {times.max():%Y-%m-%d}"
+
+
 def _with_folder(data, folder):
     "A copy of a `DatasetConfig` in which `data` is the path of the folder."
-    return DatasetConfig(**(asdict(data) | dict(data=str(folder))))
+    return replace(data, data=str(folder))
 
 # %% ../../nbs/training/00_trainer.ipynb #c413ba48
 NOTE_ROWS = 4096  # maximum number of training rows on which a fit is checked
