@@ -26,6 +26,7 @@ PUBLIC_NAMES = {
     "run_grid": "runs.grid",
     "settings": "configuration",
     "stack_predictions": "runs.task",
+    "stitch": "runs.stitch",
 }  # name -> module
 
 

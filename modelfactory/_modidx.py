@@ -3197,6 +3197,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'modelfactory/runs/stitch.py'),
                                           'modelfactory.runs.stitch.fold_groups': ( 'runs/stitch.html#fold_groups',
                                                                                     'modelfactory/runs/stitch.py'),
+                                          'modelfactory.runs.stitch.join_folds': ( 'runs/stitch.html#join_folds',
+                                                                                   'modelfactory/runs/stitch.py'),
                                           'modelfactory.runs.stitch.n_folds': ('runs/stitch.html#n_folds', 'modelfactory/runs/stitch.py'),
                                           'modelfactory.runs.stitch.publish_stitched': ( 'runs/stitch.html#publish_stitched',
                                                                                          'modelfactory/runs/stitch.py'),

@@ -163,7 +163,9 @@ def fold_datasets(
         fills = fill_nan(dict(base=base), config.nan, ds.rows[cut[numbers[0] - 1].train])
         report = replace(report, fills=fills, warnings=report.warnings + fill_warnings(fills))
     parts = [(number, *cut[number - 1]) for number in numbers]
-    return [FoldDatasets(number, ds.subset(train, "train"), ds.subset(val, "val")) for number, train, val in parts], report
+    return [
+        FoldDatasets(number, ds.subset(train, "train"), ds.subset(val, "val")) for number, train, val in parts
+    ], report
 
 # %% ../../nbs/data/13_fold_data.ipynb #eb62ee98
 def scored_rows(

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from modelfactory.evaluation.backtest import Backtest
     from modelfactory.evaluation.significance import DirectionClaim
     from modelfactory.evaluation.tables import Metrics
+    from modelfactory.models.base import PredictionOutput
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['PATHS_FILE', 'fold_groups', 'n_folds', 'Stitched', 'stitch', 'stitched_identity', 'publish_stitched',
+__all__ = ['PATHS_FILE', 'fold_groups', 'n_folds', 'Stitched', 'join_folds', 'stitch', 'stitched_identity', 'publish_stitched',
            'stitch_finished']
 
 # %% ../../nbs/runs/20_stitch.ipynb #e7ff58e5
@@ -142,6 +143,24 @@ def _group_rows(folds, config, group):
     return rows
 
 # %% ../../nbs/runs/20_stitch.ipynb #d3845157
+def join_folds(
+    trainer: Trainer,  # trainer with `folds` but no single fold, after `prepare_data`
+    outputs: list[PredictionOutput],  # for each fold, the predictions of its scored rows
+) -> PredictionOutput:
+    "Joins the predictions of all folds and stores them as those of the trainer's split `val`."
+    ds, classes = trainer.datasets["val"], trainer.config.data.classes
+    position, sums, count = _positions(ds), np.zeros((len(ds), len(classes))), np.zeros(len(ds))
+    labels = np.zeros(len(ds), np.int8)
+    for fold, output in zip(trainer.folds, outputs, strict=True):
+        rows = position[fold.val.rows]
+        sums[rows] += output.probabilities
+        count[rows] += 1
+        labels[rows] = output.predictions
+    joined = to_output(sums / count[:, None], ds.metadata, classes)
+    trainer.predictions["val"] = joined if count.max() > 1 else replace(joined, predictions=labels)
+    return trainer.predictions["val"]
+
+
 def stitch(
     runs: Iterable[StoredRun | Path | str] | Path | str,  # runs on all folds of one model, or a folder that holds them
 ) -> Stitched:
@@ -170,16 +189,7 @@ def _stitch_group(group):
         raise RunError(f"{_group_text(group)}; fold {missing[0]} is missing; run the grid again to train it")
     runs = [group[number] for number in sorted(group)]
     trainer = scoring_trainer(runs[-1], folds=runs[-1].config["data"]["folds"] | dict(fold=None))
-    ds, classes = trainer.datasets["val"], trainer.config.data.classes
-    position, sums, count = _positions(ds), np.zeros((len(ds), len(classes))), np.zeros(len(ds))
-    labels = np.zeros(len(ds), np.int8)
-    for number, run in enumerate(runs, 1):
-        rows, output = position[trainer.folds[number - 1].val.rows], _fold_output(run, trainer, number)
-        sums[rows] += output.probabilities
-        count[rows] += 1
-        labels[rows] = output.predictions
-    output = to_output(sums / count[:, None], ds.metadata, classes)
-    trainer.predictions["val"] = output if count.max() > 1 else replace(output, predictions=labels)
+    join_folds(trainer, [_fold_output(run, trainer, number) for number, run in enumerate(runs, 1)])
     trainer.seconds = {k: sum(run.manifest["seconds"].get(k, 0.0) for run in runs) for k in ("fit", "predict")}
     trainer.score_split("val")
     return Stitched(runs, trainer)
