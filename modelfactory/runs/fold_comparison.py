@@ -152,10 +152,9 @@ N_AGE_BINS = 4
 def fold_decay(
     task: Task,
     table: pd.DataFrame,  # from `fold_table`
-    runs: RunList,  # all runs of the folder
+    shares: dict[int, list[float]],  # fold -> class shares of its training rows
 ) -> dict[str, dict]:  # model -> gains (by quarter of the test parts), first_half, second_half, p
     "Information gain of each model by the time since its fit; p is two-sided and not corrected."
-    shares = {run.fold: run.manifest["train_shares"] for run in runs if run.path.name in set(table.run)}
     spans = table.groupby("fold")[["start", "end"]].first()
     classes, columns = list(task.classes), probability_columns(task.classes)
     decay = {}
@@ -264,6 +263,7 @@ def fold_entry(
         table = fold_table(task, runs)
     except (RunError, KeyError) as e:
         return dict(label=records[0].folds, why=" ".join(str(e).split()))
+    shares = {run.fold: run.manifest["train_shares"] for run in runs if run.path.name in set(table.run)}
     is_combinatorial = records[0].config["data"]["folds"]["kind"] == "combinatorial"
     paths = path_scores(task)
     return dict(
@@ -276,7 +276,7 @@ def fold_entry(
         ranks={metric: fold_ranks(table, metric) for metric in ("log_loss", "directional_skill")},
         better_than_simple=better_than_simple(table),
         skilled_folds={} if is_combinatorial else fold_claims(task, table),
-        decay={} if is_combinatorial else fold_decay(task, table, runs),
+        decay={} if is_combinatorial else fold_decay(task, table, shares),
         variance={metric: _components(table, metric) for metric in FOLD_METRICS},
         paths=None if paths is None else paths.to_dict("list"),
         path_overfitting=None if paths is None else path_overfitting(paths * metric_sign("sharpe_net")),
