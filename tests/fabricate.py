@@ -11,7 +11,15 @@ import yaml
 from modelfactory.evaluation.baselines import baseline_predictions
 from modelfactory.evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from modelfactory.models.base import to_output
-from modelfactory.runs.attempt import prediction_frame, publish
+from modelfactory.runs.attempt import (
+    add_predictions,
+    add_scores,
+    close_attempt,
+    prediction_frame,
+    publish,
+    publish_fitted,
+)
+from modelfactory.runs.grid import make_trainer
 from modelfactory.runs.run import load_run
 from modelfactory.runs.run_folder import RESULT_FILE, start_attempt, write_json
 
@@ -38,6 +46,23 @@ def probabilities(table, skill=0.0, seed=0, classes=(-1, 0, 1)):
     logits = logits + skill * np.eye(k)[pd.Index(classes).get_indexer(table.y_true)]
     p = np.exp(0.5 * logits)
     return p / p.sum(1, keepdims=True)
+
+
+def fitted_run(runs, task, splits=("val",), scored=False):
+    "A run that was fitted in this process by the steps of train.ipynb, without figures, and scored on request."
+    trainer = make_trainer(task)
+    trainer.train()
+    attempt = start_attempt(Path(runs), dict(model=trainer.config.model, horizon=trainer.config.horizon))
+    run = publish_fitted(trainer, attempt)
+    for split in splits:
+        trainer.predict(split, run)
+        add_predictions(trainer, run)
+        if scored:
+            trainer.score_split(split)
+    if scored:
+        add_scores(trainer, run, {})
+    close_attempt(attempt, run)
+    return load_run(run)
 
 
 def make_run(

@@ -1,11 +1,15 @@
 "Calibration: known answers, purging, saving, errors on invalid input, and the ways to configure it."
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import PATIENCE, ROOT
 from test_folds import panel
 from test_permutation import market
 
@@ -31,7 +35,7 @@ from modelfactory.models.calibration import (
     fit_calibration,
     purged_holdout,
 )
-from modelfactory.models.conformance import check_model, planted_task, predict_in_new_process
+from modelfactory.models.conformance import check_model, planted_task
 from modelfactory.models.errors import NotFittedError
 from modelfactory.models.loading import load_model
 from modelfactory.models.persistence import CheckpointError
@@ -175,18 +179,34 @@ def test_validation_takes_no_part_in_calibration():
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("logistic_regression", "temperature"), ("logistic_regression", "isotonic"), ("gru", "isotonic")]
+    "name, kind, seq_len",
+    [("logistic_regression", "temperature", 1), ("logistic_regression", "isotonic", 1), ("gru", "isotonic", 8)],
 )
-def test_conformance(name, kind):
-    assert all(r["result"] == "ok" for r in check_model(name, dict(calibration=kind)))
+def test_conformance(name, kind, seq_len):
+    config = dict(batch_size=128) if name == "gru" else {}
+    assert all(r["result"] == "ok" for r in check_model(name, config | dict(calibration=kind), seq_len))
 
 
-@pytest.mark.parametrize("kind", CALIBRATION_METHODS)
-def test_a_new_process_gives_equal_probabilities(kind, tmp_path):
-    model = fitted(kind)
-    model.save(tmp_path)
-    assert np.array_equal(predict_in_new_process(tmp_path, TASK.X_val[:], TASK.meta_val), probabilities(model))
-    assert load_model(tmp_path).calibration == Calibration(**json.loads((tmp_path / "calibration.json").read_text()))
+PREDICT_ALL = """
+import sys, numpy as np, pandas as pd
+from modelfactory.models.loading import load_model
+X, meta = np.load("X.npy"), pd.read_parquet("meta.parquet")
+for name in sys.argv[1:]: np.save(f"{name}.npy", load_model(name).predict(X, meta).probabilities)
+"""
+
+
+def test_a_new_process_gives_equal_probabilities(tmp_path):
+    models = {kind: fitted(kind) for kind in CALIBRATION_METHODS}
+    for kind, model in models.items():
+        model.save(tmp_path / kind)
+    np.save(tmp_path / "X.npy", TASK.X_val[:])
+    TASK.meta_val.to_parquet(tmp_path / "meta.parquet")
+    command, environment = [sys.executable, "-c", PREDICT_ALL, *models], os.environ | dict(PYTHONPATH=str(ROOT))
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=PATIENCE)
+    for kind, model in models.items():
+        assert np.array_equal(np.load(tmp_path / f"{kind}.npy"), probabilities(model))
+        stored = json.loads((tmp_path / kind / "calibration.json").read_text())
+        assert load_model(tmp_path / kind).calibration == Calibration(**stored)
 
 
 def test_callbacks_importance_and_attributes_are_those_of_the_model_inside():

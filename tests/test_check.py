@@ -5,9 +5,11 @@ import pytest
 from modelfactory import Trainer, check_model
 
 
-@pytest.mark.parametrize("name, sequence_length", [("logistic_regression", 8), ("gru", 16)])
-def test_conformance(name, sequence_length):
-    assert all(row["result"] == "ok" for row in check_model(name, seq_len=sequence_length))
+@pytest.mark.parametrize(
+    "name, config, sequence_length", [("logistic_regression", {}, 8), ("gru", dict(batch_size=128), 16)]
+)
+def test_conformance(name, config, sequence_length):
+    assert all(row["result"] == "ok" for row in check_model(name, config, sequence_length))
 
 
 @pytest.mark.parametrize("model", ["lightgbm", "average"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PATIENCE
+from fabricate import fitted_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_foundation import checkpoints, market  # noqa: F401, checkpoints is a fixture
@@ -12,9 +12,7 @@ from test_windows import naive, tables
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.dataset import DatasetConfig, TimeSeriesDataset, history_windows, last_rows, load_datasets
 from modelfactory.data.splits import BadDatetime, FeatureSetsDiffer, SplitOverlap, SplitsError, read_split
-from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import predict_run
-from modelfactory.runs.run import load_run
 from modelfactory.training.selftest import future_perturbation, prefix_test
 from modelfactory.training.trainer import Trainer
 from modelfactory.tuning.study import Objective
@@ -214,13 +212,19 @@ def test_timesfm_uses_the_closes_of_earlier_splits(mode, checkpoints):  # noqa: 
     assert future_perturbation(trainer).ok and prefix_test(trainer).ok
 
 
+@pytest.fixture(scope="module")
+def linear_run(tmp_path_factory):
+    task = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
+    return fitted_run(tmp_path_factory.mktemp("linear"), task, ("val", "test"))
+
+
 @pytest.mark.parametrize("seq_len", [1, 16])
-def test_predictions_on_a_folder_equal_those_of_its_evaluation(seq_len, tmp_path, monkeypatch):
-    monkeypatch.setenv("MODELFACTORY_RUNS", str(tmp_path))
-    model, config = ("gru", dict(max_epochs=1, sequence_length=16)) if seq_len > 1 else ("logistic_regression", {})
-    task = dict(model=model, horizon=5, data="planted", preset="quick", config=config, evaluate_test=True)
-    outcome = run_notebook(task, tmp_path, Limits(PATIENCE))
-    run = load_run(outcome.path)
+def test_predictions_on_a_folder_equal_those_of_its_evaluation(seq_len, linear_run, tmp_path):
+    run = linear_run
+    if seq_len > 1:
+        config = dict(max_epochs=1, sequence_length=seq_len, hidden_size=4, batch_size=512)
+        task = dict(model="gru", horizon=5, data="planted", preset="quick", config=config)
+        run = fitted_run(tmp_path, task, ("val", "test"))
     for split in ("val", "test"):
         stored, now = run.predictions(split), predict_run(run, "planted", split)
         both = stored.merge(now, on=["datetime", "symbol"], suffixes=("", "_now"))
@@ -231,13 +235,11 @@ def test_predictions_on_a_folder_equal_those_of_its_evaluation(seq_len, tmp_path
     assert len(predict_run(run, bars)) == len(bars) - seq_len * bars.symbol.nunique()
 
 
-def test_predictions_on_a_folder_without_earlier_splits_equal_those_on_its_file(tmp_path):
-    task = dict(model="logistic_regression", horizon=5, data="planted", preset="quick")
-    outcome = run_notebook(task, tmp_path / "runs", Limits(PATIENCE))
+def test_predictions_on_a_folder_without_earlier_splits_equal_those_on_its_file(linear_run, tmp_path):
     bars = pd.read_parquet(resolve_data("planted") / "test_scaled.parquet")
     (tmp_path / "new").mkdir()
     bars.to_parquet(tmp_path / "new/test_scaled.parquet")
-    assert predict_run(outcome.path, tmp_path / "new").equals(predict_run(outcome.path, bars))
+    assert predict_run(linear_run, tmp_path / "new").equals(predict_run(linear_run, bars))
 
 
 @pytest.mark.parametrize("on", ["train", "val"])

@@ -50,24 +50,27 @@ def panel(seed, sessions, days, horizon, with_hits, undefined=0.1):
 def label_ends(frame, ds):
     "End of each sample's label in nanoseconds, row by row; None if its last bar is not in the file."
     h, ends = ds.horizon, []
-    bars_of = {s: f.sort_values("datetime").reset_index(drop=True) for s, f in frame.groupby("symbol")}
-    for t, s in zip(ds.metadata.datetime, ds.metadata.symbol, strict=True):
-        bars = bars_of[s]
-        k = int(bars.datetime.searchsorted(t))
-        hits = bars.get(f"bars_to_hit_h{h}", pd.Series(h, bars.index))[k]
-        k += h if np.isnan(hits) else int(hits)
-        ends.append(bars.datetime[k].value if k < len(bars) else None)
+    bars_of = {}
+    for s, bars in frame.groupby("symbol"):
+        bars = bars.sort_values("datetime")
+        hits = bars.get(f"bars_to_hit_h{h}", pd.Series(h, bars.index)).tolist()
+        bars_of[s] = [t.value for t in bars.datetime.dt.as_unit("ns")], hits
+    for t, s in zip(ds.metadata.datetime.dt.as_unit("ns"), ds.metadata.symbol, strict=True):
+        times, hits = bars_of[s]
+        k = times.index(t.value)
+        k += h if np.isnan(hits[k]) else int(hits[k])
+        ends.append(times[k] if k < len(times) else None)
     return ends
 
 
-def overlap(start, end, i, samples):
-    "Whether the label of sample `i` overlaps a label of `samples`."
-    return any(start[i] <= end[j] and end[i] >= start[j] for j in samples)
+def overlapping(start, end, samples):
+    "Whether the label of each sample overlaps a label of `samples`, by a comparison with each of them."
+    return ((start[:, None] <= end[samples]) & (end[:, None] >= start[samples])).any(1)
 
 
-def bars_between(frame, symbol, after, before):
-    "Number of a symbol's bars between two times."
-    return int(((frame.symbol == symbol) & (frame.datetime > after) & (frame.datetime < before)).sum())
+def bars_between(times, after, before):
+    "Number of a symbol's bars between two times, all in nanoseconds."
+    return sum(after < t < before for t in times)
 
 
 cases = given(
@@ -107,10 +110,10 @@ def test_no_training_label_overlaps_a_test_label_and_every_purged_label_does(
         return
     labels, ends = LabelSpans(ds), label_ends(frame, ds)
     assert labels.start.tolist() == [t.value for t in ds.metadata.datetime.dt.as_unit("ns")]
+    last_bars = {symbol: t.value for symbol, t in frame.groupby("symbol").datetime.max().dt.as_unit("ns").items()}
     for label_end, true_end, symbol in zip(labels.end.tolist(), ends, ds.metadata.symbol, strict=True):
-        last_bar = frame.datetime[frame.symbol == symbol].max().value
-        assert label_end == true_end if true_end else label_end > last_bar
-    start, end, timestamps = labels.start.tolist(), labels.end.tolist(), ds.metadata.datetime
+        assert label_end == true_end if true_end else label_end > last_bars[symbol]
+    start, end, timestamps = labels.start, labels.end, ds.metadata.datetime.to_numpy()
     for k, make in enumerate(makers):
         try:
             folds = make(embargo)
@@ -120,11 +123,12 @@ def test_no_training_label_overlaps_a_test_label_and_every_purged_label_does(
         assert len(folds) == (3, 4, 6)[k]
         for fold in folds:
             train, test = fold
-            assert not any(overlap(start, end, i, test) for i in train)
-            assert all(overlap(start, end, i, test) for i in fold.purged)
-            assert not any(overlap(start, end, i, test) for i in fold.embargoed)
+            overlaps = overlapping(start, end, test)
+            assert not overlaps[train].any()
+            assert overlaps[fold.purged].all()
+            assert not overlaps[fold.embargoed].any()
             not_test = np.r_[train, fold.purged, fold.embargoed]
-            assert not set(timestamps[test]) & set(timestamps[not_test].to_list()), "a timestamp is on both sides"
+            assert not np.isin(timestamps[test], timestamps[not_test]).any(), "a timestamp is on both sides"
             parts = np.r_[train, test, fold.purged, fold.embargoed]
             candidates = np.flatnonzero(timestamps <= timestamps[test].max()) if k == 0 else np.arange(len(ds))
             assert np.array_equal(np.sort(parts), candidates)
@@ -139,25 +143,28 @@ def test_the_embargo_is_counted_on_the_rows_own_bars(seed, sessions, horizon, wi
     frame, ds, makers = build(seed, sessions, horizon, with_hits, seq_len)
     if ds is None:
         return
-    labels, ends = LabelSpans(ds), [pd.Timestamp(ns) if ns else None for ns in label_ends(frame, ds)]
-    starts, required = [pd.Timestamp(ns) for ns in labels.start], horizon if embargo is None else embargo
+    labels, ends = LabelSpans(ds), label_ends(frame, ds)
+    starts, required = labels.start.tolist(), horizon if embargo is None else embargo
+    times = {s: [t.value for t in bars.datetime.dt.as_unit("ns")] for s, bars in frame.groupby("symbol")}
+    symbols = ds.metadata.symbol.tolist()
     for k, make in enumerate(makers[:2]):
         try:
             folds = make(embargo)
         except FoldsError:
             continue
         for fold in folds:
-            test_start = pd.Timestamp(labels.start[fold.test].min())
-            test_end = pd.Timestamp(labels.end[fold.test].max())
-            for i in np.r_[fold.train, fold.embargoed]:
-                symbol = ds.metadata.symbol[i]
+            test_start = int(labels.start[fold.test].min())
+            test_end = int(labels.end[fold.test].max())
+            embargoed = set(fold.embargoed.tolist())
+            for i in np.r_[fold.train, fold.embargoed].tolist():
+                bars = times[symbols[i]]
                 if k == 0:
-                    between = bars_between(frame, symbol, ends[i], test_start) if ends[i] else 0
+                    between = bars_between(bars, ends[i], test_start) if ends[i] else 0
                 elif starts[i] > test_end:
-                    between = bars_between(frame, symbol, test_end, starts[i])
+                    between = bars_between(bars, test_end, starts[i])
                 else:
                     between = required
-                assert (i in fold.embargoed) == (between < required)
+                assert (i in embargoed) == (between < required)
 
 
 def our_folds(folds):

@@ -197,7 +197,7 @@ def splits():
     from modelfactory.data.bundled import resolve_data
 
     folder = resolve_data("null")
-    return {k: pd.read_parquet(folder / f"{k}_scaled.parquet").groupby("symbol").head(2000) for k in ("train", "val")}
+    return {k: pd.read_parquet(folder / f"{k}_scaled.parquet").groupby("symbol").head(600) for k in ("train", "val")}
 
 
 @pytest.mark.parametrize("seed", range(10))

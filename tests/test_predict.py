@@ -6,13 +6,12 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PATIENCE
+from fabricate import fitted_run
 
 from modelfactory import load_run
 from modelfactory.cli import main
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.splits import SplitsError
-from modelfactory.runs.engine import Limits, run_notebook
 from modelfactory.runs.predict import prediction_warnings
 from modelfactory.runs.run_folder import FEATURES_FILE, MANIFEST_FILE
 
@@ -21,11 +20,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    config = dict(max_epochs=1, sequence_length=12, calibration="temperature")
+    config = dict(max_epochs=1, sequence_length=12, hidden_size=8, batch_size=512, calibration="temperature")
     parameters = dict(model="gru", horizon=5, data="planted", preset="quick", config=config)
-    outcome = run_notebook(parameters, tmp_path_factory.mktemp("predict"), Limits(PATIENCE))
-    assert outcome.status == "ok", outcome
-    return outcome.path
+    return fitted_run(tmp_path_factory.mktemp("predict"), parameters, scored=True).path
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from modelfactory.tuning.storage import MISSED_HEARTBEATS
 pytestmark = pytest.mark.slow
 
 NAMES = ("train", "val", "test")
-at_home, home = test_tuner.at_home, test_tuner.home  # fixtures
+at_home, forks, home = test_tuner.at_home, test_tuner.forks, test_tuner.home  # fixtures
 
 
 def call(*args):
@@ -181,20 +181,20 @@ def orphaned(tuner):
     return tuner.study().ask().number
 
 
-def test_a_trial_that_nobody_works_on_is_made_by_another(home, tmp_path):
+def test_a_trial_that_nobody_works_on_is_made_by_another(forks, home, tmp_path):
     lost = orphaned(tuner(home, tmp_path / "o.db", 2))
-    worker = process(home, tmp_path / "o.db", 2)
+    worker = process(forks, home, tmp_path / "o.db", 2)
     written = finish(worker)
     result = tuner(home, tmp_path / "o.db", 2).run()
     assert worker.returncode == 0 and len(result.trials) == 2 and {"COMPLETE", "PRUNED"} >= set(states(result)), written
     assert result.study.trials[lost].state.name == "FAIL" and lost not in [t.number for t in result.trials]
 
 
-def test_a_running_trial_of_another_process_is_not_repeated(home, tmp_path):
+def test_a_running_trial_of_another_process_is_not_repeated(forks, home, tmp_path):
     "The trial takes longer than the permitted number of missed heartbeats. It neither fails nor runs twice."
     storage, begun = tmp_path / "alive.db", tmp_path / "begun"
     slow = dict(pause=1.5 * MISSED_HEARTBEATS / 6, rounds=6)
-    other = process(home, storage, 1, slow, VALLEY_BEGUN=begun)
+    other = process(forks, home, storage, 1, slow, VALLEY_BEGUN=begun)
     until(lambda: begun.exists() or other.poll() is not None, "a trial")
     result = tuner(home, storage, 1, slow).run()
     written = finish(other)

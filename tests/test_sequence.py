@@ -5,12 +5,12 @@ import json
 import random
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import finish, interruptible, until
+from conftest import finish, until
+from forks import Forks
 
 from modelfactory.models.conformance import window_task
 from modelfactory.models.registry import ModelRegistry
@@ -21,6 +21,12 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 SMALL = dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=6, batch_size=32, learning_rate=1e-2)
 TASK = window_task("trend", n=600)
 
+IMPORTS = """
+import numpy, torch
+import modelfactory.models.callbacks, modelfactory.models.conformance
+from modelfactory.models.registry import ModelRegistry
+ModelRegistry.discover()
+"""
 FIT = """
 import json, sys
 from pathlib import Path
@@ -43,10 +49,17 @@ def fitted(**config):
     return model, model.fit(TASK.X, TASK.y, TASK.X_val, TASK.y_val)
 
 
-def fit_in_a_process(folder, out, kill_after=None):
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks(IMPORTS)
+    yield forks
+    forks.close()
+
+
+def fit_in_a_process(forks, folder, out, kill_after=None):
     ready = out.with_name("ready")
     ready.unlink(missing_ok=True)
-    process = interruptible([sys.executable, "-c", FIT, json.dumps(SMALL), folder, out, ready])
+    process = forks(FIT, json.dumps(SMALL), folder, out, ready)
     until(lambda: ready.exists() or process.poll() is not None, "the process to start its fit")
     if kill_after is not None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -56,12 +69,12 @@ def fit_in_a_process(folder, out, kill_after=None):
     assert process.returncode in ([0] if kill_after is None else [0, -signal.SIGKILL]), output
 
 
-def test_a_fit_killed_at_random_times_and_resumed_equals_an_uninterrupted_fit(tmp_path):
-    fit_in_a_process(tmp_path / "uninterrupted", tmp_path / "uninterrupted.npz")
+def test_a_fit_killed_at_random_times_and_resumed_equals_an_uninterrupted_fit(forks, tmp_path):
+    fit_in_a_process(forks, tmp_path / "uninterrupted", tmp_path / "uninterrupted.npz")
     rng = random.Random(1)
     for _ in range(5):
-        fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz", rng.uniform(0.02, 0.6))
-    fit_in_a_process(tmp_path / "killed", tmp_path / "killed.npz")
+        fit_in_a_process(forks, tmp_path / "killed", tmp_path / "killed.npz", rng.uniform(0.02, 0.6))
+    fit_in_a_process(forks, tmp_path / "killed", tmp_path / "killed.npz")
     uninterrupted, killed = (np.load(tmp_path / f"{name}.npz") for name in ("uninterrupted", "killed"))
     for name in uninterrupted:
         np.testing.assert_array_equal(uninterrupted[name], killed[name], err_msg=name)

@@ -111,11 +111,11 @@ name = "+".join
 def test_an_error_is_raised_if_and_only_if_a_label_crosses_the_boundary(sessions, with_hits):
     "On regular calendars the number of rows in the message is exact too."
     with_leak = []
-    for horizon, train, val in cases(len(sessions) + with_hits, sessions, 2, with_hits, 25):
+    for horizon, train, val in cases(len(sessions) + with_hits, sessions, 2, with_hits, 15):
         truth = int(leaks(train, val, horizon).sum())
         assert rows_in_error(train, val, horizon) == truth, (horizon, train.datetime.max(), val.datetime.min())
         with_leak.append(truth > 0)
-    assert len(with_leak) >= 20
+    assert len(with_leak) >= 12
     assert 2 <= sum(with_leak) <= len(with_leak) - 2, "both outcomes must occur"
 
 
@@ -124,7 +124,7 @@ def test_a_leak_is_never_missed_if_train_is_short(sessions):
     "Train of days instead of weeks: the number of rows may be too high, never too low."
     n_leaks = 0
     rng = np.random.default_rng(3)
-    for weeks in np.repeat([2 / 7, 4 / 7, 1, 10 / 7], 12):
+    for weeks in np.repeat([2 / 7, 4 / 7, 1, 10 / 7], 7):
         horizon = int(rng.integers(1, 12))
         frame = market(rng, sessions, 30, horizon, False)
         times = np.sort(frame.datetime.unique())
@@ -136,7 +136,7 @@ def test_a_leak_is_never_missed_if_train_is_short(sessions):
         truth = int(leaks(train, val, horizon).sum())
         assert rows_in_error(train, val, horizon) >= truth, (horizon, train.datetime.max(), val.datetime.min(), truth)
         n_leaks += truth > 0
-    assert n_leaks >= 5
+    assert n_leaks >= 4
 
 
 @pytest.mark.parametrize("with_hits", [False, True], ids=["horizon", "bars_to_hit"])

@@ -97,9 +97,11 @@ def test_a_model_without_early_stopping_is_fitted_on_all_of_train(name, config):
     assert np.array_equal(probabilities(train_tail, name), probabilities(plain, name))
 
 
-@pytest.mark.parametrize("name, seq_len", [("lightgbm", None), ("gru", 8)])
-def test_conformance(name, seq_len):
-    assert all(r["result"] == "ok" for r in check_model(name, dict(stop_on="train_tail"), seq_len))
+@pytest.mark.parametrize(
+    "name, config, seq_len", [("lightgbm", SMALL["lightgbm"], 1), ("gru", dict(batch_size=128), 8)]
+)
+def test_conformance(name, config, seq_len):
+    assert all(r["result"] == "ok" for r in check_model(name, config | dict(stop_on="train_tail"), seq_len))
 
 
 @pytest.mark.parametrize("name", ["lightgbm", "gru"])

@@ -1,10 +1,12 @@
 "Each use of a test set is in the ledger; the fingerprint includes test; test is checked against the earlier splits."
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from fabricate import fitted_run
 from test_context import cut, cut_and_purge
 from test_foundation import market
 
@@ -38,6 +40,17 @@ TRAIN = ("train", "--model", "logistic_regression", "--horizon", 5, "--data", "p
 
 def make_trainer(data=None, **kw):
     return Trainer(LOGISTIC, data or frames(), **kw)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder with one run that was not scored on test, trained in this process."
+    home = tmp_path_factory.mktemp("trained")
+    (home / "data").mkdir()
+    for name, frame in frames().items():
+        frame.to_parquet(home / f"data/{name}_scaled.parquet")
+    fitted_run(home / "output", LOGISTIC | dict(data=str(home / "data")), scored=True)
+    return home / "output"
 
 
 def call(*args):
@@ -82,9 +95,8 @@ def test_train_with_test_and_final_each_record_one_use_with_the_name_of_the_run(
     assert not (tmp_path / "runs" / LEDGER_FILE).exists()
 
 
-def test_a_run_with_a_fingerprint_of_train_and_val_only_can_be_scored_on_test(tmp_path):
-    folder = tmp_path / "output"
-    assert call(*TRAIN, folder) == 0
+def test_a_run_with_a_fingerprint_of_train_and_val_only_can_be_scored_on_test(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "output")
     (run,) = list_runs(folder)
     manifest = json.loads((run.path / MANIFEST_FILE).read_text())
     manifest["data_fingerprint"] = Trainer(run.config).fingerprint(("train", "val"))
@@ -121,12 +133,10 @@ def test_a_use_recorded_by_name_in_an_earlier_version_is_of_the_same_test_set(tm
     assert sentence.startswith("mine: the test set was used 2 times, for 2 models")
 
 
-def test_the_card_of_a_run_shows_its_uses_of_test(tmp_path):
+def test_the_card_of_a_run_shows_its_uses_of_test(trained, tmp_path):
     from modelfactory.runs.export import model_card
 
-    folder = tmp_path / "output"
-    assert call(*TRAIN, folder) == 0
-    (run,) = list_runs(folder)
+    (run,) = list_runs(shutil.copytree(trained, tmp_path / "output"))
     card = model_card(run)
     assert "The run was never scored on test" in card and "Validation was not used in training" in card
     final_scores([run.path])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PATIENCE, finish, until
+from conftest import finish, interruptible, until
+from forks import Forks
 
 from modelfactory.configuration import redact
 from modelfactory.runs import tracking
@@ -129,14 +130,12 @@ def snapshot(runs, uri="sqlite"):
     }
 
 
-def python(code, *args, **env):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def forks():
+    "Their environment is set after MLflow was imported, but before it is used."
+    forks = Forks("import mlflow, mlflow.store.tracking.sqlalchemy_store, modelfactory.runs.tracking")
+    yield forks
+    forks.close()
 
 
 TRACK_ALL = """
@@ -344,8 +343,9 @@ def test_no_secret_of_the_environment_is_stored(tmp_path):
         GIT_AUTHOR_NAME="canary-h",
         USER="canary-i",
     )
-    p = python(TRACK_ALL, tmp_path, **secrets)
-    output, _ = p.communicate(timeout=PATIENCE)
+    command = [sys.executable, "-c", TRACK_ALL, tmp_path]  # not a fork: the secrets are there when MLflow is imported
+    p = interruptible(command, env=os.environ | secrets, stderr=subprocess.STDOUT)
+    output, _ = finish(p)
     assert p.returncode == 0 and "1 tracked" in output and "canary" not in output
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
     written = [f for f in files if f.name.startswith((".mlflow", "mlflow")) or "mlflow-artifacts" in f.parts]
@@ -353,20 +353,20 @@ def test_no_secret_of_the_environment_is_stored(tmp_path):
     assert len(written) > 8 and with_secret == {"config.yaml"}, "only the config of the run, which the user wrote"
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_at_once(forks, tmp_path):
     "Both create the store: every run is tracked once and completely, without an error."
-    for i in range(6):
+    for i in range(4):
         make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="both")
-    both = [python(TRACK, tmp_path) for _ in range(2)]
+    both = [forks(TRACK, tmp_path) for _ in range(2)]
     outputs = [finish(p)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
-    assert sum(int(s.split()[0]) for s in outputs) == 6 and all("0 failed" in s for s in outputs)
+    assert sum(int(s.split()[0]) for s in outputs) == 4 and all("0 failed" in s for s in outputs)
     rows = client_of(tmp_path)[1]
-    assert len(rows) == 7 and {r.info.status for r in rows} == {"FINISHED"}
-    assert len({r.data.tags["modelfactory.key"] for r in rows}) == 7
+    assert len(rows) == 5 and {r.info.status for r in rows} == {"FINISHED"}
+    assert len({r.data.tags["modelfactory.key"] for r in rows}) == 5
 
 
-def test_tracking_continues_after_a_killed_process(tmp_path):
+def test_tracking_continues_after_a_killed_process(forks, tmp_path):
     for i in range(8):
         make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", rounds=200)
 
@@ -377,7 +377,7 @@ def test_tracking_continues_after_a_killed_process(tmp_path):
         return len([*(tmp_path / "mlflow-artifacts").glob("*")]) >= 2
 
     for reached in (database_started, two_runs_tracked):
-        p = python(TRACK, tmp_path)
+        p = forks(TRACK, tmp_path)
         until(lambda reached=reached, p=p: reached() or p.poll() is not None, "a run that is tracked")
         p.kill()
         finish(p)

@@ -3,7 +3,6 @@
 The model predicts the class in column `signal` with probability `p`. The column equals the label in 80 of 100 rows, and
 another class in the rest. So the best `p` is .8, and its log loss can be computed."""
 
-import os
 import shutil
 import signal
 import sys
@@ -11,7 +10,8 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PATIENCE, finish, interruptible, until
+from conftest import PATIENCE, finish, until
+from forks import Forks
 
 from modelfactory.configuration import ConfigError, read_yaml
 from modelfactory.data.splits import MissingFile, SplitsError
@@ -62,6 +62,11 @@ class Valley(TabularModel):
     def write(self, folder): pass
     def read(self, folder): pass
 """
+IMPORTS = """import optuna.storages, sqlalchemy.dialects.sqlite, torch
+from modelfactory.tuning.study import OptunaModelTuner
+from modelfactory.training.trainer import Trainer
+from modelfactory.models.registry import ModelRegistry
+ModelRegistry.discover()"""
 RUN = """import sys
 from modelfactory.tuning.study import OptunaModelTuner
 task = dict(model="valley", horizon=5, data=sys.argv[1], config=eval(sys.argv[4]))
@@ -93,6 +98,13 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks(IMPORTS)
+    yield forks
+    forks.close()
+
+
 @pytest.fixture(autouse=True)
 def at_home(home, monkeypatch):
     sys.modules.pop("modelfactory_plugins.valley", None)
@@ -105,9 +117,8 @@ def tuner(home, storage, n=10, config=None, folds=2, **kw):
     return OptunaModelTuner(task, n, folds=folds, storage=storage, heartbeat=1, **kw)
 
 
-def process(home, storage, n, config=None, **env):
-    command = [sys.executable, "-c", RUN, home / "data", storage, n, repr(config or {})]
-    return interruptible(command, env=os.environ | {k: str(v) for k, v in env.items()})
+def process(forks, home, storage, n, config=None, **env):
+    return forks(RUN, home / "data", storage, n, repr(config or {}), **env)
 
 
 def states(result):
@@ -131,11 +142,12 @@ def stored_states(storage):
 
 def test_a_search_finds_the_planted_optimum_and_is_reproducible_in_two_parts(home, tmp_path):
     "The second part continues the first one from the database alone."
-    first = tuner(home, tmp_path / "a.db", 18).run()
+    few_rounds = dict(rounds=4)
+    first = tuner(home, tmp_path / "a.db", 18, few_rounds).run()
     assert abs(first.params["p"] - 0.8) < 0.05 and first.value < 0.66 < 0.75 < first.default
     assert len(first.trials) == 18 and first.trials[0].params == {"p": 0.4}
-    tuner(home, tmp_path / "b.db", 12).run()
-    again = tuner(home, tmp_path / "b.db", 18).run()
+    tuner(home, tmp_path / "b.db", 12, few_rounds).run()
+    again = tuner(home, tmp_path / "b.db", 18, few_rounds).run()
 
     def trial_values(result):
         return [(t.state, t.params, t.value, t.intermediate_values) for t in result.trials]
@@ -149,10 +161,10 @@ def test_a_search_finds_the_planted_optimum_and_is_reproducible_in_two_parts(hom
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_after_a_sigkill_the_next_call_runs_the_remaining_trials(home, tmp_path):
+def test_after_a_sigkill_the_next_call_runs_the_remaining_trials(forks, home, tmp_path):
     "The process is killed in the middle of a trial. The next call also repeats that trial."
     storage, slow = tmp_path / "k.db", dict(pause=0.04)
-    victim = process(home, storage, 7, slow)
+    victim = process(forks, home, storage, 7, slow)
 
     def is_third_trial():
         states = stored_states(storage)
@@ -169,9 +181,9 @@ def test_after_a_sigkill_the_next_call_runs_the_remaining_trials(home, tmp_path)
     assert any(t.params == lost.params for t in repeated) or not lost.params
 
 
-def test_two_processes_share_one_study(home, tmp_path):
+def test_two_processes_share_one_study(forks, home, tmp_path):
     storage, log = tmp_path / "two.db", tmp_path / "log"
-    both = [process(home, storage, 9, dict(pause=0.03), VALLEY_LOG=log) for _ in range(2)]
+    both = [process(forks, home, storage, 9, dict(pause=0.03), VALLEY_LOG=log) for _ in range(2)]
     for p in both:
         out, err = finish(p)
         assert p.returncode == 0 and "done" in out, err
@@ -181,9 +193,9 @@ def test_two_processes_share_one_study(home, tmp_path):
     assert len({line.split()[0] for line in log.read_text().splitlines()}) == 2, "both processes ran trials"
 
 
-def test_ctrl_c_ends_at_once_and_loses_no_trial(home, tmp_path):
+def test_ctrl_c_ends_at_once_and_loses_no_trial(forks, home, tmp_path):
     storage, slow, begun = tmp_path / "c.db", dict(pause=0.2), tmp_path / "begun"
-    victim = process(home, storage, 4, slow, VALLEY_BEGUN=begun)
+    victim = process(forks, home, storage, 4, slow, VALLEY_BEGUN=begun)
     until(lambda: begun.exists() or victim.poll() is not None, "a trial")
     victim.send_signal(signal.SIGINT)
     written = finish(victim)
@@ -192,10 +204,10 @@ def test_ctrl_c_ends_at_once_and_loses_no_trial(home, tmp_path):
     assert [t.state.name for t in trials] == ["WAITING"]
 
 
-def test_a_trial_that_always_kills_its_process_fails(home, tmp_path):
+def test_a_trial_that_always_kills_its_process_fails(forks, home, tmp_path):
     storage, deadly = tmp_path / "d.db", dict(deadly=0.39)
     for _ in range(TRIAL_RETRIES + 1):
-        victim = process(home, storage, 1, deadly)
+        victim = process(forks, home, storage, 1, deadly)
         assert victim.wait(PATIENCE) == -signal.SIGKILL
     with pytest.raises(TunerError, match="all 1 trials failed, the first with a worker that was lost each time"):
         tuner(home, storage, 1, deadly).run()

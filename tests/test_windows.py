@@ -61,13 +61,15 @@ def naive(frame, seq_len, gap):
     features, X, y, meta = [c for c in frame if c[0] == "f"], [], [], []
     for symbol in dict.fromkeys(frame.symbol):
         rows = frame[frame.symbol == symbol].sort_values("datetime")
-        for i in range(len(rows)):
-            label, start = rows.label_h3.iloc[i], i - gap - seq_len + 1
+        values = rows[features].to_numpy(np.float64).astype(np.float32)
+        columns = rows.datetime, rows.label_h3, rows.sample_weight_h3, rows.close
+        for i, (time, label, weight, close) in enumerate(zip(*columns, strict=True)):
+            start = i - gap - seq_len + 1
             if start < 0 or pd.isna(label) or label not in (-1, 0, 1):
                 continue
-            X.append(rows[features].iloc[start : i - gap + 1].to_numpy(np.float64).astype(np.float32))
+            X.append(values[start : i - gap + 1])
             y.append(int(label))
-            meta.append((rows.datetime.iloc[i], symbol, 3, rows.sample_weight_h3.iloc[i], rows.close.iloc[i]))
+            meta.append((time, symbol, 3, weight, close))
     return X, y, meta
 
 
