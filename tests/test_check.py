@@ -12,9 +12,11 @@ def test_conformance(name, config, sequence_length):
     assert all(row["result"] == "ok" for row in check_model(name, config, sequence_length))
 
 
-@pytest.mark.parametrize("model", ["lightgbm", "average"])
-def test_a_training_has_skill_where_a_signal_is_planted(model):
-    trainer = Trainer(dict(model=model, horizon=5, data="planted", preset="quick"))
+@pytest.mark.parametrize(
+    "model, config", [("lightgbm", {}), ("average", dict(members=dict(lightgbm={}, logistic_regression={})))]
+)
+def test_a_training_has_skill_where_a_signal_is_planted(model, config):
+    trainer = Trainer(dict(model=model, horizon=5, data="planted", preset="quick", config=config))
     metrics = trainer.run_full_pipeline()
     assert metrics["directional_skill_ci_low"] > 0 and metrics["log_loss"] < trainer.baseline()["log_loss"]
     assert trainer.direction_claim().significant
