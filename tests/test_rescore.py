@@ -218,6 +218,9 @@ def test_a_kill_at_any_step_leaves_the_old_run_or_the_new_one(run, monkeypatch, 
         split: rescoring.score_with_data(scoring_trainer(run, (split,)), run, run.predictions(split), split)
         for split in ("val", "test")
     }
+    for split, trainer in scored.items():
+        backtest = trainer.backtest(split)
+        monkeypatch.setattr(trainer, "backtest", lambda split, backtest=backtest: backtest)  # computed once
     monkeypatch.setattr(rescoring, "score_with_data", lambda trainer, run, frame, split: scored[split])
     monkeypatch.setattr(rescoring, "scoring_trainer", lambda run, splits: None)
     for module, function in (
