@@ -234,7 +234,17 @@ def test_checkpoints_are_tracked_only_on_request(tmp_path):
     assert "checkpoints/model.ubj" in run_view(run, checkpoints=True).files
 
 
-def test_a_store_rebuilt_from_the_files_is_the_same(tmp_path):
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    "A database with MLflow's tables, which takes a second to create; tests copy it."
+    store = tracking_store("sqlite", tmp_path_factory.mktemp("empty"))
+    with tracking._quiet_mlflow():
+        tracking._create_database(store)
+    return store.file
+
+
+def test_a_store_rebuilt_from_the_files_is_the_same(empty_store, tmp_path):
+    shutil.copy(empty_store, tmp_path)
     runs = [make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef", grid="night" if i else "") for i in range(3)]
     assert track_runs(tmp_path).added == 3
     first = snapshot(tmp_path)
@@ -252,7 +262,8 @@ def test_a_store_rebuilt_from_the_files_is_the_same(tmp_path):
     assert remaining == {name: row for name, row in first.items() if name != runs[2].path.name} and "kept" in after
 
 
-def test_a_rebuild_keeps_the_runs_of_another_folder(tmp_path):
+def test_a_rebuild_keeps_the_runs_of_another_folder(empty_store, tmp_path):
+    shutil.copy(empty_store, tmp_path / "shared.db")
     uri = f"sqlite:///{tmp_path}/shared.db"
     for folder in ("first", "second"):
         make_run(tmp_path / folder, f"{folder}_h5_20260101_000000_abcdef")
@@ -262,8 +273,9 @@ def test_a_rebuild_keeps_the_runs_of_another_folder(tmp_path):
     assert list(snapshot(tmp_path, uri)) == ["second_h5_20260101_000000_abcdef"]
 
 
-def test_the_error_of_a_moved_folder_names_the_fix(tmp_path):
+def test_the_error_of_a_moved_folder_names_the_fix(empty_store, tmp_path):
     run = make_run(tmp_path / "runs")
+    shutil.copy(empty_store, tmp_path / "runs")
     track_run(run)
     (tmp_path / "runs").rename(tmp_path / "moved")
     with pytest.raises(TrackingError, match="delete it"):
@@ -387,7 +399,7 @@ def test_tracking_continues_after_a_killed_process(forks, tmp_path):
     assert len(rows) == 8 and all(r.info.status == "FINISHED" and r.data.metrics["val_loss"] == 1 / 201 for r in rows)
 
 
-def test_odd_names_and_long_values(tmp_path):
+def test_odd_names_and_long_values(empty_store, tmp_path):
     runs = tmp_path / ODD.replace("/", "_")
     run = make_run(
         runs,
@@ -404,6 +416,7 @@ def test_odd_names_and_long_values(tmp_path):
     )
     run.path.rename(runs / ODD.replace("/", "_"))
     run = list_runs(runs)[0]
+    shutil.copy(empty_store, runs)
     assert try_track(run.path) == ""
     track_study(ODD, [(0, {ODD: ODD}, 1.0, "COMPLETE")], runs=runs)
     client, rows = client_of(runs)
@@ -416,7 +429,8 @@ def test_odd_names_and_long_values(tmp_path):
     assert "(10,002 characters)" not in str(params) and "(10,000 characters)" in params["config.long"]
 
 
-def test_damaged_runs_are_listed_and_the_others_are_tracked(tmp_path):
+def test_damaged_runs_are_listed_and_the_others_are_tracked(empty_store, tmp_path):
+    shutil.copy(empty_store, tmp_path)
     good, changed, outside, link, odd = (make_run(tmp_path, f"svm_h5_20260101_00000{i}_abcdef") for i in range(5))
     (changed.path / "plots/equity.png").write_bytes(b"other")
     secret = tmp_path / "secret.txt"

@@ -102,7 +102,7 @@ def check_against_naive(frame, source, seq_len, gap):
     assert list(ds.metadata[columns].itertuples(index=False, name=None)) == meta
 
 
-@examples(250)
+@examples(160)
 @given(tables(), st.integers(1, 12), st.integers(0, 1))
 def test_small_tables(frame, seq_len, gap):
     check_against_naive(frame, frame, seq_len, gap)
@@ -177,7 +177,7 @@ def indices(draw, shape):
     return tuple([draw(first), *rest[: draw(st.integers(0, len(rest)))]])
 
 
-@examples(1500)
+@examples(900)
 @given(st.data(), windows())
 def test_indexing_equals_that_of_an_array(data, w):
     i = data.draw(indices(w.shape))
@@ -192,7 +192,7 @@ def test_indexing_equals_that_of_an_array(data, w):
     assert np.array_equal(result, expected)
 
 
-@examples(300)
+@examples(200)
 @given(st.data(), windows())
 def test_take_fills_the_given_buffer(data, w):
     idx = np.array(data.draw(st.lists(st.integers(-len(w), len(w) - 1), max_size=10)) if len(w) else [], int)
