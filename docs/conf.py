@@ -3,8 +3,11 @@
 The build executes no notebooks, and the pages load no external files.
 """
 
+from functools import cache
+
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from sphinx.search.en import SearchEnglish
 
 project = "modelfactory"
 extensions = ["myst_nb"]
@@ -24,8 +27,15 @@ html_css_files = ["site.css"]
 html_theme_options = dict(navigation_with_keys=True)
 
 
+class Search(SearchEnglish):
+    "Finds the stem of each word once, not once per occurrence."
+
+    stem = cache(SearchEnglish.stem)
+
+
 def setup(app):
     "Renders formulas as MathML, which browsers display without loading MathJax."
+    app.add_search_language(Search)
 
     def draw(display):
         def visit(self, node):

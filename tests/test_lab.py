@@ -34,7 +34,7 @@ CELLS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
-    "Addresses of notebooks in a JupyterLab, over a copy of the project with one run and a comparison."
+    "The address of a JupyterLab over a copy of the project with one run and a comparison."
     home = tmp_path_factory.mktemp("lab")
     for name in ("nbs", "params"):
         shutil.copytree(ROOT / name, home / "project" / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
@@ -71,6 +71,7 @@ def lab(browser, tmp_path_factory):
                 f"--IdentityProvider.token={token}",
                 "--allow-root",
                 "--LabApp.news_url=None",
+                "--LabApp.expose_app_in_browser=True",
             ],
             env=environment,
             stdout=log,
@@ -80,7 +81,7 @@ def lab(browser, tmp_path_factory):
     base = f"http://127.0.0.1:{port}"
     try:
         _wait_for(f"{base}/api/status?token={token}", server, home / "lab.log")
-        yield lambda path: f"{base}/lab/workspaces/w{secrets.token_hex(3)}/tree/{path}?token={token}&reset"
+        yield f"{base}/lab?token={token}&reset"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
@@ -113,16 +114,30 @@ def _wait_for(url, server, log):
     until(has_answered, "JupyterLab to answer")
 
 
-@pytest.fixture
-def page(browser):
+@pytest.fixture(scope="module")
+def page(browser, lab):
+    "A page with JupyterLab, which is loaded once."
     new_page = browser.new_page(viewport=dict(width=1440, height=1000))
     new_page.set_default_timeout(PATIENCE * 1000)
+    new_page.goto(lab, wait_until="domcontentloaded")
+    new_page.wait_for_function("() => window.jupyterapp")
+    new_page.evaluate("() => jupyterapp.restored")
     yield new_page
     new_page.close()
 
 
-def show(page, address):
-    page.goto(address, wait_until="domcontentloaded")
+SHOW = """async ([path, shouldStart]) => {
+  [...jupyterapp.shell.widgets('main')].forEach(widget => widget.dispose());
+  const widget = await jupyterapp.commands.execute(
+    'docmanager:open', {path, factory: 'Notebook', kernelPreference: {shouldStart}});
+  await widget.context.ready;
+  await widget.revealed;
+}"""
+
+
+def show(page, path, kernel=False):
+    "Opens a notebook as the only document, without a kernel unless its cells are to be run."
+    page.evaluate(SHOW, [path, kernel])
     page.wait_for_selector(".jp-NotebookPanel .jp-Notebook .jp-Cell")
     page.wait_for_timeout(1500)
 
@@ -150,7 +165,7 @@ def checked_images(page):
     return sum(len(c["images"]) for c in cells)
 
 
-def test_errors_and_missing_images_are_detected(page, lab, tmp_path_factory):
+def test_errors_and_missing_images_are_detected(page, tmp_path_factory):
     "The check fails on an error output, and on an image that does not exist."
     import nbformat
     from nbformat import v4
@@ -163,29 +178,29 @@ def test_errors_and_missing_images_are_detected(page, lab, tmp_path_factory):
     for name, output in outputs.items():
         cell = v4.new_code_cell("1", outputs=[output], execution_count=1)
         nbformat.write(v4.new_notebook(cells=[cell]), project / f"{name}.ipynb")
-        show(page, lab(f"{name}.ipynb"))
+        show(page, f"{name}.ipynb")
         with pytest.raises(AssertionError):
             checked_images(page)
 
 
-def test_the_first_page_runs(page, lab):
-    show(page, lab("nbs/index.ipynb"))
+def test_the_first_page_runs(page):
+    show(page, "nbs/index.ipynb", kernel=True)
     run_all(page)
     checked_images(page)
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_tutorials_open_without_errors(page, lab, path):
-    show(page, lab(path))
+def test_tutorials_open_without_errors(page, path):
+    show(page, path, kernel=RUN_ALL)
     if RUN_ALL:
         run_all(page)
     checked_images(page)
 
 
 @pytest.mark.parametrize("pattern, n_images", [("runs/lightgbm_*/train.ipynb", 6), ("runs/compare.ipynb", 6)])
-def test_notebooks_executed_by_papermill_show_images_and_tables(page, lab, tmp_path_factory, pattern, n_images):
+def test_notebooks_executed_by_papermill_show_images_and_tables(page, tmp_path_factory, pattern, n_images):
     files = tmp_path_factory.getbasetemp().glob(f"lab*/project/{pattern}")
-    show(page, lab(next(str(f).split("/project/")[1] for f in files)))
+    show(page, next(str(f).split("/project/")[1] for f in files))
     assert checked_images(page) >= n_images
     tables = page.evaluate("() => document.querySelectorAll('.jp-RenderedHTMLCommon table').length")
     assert tables >= 2, "tables of an untrusted notebook are shown as well"

@@ -5,13 +5,14 @@ No model may claim skill that a constant call has too.
 
 import numpy as np
 import pytest
-from conftest import PATIENCE
 
 from modelfactory.data.readers import read_eurusd
 from modelfactory.data.writer import bars_to_splits
+from modelfactory.runs.attempt import publish, write_run
 from modelfactory.runs.comparison import comparison
-from modelfactory.runs.grid import run_grid
+from modelfactory.runs.grid import make_trainer
 from modelfactory.runs.run import list_runs
+from modelfactory.runs.run_folder import start_attempt
 from modelfactory.runs.sentences import describe
 
 pytestmark = pytest.mark.slow
@@ -23,9 +24,13 @@ MODELS = ["logistic_regression", "random_forest", "svm", "xgboost", "lightgbm", 
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uneven")
     data = bars_to_splits(read_eurusd(), folder / "eurusd_1_3", horizons=(20,), barriers={20: (4.5, 1.5, 80)})
-    grid = dict(data=[str(data)], models=MODELS, horizons=[20], preset="quick")
-    result = run_grid(grid, folder / "runs", workers=2, timeout=PATIENCE)
-    assert result.ok
+    for model in MODELS:
+        parameters = dict(model=model, horizon=20, data=str(data), preset="quick")
+        trainer = make_trainer(parameters)
+        trainer.run_full_pipeline()
+        attempt = start_attempt(folder / "runs", parameters)
+        write_run(trainer, attempt)
+        publish(attempt, folder / "runs")
     return comparison(list_runs(folder / "runs"))["tasks"][0]
 
 
