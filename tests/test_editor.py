@@ -24,22 +24,29 @@ def make(folder, *words, **environment):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
-@pytest.fixture
-def project(tmp_path):
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
     "A git repository with the project and one notebook."
+    folder = tmp_path_factory.mktemp("repository")
     for name in ("Makefile", "pyproject.toml", "settings.ini", ".gitattributes", ".gitignore"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / ".githooks", tmp_path / ".githooks")
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / ".githooks", folder / ".githooks")
     for name in ("nbs", "modelfactory"):
-        (tmp_path / name).mkdir()
-    shutil.copy(ROOT / "nbs/01_progress.ipynb", tmp_path / "nbs")
-    shutil.copy(ROOT / "modelfactory/__init__.py", tmp_path / "modelfactory")
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    subprocess.run([".venv/bin/nbdev-export"], cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE)
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "-qm", "start")
-    return tmp_path
+        (folder / name).mkdir()
+    shutil.copy(ROOT / "nbs/01_progress.ipynb", folder / "nbs")
+    shutil.copy(ROOT / "modelfactory/__init__.py", folder / "modelfactory")
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    subprocess.run([".venv/bin/nbdev-export"], cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "start")
+    return folder
+
+
+@pytest.fixture
+def project(repository, tmp_path):
+    "A copy of the repository."
+    return shutil.copytree(repository, tmp_path / "project", symlinks=True)
 
 
 def git(folder, *words):
@@ -48,12 +55,14 @@ def git(folder, *words):
 
 
 def test_notebooks_do_not_change_by_a_conversion_to_a_script_and_back(tmp_path):
+    "`make edit` calls the same commands in processes."
+    from jupytext.cli import jupytext
+
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     files = sorted((tmp_path / "nbs").rglob("*.ipynb"))
-    jupytext = ROOT / ".venv/bin/jupytext"
-    subprocess.run([jupytext, "-q", "--to", "py:percent", *files], check=True, timeout=PATIENCE)
-    back = [jupytext, "-q", "--to", "ipynb", "--update", "--update-metadata", '{"jupytext": null}']
-    subprocess.run([*back, *(f.with_suffix(".py") for f in files)], check=True, timeout=PATIENCE)
+    jupytext(["-q", "--to", "py:percent", *map(str, files)])
+    back = ["-q", "--to", "ipynb", "--update", "--update-metadata", '{"jupytext": null}']
+    jupytext([*back, *(str(f.with_suffix(".py")) for f in files)])
     changed = [f.name for f in files if nbformat.read(f, 4) != nbformat.read(ROOT / f.relative_to(tmp_path), 4)]
     assert len(files) > 80 and changed == []
 
