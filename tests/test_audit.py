@@ -119,6 +119,7 @@ def test_a_copy_of_a_label_that_is_not_closed_fails_with_its_row(splits, ago):
     assert (worst.verdict, worst.target, worst.shift, worst.looks_ahead) == ("fail", "label_h5", -ago, 5 - ago)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scaler, names",
     [
@@ -156,6 +157,7 @@ def test_bundled_splits_have_no_finding(splits):
     assert report.ok and not report.findings and not report.skipped and report.columns >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(70, 74))
 @pytest.mark.parametrize("preset", MARKET_PRESETS)
 def test_causal_columns_have_no_finding_on_other_seeds(preset, seed):
@@ -163,6 +165,7 @@ def test_causal_columns_have_no_finding_on_other_seeds(preset, seed):
     assert len(split.features) >= 100 and not audit(split).findings
 
 
+@pytest.mark.slow
 def test_noise_columns_have_no_finding():
     assert not audit(simulated_train("null", 75, width=400)).findings
 
@@ -204,6 +207,7 @@ def simulated(seed, kind, rows=6_000, symbols=2, width=None):
     return read_split(table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP].reset_index(drop=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["reverting", "bounce", "asymmetric", "drifts", "slow"])
 def test_causal_columns_have_no_finding_if_past_bars_predict(kind, seed):
@@ -211,6 +215,7 @@ def test_causal_columns_have_no_finding_if_past_bars_predict(kind, seed):
     assert not report.findings, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_positions_of_the_close_have_no_finding_on_a_mean_reverting_price(seed):
     """The half-life is half a bar, and volatility changes slowly.
@@ -256,12 +261,14 @@ def test_the_distance_from_the_high_of_the_day_is_a_warning(name):
     assert report.findings[0].kind == "direction" and report.findings[0].size > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [80, 81, 82])
 def test_the_distance_from_the_high_of_the_day_is_a_warning_on_other_null_markets(seed):
     split = simulated_train("null", seed, rows=12_000)
     assert audit(with_column(thinned(split), day_high(split))).named("warn") == ["innocent"]
 
 
+@pytest.mark.slow
 def test_a_leak_in_the_rows_of_one_symbol_is_a_warning():
     "The column is the distance from the high of the day for one of four symbols, and noise for the other three."
     split = simulated_train("null", 83, rows=60_000, symbols=4)
@@ -393,6 +400,7 @@ def test_the_audit_changes_no_data(splits):
 HONEST = dict(rows=(2_500, 2_000, 200), horizons=(5,), models=("logistic_regression",))
 
 
+@pytest.mark.slow
 def test_a_correct_pipeline_passes_and_its_result_is_json():
     result = selftest(**HONEST, seed=11)
     assert result.ok and result.table.n[0] > 1_900 and result.table.future[0].n == result.table.prefix[0].n
@@ -419,11 +427,13 @@ def causal(bars):
     return pd.DataFrame(dict(ratio=close.transform(lambda c: c / c.rolling(7, min_periods=1).mean() - 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features, expected", [(centred, ["smooth"]), (standardised, ["z"]), (causal, [])])
 def test_user_features_with_look_ahead_are_reported(features, expected):
     assert lookahead_features(features) == expected
 
 
+@pytest.mark.slow
 def test_a_leaking_feature_is_reported_by_the_audit_and_by_every_model():
     result = selftest(**HONEST | dict(rows=(6_000, 6_000, 200)), features=centred)
     assert result.peeking == ["smooth"] and result.audit.named() == ["smooth"]
@@ -477,6 +487,7 @@ def test_a_model_that_uses_later_rows_fails_both_invariance_tests(cheaters, null
         assert not test.ok and test.moved and test.largest > 1e-5 and test.first.startswith("SYN")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, config",
     [("lightgbm", dict(n_rounds=20)), ("gru", dict(sequence_length=16, hidden_size=8, n_layers=1, max_epochs=1))],
@@ -487,6 +498,7 @@ def test_predictions_of_correct_models_do_not_depend_on_later_rows(null_folder, 
     assert future_perturbation(trainer.model, trainer.datasets["val"]).n == future_perturbation(trainer).n
 
 
+@pytest.mark.slow
 def test_the_level_of_the_intervals_is_corrected_for_the_number_of_tests():
     result = selftest(models=("logistic_regression",), horizons=(5, 20), rows=(2_000, 1_500, 200), alpha=0.02)
     assert result.level == pytest.approx(0.99) and len(result.table) == 2

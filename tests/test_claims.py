@@ -85,6 +85,7 @@ def signed_hits_p_value(frame, horizon):
     return spa_test(sums, overlap, n_boot=300)["consistent"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("down, up, drift, false_claims", UNEVEN)
 def test_constant_calls_have_no_skill_where_barriers_are_uneven_or_prices_drift(down, up, drift, false_claims):
     "The level holds with barriers 1:1.1, 1:1.25, 1:2 and with drift. The former rule makes at least `false_claims`."
@@ -115,6 +116,7 @@ def test_claims_of_unskilled_models_have_their_level():
     assert np.mean(claims) <= 0.05 + 2 * (0.05 * 0.95 / 100) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.08, 0.12, 0.2])
 def test_planted_skill_is_detected_as_often_as_by_signed_hits(strength):
     "Labels are symmetric, the model is right in .5 + strength of the rows. The loss of power is at most .02."
@@ -170,6 +172,7 @@ def test_each_verdict_has_a_sentence():
     assert np.isclose(right.level, 1 - 0.05 / 36)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [20, 200])
 @pytest.mark.parametrize("horizon", [5, 20])
 def test_equal_models_with_persistent_predictions_are_not_significantly_different(tau, horizon):
@@ -233,6 +236,7 @@ def strategies(seed, skilled, models=8, days=250, drift=0.0, exposure=1.0):
     return tables
 
 
+@pytest.mark.slow
 def test_profit_is_significant_where_half_of_the_strategies_have_a_sharpe_ratio_near_five():
     "The variance over trials contains their skill, so the deflated ratio is not significant, and the SPA test is."
     claims = [profit_claims(strategies(s, 9, 18), 18) for s in range(20)]
@@ -240,12 +244,14 @@ def test_profit_is_significant_where_half_of_the_strategies_have_a_sharpe_ratio_
     assert np.mean([c["deflated_sharpe"] >= 0.95 for c in claims]) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift, exposure", [(0.0, 1.0), (0.002, 1.0), (-0.002, -1.0), (0.002, 0.5)])
 def test_profit_from_price_drift_alone_is_not_significant(drift, exposure):
     claims = [profit_claims(strategies(s, 0, drift=drift, exposure=exposure), 8) for s in range(25)]
     assert np.mean([c["p_profit"] <= 0.05 for c in claims]) <= 0.05 + 2 * (0.05 * 0.95 / 25) ** 0.5
 
 
+@pytest.mark.slow
 def test_profit_is_not_significant_where_no_model_beats_all_benchmarks():
     "One model is always short on a falling market. Another has timing skill and loses."
     claimed, separately = [], []
@@ -279,6 +285,7 @@ def test_overfitting_needs_sixteen_days():
     assert len(backtest_overfitting(np.random.default_rng(0).normal(size=(5, 16))).logits) == 70
 
 
+@pytest.mark.slow
 def test_a_change_of_class_shares_is_no_skill():
     "Flat labels are more frequent after train. A model with more probability for flat beats the shares of train."
     claimed = []

@@ -80,6 +80,7 @@ def test_shifts_of_less_than_a_horizon_count_in_the_p_value():
     assert np.isclose(shift_test(predictions, y, prices, 5, step=7).excluded_fraction, 1 / 100)
 
 
+@pytest.mark.slow
 def test_the_shift_test_detects_planted_skill():
     assert ((p_values(40, skill=0.25) <= 0.05).mean() > 0.8).all()
 

@@ -157,6 +157,7 @@ def test_critical_differences_equal_those_of_demsar():
 # Size and power on simulated data
 
 
+@pytest.mark.slow
 def test_the_deflated_sharpe_ratio_rejects_the_best_of_many_without_skill():
     "The best of 20 unskilled models passes the plain ratio in most markets, and the deflated one in few."
     plain, deflated, skilled = [], [], []
@@ -182,6 +183,7 @@ def test_overfitting_probability_is_one_half_without_skill_and_low_with_skill():
     assert abs(np.mean(chance) - 0.5) < 0.06 and np.mean(skill) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizon", [5, 20])
 def test_spa_test_has_its_size_and_power(horizon):
     "20 models on 1,000 overlapping gains. Without a good model at most 11% of the markets are significant at 5%."
@@ -196,6 +198,7 @@ def test_spa_test_has_its_size_and_power(horizon):
     assert np.mean(planted) > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizon", [1, 5, 20])
 def test_paired_tests_have_their_size(horizon):
     "Equal models. With overlapping labels McNemar's test for independent rows rejects far too often."
@@ -211,6 +214,7 @@ def test_paired_tests_have_their_size(horizon):
     assert share.p_exact > {1: 0, 5: 0.12, 20: 0.3}[horizon]
 
 
+@pytest.mark.slow
 def test_paired_tests_detect_a_planted_difference():
     tables = [paired_tests(stack([0, 0, 0.5], s), 5) for s in range(60)]
     assert np.mean([t.columns.name == "against m2" for t in tables]) > 0.95
@@ -218,6 +222,7 @@ def test_paired_tests_detect_a_planted_difference():
     assert np.mean([(t.p_mcnemar_holm < 0.05).all() for t in tables]) > 0.5
 
 
+@pytest.mark.slow
 def test_intervals_of_differences_to_the_best_hold_jointly():
     "With equal models, all intervals contain the true difference 0 in about 95% of the markets."
 
