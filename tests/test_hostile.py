@@ -346,7 +346,7 @@ import resource, sys
 from modelfactory.models.loading import load_model
 for folder in sys.argv[1:]:
     cpu = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu + 20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu + 20, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try: load_model(folder)
     except Exception as e: print(type(e).__name__, flush=True)
     else: print("read", flush=True)
