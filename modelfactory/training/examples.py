@@ -14,13 +14,14 @@ __all__ = ['planted_fit']
 # %% ../../nbs/training/04_examples.ipynb #577021cf
 def planted_fit(
     model: str,  # name of a registered network
-    sequence_length: int = 20,  # number of bars in a window
+    sequence_length: int = 10,  # number of bars in a window
+    **config: object,  # overrides of the preset
 ) -> Trainer:
     """Trains a network on the planted market at horizon 5 with its `quick` preset, and draws the learning curve.
 
     Raises `AssertionError` unless the whole confidence interval of its directional accuracy lies above .5 (chance).
     """
-    config = dict(sequence_length=sequence_length)
+    config |= dict(sequence_length=sequence_length)
     trainer = Trainer(dict(model=model, horizon=5, data="planted", preset="quick", config=config))
     metrics = trainer.run_full_pipeline()
     names = ("directional_accuracy", "directional_accuracy_ci_low", "log_loss", "sharpe")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ...configuration import NonNegativeInt, PositiveInt
+from ...imports import neuralforecast_parts
 from ..base import check_X, check_y
 from ..persistence import CheckpointError
 from ..pretrained import checkpoint_unavailable_reason, freeze, load_pretrained, resolve_pinned
@@ -133,7 +134,8 @@ class TimeLLMModel(SequenceClassifier):
         return folder
 
     def backbone(self, T, F, n_classes, c):
-        from neuralforecast.models.timellm import ReplicationPad1d, ReprogrammingLayer, TokenEmbedding
+        with neuralforecast_parts():
+            from neuralforecast.models.timellm import ReplicationPad1d, ReprogrammingLayer, TokenEmbedding
         from torch import nn
 
         folder, length = self.checkpoint(), min(c.patch_length, T)

@@ -10,6 +10,7 @@ from math import log
 from typing import TYPE_CHECKING, Any
 
 from ...configuration import PositiveInt
+from ...imports import neuralforecast_parts
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 from .informer import check_heads, embedding
@@ -91,14 +92,15 @@ class AutoformerModel(SequenceClassifier):
     Config, requires = AutoformerConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
-        from neuralforecast.common._modules import SeriesDecomp
-        from neuralforecast.models.autoformer import (
-            AutoCorrelation,
-            AutoCorrelationLayer,
-            Encoder,
-            EncoderLayer,
-            LayerNorm,
-        )
+        with neuralforecast_parts():
+            from neuralforecast.common._modules import SeriesDecomp
+            from neuralforecast.models.autoformer import (
+                AutoCorrelation,
+                AutoCorrelationLayer,
+                Encoder,
+                EncoderLayer,
+                LayerNorm,
+            )
         from torch import nn
 
         d = c.hidden_size

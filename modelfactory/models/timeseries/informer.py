@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge
 
 from ...configuration import PositiveInt
+from ...imports import neuralforecast_parts
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
@@ -45,7 +46,8 @@ def embedding(
     dropout: float,
 ) -> nn.Module:  # (B, T, F) -> (B, T, d)
     "A convolution over three steps plus sinusoidal position encodings; raises `ValueError` if `d` is odd."
-    from neuralforecast.common._modules import DataEmbedding, PositionalEmbedding
+    with neuralforecast_parts():
+        from neuralforecast.common._modules import DataEmbedding, PositionalEmbedding
 
     if d % 2:
         raise ValueError(
@@ -113,8 +115,9 @@ class InformerModel(SequenceClassifier):
     Config, requires = InformerConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
-        from neuralforecast.common._modules import AttentionLayer, TransEncoder, TransEncoderLayer
-        from neuralforecast.models.informer import ConvLayer, ProbAttention
+        with neuralforecast_parts():
+            from neuralforecast.common._modules import AttentionLayer, TransEncoder, TransEncoderLayer
+            from neuralforecast.models.informer import ConvLayer, ProbAttention
         from torch import nn
 
         d = c.hidden_size

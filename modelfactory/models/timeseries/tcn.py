@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge
 
 from ...configuration import PositiveInt
+from ...imports import neuralforecast_parts
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module, last_and_mean
 
@@ -65,7 +66,8 @@ class TCNModel(SequenceClassifier):
     Config, requires = TCNConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
-        from neuralforecast.common._modules import TemporalConvolutionEncoder
+        with neuralforecast_parts():
+            from neuralforecast.common._modules import TemporalConvolutionEncoder
         from torch import nn
 
         def block(width, d):

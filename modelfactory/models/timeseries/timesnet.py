@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...configuration import PositiveInt
+from ...imports import neuralforecast_parts
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 from .informer import embedding
@@ -85,7 +86,9 @@ class TimesNetModel(SequenceClassifier):
 
     def backbone(self, T, F, n_classes, c):
         import torch
-        from neuralforecast.models.timesnet import TimesBlock
+
+        with neuralforecast_parts():
+            from neuralforecast.models.timesnet import TimesBlock
         from torch import nn
 
         if T < 2:

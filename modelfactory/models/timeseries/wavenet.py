@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge
 
 from ...configuration import PositiveInt
+from ...imports import neuralforecast_parts
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module, last_and_mean
 from .tcn import dilations
@@ -61,7 +62,8 @@ class WaveNetModel(SequenceClassifier):
     Config, requires = WaveNetConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
-        from neuralforecast.common._modules import CausalConv1d
+        with neuralforecast_parts():
+            from neuralforecast.common._modules import CausalConv1d
         from torch import nn
 
         C, S, k = c.residual_channels, c.skip_channels, c.kernel_size
