@@ -563,10 +563,13 @@ def uses_every_step_and_feature(fixture: ModelFixture) -> None:
 
 @register_network_check
 def learns_levels_trends_order(fixture: ModelFixture) -> None:
-    "Accuracy on each of the level, trend and order tasks is above 0.55; chance is 0.33"
-    for kind in ("level", "trend", "order"):
-        _, accuracy = _learn(fixture, window_task(kind, seq_len=fixture.seq_len), 0.55)
-        require(accuracy > 0.55, f"{kind}: accuracy {accuracy:.2f}, expected above 0.55; chance is 0.33")
+    "Accuracy is above 0.55 on the level and trend tasks (chance: 0.33), and above 0.75 on the order task"
+    problems = []
+    for kind, required in (("level", 0.55), ("trend", 0.55), ("order", 0.75)):
+        _, accuracy = _learn(fixture, window_task(kind, seq_len=fixture.seq_len), required)
+        if not accuracy > required:
+            problems.append(f"{kind}: accuracy {accuracy:.2f}, expected above {required}")
+    require(not problems, "; ".join(problems))
 
 # %% ../../nbs/models/06_conformance.ipynb #61e6934a
 class ConformanceReport(list):
