@@ -9,13 +9,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from ..configuration import settings
-from .grid import run_grid
+from .attempt import add_predictions, add_scores, close_attempt, publish_fitted
+from .executors import LOCKS_FOLDER, finished_run
+from .grid import grid_config, grid_jobs, make_trainer
 from .run import list_runs
-from .stored import RunList, open_run
+from .run_folder import start_attempt
+from .stored import RunList
 
 # %% auto #0
-__all__ = ['EXAMPLE_GRID', 'example_runs']
+__all__ = ['EXAMPLE_GRID', 'train_example', 'example_runs']
 
 # %% ../../nbs/runs/19_examples.ipynb #7be221cf
 EXAMPLE_GRID = dict(
@@ -26,15 +31,39 @@ EXAMPLE_GRID = dict(
 )
 
 
+def train_example(
+    parameters: dict,  # parameters of train.ipynb
+    runs: Path,  # the runs folder
+) -> Path:  # folder of the run
+    "Trains, scores and publishes a run in this process, without a notebook and without figures."
+    trainer = make_trainer(parameters)
+    trainer.prepare_data()
+    trainer.train()
+    attempt = start_attempt(runs, parameters)
+    run = publish_fitted(trainer, attempt)
+    trainer.predict()
+    add_predictions(trainer, run)
+    trainer.score_split()
+    add_scores(trainer, run, {})
+    close_attempt(attempt, run)
+    return run
+
+
 def example_runs(
     models: tuple[str, ...] = tuple(EXAMPLE_GRID["models"]),  # models from `EXAMPLE_GRID`
+    data: tuple[str, ...] = tuple(EXAMPLE_GRID["data"]),  # data sets from `EXAMPLE_GRID`
 ) -> RunList:  # runs in a new temporary folder, to which files can be added
-    "Finished runs on the markets `planted` and `null`; raises `RuntimeError` if a run could not be trained."
-    result = run_grid(EXAMPLE_GRID, settings().bundled / "example_runs")
-    if not result.ok:
-        raise RuntimeError(f"not all example runs could be trained\n{result}")
-    folder = Path(tempfile.mkdtemp()) / "runs"
-    for outcome in result:
-        if open_run(outcome.path).manifest["model"] in models:
-            shutil.copytree(outcome.path, folder / outcome.path.name)
+    "Finished runs on the markets `planted` and `null`; runs that are not stored yet are trained first."
+    stored, folder = settings().bundled / "example_runs", Path(tempfile.mkdtemp()) / "runs"
+    for job in grid_jobs(grid_config(EXAMPLE_GRID | dict(models=models, data=data))):
+        run = _stored_run(job, stored)
+        shutil.copytree(run, folder / run.name)
     return list_runs(folder)
+
+
+def _stored_run(job, runs):
+    "The folder of a finished run of a job; another process may train the same run, so a lock is held."
+    (runs / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
+    with FileLock(runs / LOCKS_FOLDER / job.identity):
+        run = finished_run(job, runs)
+        return run.path if run and run.scored else train_example(job.parameters, runs)
