@@ -1,6 +1,7 @@
 """Injects faults into real grids; the argument is the number of kills: `python tests/soak.py 100`.
 
 Each round starts the same grid with one more seed, and kills a run, its kernel or the grid itself at a random time.
+The times are stratified: of n kills, one is in each n-th part of a round. Each three kills have three victims.
 After each round: no incomplete folder is listed, no finished run was repeated or changed, and no process remains.
 Other faults: a full disk, a folder that cannot be written, a limit on file sizes, kernels that do not start."""
 
@@ -26,6 +27,7 @@ from modelfactory.runs.run_folder import FAILED_FOLDER, MANIFEST_FILE, PARTIAL_F
 
 ROOT = Path(__file__).resolve().parents[1]
 VICTIMS = dict(run="modelfactory.runs.engine", kernel="ipykernel", grid="experiment")
+TASK = dict(data="planted", model="logistic_regression", preset="quick")  # what the grids train
 PATIENCE = 60  # seconds until all processes must have ended; a leftover process would sleep longer
 LIMITED = "; ".join(  # runs a command with a limit on file sizes
     [
@@ -44,15 +46,16 @@ class NotPossible(Exception):
 class Grid:
     "A grid in a separate folder, started by the command line; a mark in the environment identifies its processes."
 
-    def __init__(self, folder):
+    def __init__(self, folder, task=TASK):
         self.folder, self.runs, self.mark = Path(folder), Path(folder) / "runs", uuid.uuid4().hex
+        self.task = task
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, seeds, *args, limit=None, **env):
         "Starts the command with a number of seeds; `limit` is the largest file in bytes."
         file = self.folder / "grid.yaml"
-        task = "data: planted\nmodels: [logistic_regression]\nhorizons: [5]\npreset: quick\n"
-        file.write_text(f"{task}seeds: {list(range(seeds))}\n")
+        task = dict(data=self.task["data"], models=[self.task["model"]], preset=self.task["preset"])
+        file.write_text(json.dumps(task | dict(horizons=[5], seeds=list(range(seeds)))))
         self.out = open(self.folder / "out.txt", "w+")
         command = [Path(sys.executable).with_name("modelfactory"), "experiment", file]
         command += ["--output", self.runs, "--workers", "2", *args]
@@ -107,12 +110,19 @@ class Grid:
 # Kills at random moments ----------------------------------------------------------------------------------------------
 
 
-def kill_at_random(grid, moment, rng, max_seconds, report):
+def stratified(moments, rng):
+    "The kind of victim and the time of each kill; the time is a share of the time in which kills are tried."
+    kinds = [kind for _ in range(0, moments, len(VICTIMS)) for kind in rng.sample(list(VICTIMS), len(VICTIMS))]
+    shares = [(part + rng.random()) / moments for part in rng.sample(range(moments), moments)]
+    return list(zip(kinds, shares, strict=False))
+
+
+def kill_at_random(grid, moment, kind, seconds, rng, report):
     "One round: starts the grid, kills a victim, checks the result, and returns the kind of the victim."
-    before, kind = grid.scored_manifests(), rng.choice(list(VICTIMS))
+    before = grid.scored_manifests()
     grid.start(moment + 2)
     with suppress(subprocess.TimeoutExpired):
-        grid.process.wait(rng.uniform(0, max_seconds))
+        grid.process.wait(seconds)
     until(lambda: grid.processes(kind) or grid.process.poll() is not None, f"a {kind}")
     victim = rng.choice(alive) if (alive := grid.processes(kind)) else None
     if victim:
@@ -134,16 +144,17 @@ def soak(
     folder: Path,  # empty
     seed: int = 0,
     report=print,  # called with one line for each kill
+    task: dict = TASK,
 ) -> dict:  # victim -> number of kills
     "Kills at `moments` random moments, then lets the grid end."
-    resolve_data("planted")
-    grid, rng, n_killed = Grid(folder), random.Random(seed), {}
+    resolve_data(task["data"])
+    grid, rng, n_killed = Grid(folder, task), random.Random(seed), {}
     start = time.monotonic()
     code, output = grid.start(1).end()
     assert code == 0, output
     max_seconds = (time.monotonic() - start) * 1.3
-    for moment in range(moments):
-        killed = kill_at_random(grid, moment, rng, max_seconds, report)
+    for moment, (kind, share) in enumerate(stratified(moments, rng)):
+        killed = kill_at_random(grid, moment, kind, share * max_seconds, rng, report)
         n_killed[killed] = n_killed.get(killed, 0) + 1
     before = grid.scored_manifests()
     code, output = grid.start(moments + 1).end()
@@ -180,9 +191,9 @@ def check_failure(grid, code, output):
     return output
 
 
-def full_disk(folder, size="48k"):
+def full_disk(folder, task=TASK, size="48k"):
     "The runs folder is on a disk that is full after a few files; with enough space, the same command works."
-    grid = Grid(folder)
+    grid = Grid(folder, task)
     with mounted(grid.runs, f"size={size}"):
         output = check_failure(grid, *grid.start(1).end())
     assert "space" in output, output
@@ -191,15 +202,15 @@ def full_disk(folder, size="48k"):
     return output
 
 
-def limited_files(folder):
+def limited_files(folder, task=TASK):
     "No file may be larger than 16 KiB, as with a quota; needs no root."
-    grid = Grid(folder)
+    grid = Grid(folder, task)
     return check_failure(grid, *grid.start(1, limit=16_384).end())
 
 
-def read_only(folder):
+def read_only(folder, task=TASK):
     "The runs folder is on a disk that cannot be written."
-    grid = Grid(folder)
+    grid = Grid(folder, task)
     with mounted(grid.runs, "ro"):
         output = check_failure(grid, *grid.start(1).end())
     assert "ead-only" in output, output
@@ -215,27 +226,27 @@ def _kernel_environment(folder, code):
     return dict(PYTHONPATH=os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
 
 
-def silent_kernel(folder):
+def silent_kernel(folder, task=TASK):
     "A kernel that starts and never answers is ended by its heartbeat or by the time limit of the run."
-    grid = Grid(folder)
+    grid = Grid(folder, task)
     environment = _kernel_environment(folder, "time.sleep(3600)")
     output = check_failure(grid, *grid.start(1, "--timeout", "15", **environment).end())
     assert "ernel died" in output or "not done after 15 s" in output, output
     return output
 
 
-def slow_kernel(folder, seconds=8):
+def slow_kernel(folder, task=TASK, seconds=8):
     "A kernel that starts slowly, as on a busy machine or a slow disk, is waited for."
-    grid = Grid(folder)
+    grid = Grid(folder, task)
     code, output = grid.start(1, **_kernel_environment(folder, f"time.sleep({seconds})")).end()
     assert code == 0, output
     grid.check({})
     return output
 
 
-def dead_kernel(folder):
+def dead_kernel(folder, task=TASK):
     "A kernel that ends at its start is started again; after three attempts the grid reports it."
-    grid = Grid(folder)
+    grid = Grid(folder, task)
     output = check_failure(grid, *grid.start(1, **_kernel_environment(folder, "os._exit(1)")).end())
     assert "ernel died" in output and len(list((grid.runs / FAILED_FOLDER).iterdir())) == 3, output
     return output

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import PATIENCE, ROOT, finish, interruptible, until
 from fabricate import bars, make_run
+from quick import quick_models, small_splits
 
 from modelfactory.configuration import ConfigError
 from modelfactory.runs import engine
@@ -27,55 +28,25 @@ from modelfactory.runs.run_folder import PARTIAL_FOLDER
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-PLUGIN = """
-import os, signal, subprocess, sys, time
-import numpy as np
-from modelfactory.models.registry import ModelRegistry
-from modelfactory.models.classical.logistic_regression import LogisticRegressionConfig, LogisticRegressionModel
-from dataclasses import dataclass
 
-@dataclass
-class FaultyConfig(LogisticRegressionConfig):
-    fault: str = ""
-    flag: str = ""
-
-@ModelRegistry.register("faulty", family="examples")
-class Faulty(LogisticRegressionModel):
-    "A model whose fit fails in the way that its config sets."
-    Config = FaultyConfig
-    def fit(self, *args, **kw):
-        fault = self.config.fault
-        if fault == "hang": time.sleep(3600)
-        if fault == "grow":
-            kept = []
-            while True: kept.append(np.ones(4_000_000)); time.sleep(.02)
-        if fault == "kill kernel": os.kill(os.getpid(), signal.SIGKILL)
-        if fault == "children":
-            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
-            if self.config.flag: open(self.config.flag, "w").close()
-            time.sleep(3600)
-        if fault == "poison" or fault == "once" and not os.path.exists(self.config.flag):
-            if self.config.flag: open(self.config.flag, "w").close()
-            import psutil
-            worker = psutil.Process(os.getppid()).parent()  # kernel -> run -> worker
-            if "ray::" in " ".join(worker.cmdline()): worker.kill()  # otherwise the worker has ended already
-        return super().fit(*args, **kw)
-"""
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_splits(tmp_path_factory.mktemp("data") / "small")
 
 
 @pytest.fixture
-def faulty(tmp_path, monkeypatch):
-    (tmp_path / "faulty.py").write_text(PLUGIN)
-    monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "faulty.py"))
+def faulty(data):
     return lambda fault, **more: dict(
-        model="faulty", horizon=5, data="planted", preset=None, config=dict(fault=fault) | more
+        model="faulty", horizon=5, data=str(data), preset=None, config=dict(fault=fault) | more
     )
 
 
 @pytest.fixture(autouse=True)
-def process_mark(monkeypatch):
-    "Marks the processes of this test, since other tests run at the same time."
+def process_mark(monkeypatch, tmp_path_factory):
+    "Marks the processes of this test, since other tests run at the same time, and adds the models of the tests."
     monkeypatch.setenv("ENGINE_TEST", uuid.uuid4().hex)
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path_factory.mktemp("models")))
+    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
 
 
 def run_processes():
@@ -143,17 +114,15 @@ def test_stop_ends_a_run_and_its_child_processes(faulty, tmp_path):
     assert outcome.status == "interrupted" and all_ended(before), outcome
 
 
-GRID = "data: planted\nmodels: [logistic_regression]\nhorizons: [5]\nseeds: [1, 2, 3]\npreset: quick\n"
-
-
-def start(tmp_path, *args):
-    (tmp_path / "grid.yaml").write_text(GRID)
+def start(tmp_path, data, seeds, *args):
+    "Starts a grid with one run for each seed."
+    (tmp_path / "grid.yaml").write_text(f"data: {data}\nmodels: [nearest]\nhorizons: [5]\nseeds: {seeds}\n")
     command = [Path(sys.executable).with_name("modelfactory"), "experiment", tmp_path / "grid.yaml"]
     return interruptible([*command, "--output", tmp_path / "runs", *args], start_new_session=True)
 
 
-def test_ctrl_c_ends_a_grid_and_prints_how_to_continue(tmp_path):
-    before, runner = run_processes(), start(tmp_path)
+def test_ctrl_c_ends_a_grid_and_prints_how_to_continue(tmp_path, data):
+    before, runner = run_processes(), start(tmp_path, data, [1, 2, 3])
     until(lambda: run_processes() - before or runner.poll() is not None, "a run")
     runner.send_signal(signal.SIGINT)
     out, err = finish(runner)
@@ -161,8 +130,9 @@ def test_ctrl_c_ends_a_grid_and_prints_how_to_continue(tmp_path):
     assert len(list_runs(tmp_path / "runs")) < 3, "the runner waited for all runs"
 
 
-def test_runs_of_a_killed_runner_end_and_the_next_grid_completes_them(tmp_path):
-    before, runner = run_processes(), start(tmp_path, "--workers", "1")
+def test_runs_of_a_killed_runner_end_and_the_next_grid_completes_them(tmp_path, data):
+    "One run is complete when the runner is killed, and the other one is under way."
+    before, runner = run_processes(), start(tmp_path, data, [1, 2], "--workers", "1")
 
     def scored():
         return [run for run in list_runs(tmp_path / "runs") if run.scored]
@@ -176,14 +146,14 @@ def test_runs_of_a_killed_runner_end_and_the_next_grid_completes_them(tmp_path):
     assert status.count("done") >= 1 and status.count("running") == 0
     assert run_grid(tmp_path / "grid.yaml", tmp_path / "runs", timeout=PATIENCE).ok
     runs = list_runs(tmp_path / "runs")
-    assert len(runs) == 3 and len({r.identity for r in runs}) == 3 and first_run in [r.path for r in runs]
+    assert len(runs) == 2 and len({r.identity for r in runs}) == 2 and first_run in [r.path for r in runs]
 
 
-def test_two_grids_in_one_folder_train_each_run_once(tmp_path):
-    grids = [start(tmp_path), start(tmp_path)]
+def test_two_grids_in_one_folder_train_each_run_once(tmp_path, data):
+    grids = [start(tmp_path, data, [1, 2]) for _ in range(2)]
     outputs = [finish(grid)[0] for grid in grids]
     assert [grid.returncode for grid in grids] == [0, 0], outputs
-    assert len(list_runs(tmp_path / "runs")) == 3
+    assert len(list_runs(tmp_path / "runs")) == 2
 
 
 def test_a_process_that_does_not_exit_after_publishing_is_ended(tmp_path, monkeypatch):
@@ -203,12 +173,10 @@ def test_a_process_that_does_not_exit_after_publishing_is_ended(tmp_path, monkey
     assert outcome.status == "ok" and outcome.path.parent == runs and all_ended(before)
 
 
-def test_a_file_that_becomes_corrupt_after_planning_fails_its_run(tmp_path):
-    from modelfactory.data.bundled import resolve_data
-
-    data = shutil.copytree(resolve_data("planted"), tmp_path / "data")
-    jobs = plan_grid(grid_config(dict(data=str(data), models=["logistic_regression"], horizons=[5], preset="quick")))
-    file = data / "train_scaled.parquet"
+def test_a_file_that_becomes_corrupt_after_planning_fails_its_run(tmp_path, data):
+    copy = shutil.copytree(data, tmp_path / "data")
+    jobs = plan_grid(grid_config(dict(data=str(copy), models=["nearest"], horizons=[5])))
+    file = copy / "train_scaled.parquet"
     file.write_bytes(file.read_bytes()[:-2000])
     outcome = run_notebook(jobs[0].parameters, tmp_path / "runs", Limits(PATIENCE))
     assert outcome.status == "failed" and "train_scaled.parquet" in outcome.reason
@@ -233,38 +201,17 @@ def on_ray(grid, runs):
         pytest.skip(f"NOT TRIED: Ray could not start on this busy machine: {e}")
 
 
-def test_ray_gives_the_run_of_a_lost_worker_to_another(faulty, tmp_path, monkeypatch):
-    "The worker of a real cluster is killed during a run."
+def test_ray_repeats_the_run_of_a_lost_worker_and_gives_up_a_model_that_always_kills_it(tmp_path, data, monkeypatch):
+    "Workers of a real cluster are killed: by each run of one model, by the first run of another, never by a third."
     monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
     flag = tmp_path / "once"
-    grid = dict(
-        data="planted",
-        models=["faulty"],
-        horizons=[5],
-        seeds=[1],
-        overrides=dict(faulty=dict(fault="once", flag=str(flag))),
-    )
-    result = on_ray(grid, tmp_path / "runs")
-    assert result.count("ok") == 1 and flag.is_file() and len(list_runs(tmp_path / "runs")) == 1, result
-
-
-def test_a_model_that_always_kills_its_worker_fails_and_other_models_are_trained(faulty, tmp_path, monkeypatch):
-    monkeypatch.setenv("MODELFACTORY_PARAMS", str(tmp_path))
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models/logistic_regression.yaml").write_text(
-        "model_name: logistic_regression\nmodel_family: classical\n"
-    )
-    grid = dict(
-        data="planted",
-        models=["faulty", "logistic_regression"],
-        horizons=[5],
-        overrides=dict(faulty=dict(fault="poison")),
-    )
-    result = on_ray(grid, tmp_path / "runs")
+    faults = dict(faulty=dict(fault="poison"), faulty_once=dict(fault="once", flag=str(flag)))
+    models = [*faults, "nearest"]
+    result = on_ray(dict(data=str(data), models=models, horizons=[5], overrides=faults), tmp_path / "runs")
     statuses = {o.name.split()[0]: o.status for o in result}
-    assert len(result) == 2 and statuses == dict(faulty="killed", logistic_regression="ok"), result
-    assert "its worker was lost" in str(result) and "Traceback" not in str(result)
-    assert len(list_runs(tmp_path / "runs")) == 1
+    assert len(result) == 3 and statuses == dict(faulty="killed", faulty_once="ok", nearest="ok"), result
+    assert "its worker was lost" in str(result) and "Traceback" not in str(result) and flag.is_file()
+    assert sorted(r.manifest["model"] for r in list_runs(tmp_path / "runs")) == ["faulty_once", "nearest"]
 
 
 class SlowRay:

@@ -12,6 +12,7 @@ import pytest
 from conftest import PATIENCE, ROOT, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import quick_models, small_splits
 
 from modelfactory.data.dataset import RawColumns, TimeSeriesDataset, Windows, history_windows
 from modelfactory.data.splits import read_split
@@ -29,6 +30,11 @@ pytestmark = pytest.mark.slow
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return {kind: tiny_checkpoint(kind, folder / kind) for kind in ("timesfm", "gpt2", "bert")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_splits(tmp_path_factory.mktemp("data") / "small")
 
 
 def market(n=120, seed=0, symbols=("A", "B")):
@@ -220,21 +226,22 @@ def cli(command_line, *args, **env):
     return subprocess.run(command, env=os.environ | env, cwd=ROOT, timeout=PATIENCE, **options)
 
 
-def test_a_grid_reports_missing_weights_and_continues(tmp_path, checkpoints):
+def test_a_grid_reports_missing_weights_and_continues(tmp_path, data):
     grid = tmp_path / "grid.yaml"
-    grid.write_text("data: planted\nmodels: [timesfm, logistic_regression]\nhorizons: [5]\npreset: quick\n")
-    done = cli("experiment", grid, "--output", tmp_path / "runs", HF_HOME=str(tmp_path))
+    grid.write_text(f"data: {data}\nmodels: [timesfm, nearest]\nhorizons: [5]\n")
+    environment = dict(HF_HOME=str(tmp_path), MODELFACTORY_PLUGINS=quick_models(tmp_path), MODELFACTORY_TRACKING="")
+    done = cli("experiment", grid, "--output", tmp_path / "runs", **environment)
     reason = "checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download"
     assert done.returncode == 0 and "1 ok" in done.stdout.replace("unavailable", "")
-    assert f"timesfm h5 planted: unavailable: {reason}" in done.stdout
-    train = "train --model timesfm --horizon 5 --data planted --output"
+    assert f"timesfm h5 small: unavailable: {reason}" in done.stdout
+    train = f"train --model timesfm --horizon 5 --data {data} --output"
     alone = cli(train, tmp_path / "runs", HF_HOME=str(tmp_path))
     assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "hf download" in alone.stderr
-    assert [r.manifest["model"] for r in list_runs(tmp_path / "runs")] == ["logistic_regression"]
+    assert [r.manifest["model"] for r in list_runs(tmp_path / "runs")] == ["nearest"]
 
 
-def test_the_manifest_of_a_run_has_the_hashes_of_its_checkpoint(tmp_path, checkpoints):
-    train = "train --model timesfm --horizon 5 --data planted --preset quick --set mode=zero_shot --set"
+def test_the_manifest_of_a_run_has_the_hashes_of_its_checkpoint(tmp_path, data, checkpoints):
+    train = f"train --model timesfm --horizon 5 --data {data} --preset quick --set mode=zero_shot --set"
     checkpoint, cache = f"checkpoint={checkpoints['timesfm']}", tmp_path / "cache"
     done = cli(train, checkpoint, "--output", tmp_path / "runs", MODELFACTORY_CACHE=str(cache))
     assert done.returncode == 0, done.stderr

@@ -6,21 +6,33 @@ import time
 import psutil
 import pytest
 import soak
+from quick import quick_models, small_splits
 
 from modelfactory.runs.run_folder import clear_partial, is_alive, start_attempt
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 
-def test_kills_at_random_moments(tmp_path):
-    n_killed = soak.soak(3, tmp_path, seed=3)
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return dict(data=str(small_splits(tmp_path_factory.mktemp("data") / "small")), model="nearest", preset=None)
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path_factory.mktemp("models")))
+
+
+def test_kills_at_random_moments(tmp_path, task):
+    "One kill in each third of a round; a run, a kernel and a grid."
+    n_killed = soak.soak(3, tmp_path, seed=3, task=task)
     assert sum(n_killed.values()) == 3 and set(n_killed) & set(soak.VICTIMS), n_killed
 
 
 @pytest.mark.parametrize("fault", soak.FAULTS, ids=lambda f: f.__name__)
-def test_a_fault_is_reported_and_leaves_nothing(fault, tmp_path):
+def test_a_fault_is_reported_and_leaves_nothing(fault, tmp_path, task):
     try:
-        fault(tmp_path)
+        fault(tmp_path, task)
     except soak.NotPossible as e:
         pytest.skip(f"NOT TRIED: {fault.__name__}: {e}")
 

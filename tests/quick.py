@@ -1,0 +1,29 @@
+"A small market and models of a few lines: runs for tests of how runs are executed, at half the cost of others."
+
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
+from modelfactory.data.writer import write_splits
+
+ROWS = (300, 150, 150)  # bars of each symbol in train, val and test
+
+
+@cache
+def _table():
+    return market_table(simulate_market(replace(MARKET_PRESETS["planted"], rows=ROWS, columns=24, symbols=2)), (5,))
+
+
+def quick_models(folder):
+    """Copies the plugin with the models `nearest` and `faulty` to a new folder; returns the path as text.
+
+    A process registers the models of a file once, and each test forgets them when it ends, hence the copy."""
+    return str(shutil.copy(Path(__file__).with_name("quick_models.py"), folder))
+
+
+def small_splits(folder):
+    "Writes splits of two symbols with prices and labels of 5 bars; returns the folder."
+    extra = tuple(c for c in _table() if c.startswith("pub_"))
+    return write_splits(_table(), folder, (5,), extra_features=extra)

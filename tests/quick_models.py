@@ -1,0 +1,80 @@
+"""Models of a few lines for tests of whole runs: a plugin, read by each process that trains.
+
+A run of `nearest` costs half of a run of a scikit-learn model, which imports all of scikit-learn to write its file."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.models.tabular import TabularConfig, TabularModel
+
+
+@ModelRegistry.register("nearest", family="examples")
+class Nearest(TabularModel):
+    "The class whose mean is nearest is the most likely."
+
+    Config = TabularConfig
+
+    def fit_rows(self, train, val):
+        self.means = np.stack([train.X[train.y == k].mean(0) for k in range(len(self.classes))])
+        return {}
+
+    def predict_rows(self, X):
+        return np.exp(-((X[:, None] - self.means) ** 2).mean(2).clip(max=50)) + 1e-12
+
+    def write(self, folder):
+        np.savez(folder / "means.npz", means=self.means)
+
+    def read(self, folder):
+        with np.load(folder / "means.npz") as saved:
+            self.means = saved["means"]
+
+
+@dataclass
+class FaultyConfig(TabularConfig):
+    fault: str = ""
+    flag: str = ""
+
+
+@ModelRegistry.register("faulty", family="examples")
+class Faulty(Nearest):
+    "A model whose fit fails in the way that its config sets."
+
+    Config = FaultyConfig
+
+    def fit(self, *args, **kw):
+        fault, flag = self.config.fault, self.config.flag
+        if fault == "hang":
+            time.sleep(3600)
+        if fault == "grow":
+            kept = []
+            while True:
+                kept.append(np.ones(4_000_000))
+                time.sleep(0.02)
+        if fault == "kill kernel":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "children":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
+            if flag:
+                open(flag, "w").close()
+            time.sleep(3600)
+        if fault == "poison" or fault == "once" and not os.path.exists(flag):
+            if flag:
+                open(flag, "w").close()
+            import psutil
+
+            worker = psutil.Process(os.getppid()).parent()  # kernel -> run -> worker
+            if "ray::" in " ".join(worker.cmdline()):
+                worker.kill()  # otherwise the worker has ended already
+        return super().fit(*args, **kw)
+
+
+@ModelRegistry.register("faulty_once", family="examples")
+class FaultyOnce(Faulty):
+    "The same model under another name, for a grid with two faults."
