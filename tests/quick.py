@@ -5,6 +5,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
+
+from modelfactory.data.bundled import resolve_data
 from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
 from modelfactory.data.writer import write_splits
 
@@ -27,3 +30,15 @@ def small_splits(folder):
     "Writes splits of two symbols with prices and labels of 5 bars; returns the folder."
     extra = tuple(c for c in _table() if c.startswith("pub_"))
     return write_splits(_table(), folder, (5,), extra_features=extra)
+
+
+def small_bundled(folder, names):
+    "Writes the first bars of each symbol and split of bundled data sets, under their names; returns the folder."
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for file in resolve_data(name).iterdir():
+            if file.suffix == ".parquet":
+                pd.read_parquet(file).groupby("symbol").head(200).to_parquet(folder / name / file.name, index=False)
+            else:
+                shutil.copy(file, folder / name)
+    return folder

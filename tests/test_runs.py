@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT, finish, interruptible, until
-from quick import quick_models, small_splits
+from quick import quick_models, small_bundled, small_splits
 
 from modelfactory.cli import main
 from modelfactory.runs.engine import Limits, run_notebook
@@ -168,7 +168,7 @@ def test_a_run_is_not_trained_twice_and_is_reproduced_from_its_config(grid, data
 
 def test_train_and_predict_by_command(tmp_path, data):
     task = f"--model xgboost --horizon 5 --data {data} --preset quick --set n_rounds=20".split()
-    done = call("train", *task, "--output", tmp_path / "runs", "--test")
+    done = call("train", *task, "--output", tmp_path / "runs", "--test", MODELFACTORY_TRACKING="")
     assert done.returncode == 0, done.stderr
     run = list_runs(tmp_path / "runs")[0]
     assert run.config["config"]["n_rounds"] == 20 and run.manifest["splits"] == ["val", "test"]
@@ -191,7 +191,7 @@ def test_training_does_not_read_the_test_split(tmp_path, data):
     from modelfactory.training.trainer import Trainer
 
     trainer = Trainer(dict(model="logistic_regression", horizon=5, data=str(tmp_path), preset="quick"))
-    assert trainer.run_full_pipeline()["n_samples"] > 200
+    assert trainer.run_full_pipeline()["n_samples"] > 100
     with pytest.raises(MissingFile):
         trainer.evaluate("test")
 
@@ -203,10 +203,11 @@ def test_the_demo_grid_gives_a_sentence_for_each_data_set(parameters, tmp_path, 
     from modelfactory.runs.grid import run_grid
     from modelfactory.runs.sentences import conclusion
 
-    grid = dict(data=["eurusd", "planted", "null"], models=["nearest"], horizons=[5])
+    names, runs = ["eurusd", "planted", "null"], tmp_path / "runs"
+    monkeypatch.setenv("MODELFACTORY_BUNDLED", str(small_bundled(tmp_path / "bundled", names)))
     monkeypatch.setenv("MODELFACTORY_TRACKING", "")
-    assert run_grid(grid, tmp_path).ok
-    sentences = conclusion(comparison(tmp_path))
+    assert run_grid(dict(data=names, models=["nearest"], horizons=[5]), runs).ok
+    sentences = conclusion(comparison(runs))
     assert [s.split(":")[0] for s in sentences] == ["planted", "null", "eurusd"]
-    assert compare(tmp_path).is_file()
-    assert (tmp_path / "model_comparison.md").read_text().count("nearest") >= 6
+    assert compare(runs).is_file()
+    assert (runs / "model_comparison.md").read_text().count("nearest") >= 6

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from quick import quick_models
 
 from modelfactory.cli import main
 from modelfactory.runs.run import list_runs
@@ -12,7 +13,7 @@ from modelfactory.runs.run import list_runs
 pytestmark = pytest.mark.slow
 
 HORIZONS, MAX_BARS, N_FEATURES = (5, 20), 3, 160  # MAX_BARS in horizons
-ROWS = dict(train=1500, val=500, test=500)
+ROWS = dict(train=600, val=300, test=300)
 
 
 def upstream_bars(symbol, seed):
@@ -72,18 +73,20 @@ def run(*arguments):
     return end.value.code
 
 
-def test_from_upstream_files_to_a_comparison_by_the_command_line_alone(upstream, tmp_path, capsys):
+def test_from_upstream_files_to_a_comparison_by_the_command_line_alone(upstream, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path))
+    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     purged, runs = tmp_path / "purged", tmp_path / "runs"
     assert run("check", upstream) == 2
     advice = capsys.readouterr().err
     assert "decided by bars of val_scaled.parquet" in advice and "`modelfactory purge`" in advice
     assert run("purge", upstream, "--output", purged) == 0
     assert run("check", purged) == 0 and "sets these labels to null" not in capsys.readouterr().err
-    options = ("--horizon", 5, "--data", purged, "--preset", "quick", "--output", runs)
-    for model in ("logistic_regression", "lightgbm"):
-        assert run("train", "--model", model, *options) == 0
+    options = ("--horizon", 5, "--data", purged, "--output", runs)
+    for model, preset in (("nearest", []), ("lightgbm", ["--preset", "quick"])):
+        assert run("train", "--model", model, *preset, *options) == 0
     assert run("compare", runs) == 0
     (task,) = json.loads((runs / "model_comparison.json").read_text())["tasks"]
-    assert sorted(row["model"] for row in task["models"]) == ["lightgbm", "logistic_regression"]
+    assert sorted(row["model"] for row in task["models"]) == ["lightgbm", "nearest"]
     assert not task["direction_significant"]
     assert all(r.scored and r.report["n_features"] == N_FEATURES for r in list_runs(runs))

@@ -295,12 +295,15 @@ def count_trials(
 
 def _tuning_trials(runs, horizon):
     "The number of trials in all tuning studies on the data of the given runs."
-    from modelfactory.tuning.result import n_trials_of
-
     fingerprints = {r.manifest.get("data_fingerprint") for r in runs} - {None}
     data_folders = {r.data for r in runs}
     shared = settings().storage
-    storages = {shared} if shared else {folder / "tuning.db" for folder in {r.path.parent for r in runs}}
+    files = {folder / "tuning.db" for folder in {r.path.parent for r in runs}}
+    storages = {shared} if shared else {file for file in files if file.is_file()}
+    if not storages:
+        return 0
+    from modelfactory.tuning.result import n_trials_of
+
     return sum(n_trials_of(None, horizon, fingerprints, storage, data_folders) for storage in storages)
 
 
