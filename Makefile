@@ -21,7 +21,7 @@ check: setup  # runs lint, export, unit tests and one model of each kind; takes 
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not network and not faults"
 
 # Many tests wait for processes, so three workers keep two cores busy.
-test: setup  # runs the cells of every notebook and all tests, which must cover at least 90% of the package's lines
+test: setup  # runs the cells of every notebook and all tests, which must cover at least 90% of the package's lines and branches
 	$(BIN)/python -m pytest -n 3 --dist worksteal --cov --cov-fail-under=90 --cov-report=term:skip-covered
 
 soak: setup  # injects a hundred faults into real grids at random moments, as well as failing disks and kernels; takes 15 minutes

@@ -378,12 +378,10 @@ def _fold_summary_row(task, folds, model):
         model=model,
         first_in=f"{best.count(model)} of {folds['n_folds']}",
         mean_rank=ranks.get(model, math.nan),
-        lowest_log_loss=min(losses, default=math.nan),
-        highest_log_loss=max(losses, default=math.nan),
-        folds_with_skill=_count_text(folds["skilled_folds"].get(model), folds["n_folds"]),
-        better_than_simple=folds["better_than_simple"].get(model, math.nan),
-        gain_first_half=decay.get("first_half", math.nan),
-        gain_second_half=decay.get("second_half", math.nan),
+        log_loss=f"{min(losses):.3f} to {max(losses):.3f}" if losses else "–",
+        skill_in=_count_text(folds["skilled_folds"].get(model), folds["n_folds"]),
+        beats_simple=folds["better_than_simple"].get(model, math.nan),
+        gain_by_half=f"{decay['first_half']:.4f}, {decay['second_half']:.4f}" if decay else "–",
     )
 
 
@@ -404,5 +402,6 @@ def fold_variance(
     rows = []
     for task in _tasks_with_folds(result):
         for metric, parts in task["folds"]["variance"].items():
-            rows += [dict(data=task["data"], horizon=task["horizon"], metric=metric) | parts] if parts else []
+            about = dict(data=task["data"], horizon=task["horizon"], metric=metric)
+            rows += [about | {k: math.nan if v is None else v for k, v in parts.items()}] if parts else []
     return FormattedTable(pd.DataFrame(rows)) if rows else None
