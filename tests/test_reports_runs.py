@@ -253,6 +253,7 @@ def test_an_identity_holds_the_code_that_fits_and_predicts_and_no_other(tmp_path
         "data/splits.py",
         "models/base.py",
         "models/calibration.py",
+        "models/conformal.py",
         "training/trainer.py",
     )
     used_by_some = {

@@ -19,6 +19,7 @@ from modelfactory.evaluation.bootstrap import (
     percentile_interval,
     trading_draws,
 )
+from .coverage import set_metrics
 from .metrics import EvaluationError, check_predictions, classification_metrics, has_direction
 from .significance import DirectionClaim, direction_claim
 from ..models.base import PredictionOutput
@@ -86,6 +87,9 @@ class ModelEvaluator(TradingRules):
         rows = _claim_rows(predictions, y_true)
         claim = self._claim(rows)
         scores |= dict(directional_skill=claim.skill, directional_accuracy_constant=claim.constant)
+        if predictions.sets is not None:
+            rules = self.horizon, self.classes, self.level, self.n_boot, self.seed
+            scores |= set_metrics(predictions, y_true, *rules)
         result = self.backtest(predictions, prices, y_true, returns_source)
         scores |= result.metrics() if result else dict.fromkeys(TRADING_METRICS, np.nan)
         scores |= dict(n_samples=len(y_true), returns_source=result.returns_source if result else None)

@@ -29,7 +29,7 @@ class Metric:
     name: str  # name used in tables and files
     sign: int  # 1: higher is better, -1: lower is better, 0: neither
     unit: str  # unit or range; empty for a plain ratio
-    kind: str  # class, direction, trading, permutation or run
+    kind: str  # class, direction, set, trading, permutation or run
     doc: str  # definition in one line
 
     def __str__(self):
@@ -75,6 +75,9 @@ METRICS = {
             "direction",
             "directional accuracy of the better constant call: always up or always down",
         ),
+        Metric("set_coverage", 0, "0 to 1", "set", "share of prediction sets that hold the true class"),
+        Metric("set_size", -1, "classes", "set", "mean number of classes in a prediction set"),
+        Metric("set_abstention", 0, "0 to 1", "set", "share of prediction sets that make no decision"),
         Metric("sharpe", 1, "", "trading", "annual Sharpe ratio of daily profit before cost"),
         Metric("sharpe_net", 1, "", "trading", "annual Sharpe ratio of daily profit after cost"),
         Metric("sortino", 1, "", "trading", "annual Sortino ratio of daily profit after cost"),

@@ -23,11 +23,23 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output', 'BaseModel', 'expected_shape', 'check_X',
-           'check_y', 'check_two_classes', 'raise_on_nan', 'divergence_message', 'check_history', 'check_metadata',
-           'training_weights', 'column_weights']
+__all__ = ['ConformalConfig', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output', 'BaseModel',
+           'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'raise_on_nan', 'divergence_message',
+           'check_history', 'check_metadata', 'training_weights', 'column_weights']
 
 # %% ../../nbs/models/00_base.ipynb #0b158247
+@dataclass
+class ConformalConfig(HTMLConfig):
+    "Config keys of prediction sets, under `conformal` in the config of any model."
+
+    alpha: Annotated[float, Interval(gt=0, lt=1)] = 0.1  # target share of sets that miss the true class
+    method: Literal["lac", "aps"] = (
+        "lac"  # lac: smallest mean set; aps: coverage varies less between easy and hard rows
+    )
+    step: Annotated[float, Interval(ge=0, lt=1)] = 0.01  # step size of the adaptation over time; 0: no adaptation
+    share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of training timestamps held out for the sets
+
+
 @dataclass
 class ModelConfig(HTMLConfig):
     "Config keys shared by all models; the config class of a model adds further keys."
@@ -48,6 +60,7 @@ class ModelConfig(HTMLConfig):
     sample_weight: Literal["column"] | None = None  # weight each row by the metadata column `sample_weight`
     calibration: Literal["temperature", "isotonic"] | None = None  # calibrate probabilities on the last training rows
     calibration_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of training timestamps used for calibration
+    conformal: ConformalConfig | None = None  # prediction sets; its keys are alpha, method, step and share
 
 # %% ../../nbs/models/00_base.ipynb #a31b88b7
 @dataclass
@@ -59,6 +72,7 @@ class PredictionOutput:
     timestamps: pd.DatetimeIndex  # (n,) timestamp of each labelled bar
     symbols: np.ndarray  # (n,) symbol of each labelled bar
     horizons: np.ndarray  # (n,) label horizon, in bars
+    sets: np.ndarray | None = None  # (n, n_classes) bool, prediction sets of a conformal model
 
     def __len__(self):
         return len(self.predictions)

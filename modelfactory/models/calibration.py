@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CALIBRATION_METHODS', 'MIN_HOLDOUT_ROWS', 'CALIBRATION_FILE', 'Calibration', 'fit_calibration', 'label_spans',
-           'purged_holdout', 'HoldoutError', 'WrappedModel', 'part_rows', 'TailEarlyStopping', 'CalibrationError',
-           'CalibratedModel', 'wrap_model']
+           'purged_holdout', 'HoldoutError', 'WrappedModel', 'split_train', 'metadata_rows', 'part_rows',
+           'TailEarlyStopping', 'CalibrationError', 'CalibratedModel', 'wrap_model']
 
 # %% ../../nbs/models/10_calibration.ipynb #cd0b4801
 CALIBRATION_METHODS = ("temperature", "isotonic")
@@ -167,8 +167,16 @@ class WrappedModel(BaseModel):
         return repr(self.model)
 
 # %% ../../nbs/models/10_calibration.ipynb #b7895924
-def _split_train(model, X, y, metadata, share, key, error=HoldoutError):
-    "Returns class codes and the positions of the rows in both parts; raises `error` if a part has too few rows."
+def split_train(
+    model: BaseModel,
+    X: Windows | np.ndarray,
+    y: np.ndarray,  # (n,) class values
+    metadata: pd.DataFrame | None,  # as for `label_spans`
+    share: float,  # share of the timestamps to hold out
+    key: str,  # config key of the share, for the error messages
+    error: type[HoldoutError] = HoldoutError,  # class of the raised error
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) class codes; positions of the rows to fit on; held-out positions
+    "Class codes and the rows of both parts of `purged_holdout`; raises `error` if a part has too few rows."
     codes = check_y(model, y, len(check_X(model, X)))
     if metadata is None:
         raise ValueError(
@@ -184,7 +192,10 @@ def _split_train(model, X, y, metadata, share, key, error=HoldoutError):
     return codes, first, end
 
 
-def _rows_of(metadata, rows):
+def metadata_rows(
+    metadata: pd.DataFrame,
+    rows: np.ndarray,  # positions
+) -> pd.DataFrame:
     "Returns rows of the metadata with a new index."
     return metadata.iloc[rows].reset_index(drop=True)
 
@@ -204,9 +215,9 @@ class TailEarlyStopping(WrappedModel):
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         if not self.stops_early(vars(self.config)):
             return self.model.fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
-        _, first, end = _split_train(self.model, X_train, y_train, metadata_train, self.config.stop_share, "stop_share")
+        _, first, end = split_train(self.model, X_train, y_train, metadata_train, self.config.stop_share, "stop_share")
         y = np.asarray(y_train)
-        metadata = [_rows_of(metadata_train, rows) for rows in (first, end)]
+        metadata = [metadata_rows(metadata_train, rows) for rows in (first, end)]
         return self.model.fit(*part_rows(X_train, y, first), *part_rows(X_train, y, end), *metadata)
 
     def __repr__(self):
@@ -232,9 +243,9 @@ class CalibratedModel(WrappedModel):
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         self.calibration = None
         train, share = (X_train, y_train, metadata_train), self.config.calibration_share
-        codes, first, end = _split_train(self.model, *train, share, "calibration_share", CalibrationError)
+        codes, first, end = split_train(self.model, *train, share, "calibration_share", CalibrationError)
         _check_classes(self, codes, first, end)
-        metadata_first, metadata_end = (_rows_of(metadata_train, rows) for rows in (first, end))
+        metadata_first, metadata_end = (metadata_rows(metadata_train, rows) for rows in (first, end))
         weight = column_weights(self.model, metadata_end) if self.config.sample_weight == "column" else None
         X_first, y_first = part_rows(X_train, np.asarray(y_train), first)
         history = self.model.fit(X_first, y_first, X_val, y_val, metadata_first, metadata_val)

@@ -158,10 +158,11 @@ def load_header(
             f"pass the {len(saved)} features that the model was fitted on, in the same order"
         )
     config = build_config(model.Config, header["config"], f"{path}/{HEADER_FILE}", CheckpointError)
-    if config.calibration and not model.config.calibration:
-        raise CheckpointError(
-            f"{path}: holds a calibrated {model.name}, expected one without calibration; read it with load_model"
-        )
+    for key, kind in dict(calibration="calibrated", conformal="conformal").items():
+        if getattr(config, key) and not getattr(model.config, key):
+            raise CheckpointError(
+                f"{path}: holds a {kind} {model.name}, expected one without {key}; read it with load_model"
+            )
     model.config = config
     model.horizon, model.classes, model.fitted = model.config.horizon, model.config.classes, True
     return header

@@ -189,11 +189,7 @@ class ModelRegistry:
         model = cls.get(model_name)(config, horizon, feature_columns)
         if reason := cls.reason(model.name, vars(model.config)):
             raise ModelUnavailable(f"{model.name}: {reason}")
-        if model.config.stop_on == "val" and not model.config.calibration:
-            return model
-        from modelfactory.models.calibration import wrap_model
-
-        return wrap_model(model)
+        return _wrap(model)
 
     @classmethod
     def list_models(cls, family: str | None = None) -> ModelList:
@@ -226,6 +222,19 @@ class ModelRegistry:
             cls._broken.pop(name, None)
         except Exception as e:
             cls._broken[name] = f"{type(e).__name__}: {e}"
+
+# %% ../../nbs/models/01_registry.ipynb #5d4f69ec
+def _wrap(model):
+    "Wraps a model if its config sets `calibration`, `stop_on: train_tail` or `conformal`."
+    if model.config.stop_on == "train_tail" or model.config.calibration:
+        from modelfactory.models.calibration import wrap_model
+
+        model = wrap_model(model)
+    if model.config.conformal:
+        from modelfactory.models.conformal import ConformalModel
+
+        model = ConformalModel(model)
+    return model
 
 # %% ../../nbs/models/01_registry.ipynb #5d2047ed
 def _family_modules():

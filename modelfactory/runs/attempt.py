@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from ..configuration import settings
 from ..files import FileError, check_inner_name, check_tree, read_json
-from ..models.base import probability_columns
+from ..models.base import PredictionOutput, probability_columns
 from ..models.code import code_version
+from ..models.conformal import set_columns, set_names
 from ..models.persistence import file_hash, library_version
 from ..models.registry import ModelRegistry
 from .migrate import SCHEMA_VERSION
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from modelfactory.models.base import PredictionOutput
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['run_identity', 'prediction_frame', 'write_run', 'write_record', 'git_commit', 'prediction_file', 'score_files',
-           'write_scores', 'folder_hashes', 'publish', 'publish_fitted', 'add_predictions', 'add_scores',
+__all__ = ['run_identity', 'prediction_frame', 'stored_output', 'write_run', 'write_record', 'git_commit', 'prediction_file',
+           'score_files', 'write_scores', 'folder_hashes', 'publish', 'publish_fitted', 'add_predictions', 'add_scores',
            'change_manifest', 'close_attempt']
 
 # %% ../../nbs/runs/02_attempt.ipynb #49a67090
@@ -58,7 +58,9 @@ def prediction_frame(
     classes: tuple,  # class labels, in the order of the probability columns
     y: np.ndarray | None = None,  # true labels; None: the table has no column y_true
 ) -> pd.DataFrame:
-    "The stored table of predictions: datetime, symbol, horizon, y_true, prediction, and one probability per class."
+    """The stored table of predictions: datetime, symbol, horizon, y_true, prediction, and one probability per class.
+
+    Predictions with sets also have the columns of `models.conformal.set_columns`."""
     import pandas as pd
 
     labels = {} if y is None else dict(y_true=y)
@@ -70,7 +72,22 @@ def prediction_frame(
         prediction=predictions.predictions,
     )
     probabilities = dict(zip(probability_columns(classes), predictions.probabilities.T, strict=True))
-    return pd.DataFrame(columns | probabilities)
+    sets = {} if predictions.sets is None else set_columns(predictions.sets, classes)
+    return pd.DataFrame(columns | probabilities | sets)
+
+
+def stored_output(
+    frame: pd.DataFrame,  # predictions of a run
+    classes: tuple,  # class labels, in the order of the probability columns
+) -> PredictionOutput:
+    "Stored predictions as the `PredictionOutput` that a model's `predict` returns."
+    import numpy as np
+    import pandas as pd
+
+    p, names = frame[probability_columns(classes)].to_numpy(np.float32), set_names(classes)
+    columns = pd.DatetimeIndex(frame["datetime"]), frame["symbol"].to_numpy(), frame["horizon"].to_numpy()
+    sets = frame[names].to_numpy(bool) if set(names) <= set(frame.columns) else None
+    return PredictionOutput(frame["prediction"].to_numpy(np.int8), p, *columns, sets)
 
 # %% ../../nbs/runs/02_attempt.ipynb #033a82e3
 def write_run(

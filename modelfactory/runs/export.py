@@ -13,6 +13,7 @@ from ..configuration import ConfigError
 from ..evaluation.metrics import METRICS
 from ..files import printable
 from ..models.base import probability_columns
+from ..models.conformal import set_names
 from ..models.registry import UnknownModel
 from .attempt import folder_hashes
 from .report import escape_markdown
@@ -42,6 +43,7 @@ def model_contract(
         gap=data_config["gap"],
         nan=data_config["nan"],
         versions=run.manifest["versions"],
+        **(dict(sets=[*set_names(model.classes), "set_size", "abstain"]) if model.config.conformal else {}),
     )
 
 # %% ../../nbs/runs/15_export.ipynb #86644a40
@@ -54,6 +56,8 @@ CARD_METRICS = (
     "f1_skill",
     "ece",
     "ece_null",
+    "set_coverage",
+    "set_size",
     "sharpe_net",
     "max_drawdown",
 )

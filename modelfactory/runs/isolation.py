@@ -20,8 +20,9 @@ import numpy as np
 
 from ..models.base import PredictionOutput, check_metadata, check_X
 from ..models.calibration import WrappedModel
+from ..models.conformal import read_conformal
 from ..models.loading import load_model
-from ..models.persistence import read_header
+from ..models.persistence import CheckpointError, read_header
 from ..models.registry import ModelRegistry
 from .run_folder import RunError
 
@@ -142,6 +143,12 @@ class IsolatedModel(WrappedModel):
         except Exception as e:
             raise RunError(f"{checkpoint}: {type(e).__name__}: {e}") from None
         super().__init__(model)
+        self.conformal = None
+        if self.config.conformal:
+            try:
+                self.conformal = read_conformal(self.checkpoint)
+            except CheckpointError as e:
+                raise RunError(str(e)) from None
         self._start()
 
     def _start(self):
@@ -194,7 +201,8 @@ class IsolatedModel(WrappedModel):
         if not is_valid or (abs(p.sum(1, dtype=float) - 1) > 1e-3).any():
             raise RunError(f"{self.checkpoint}: its predictions are not {n} rows of {K} probabilities")
         classes = np.asarray(self.classes, np.int8)
-        return PredictionOutput(classes[p.argmax(1)], p, *_sample_keys(metadata))
+        output = PredictionOutput(classes[p.argmax(1)], p, *_sample_keys(metadata))
+        return self.conformal(output) if self.conformal else output
 
     def _refuse(self, *args, **kw):
         reason = "an isolated model can only predict; `load_run(path).model()` reads it in this process"

@@ -5,6 +5,7 @@
 # %% ../../nbs/runs/12_predict.ipynb #47d6dae0
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,19 @@ import pandas as pd
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
-from ..data.splits import SPLIT_ORDER, BadValue, parquet_parts, read_split, split_files, split_path
+from modelfactory.data.splits import (
+    SPLIT_ORDER,
+    BadValue,
+    MissingColumn,
+    label_bars,
+    parquet_parts,
+    read_split,
+    split_files,
+    split_path,
+)
 from ..files import printable
-from .attempt import prediction_frame
+from ..models.conformal import adapt_sets, label_delay
+from .attempt import prediction_file, prediction_frame, stored_output
 
 if TYPE_CHECKING:
     from modelfactory.runs.stored import StoredRun
@@ -51,7 +62,7 @@ def predict_run(
     data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or splits, or a bundled data set
     split: str = "test",  # split to predict if `data` is a folder of splits
     ahead: bool = False,  # also predict the next bar of each symbol
-) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, after
+) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, sets of a conformal model, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
 
     The attribute `.attrs` of the frame holds:
@@ -61,6 +72,7 @@ def predict_run(
     - `drift`: one dict for each feature, from `population_stability_index`
     - `limits`: segment lengths, in bars, for which the run stored drift limits
     - `isolated`: whether the model ran in a separate process
+    - `n_known`: number of labels to which prediction sets were adapted; None: the model has no adaptive sets
     """
     from modelfactory.runs.stored import StoredRun, open_run
 
@@ -70,7 +82,7 @@ def predict_run(
     folder = _folder_of_splits(data)
     if folder is not None:
         data = split_files(folder, (split,))[split]
-    bars = read_split(data, split, (), model.feature_columns, nan=nan)
+    bars = _read_bars(run, model, data, split, nan)
     drift = []
     if run.train_features:
         drift = population_stability_index(bars, run.train_features).to_dict("records")
@@ -81,7 +93,12 @@ def predict_run(
     rows = _predicted_rows(joined, own, seq_len, gap, ahead)
     keys, last_used = _prediction_keys(joined, rows, gap, run.horizon)
     windows = Windows(joined.matrix, last_used, seq_len, RawColumns(joined.market, joined.codes))
-    predictions = model.predict(windows, keys)
+    predictions, n_known = model.predict(windows, keys), None
+    if _adapts(model):
+        labels, delay = _known_labels(bars, own, rows, len(joined), run.horizon, gap)
+        parts = [*_earlier_parts(run, predictions, gap), (predictions, labels, delay)]
+        predictions = adapt_sets(model, *parts)
+        n_known = sum(int(np.isin(y, model.classes).sum()) for _, y, _ in parts)
     frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[last_used])
     train_features = run.train_features or {}
     train_symbols = set(train_features.get("symbols", bars.symbols))
@@ -91,8 +108,54 @@ def predict_run(
         drift=drift,
         limits=train_features.get("lengths", []),
         isolated=run.isolated or not run.is_own,
+        n_known=n_known,
     )
     return frame
+
+# %% ../../nbs/runs/12_predict.ipynb #107ef31a
+def _adapts(model):
+    "Whether a model has prediction sets that adapt to known labels."
+    return bool(model.config.conformal and model.config.conformal.step)
+
+
+def _read_bars(run, model, data, split, nan):
+    "Reads the bars, with their labels if the model adapts its sets to them."
+    if _adapts(model):
+        with contextlib.suppress(MissingColumn):
+            return read_split(data, split, (run.horizon,), model.feature_columns, model.classes, nan)
+    return read_split(data, split, (), model.feature_columns, nan=nan)
+
+
+def _known_labels(bars, own, rows, n, horizon, gap):
+    "Label and delay of each predicted row; the label is NaN if it is not known."
+    labels, ends = np.full(n, np.nan), np.full(n, horizon)
+    if horizon in bars.labels:
+        labels[own], ends[own] = bars.labels[horizon], label_bars(bars, horizon)
+    at, is_next = rows.astype(int), rows % 1 > 0
+    delay = label_delay(pd.DataFrame(dict(horizon=horizon, label_bars=ends[at])), gap)
+    return np.where(is_next, np.nan, labels[at]), delay
+
+# %% ../../nbs/runs/12_predict.ipynb #e0c80713
+def _earlier_parts(run, predictions, gap):
+    "The stored predictions, labels and delays of bars that are earlier than the first new bar of their symbol."
+    has_time = predictions.timestamps.notna()
+    times = pd.Series(_nanoseconds(predictions.timestamps[has_time]))
+    first = times.groupby(np.asarray(predictions.symbols, str)[has_time]).min().to_dict()
+    reach = max((row["label_reach"] for row in run.report.get("labels", ())), default=run.horizon)
+    for split in run.manifest["splits"]:
+        if not run.file(prediction_file(split)).is_file():
+            continue
+        run.verify(prediction_file(split))
+        frame = run.predictions(split)
+        limits = np.array([first.get(symbol, 0) for symbol in frame.symbol.astype(str)], np.int64)
+        earlier = frame[_nanoseconds(frame.datetime) < limits]
+        if len(earlier):
+            delay = np.full(len(earlier), max(reach, run.horizon) + gap)
+            yield stored_output(earlier, run.cached_model.classes), earlier.y_true.to_numpy(), delay
+
+
+def _nanoseconds(times):
+    return pd.DatetimeIndex(times).as_unit("ns").asi8
 
 # %% ../../nbs/runs/12_predict.ipynb #155b386c
 def _skipped_bars(bars, keys):
@@ -160,8 +223,16 @@ def prediction_warnings(
 
         reason = "the run was not made by this installation, so a separate process loads its model"
         sentences.append(f"{reason}: {limits_note()}")
+    if "set_size" in frame:
+        sentences.append(_sets_text(frame))
     sentences += _drift_warnings(pd.DataFrame(drift), frame.attrs.get("limits", ()))
     return [" ".join(printable(sentence).split()) for sentence in sentences]
+
+
+def _sets_text(frame):
+    n, known = int(frame.abstain.sum()), frame.attrs.get("n_known")
+    sets = f"the prediction sets hold {frame.set_size.mean():.2f} classes on average, {n:,} of {len(frame):,} abstain"
+    return sets if known is None else f"{sets}; they are adapted to {known:,} known label{'' if known == 1 else 's'}"
 
 
 def _skipped_text(skipped):

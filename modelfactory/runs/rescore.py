@@ -25,8 +25,15 @@ from ..evaluation.evaluator import SCORING_VERSION, ModelEvaluator
 from ..evaluation.metrics import EvaluationError, has_direction, metric_names
 from ..evaluation.permutation import null_metrics
 from ..figures import tear_sheet
-from ..models.base import PredictionOutput, probability_columns, to_output
-from .attempt import add_predictions, change_manifest, prediction_file, score_files, write_scores
+from ..models.base import to_output
+from modelfactory.runs.attempt import (
+    add_predictions,
+    change_manifest,
+    prediction_file,
+    score_files,
+    stored_output,
+    write_scores,
+)
 from .run import Run, list_runs, load_run
 from modelfactory.runs.run_folder import (
     MANIFEST_FILE,
@@ -49,8 +56,8 @@ if TYPE_CHECKING:
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'matching_rows', 'stored_output', 'score_with_data',
-           'score_without_data', 'rescore_run', 'rescore_runs', 'rescore']
+__all__ = ['NOT_SCORED', 'SCORING_ERRORS', 'scoring_trainer', 'matching_rows', 'score_with_data', 'score_without_data',
+           'rescore_run', 'rescore_runs', 'rescore']
 
 # %% ../../nbs/runs/08_rescore.ipynb #c7858486
 def scoring_trainer(
@@ -93,16 +100,6 @@ def matching_rows(
     if n_different:
         raise RunError(f"{n_different} of {len(rows)} labels in the data differ from those of the predictions")
     return dataset.subset(rows)
-
-
-def stored_output(
-    frame: pd.DataFrame,  # predictions of a run
-    classes: tuple,  # class labels, in the order of the probability columns
-) -> PredictionOutput:
-    "Stored predictions as the `PredictionOutput` that a model's `predict` returns."
-    p = frame[probability_columns(classes)].to_numpy(np.float32)
-    columns = pd.DatetimeIndex(frame["datetime"]), frame["symbol"].to_numpy(), frame["horizon"].to_numpy()
-    return PredictionOutput(frame["prediction"].to_numpy(np.int8), p, *columns)
 
 # %% ../../nbs/runs/08_rescore.ipynb #1fc18c60
 def score_with_data(

@@ -24,8 +24,8 @@ from ..configuration import ConfigError, build_config, settings
 from ..data.dataset import FoldConfig, read_prices
 from ..data.fold_data import fold_paths
 from ..models.base import to_output
-from .attempt import prediction_frame, publish, write_record
-from .rescore import SCORING_ERRORS, matching_rows, scoring_trainer, stored_output
+from .attempt import prediction_frame, publish, stored_output, write_record
+from .rescore import SCORING_ERRORS, matching_rows, scoring_trainer
 from .run import list_runs, load_run
 from .run_folder import RunError, start_attempt, write_json
 from .stored import RunList, StoredRun
@@ -150,14 +150,18 @@ def join_folds(
     "Joins the predictions of all folds and stores them as those of the trainer's split `val`."
     ds, classes = trainer.datasets["val"], trainer.config.data.classes
     position, sums, count = _positions(ds), np.zeros((len(ds), len(classes))), np.zeros(len(ds))
-    labels = np.zeros(len(ds), np.int8)
+    labels, sets = np.zeros(len(ds), np.int8), np.zeros((len(ds), len(classes)), bool)
     for fold, output in zip(trainer.folds, outputs, strict=True):
         rows = position[fold.val.rows]
         sums[rows] += output.probabilities
         count[rows] += 1
         labels[rows] = output.predictions
+        sets[rows] = False if output.sets is None else output.sets
     joined = to_output(sums / count[:, None], ds.metadata, classes)
-    trainer.predictions["val"] = joined if count.max() > 1 else replace(joined, predictions=labels)
+    if count.max() == 1:
+        has_sets = all(output.sets is not None for output in outputs)
+        joined = replace(joined, predictions=labels, sets=sets if has_sets else None)
+    trainer.predictions["val"] = joined
     return trainer.predictions["val"]
 
 

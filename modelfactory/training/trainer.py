@@ -36,8 +36,10 @@ from ..evaluation.permutation import null_metrics
 from ..evaluation.robustness import analyse_robustness
 from ..evaluation.tables import Metrics
 from ..figures import tear_sheet
+from ..figures.coverage import plot_coverage
 from ..figures.robustness import plot_robustness
 from ..models.base import BaseModel, PredictionOutput, check_history, check_y, training_weights
+from ..models.conformal import adapt_sets, label_delay
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from .test_set import record_test_use, runs_folder
@@ -219,9 +221,23 @@ class Trainer:
         if split == "test":
             self._record_test_use(run)
         ds, start = self.datasets[split], time.perf_counter()
-        self.predictions[split] = model.predict(ds.X, ds.metadata)
+        output = model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
+        self.predictions[split] = self._adapt_sets(output, split)
         return self.predictions[split]
+
+    def _adapt_sets(self, output, split):
+        "Adapts prediction sets to the labels that are known; on test, the labels of validation are known as well."
+        if output.sets is None:
+            return output
+        parts, gap = [], self.config.data.gap
+        if split == "test":
+            val = self.datasets["val"]
+            if (known := self.predictions.get("val")) is None:
+                known = self.model.predict(val.X, val.metadata)
+            parts = [(known, val.y, label_delay(val.metadata, gap))]
+        ds = self.datasets[split]
+        return adapt_sets(self.model, *parts, (output, ds.y, label_delay(ds.metadata, gap)))
 
     def score_split(
         self,
@@ -440,6 +456,14 @@ def trainer_plots(
         robustness=lambda: plot_robustness(tables) if (tables := trainer.robustness(split)) else None,
         importance=lambda: tear_sheet.plot_importance(i) if model and (i := model.feature_importance()) else None,
         predictions=lambda: tear_sheet.plot_probabilities(predictions, classes),
+        coverage=lambda: _plot_coverage(trainer, split) if predictions.sets is not None else None,
     )
     figures = {name: draw[name]() for name in names or draw}
     return {name: figure for name, figure in figures.items() if figure}
+
+
+def _plot_coverage(trainer, split):
+    "Coverage and size of the prediction sets of a conformal model."
+    e, alpha = trainer.evaluator, trainer.model_config["conformal"]["alpha"]
+    labelled = trainer.predictions[split], trainer.datasets[split].y
+    return plot_coverage(*labelled, e.horizon, 1 - alpha, e.classes, e.level, e.n_boot or 1000, e.seed)
