@@ -19,7 +19,12 @@ MEMBERS = dict(logistic_regression={}, lightgbm=dict(n_rounds=15, min_data_in_le
 
 
 @pytest.mark.parametrize(
-    "name, config", [("xgboost", dict(n_rounds=40, learning_rate=0.1)), ("stacking", dict(members=MEMBERS))]
+    "name, config",
+    [
+        ("xgboost", dict(n_rounds=40, learning_rate=0.1)),
+        ("stacking", dict(members=MEMBERS)),
+        ("meta_labelling", dict(remainder="shares")),
+    ],
 )
 def test_conformance_on_windows(name, config):
     """Only `TabularModel` flattens windows, so a linear model, trees and an ensemble cover all tabular models.

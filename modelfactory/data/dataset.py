@@ -27,6 +27,7 @@ from modelfactory.data.splits import (
     SplitOverlap,
     SplitsError,
     SplitsReport,
+    bar_numbers,
     label_bars,
     read_columns,
     read_splits,
@@ -168,8 +169,7 @@ def sample_rows(
     gap: int,  # rows from the window's last row to the labelled row
 ) -> np.ndarray:  # (n,) row number of each sample
     "Rows that have a label and a complete window within their symbol."
-    position = np.arange(len(codes)) - np.searchsorted(codes, codes)
-    return np.flatnonzero(defined & (position >= seq_len + gap - 1))
+    return np.flatnonzero(defined & (bar_numbers(codes) >= seq_len + gap - 1))
 
 # %% ../../nbs/data/01_dataset.ipynb #8e70718d
 def last_rows(
@@ -342,12 +342,13 @@ class TimeSeriesDataset:
         return part
 
     def _metadata(self):
-        "One row per sample: datetime, symbol, horizon, label_bars, and optionally sample_weight and close."
+        "One row per sample: datetime, symbol, horizon, bar, label_bars, and optionally sample_weight and close."
         s, rows = self.split, self.rows
         columns = dict(
             datetime=s.datetimes[rows],
             symbol=pd.Index(s.symbols)[s.codes[rows]],
             horizon=self.horizon,
+            bar=bar_numbers(s.codes)[rows],
             label_bars=label_bars(s, self.horizon)[rows],
         )
         if self.horizon in s.weights:

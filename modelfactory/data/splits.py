@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..configuration import did_you_mean
+from .uniqueness import average_uniqueness, effective_samples
 
 # %% auto #0
 __all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'FIRST_YEAR', 'EPOCH_HINT', 'NO_TARGET', 'RAW_PRICES',
@@ -33,10 +34,10 @@ __all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'FIRST_YE
            'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
            'UnknownHorizon', 'SplitsWarning', 'column_roles', 'with_keys', 'parquet_parts', 'split_path',
            'present_splits', 'split_files', 'symbol_text', 'Split', 'file_order', 'read_split', 'read_columns',
-           'bars_between', 'label_bars', 'labels_crossing', 'check_order', 'label_reach', 'timestamps_per_bar',
-           'effective_blocks', 'split_blocks', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits',
-           'fill_nan', 'fill_warnings', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler',
-           'fingerprint']
+           'bars_between', 'bar_numbers', 'label_bars', 'labels_crossing', 'check_order', 'label_reach',
+           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'split_effective_samples', 'excluded_by_reason',
+           'SplitsReport', 'Splits', 'read_splits', 'fill_nan', 'fill_warnings', 'constant_call_warnings',
+           'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError):
@@ -923,6 +924,13 @@ def _expected_bars(times, start, end):
     return int(((due // DAY_NS % 7 < 2) | (due // DAY_NS % 7 > 3) | np.isin(due % WEEK_NS, times % WEEK_NS)).sum())
 
 # %% ../../nbs/data/00_splits.ipynb #dad9cb49
+def bar_numbers(
+    codes: np.ndarray,  # (N,) symbol code of each row, ascending
+) -> np.ndarray:  # (N,) int64
+    "Number of each row within its symbol, from 0."
+    return np.arange(len(codes)) - np.searchsorted(codes, codes)
+
+
 def label_bars(
     split: Split,
     horizon: int,  # label horizon in bars
@@ -1037,6 +1045,16 @@ def split_blocks(
     timestamps = np.unique(split.datetimes.asi8, return_inverse=True)[1]
     return effective_blocks(timestamps, split.codes, horizon, split.labels[horizon] != NO_TARGET)
 
+# %% ../../nbs/data/00_splits.ipynb #20bb556e
+def split_effective_samples(
+    split: Split,
+    horizon: int,  # label horizon in bars
+) -> float:  # at most the number of labels
+    "Effective number of samples of a split: the sum of the uniquenesses of its labels."
+    defined = split.labels[horizon] != NO_TARGET
+    bars, length = bar_numbers(split.codes)[defined], label_bars(split, horizon)[defined]
+    return effective_samples(average_uniqueness(bars, length, split.codes[defined]))
+
 # %% ../../nbs/data/00_splits.ipynb #93c07ed4
 def excluded_by_reason(
     excluded: pd.DataFrame,  # `SplitsReport.excluded`
@@ -1053,7 +1071,8 @@ class SplitsReport:
     "Report on a data set: its splits, labels, column roles and warnings."
 
     splits: pd.DataFrame  # one row per split: rows, symbols, first and last time
-    # one row per split and horizon: class shares, rows without a label, better constant prediction, reach, blocks
+    # one row per split and horizon: class shares, rows without a label, better constant prediction, label reach,
+    # effective number of samples, blocks
     labels: pd.DataFrame
     roles: pd.DataFrame  # column, role, reason
     warnings: list  # sentences
@@ -1214,6 +1233,7 @@ def _label_row(split, horizon, classes):
         no_target=int((y == NO_TARGET).sum()),
         constant_call=_constant_call(y, classes),
         label_reach=label_reach(split, horizon),
+        effective_samples=round(split_effective_samples(split, horizon)),
         blocks=split_blocks(split, horizon),
     )
 

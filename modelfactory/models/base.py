@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from annotated_types import Interval, Len
 
-from ..configuration import HTMLConfig, NonNegativeInt, PositiveInt, build_config
+from ..configuration import ConfigError, HTMLConfig, NonNegativeInt, PositiveInt, build_config
 from .errors import DivergedError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ConformalConfig', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output', 'BaseModel',
            'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'raise_on_nan', 'divergence_message',
-           'check_history', 'check_metadata', 'training_weights', 'column_weights']
+           'check_history', 'check_metadata', 'check_weights', 'training_weights', 'row_weights', 'column_weights']
 
 # %% ../../nbs/models/00_base.ipynb #0b158247
 @dataclass
@@ -57,7 +57,7 @@ class ModelConfig(HTMLConfig):
     stop_share: Annotated[float, Interval(gt=0, lt=1)] = 0.15  # share of training timestamps that train_tail holds out
     classes: Annotated[tuple[int, ...], Len(2)] = (-1, 0, 1)  # label values, in the order of the probability columns
     class_weight: Literal["balanced"] | None = None  # weight each class by its inverse training frequency
-    sample_weight: Literal["column"] | None = None  # weight each row by the metadata column `sample_weight`
+    sample_weight: Literal["column", "uniqueness"] | None = None  # weight each row by a column or label uniqueness
     calibration: Literal["temperature", "isotonic"] | None = None  # calibrate probabilities on the last training rows
     calibration_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2  # share of training timestamps used for calibration
     conformal: ConformalConfig | None = None  # prediction sets; its keys are alpha, method, step and share
@@ -131,6 +131,8 @@ class BaseModel(ABC):
     name, family = "", ""  # set by the registry
     requires = ()  # libraries that must be installed
     accepts_nan = False  # whether features may contain NaN
+    has_class_probabilities = True  # whether probabilities estimate class frequencies, so that log loss applies
+    supported_weights: tuple[str, ...] = ("column",)  # values of the config key `sample_weight` that `fit` implements
 
     def __init_subclass__(cls, **options):
         "Wraps the subclass's `save` so that it always writes `model.json`, which `load_model` reads first."
@@ -146,6 +148,7 @@ class BaseModel(ABC):
     ):
         names = dict(model_name=self.name, model_family=self.family, horizon=horizon)
         self.config = build_config(self.Config, {**config, **names}, self.name or type(self).__name__)
+        check_weights(self, vars(self.config))
         self.horizon, self.feature_columns = self.config.horizon, list(feature_columns)
         self.classes = self.config.classes
         self.callbacks: list = []  # list of `Callback`, not imported here: that would add its module to the code hash
@@ -291,10 +294,24 @@ def check_metadata(model: BaseModel, metadata: pd.DataFrame, n: int) -> pd.DataF
     return metadata
 
 # %% ../../nbs/models/00_base.ipynb #d7e8ef3e
+def check_weights(
+    model: BaseModel | type[BaseModel],
+    config: dict,  # resolved config
+) -> None:
+    "Raises `ConfigError` if the model does not implement the `sample_weight` of the config."
+    value = config["sample_weight"]
+    if value is not None and value not in model.supported_weights:
+        listed = " or ".join(repr(v) for v in (*model.supported_weights, None))
+        raise ConfigError(
+            f"{model.name or 'model'}: sample_weight = {value!r}, but this model cannot weight rows in that way; "
+            f"expected {listed}. A model whose `fit` uses `training_weights` lists {value!r} in `supported_weights`"
+        )
+
+
 def training_weights(
     model: BaseModel,
     codes: np.ndarray,  # (n,) class codes
-    metadata: pd.DataFrame | None,  # must have the column `sample_weight` if the config uses it
+    metadata: pd.DataFrame | None,  # must have the columns that `sample_weight` of the config needs
 ) -> np.ndarray | None:  # (n,) float32 with mean 1; None if the config sets no weights
     "Returns the weights of the training rows, computed from `class_weight` and `sample_weight`."
     c, weights = model.config, np.ones(len(codes))
@@ -302,9 +319,32 @@ def training_weights(
         return None
     if c.class_weight == "balanced":
         weights /= np.bincount(codes, minlength=len(model.classes))[codes]
-    if c.sample_weight == "column":
-        weights *= column_weights(model, metadata)
+    sample_weights = row_weights(model, metadata)
+    if sample_weights is not None:
+        weights *= sample_weights
     return (weights / weights.mean()).astype(np.float32)
+
+
+def row_weights(
+    model: BaseModel,
+    metadata: pd.DataFrame | None,  # as for `training_weights`
+) -> np.ndarray | None:  # (n,) float64; None if the config sets no `sample_weight`
+    "Returns the weights of the rows for `sample_weight` of the config, not scaled and without class weights."
+    if model.config.sample_weight is None:
+        return None
+    return column_weights(model, metadata) if model.config.sample_weight == "column" else _uniqueness(model, metadata)
+
+
+def _uniqueness(model, metadata):
+    "Returns the uniqueness of each label (n,); raises `ValueError` if the metadata lacks a column."
+    from modelfactory.data.uniqueness import label_uniqueness
+
+    if metadata is None:
+        raise ValueError(f"{model.name}: sample_weight='uniqueness' needs metadata; found None")
+    try:
+        return label_uniqueness(metadata)
+    except ValueError as e:
+        raise ValueError(f"{model.name}: sample_weight='uniqueness': {e}") from None
 
 
 def column_weights(

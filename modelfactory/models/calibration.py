@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import BaseModel, check_metadata, check_X, check_y, column_weights, to_output
+from .base import BaseModel, check_metadata, check_X, check_y, row_weights, to_output
 from .errors import NotFittedError
 from .persistence import CheckpointError, checkpoint_errors
 
@@ -133,6 +133,8 @@ class WrappedModel(BaseModel):
             "history_length",
             "stops_early",
             "accepts_nan",
+            "has_class_probabilities",
+            "supported_weights",
             "Config",
         )
         for name in delegated:
@@ -236,7 +238,7 @@ class CalibratedModel(WrappedModel):
         model: BaseModel,  # unfitted model with `calibration` set in its config
     ):
         super().__init__(model)
-        self.calibration = None
+        self.calibration, self.has_class_probabilities = None, True
 
     fitted = property(lambda self: self.model.fitted and self.calibration is not None)
 
@@ -246,7 +248,7 @@ class CalibratedModel(WrappedModel):
         codes, first, end = split_train(self.model, *train, share, "calibration_share", CalibrationError)
         _check_classes(self, codes, first, end)
         metadata_first, metadata_end = (metadata_rows(metadata_train, rows) for rows in (first, end))
-        weight = column_weights(self.model, metadata_end) if self.config.sample_weight == "column" else None
+        weight = row_weights(self.model, metadata_end)
         X_first, y_first = part_rows(X_train, np.asarray(y_train), first)
         history = self.model.fit(X_first, y_first, X_val, y_val, metadata_first, metadata_val)
         X_end, codes_end = part_rows(X_train, codes, end)

@@ -160,9 +160,15 @@ def imported_code(
 # %% ../../nbs/models/12_code.ipynb #43225555
 def code_version(
     model: str,  # registered name
-    config: dict | None = None,  # resolved config, including the `members` of an ensemble; None: the defaults
+    config: dict | None = None,  # resolved config, including the members of an ensemble; None: the defaults
 ) -> str:  # 16 hex digits
     "Returns a hash of the code behind a model's predictions; comments, docstrings and layout do not affect it."
-    members = (vars(ModelRegistry.get(model).Config()) if config is None else config).get("members") or ()
-    code = {name: digest for m in (model, *members) for name, digest in imported_code(m).items()}
+    names = _with_members(model, {} if config is None else config)
+    code = {name: digest for m in names for name, digest in imported_code(m).items()}
     return _hash(" ".join(f"{name} {code[name]}" for name in sorted(code)))
+
+
+def _with_members(model, config):
+    "Returns the name of a model, followed by the names of its members and of their members."
+    specs = getattr(ModelRegistry.get(model), "member_specs", lambda config: {})(config)
+    return [model, *(name for spec in specs.values() for name in _with_members(*spec))]

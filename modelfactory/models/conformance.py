@@ -477,22 +477,44 @@ def no_skill_on_noise(fixture: ModelFixture) -> None:
 @register_check
 def weights_change_fit(fixture: ModelFixture) -> None:
     "`sample_weight` and `class_weight` change the fit; missing weights raise ValueError"
-    t, unweighted = fixture.task, fixture.probabilities()[:, 2].mean()
-    light = replace(t, meta=t.meta.assign(sample_weight=np.where(t.y == 1, 1e-3, 1.0)))
-
-    def share(model):
-        return fixture.probabilities(model=model)[:, 2].mean()
-
-    model = fixture.fitted_until(lambda m: share(m) < unweighted - 0.2, light, sample_weight="column")
-    require(share(model) < unweighted - 0.05, "rows with weight 0.001 count as much as rows with weight 1")
-    no_weights = t.meta.drop(columns="sample_weight")
-    model = fixture.new(t, sample_weight="column")
-    fixture.raises(ValueError, model.fit, t.X, t.y, t.X_val, t.y_val, no_weights, t.meta_val)
+    t = fixture.task
+    _check_sample_weight(fixture, "column", t.meta.assign(sample_weight=np.where(t.y == 1, 1e-3, 1.0)), 0.05)
+    _check_sample_weight(fixture, "uniqueness", _overlapping_ups(t), 0.02)
     rare = (t.y != 1) | (np.arange(len(t.y)) % 8 == 0)
     few = replace(t, X=t.X[rare], y=t.y[rare], meta=t.meta[rare])
-    plain = fixture.fitted(few, early_stopping=False, **fixture.brief)
-    balanced = fixture.fitted(few, early_stopping=False, class_weight="balanced", **fixture.brief)
-    require(share(balanced) > share(plain), "class_weight='balanced' does not raise the probability of the rare class")
+    plain, balanced = (
+        _share_of_ups(fixture, fixture.fitted(few, early_stopping=False, class_weight=value, **fixture.brief))
+        for value in (None, "balanced")
+    )
+    require(balanced > plain, "class_weight='balanced' does not raise the probability of the rare class")
+
+
+def _share_of_ups(fixture, model=None):
+    "Mean probability of class 1 on the validation rows; `model` is by default the fitted model of the fixture."
+    return fixture.probabilities(model=model)[:, 2].mean()
+
+
+def _check_sample_weight(fixture, value, meta, margin):
+    "Checks that rows of class 1 count less if `meta` gives them low weights, or that `value` raises a ConfigError."
+    t = fixture.task
+    if value not in fixture.model.supported_weights:
+        message = fixture.raises(ConfigError, lambda: fixture.new(t, sample_weight=value))
+        return require(value in message, f"the message does not name sample_weight={value!r}: {message}")
+    limit = _share_of_ups(fixture) - margin
+    light = replace(t, meta=meta, meta_val=t.meta_val.assign(bar=np.arange(len(t.y_val)), label_bars=1))
+    model = fixture.fitted_until(lambda m: _share_of_ups(fixture, m) < limit - 3 * margin, light, sample_weight=value)
+    is_light = _share_of_ups(fixture, model) < limit
+    require(is_light, f"sample_weight={value!r}: rows with low weights count as much as others")
+    no_weights = t.meta.drop(columns="sample_weight")
+    model = fixture.new(t, sample_weight=value)
+    fixture.raises(ValueError, model.fit, t.X, t.y, t.X_val, t.y_val, no_weights, t.meta_val)
+
+
+def _overlapping_ups(t):
+    "Metadata in which rows of class 1 belong to a symbol of their own, and ten of their labels share each bar."
+    is_up = t.y == 1
+    bars = np.where(is_up, np.cumsum(is_up), np.cumsum(~is_up)) - 1
+    return t.meta.assign(symbol=np.where(is_up, "BBB", "AAA"), bar=bars, label_bars=np.where(is_up, 10, 1))
 
 # %% ../../nbs/models/06_conformance.ipynb #d6a664f2
 def window_task(

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['SHARED_KEYS', 'purged_blocks', 'cross_val_predict', 'EnsembleConfig', 'EnsembleModel', 'member_configs']
+__all__ = ['SHARED_KEYS', 'purged_blocks', 'cross_val_predict', 'EnsembleConfig', 'CompositeModel', 'EnsembleModel',
+           'member_configs']
 
 # %% ../../nbs/models/11_ensemble_base.ipynb #d3155b06
 def purged_blocks(
@@ -106,14 +107,68 @@ SHARED_KEYS = (
 )
 
 # %% ../../nbs/models/11_ensemble_base.ipynb #83b9d1a1
-class EnsembleModel(BaseModel):
-    "A model that combines other models; subclasses implement `fit_weights` and `combine`."
+class CompositeModel(BaseModel):
+    "A model that is made of other registered models, its members."
 
     Config = EnsembleConfig
+    supported_weights = ("column", "uniqueness")
 
     def __init__(self, config, horizon, feature_columns):
         super().__init__(config, horizon, feature_columns)
-        self.configs, self.members = member_configs(self.config), {}
+        self.configs, self.members = self.resolved_members(self.config), {}
+
+    @classmethod
+    def member_specs(cls, config: dict) -> dict[str, tuple[str, dict]]:  # member -> registered name, config overrides
+        "Returns the members that a config names; missing keys have their default values."
+        members = (vars(cls.Config()) | config)["members"]
+        return {name: (name, overrides or {}) for name, overrides in members.items()}
+
+    @classmethod
+    def resolved_members(cls, config: ModelConfig) -> dict[str, dict]:  # member -> resolved config
+        "Returns the resolved config of each member; raises `ConfigError` if a member is not allowed."
+        return member_configs(config)
+
+    @classmethod
+    def unavailable_reason(cls, config):
+        reasons = {name: ModelRegistry.reason(*spec) for name, spec in cls.member_specs(config).items()}
+        return next((f"member {name}: {reason}" for name, reason in reasons.items() if reason), "")
+
+    @classmethod
+    def history_length(cls, config):
+        return max(model.history_length(member_config) for model, member_config in _resolved_members(cls, config))
+
+    @classmethod
+    def stops_early(cls, config):
+        return any(model.stops_early(member_config) for model, member_config in _resolved_members(cls, config))
+
+    def member(self, name: str) -> BaseModel:
+        "Returns a new, unfitted member."
+        registered_name, _ = self.member_specs(vars(self.config))[name]
+        return ModelRegistry.create(registered_name, self.configs[name], self.horizon, self.feature_columns)
+
+    def save(self, path):
+        save_header(self, path)
+        for name, member in self.members.items():
+            member.save(Path(path) / "members" / name)
+
+    def load(self, path):
+        load_header(self, path)
+        self.configs = self.resolved_members(self.config)
+        for name in self.configs:
+            self.load_member(name, Path(path))
+
+    def load_member(
+        self,
+        name: str,
+        path: Path,  # folder of this model
+    ) -> None:
+        "Loads one member."
+        self.members[name] = self.member(name)
+        self.members[name].load(path / "members" / name)
+
+# %% ../../nbs/models/11_ensemble_base.ipynb #56f55f94
+class EnsembleModel(CompositeModel):
+    "A model that combines other models; subclasses implement `fit_weights` and `combine`."
 
     @abstractmethod
     def fit_weights(
@@ -128,22 +183,6 @@ class EnsembleModel(BaseModel):
     ) -> np.ndarray:  # (n, K)
         "Returns the combined probabilities of the members."
 
-    @classmethod
-    def unavailable_reason(cls, config):
-        reasons = {
-            name: ModelRegistry.reason(name, overrides or {})
-            for name, overrides in config.get("members", cls.Config().members).items()
-        }
-        return next((f"member {name}: {reason}" for name, reason in reasons.items() if reason), "")
-
-    @classmethod
-    def history_length(cls, config):
-        return max(model.history_length(member_config) for model, member_config in _resolved_members(cls, config))
-
-    @classmethod
-    def stops_early(cls, config):
-        return any(model.stops_early(member_config) for model, member_config in _resolved_members(cls, config))
-
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
         codes = check_y(self, y_train, len(check_X(self, X_train)))
         check_y(self, y_val, len(check_X(self, X_val)))
@@ -155,28 +194,12 @@ class EnsembleModel(BaseModel):
         self.fitted = True
         return {}
 
-    def member(self, name: str) -> BaseModel:
-        "Returns a new, unfitted member."
-        return ModelRegistry.create(name, self.configs[name], self.horizon, self.feature_columns)
-
     def predict(self, X, metadata):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: predict before fit or load")
         check_metadata(self, metadata, len(check_X(self, X)))
         members = {name: m.predict(X, metadata).probabilities.astype(float) for name, m in self.members.items()}
         return to_output(self.combine(members), metadata, self.classes)
-
-    def save(self, path):
-        save_header(self, path)
-        for name, member in self.members.items():
-            member.save(Path(path) / "members" / name)
-
-    def load(self, path):
-        load_header(self, path)
-        self.configs = member_configs(self.config)
-        for name in self.configs:
-            self.members[name] = self.member(name)
-            self.members[name].load(Path(path) / "members" / name)
 
     @property
     def member_weights(self) -> dict[str, float]:
@@ -214,5 +237,6 @@ def member_configs(config: EnsembleConfig) -> dict[str, dict]:  # name -> resolv
 
 def _resolved_members(ensemble, config):
     "Returns the class and resolved config of each member of an ensemble with this config."
-    configs = member_configs(build_config(ensemble.Config, config, ensemble.name))
-    return [(ModelRegistry.get(name), member_config) for name, member_config in configs.items()]
+    configs = ensemble.resolved_members(build_config(ensemble.Config, config, ensemble.name))
+    specs = ensemble.member_specs(config)
+    return [(ModelRegistry.get(specs[name][0]), member_config) for name, member_config in configs.items()]

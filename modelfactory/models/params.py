@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..builtin import params_file
 from ..configuration import ConfigError, build_config, did_you_mean, read_yaml
+from .base import check_weights
 from .registry import ModelRegistry
 
 # %% auto #0
@@ -104,7 +105,9 @@ def resolve_config(
     for values in overrides:
         _check_not_decided(values, decided, model)
         merged |= values
-    return asdict(build_config(model.Config, merged | decided, model.name))
+    config = asdict(build_config(model.Config, merged | decided, model.name))
+    check_weights(model, config)
+    return config
 
 
 def _unknown_preset(name, preset, presets):

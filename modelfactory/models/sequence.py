@@ -414,6 +414,7 @@ class NetworkModel(BaseModel):
     "A model that classifies windows with a torch network; subclasses implement `backbone` and `fit`."
 
     Config, requires = SequenceConfig, ("torch", "safetensors")
+    supported_weights = ("column", "uniqueness")
     training = None  # a `Training` while `fit` runs
     uses_full_window = True  # whether the logits depend on every step of the window and every feature
 

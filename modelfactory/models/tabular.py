@@ -85,6 +85,7 @@ class TabularModel(BaseModel):
     "A model whose input is flat rows; subclasses implement `fit_rows`, `predict_rows`, `write` and `read`."
 
     Config = TabularConfig
+    supported_weights = ("column", "uniqueness")
     rows_at_once = 65_536  # number of rows per chunk in `predict`
 
     @abstractmethod

@@ -28,6 +28,7 @@ from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.fold_data import fill_features, fold_datasets, scored_rows
 from ..data.prices import check_dataset_prices
 from ..data.splits import fingerprint
+from ..data.uniqueness import effective_samples, label_uniqueness
 from ..evaluation.backtest import GAP_0_NOTE
 from ..evaluation.baselines import all_baselines, fold_baselines
 from ..evaluation.evaluator import ModelEvaluator
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NOTE_ROWS', 'NOTE_STD', 'EARLY_STOPPING_NOTE', 'RESCORED_FIGURES', 'TrainerConfig', 'trainer_config', 'Trainer',
-           'learning_notes', 'divergence_notes', 'early_stopping_note', 'trainer_plots']
+           'learning_notes', 'divergence_notes', 'early_stopping_note', 'overlap_note', 'trainer_plots']
 
 # %% ../../nbs/training/00_trainer.ipynb #25f0a7d0
 @dataclass(frozen=True)
@@ -277,11 +278,12 @@ class Trainer:
         return self._learning
 
     def notes(self) -> tuple:  # sentences
-        "Caveats on the scores: a useless fit, early stopping on validation data, trades at the signal bar's close."
+        "Caveats on the scores: a useless fit, early stopping on validation data, label overlap, and gap 0."
         gap = GAP_0_NOTE[:1].upper() + GAP_0_NOTE[1:] + "." if self.config.data.gap == 0 else None
         learning = self.learning_notes() if self.history is not None else []
         stopping = early_stopping_note(self.model_config)
-        return tuple(note for note in (*learning, stopping, gap, self.fold_note()) if note)
+        overlap = overlap_note(self.datasets["val"]) if "val" in self.datasets else None
+        return tuple(note for note in (*learning, stopping, overlap, gap, self.fold_note()) if note)
 
     def fold_note(self) -> str | None:
         "The fold of the run with the times of its training and scored rows, in words; None without folds."
@@ -390,12 +392,12 @@ def learning_notes(
     size = f"{len(train):,} training rows, {len(model.classes)} classes"
     if p.std(0).max() < NOTE_STD:
         return [f"The fit learnt nothing: it predicts the same probabilities for every row ({size})."]
-    codes = check_y(model, train.y[rows], len(rows))
-    weights = training_weights(model, codes, metadata)
-    weights = np.ones(len(rows)) if weights is None else weights
+    codes = check_y(model, train.y, len(train))
+    weights = training_weights(model, codes, train.metadata)
+    codes, weights = codes[rows], np.ones(len(rows)) if weights is None else weights[rows]
     shares = np.bincount(codes, weights, minlength=len(model.classes)) / weights.sum()
     loss, prior = (_log_loss(p_true, weights) for p_true in (p[np.arange(len(rows)), codes], shares[codes]))
-    if loss < prior:
+    if loss < prior or not model.has_class_probabilities:
         return []
     losses = f"its log loss on the training rows is {loss:.4f}, compared with {prior:.4f} for the class shares"
     return [f"The fit learnt nothing: {losses} ({size})."]
@@ -433,6 +435,17 @@ def early_stopping_note(
     if config["stop_on"] != "val" or not config["early_stopping"]:
         return None
     return EARLY_STOPPING_NOTE if ModelRegistry.get(config["model_name"]).stops_early(config) else None
+
+# %% ../../nbs/training/00_trainer.ipynb #c0411bfd
+def overlap_note(
+    ds: TimeSeriesDataset,  # the scored rows
+) -> str | None:
+    "Effective number of samples of the scored rows; None if no two labels share a bar."
+    n_effective = effective_samples(label_uniqueness(ds.metadata))
+    if n_effective > len(ds) - 0.5:
+        return None
+    size = f"{len(ds):,} rows have an effective number of samples of {n_effective:,.0f}"
+    return f"Labels overlap: {size}; intervals account for the overlap by blocks of time."
 
 # %% ../../nbs/training/00_trainer.ipynb #0b479276
 RESCORED_FIGURES = ("equity", "robustness")  # figures that show scores; rescoring draws these figures again
