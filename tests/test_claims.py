@@ -341,7 +341,7 @@ def test_the_null_calibration_error_falls_with_the_root_of_the_rows():
 
 
 def test_metrics_have_valid_signs_and_kinds():
-    kinds = {"class", "direction", "set", "trading", "permutation", "run"}
+    kinds = {"class", "direction", "set", "trading", "information", "permutation", "run"}
     assert all(m.sign in (-1, 0, 1) and m.kind in kinds for m in METRICS.values())
     assert len(metric_names()) == len(METRICS) and "sharpe_net" in metric_names("trading")
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['GAP_0_NOTE', 'NO_PRICES_NOTE', 'MIN_SPAN_DAYS', 'TRADING_METRICS', 'BacktestError', 'trailing_sum', 'forward_sum',
            'trading_cost', 'trading_day', 'days_per_year', 'sharpe_ratio', 'sortino_ratio', 'equity_curve', 'drawdown',
-           'calmar_ratio', 'trading_stats', 'Backtest', 'position_changes', 'benchmark_pnl', 'position_signals',
-           'traded_bars', 'tranche_backtest', 'bar_returns', 'barrier_backtest', 'label_backtest']
+           'calmar_ratio', 'benchmark_stats', 'newey_west', 'newey_west_lags', 'newey_west_freedom', 'trading_stats',
+           'Backtest', 'position_changes', 'benchmark_pnl', 'position_signals', 'traded_bars', 'tranche_backtest',
+           'bar_returns', 'barrier_backtest', 'label_backtest']
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #53a93968
 class BacktestError(ValueError):
@@ -139,6 +140,61 @@ def calmar_ratio(
     annual = equity_curve(pnl)[..., -1] ** (trading_days / pnl.shape[-1]) - 1
     return np.where(pnl.any(-1), _ratio(annual, -drawdown(pnl).min(-1)), 0.0)
 
+# %% ../../nbs/evaluation/02_backtest.ipynb #dc4bd50d
+def benchmark_stats(
+    net: np.ndarray,  # (..., days) daily profit, share of capital
+    hold: np.ndarray,  # (..., days) daily profit of buy-and-hold, share of capital
+    trading_days: float = 252,  # trading days per year
+) -> dict[str, np.ndarray]:  # name -> (...); alpha, beta and captures are NaN if `hold` does not allow them
+    "Excess return, alpha (both per year), beta and captures against buy-and-hold."
+    x, y = hold.mean(-1), net.mean(-1)
+    deviation = hold - x[..., None]
+    beta = _ratio((deviation * net).sum(-1), (deviation**2).sum(-1))
+    up, down = np.maximum(hold, 0).sum(-1), np.maximum(-hold, 0).sum(-1)
+    return dict(
+        excess_return=(y - x) * trading_days,
+        alpha=(y - beta * x) * trading_days,
+        beta=beta,
+        up_capture=_ratio((net * (hold > 0)).sum(-1), up),
+        down_capture=_ratio((-net * (hold < 0)).sum(-1), down),
+    )
+
+# %% ../../nbs/evaluation/02_backtest.ipynb #2e0f2e99
+def newey_west(
+    y: np.ndarray,  # (T,) dependent variable
+    x: np.ndarray,  # (T,) regressor
+    lags: int,  # autocovariances to include
+) -> tuple[np.ndarray, np.ndarray]:  # (2,) intercept and slope, (2, 2) their covariance; NaN without variation in `x`
+    "Least squares of `y` on `x` with an autocorrelation-robust covariance (Bartlett weights, factor `T / (T - 2)`)."
+    T = len(y)
+    if T < 3 or np.ptp(x) == 0:
+        return np.full(2, np.nan), np.full((2, 2), np.nan)
+    X = np.column_stack([np.ones(T), x])
+    inverse = np.linalg.inv(X.T @ X)
+    coefficients = inverse @ (X.T @ y)
+    scores = X * (y - X @ coefficients)[:, None]
+    S = scores.T @ scores
+    for lag in range(1, min(lags, T - 1) + 1):
+        G = scores[lag:].T @ scores[:-lag] * (1 - lag / (lags + 1))
+        S += G + G.T
+    return coefficients, inverse @ S @ inverse * T / (T - 2)
+
+
+def newey_west_lags(
+    days: int,
+    overlap: float,  # days that a tranche is held
+) -> int:
+    "Number of lags: `4 (days / 100)^(2/9)`, or the holding period if that is longer; at most `days - 1`."
+    return int(min(max(4 * (days / 100) ** (2 / 9), np.ceil(overlap)), days - 1))
+
+
+def newey_west_freedom(
+    days: int,
+    lags: int,
+) -> float:  # at least 1
+    "Degrees of freedom of the t statistic of a `newey_west` coefficient: `1.5 days / (lags + 1)`, less 2."
+    return max(1.5 * days / (lags + 1) - 2, 1)
+
 # %% ../../nbs/evaluation/02_backtest.ipynb #65f0d642
 TRADING_METRICS = (
     "sharpe",
@@ -151,16 +207,25 @@ TRADING_METRICS = (
     "turnover",
     "n_trades",
     "exposure",
+    "excess_return",
+    "alpha",
+    "beta",
+    "up_capture",
+    "down_capture",
     "days_per_year",
 )
 
 
 def trading_stats(
-    day: Mapping,  # column -> (..., days): gross, net, turnover, exposure, bars, trades, wins, gains, losses
+    day: Mapping,  # column -> (..., days): gross, net, turnover, exposure, bars, trades, wins, gains, losses; hold
     trading_days: float = 252,  # trading days per year
 ) -> dict[str, np.ndarray]:  # name -> (...)
-    "Trading metrics; `sharpe` and trade statistics are before cost, the other ratios and drawdown after cost."
+    """Trading metrics; `sharpe` and trade statistics are before cost, everything else after cost.
+
+    The comparison with buy-and-hold is NaN if `day` has no column `hold`.
+    """
     net = day["net"]
+    hold = day["hold"] if "hold" in day else np.full_like(net, np.nan)
     total = {k: np.sum(v, -1) for k, v in day.items()}
     return dict(
         sharpe=sharpe_ratio(day["gross"], trading_days),
@@ -173,6 +238,7 @@ def trading_stats(
         turnover=np.mean(day["turnover"], -1),
         n_trades=total["trades"],
         exposure=_ratio(total["exposure"], total["bars"]),
+        **benchmark_stats(net, hold, trading_days),
     )
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #7bed08c9
@@ -226,6 +292,26 @@ class Backtest:
         "The metrics of `TRADING_METRICS` over the whole period, by name."
         stats = trading_stats({k: v.to_numpy() for k, v in self.daily.items()}, self.trading_days)
         return {k: float(v) for k, v in stats.items()} | dict(n_trades=self.n_trades, days_per_year=self.trading_days)
+
+    def benchmark(
+        self,
+        level: float = 0.95,  # coverage of the intervals
+    ) -> pd.DataFrame:  # rows alpha (per year) and beta; columns value, std_error, t, p, low, high; NaN without prices
+        "Regression of daily net profit on buy-and-hold, with Newey-West errors and Student quantiles."
+        from scipy.special import stdtr, stdtrit
+
+        D, columns = len(self.daily), self.daily.to_dict("series")
+        lags = newey_west_lags(D, self.horizon * D / len(self.bars))
+        y, x = columns["net"].to_numpy(), columns.get("hold", columns["net"] * np.nan).to_numpy()
+        value, cov = newey_west(y, x, lags)
+        scale = np.array([self.trading_days, 1])
+        value, error = value * scale, np.sqrt(np.diag(cov)) * scale
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = value / error
+        freedom = newey_west_freedom(D, lags)
+        margin, p = stdtrit(freedom, (1 + level) / 2) * error, 2 * stdtr(freedom, -np.abs(t))
+        table = dict(value=value, std_error=error, t=t, p=p, low=value - margin, high=value + margin)
+        return pd.DataFrame(table, ["alpha", "beta"])
 
     def _title(self):
         days = self.daily.index

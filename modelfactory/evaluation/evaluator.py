@@ -20,6 +20,7 @@ from modelfactory.evaluation.bootstrap import (
     trading_draws,
 )
 from .coverage import set_metrics
+from .information import information_metrics
 from .metrics import EvaluationError, check_predictions, classification_metrics, has_direction
 from .significance import DirectionClaim, direction_claim
 from ..models.base import PredictionOutput
@@ -92,6 +93,8 @@ class ModelEvaluator(TradingRules):
             scores |= set_metrics(predictions, y_true, *rules)
         result = self.backtest(predictions, prices, y_true, returns_source)
         scores |= result.metrics() if result else dict.fromkeys(TRADING_METRICS, np.nan)
+        resampling = self.n_boot, self.level, self.seed
+        scores |= information_metrics(predictions, prices, self.horizon, self.classes, *resampling)
         scores |= dict(n_samples=len(y_true), returns_source=result.returns_source if result else None)
         scores |= dict(fit_seconds=_float_or_nan(fit_seconds), predict_seconds=_float_or_nan(predict_seconds))
         scores = {k: v.item() if isinstance(v, np.generic) else v for k, v in scores.items()}
@@ -121,6 +124,8 @@ class ModelEvaluator(TradingRules):
             ends |= dict(directional_accuracy_ci_low=low, directional_accuracy_ci_high=high)
         if result:
             ends |= percentile_interval(*trading_draws(result, self.n_boot, self.seed), self.level)
+            for name, row in result.benchmark(self.level).iterrows():
+                ends |= {f"{name}_ci_low": row.low, f"{name}_ci_high": row.high}
         return ends
 
 

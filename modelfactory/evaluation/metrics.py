@@ -29,7 +29,7 @@ class Metric:
     name: str  # name used in tables and files
     sign: int  # 1: higher is better, -1: lower is better, 0: neither
     unit: str  # unit or range; empty for a plain ratio
-    kind: str  # class, direction, set, trading, permutation or run
+    kind: str  # class, direction, set, trading, information, permutation or run
     doc: str  # definition in one line
 
     def __str__(self):
@@ -94,7 +94,42 @@ METRICS = {
         Metric("turnover", -1, "share of capital a day", "trading", "capital traded"),
         Metric("n_trades", 0, "tranches", "trading", "tranches opened"),
         Metric("exposure", 0, "share of capital, 0 to 1", "trading", "mean absolute position"),
+        Metric(
+            "excess_return", 1, "share of capital a year", "trading", "profit after cost minus that of buy-and-hold"
+        ),
+        Metric(
+            "alpha",
+            1,
+            "share of capital a year",
+            "trading",
+            "profit after cost that remains without the exposure to buy-and-hold",
+        ),
+        Metric("beta", 0, "", "trading", "daily profit after cost for each unit of buy-and-hold's daily profit"),
+        Metric("up_capture", 1, "", "trading", "profit over that of buy-and-hold on days when buy-and-hold gains"),
+        Metric("down_capture", -1, "", "trading", "loss over that of buy-and-hold on days when buy-and-hold loses"),
         Metric("days_per_year", 0, "days", "trading", "trading days a year, for annualisation"),
+        Metric(
+            "ic",
+            1,
+            "-1 to 1",
+            "information",
+            "correlation of the score (p_up - p_down) with the return over the label horizon",
+        ),
+        Metric("rank_ic", 1, "-1 to 1", "information", "rank correlation of the score with the same return"),
+        Metric(
+            "ic_p_shift",
+            -1,
+            "0 to 1",
+            "information",
+            "p-value of the shift test: share of time shifts with at least the same ic",
+        ),
+        Metric(
+            "rank_ic_p_shift",
+            -1,
+            "0 to 1",
+            "information",
+            "p-value of the shift test: share of time shifts with at least the same rank_ic",
+        ),
         Metric("n_samples", 0, "rows", "run", "rows scored"),
         Metric("returns_source", 0, "", "run", "where returns come from: close, file or label"),
         Metric("fit_seconds", -1, "seconds", "run", "wall time of fitting"),

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['PermutationError', 'ffill_index', 'random_shifts', 'held_positions', 'profit_by_day', 'ShiftTest', 'shift_test',
-           'plot_shift_test', 'shuffled_direction_confusion', 'f1_null_interval', 'null_metrics']
+__all__ = ['PermutationError', 'ffill_index', 'random_shifts', 'held_positions', 'profit_by_day', 'excluded_share',
+           'shift_p_value', 'circular_sums', 'ShiftTest', 'shift_test', 'plot_shift_test',
+           'shuffled_direction_confusion', 'f1_null_interval', 'null_metrics']
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #54249a2b
 class PermutationError(ValueError):
@@ -122,6 +123,44 @@ def profit_by_day(
 
     return profit, days
 
+# %% ../../nbs/evaluation/04_permutation.ipynb #6e58fde4
+def excluded_share(
+    T: int,  # timestamps
+    overlap: int,  # label overlap in timestamps
+    step: int = 1,  # all shifts are multiples of this number of timestamps
+) -> float:
+    "Share of all shifts, the unshifted position included, that are shorter than the label overlap."
+    return (1 + 2 * ((overlap - 1) // step)) * step / T
+
+
+def shift_p_value(
+    observed: float,  # score without a shift; higher is better
+    draws: np.ndarray,  # scores after the drawn shifts; NaN counts as not drawn
+    excluded_fraction: float,  # from `excluded_share`
+) -> float:
+    "Share of all shifts that score at least as high."
+    draws = np.asarray(draws, float)
+    share = (1 + (draws >= observed - 1e-12).sum()) / (1 + np.isfinite(draws).sum())
+    return float(excluded_fraction + (1 - excluded_fraction) * share)
+
+# %% ../../nbs/evaluation/04_permutation.ipynb #403ee528
+def circular_sums(
+    moved: np.ndarray,  # (n,) values that are shifted
+    fixed: np.ndarray,  # (n,) values that stay
+    stamps: np.ndarray,  # (n,) timestamp index of each row, 0..T-1
+    symbols: np.ndarray,  # (n,) codes 0..S-1
+) -> np.ndarray:  # (T,) element k: the sum of `moved * fixed` after a shift by k timestamps
+    "Sum of products of two columns after every circular shift of the first; gaps are filled as in `ffill_index`."
+    from scipy.fft import irfft, rfft
+
+    table = ffill_index(stamps, symbols)
+    T, total = len(table), 0
+    for s in range(table.shape[1]):
+        rows, column = symbols == s, np.zeros(T)
+        column[stamps[rows]] = fixed[rows]
+        total = total + rfft(column) * np.conj(rfft(moved[table[:, s]]))
+    return irfft(total, T)
+
 # %% ../../nbs/evaluation/04_permutation.ipynb #20a6ad80
 @dataclass
 class ShiftTest:
@@ -139,9 +178,7 @@ class ShiftTest:
 
     def _p_value(self, name):
         sign = metric_sign(name)
-        at_least = self.draws[name] * sign >= self.observed[name] * sign - 1e-12
-        share = (1 + at_least.sum()) / (1 + self.draws[name].notna().sum())
-        return float(self.excluded_fraction + (1 - self.excluded_fraction) * share)
+        return shift_p_value(self.observed[name] * sign, self.draws[name] * sign, self.excluded_fraction)
 
     def metrics(self) -> dict[str, float]:
         "P-values by metric name, `<metric>_p_shift`."
@@ -195,7 +232,7 @@ def shift_test(
     observed, _ = score(np.arange(len(y)))
     shifted = [score(table[(timestamps - k) % len(table), symbols]) for k in shifts]
     scores, pnl = zip(*shifted, strict=True)
-    excluded = (1 + 2 * ((overlap - 1) // step)) * step / T
+    excluded = excluded_share(T, overlap, step)
     pnl = None if days is None else pd.DataFrame(np.transpose(pnl), days, shifts)
     return ShiftTest(observed, pd.DataFrame(scores, shifts), pnl, excluded)
 

@@ -22,13 +22,13 @@ from modelfactory.evaluation.backtest import (
 )
 from .bootstrap import percentile_interval, ratio_interval, trading_draws
 from .evaluator import ModelEvaluator
+from .information import expected_sign
 from .metrics import EvaluationError, directional_gains, has_direction
 from ..models.base import PredictionOutput
 
 # %% auto #0
-__all__ = ['COST_LEVELS', 'MAX_SYMBOL_SLICES', 'cost_sweep', 'expected_sign', 'by_slice', 'symbol_masks', 'side_masks',
-           'realised_volatility', 'regime_masks', 'by_month', 'compare_exit_rules', 'threshold_sweep', 'Robustness',
-           'analyse_robustness']
+__all__ = ['COST_LEVELS', 'MAX_SYMBOL_SLICES', 'cost_sweep', 'by_slice', 'symbol_masks', 'side_masks', 'realised_volatility',
+           'regime_masks', 'by_month', 'compare_exit_rules', 'threshold_sweep', 'Robustness', 'analyse_robustness']
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ba66fb99
 COST_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # basis points of the traded amount
@@ -51,14 +51,6 @@ def cost_sweep(
     fixed, at_1_bp = (trading_cost(daily["turnover"], r).sum() for r in rules)
     table.attrs["break_even"] = float((daily["gross"].sum() - fixed) / (at_1_bp - fixed)) if at_1_bp else np.nan
     return table
-
-# %% ../../nbs/evaluation/07_robustness.ipynb #fadaafbe
-def expected_sign(
-    predictions: PredictionOutput,
-    classes: tuple = (-1, 0, 1),
-) -> np.ndarray:  # (n,) positions from -1 to 1
-    "Probability of positive classes minus probability of negative classes; a position that grows with confidence."
-    return (predictions.probabilities @ np.sign(classes).astype(float)).clip(-1, 1)
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #2ecdc5c1
 def by_slice(
@@ -205,8 +197,12 @@ def compare_exit_rules(
     y: np.ndarray,  # (n,) true class values, used if there are no prices
     prices: pd.DataFrame | None,  # datetime, symbol, close
     bars_to_hit: np.ndarray | None = None,  # (n,) bars until each label is known; None: no barrier exit
-) -> pd.DataFrame:  # strategy, sharpe, turnover, exposure, max_drawdown, n_trades, sharpe_net with _low and _high
-    "Metrics of three strategies: fixed holding period, position by confidence, and exit at the barrier."
+) -> pd.DataFrame:  # one row per strategy
+    """Metrics of three strategies: fixed holding period, position by confidence, and exit at the barrier.
+
+    Columns: `strategy`, `sharpe`, `turnover`, `exposure`, `max_drawdown`, `n_trades`; `sharpe_net` and `alpha`, each
+    with `_low` and `_high`; `excess_return`, `beta`, `up_capture`, `down_capture`.
+    """
     sign = np.sign(predictions.predictions).astype(float)
     positions = {"fixed": sign, "expected sign": expected_sign(predictions, evaluator.classes)}
     backtests = {k: evaluator.backtest_positions(predictions, v, prices, y) for k, v in positions.items()}
@@ -221,7 +217,10 @@ def _strategy_row(evaluator, backtest):
     "Table row of one strategy."
     metrics, profit = backtest.metrics(), _profit_figures(evaluator, backtest)
     shown = {k: metrics[k] for k in ("sharpe", "turnover", "exposure", "max_drawdown", "n_trades")}
-    return shown | {k: v for k, v in profit.items() if k != "gross"}
+    against_hold = {k: metrics[k] for k in ("excess_return", "alpha", "beta", "up_capture", "down_capture")}
+    alpha = backtest.benchmark(evaluator.level).loc["alpha"]
+    ends = dict(alpha_low=alpha.low, alpha_high=alpha.high)
+    return shown | {k: v for k, v in profit.items() if k != "gross"} | against_hold | ends
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #166cb04c
 def threshold_sweep(

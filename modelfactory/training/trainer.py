@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from modelfactory.data.fold_data import FoldDatasets
     from modelfactory.data.splits import SplitsReport
     from modelfactory.evaluation.backtest import Backtest
+    from modelfactory.evaluation.information import InformationReport
     from modelfactory.evaluation.robustness import Robustness
     from modelfactory.evaluation.significance import DirectionClaim
 
@@ -322,6 +323,18 @@ class Trainer:
                 self.evaluator, self.predictions[split], ds.y, prices, bars_to_hit
             )
         return self.robustness_by_split.get(split)
+
+    def information(self, split: str = "val") -> InformationReport | None:
+        """Information coefficients of the scores for a split, their decay, quantile returns and turnover.
+
+        None without prices, or if the classes have no direction."""
+        from modelfactory.evaluation.information import Resampling, information_report
+
+        c, (prices, _) = self.config, read_prices(self.datasets[split], self.config.data.prices)
+        if prices is None or not has_direction(c.data.classes):
+            return None
+        sampling, predictions = Resampling(seed=c.seed), self.predictions[split]
+        return information_report(predictions, prices, c.horizon, c.rules, c.data.classes, sampling=sampling)
 
     @property
     def evaluator(self) -> ModelEvaluator:
