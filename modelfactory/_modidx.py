@@ -3456,6 +3456,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'modelfactory/runs/sentences.py'),
                                              'modelfactory.runs.sentences._unread_note': ( 'runs/sentences.html#_unread_note',
                                                                                            'modelfactory/runs/sentences.py'),
+                                             'modelfactory.runs.sentences._where_text': ( 'runs/sentences.html#_where_text',
+                                                                                          'modelfactory/runs/sentences.py'),
                                              'modelfactory.runs.sentences.claim_figures': ( 'runs/sentences.html#claim_figures',
                                                                                             'modelfactory/runs/sentences.py'),
                                              'modelfactory.runs.sentences.comparison_notes': ( 'runs/sentences.html#comparison_notes',

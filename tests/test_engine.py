@@ -221,8 +221,9 @@ class SlowRay:
         self.n_late, self.started, self.program = n_late, [], folder / "ray/raylet"
 
     def init(self, **options):
-        self.program.parent.mkdir(exist_ok=True)
-        shutil.copy(shutil.which("sleep"), self.program)
+        if not self.program.exists():  # a program that a process still executes cannot be written
+            self.program.parent.mkdir()
+            shutil.copy(shutil.which("sleep"), self.program)
         self.started.append(subprocess.Popen([self.program, "3600"]))
         if len(self.started) <= self.n_late:
             raise Exception("The current node timed out during startup.\nThis could ...")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_permutation import market, rows_of
 
@@ -46,6 +46,7 @@ def calendars(draw):
         close = 100 * np.exp(rng.normal(0, 0.02, len(times)).cumsum())
         prices.append(pd.DataFrame(dict(datetime=times, symbol=f"S{k}", close=close)))
     prices = pd.concat(prices, ignore_index=True)
+    assume(len(prices))
     keys = prices[["datetime", "symbol"]]
     rows = keys[rng.random(len(prices)) < draw(st.sampled_from([0.3, 0.8, 1.0]))]
     if not len(rows):

@@ -313,11 +313,15 @@ def _skilled_folds_sentence(folds):
         return ""
     n, texts = folds["n_folds"], []
     for numbers, models in sorted(by_folds.items(), key=lambda pair: -len(pair[0])):
-        where = f"in each of {n} folds" if len(numbers) == n else f"in fold{'s' * (len(numbers) > 1)} "
-        where += "" if len(numbers) == n else f"{number_text(list(numbers))} of {n}"
-        texts.append(f"{_listed(models, 'and')} {where if numbers else f'in none of {n} folds'}")
+        texts.append(f"{_listed(models, 'and')} {_where_text(numbers, n)}")
     level = "corrected for all models and folds"
     return f"directional skill of single folds is significant for {'; for '.join(texts)} ({level})."
+
+
+def _where_text(numbers, n):
+    if not numbers or len(numbers) == n:
+        return f"in {'each' if numbers else 'none'} of {n} folds"
+    return f"in fold{'s' * (len(numbers) > 1)} {number_text(list(numbers))} of {n}"
 
 
 def _decay_sentence(decay):
