@@ -328,10 +328,13 @@ def _read_file(file):
     return dict(ini["modelfactory"]) if ini.has_section("modelfactory") else {}
 
 
+_NOT_SETTINGS = ("SETTINGS", "STOCKNET")  # the settings file, and the prices that benchmarks/stocknet.ipynb reads
+
+
 def _read_environment():
     prefix = "MODELFACTORY_"
     variables = {k.removeprefix(prefix): v for k, v in os.environ.items() if k.startswith(prefix)}
-    return {k.lower(): v for k, v in variables.items() if k != "SETTINGS"}
+    return {k.lower(): v for k, v in variables.items() if k not in _NOT_SETTINGS}
 
 # %% ../nbs/00_configuration.ipynb #efda9338
 HARMLESS_VALUES = dict(

@@ -33,7 +33,22 @@ def _market_builder(preset):
     return build
 
 
-BUNDLED = {"eurusd": _build_eurusd, **{preset: _market_builder(preset) for preset in ("planted", "null", "sequence")}}
+def _daily_builder(name):
+    "Return a function that writes the splits of a daily data set to a given folder."
+
+    def build(out):
+        from modelfactory.data import daily
+
+        getattr(daily, f"build_{name}")(out)
+
+    return build
+
+
+BUNDLED = {
+    "eurusd": _build_eurusd,
+    **{name: _daily_builder(name) for name in ("sp500_20", "indices")},
+    **{preset: _market_builder(preset) for preset in ("planted", "null", "sequence")},
+}
 
 # %% ../../nbs/data/08_bundled.ipynb #b9e01b91
 def resolve_data(

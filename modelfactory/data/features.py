@@ -16,8 +16,8 @@ from .readers import OHLCV, symbol_spans
 from .splits import column_roles
 
 # %% auto #0
-__all__ = ['FEATURE_FUNCTIONS', 'FEATURE_WARMUP', 'FEATURE_GROUPS', 'true_range', 'atr', 'bar_features', 'replace_future',
-           'find_lookahead']
+__all__ = ['FEATURE_FUNCTIONS', 'FEATURE_WARMUP', 'FEATURE_GROUPS', 'RANGE_FEATURES', 'DAILY_CONSTANT', 'true_range', 'atr',
+           'bar_features', 'replace_future', 'find_lookahead']
 
 # %% ../../nbs/data/04_features.ipynb #be72e99d
 def true_range(
@@ -379,6 +379,15 @@ def _symbol_features(bars):
     b = _Bars(bars)
     functions = [feature for group in FEATURE_FUNCTIONS.values() for feature in group.values()]
     return np.stack([np.asarray(feature(b), np.float32) for feature in functions])
+
+# %% ../../nbs/data/04_features.ipynb #6e64d3f8
+RANGE_FEATURES = (  # need open, high, low or volume
+    *FEATURE_GROUPS["candles"],
+    *FEATURE_GROUPS["volume"],
+    *("gap", "di_plus", "di_minus", "parkinson_20", "parkinson_60", "garman_klass_20", "volume_rank_60"),
+    *("day_move", "day_place"),
+)
+DAILY_CONSTANT = ("time_of_day_sin", "time_of_day_cos", "bar_of_day", "day_move", "day_place")  # on daily bars
 
 # %% ../../nbs/data/04_features.ipynb #d462d534
 def replace_future(

