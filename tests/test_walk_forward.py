@@ -341,7 +341,7 @@ def test_the_comparison_compares_records_and_not_folds(walk_forward_runs):
     assert task["models"][0]["folds"] == 3 and len(task["folds"]["rows"]) == 3 and not result["unread"]
     text = " ".join(summary_sentences(result))
     assert (
-        "market, walk-forward, 3 folds, horizon 5: directional skill of single folds is significant for nearest" in text
+        "market, walk-forward, 3 folds, horizon 5: directional skill in single folds is significant for nearest" in text
     )
 
 

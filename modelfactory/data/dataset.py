@@ -378,13 +378,13 @@ class FoldConfig(HTMLConfig):
     "Describes how train and val are cut into folds by time, and which fold a run uses."
 
     kind: Literal["walk_forward", "combinatorial"] = (
-        "walk_forward"  # each fold trains on earlier rows, or on both sides
+        "walk_forward"  # train on earlier rows only, or on both sides of a test part
     )
     n: PositiveInt = 6  # number of folds (walk_forward), or of groups (combinatorial)
-    test: PositiveInt | str | None = None  # length of a test part: bars, "20 days", "3 months"; None: equal parts
+    test: PositiveInt | str | None = None  # bars or "3 months" (None: equal parts); combinatorial: groups (None: 2)
     window: PositiveInt | str = "expanding"  # training rows before a test part: all, or a length such as "24 months"
     retrain: Literal["each", "first"] = "each"  # training rows: before each test part, or before the first one only
-    embargo: NonNegativeInt | str = "auto"  # minimum gap beside a test part: bars or a length; auto: the horizon
+    embargo: NonNegativeInt | str = "auto"  # minimum gap from training to test rows: bars or a length; auto: horizon
     fold: PositiveInt | None = None  # number of the fold, from 1; None: all folds, for a stitched record
 
     @property
@@ -394,7 +394,7 @@ class FoldConfig(HTMLConfig):
 
     @property
     def n_folds(self) -> int:
-        "Number of folds, which is the number of fits."
+        "Number of folds; each fold is one fit."
         return self.n if self.kind == "walk_forward" else comb(self.n, self.n_test_groups)
 
     @property
@@ -430,7 +430,7 @@ class DatasetConfig(HTMLConfig):
     nan: Literal["median", "zero", "keep"] | None = None  # how to fill NaN; None raises an error
     classes: tuple[int, ...] = (-1, 0, 1)  # valid label values; all others are treated as missing
     prices: str | None = None  # parquet file with datetime, symbol and close, if the splits have no close
-    folds: FoldConfig | None = None  # the fold of train and val to use; None: train as in the files, scored on val
+    folds: FoldConfig | None = None  # fold of train and val to use; None: train and val as in the files
 
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02
 def load_datasets(

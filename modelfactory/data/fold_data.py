@@ -62,7 +62,7 @@ def join_splits(
 
 
 def _joined_columns(splits, name, joined):
-    "The columns of an attribute that any of the splits has; NaN where a split lacks the column."
+    "Columns of an attribute such as `weights`, from all splits; NaN in the rows of a split that lacks the column."
     columns = [getattr(split, name) for split in splits]
     names = dict.fromkeys(key for part in columns for key in part)
     missing = [np.full(len(split), np.nan) for split in splits]
@@ -91,13 +91,13 @@ def cut_folds(
     ds: TimeSeriesDataset,
     config: FoldConfig,
 ) -> Folds:
-    "Purged folds of a dataset; raises `FoldsError` if it cannot be cut in this way."
+    "Purged folds of a dataset; raises `FoldsError` if it cannot be cut as the config describes."
     embargo = _embargo(config.embargo)
     if config.kind == "combinatorial":
         if not isinstance(config.test, int | None) or config.window != "expanding" or config.retrain != "each":
             raise FoldsError(
                 f"folds: test = {config.test!r}, window = {config.window!r}, retrain = {config.retrain!r}: expected "
-                "for kind combinatorial a number of test groups, expanding and each"
+                "a number of test groups, window expanding and retrain each for kind combinatorial"
             )
         return combinatorial_purged(ds, config.n, config.n_test_groups, embargo)
     test = None if config.test is None else parse_length(config.test, "test")
@@ -134,7 +134,7 @@ def fill_features(
     ds: TimeSeriesDataset,  # the values of its windows and of its split are changed
     fills: Mapping[str, float],  # feature -> value that replaces NaN
 ) -> None:
-    "Fills NaNs with values that were fitted on other rows."
+    "Fills NaNs with values that were computed from other rows."
     for name, value in fills.items():
         for matrix in (ds.X.base, ds.split.matrix):
             np.nan_to_num(matrix[:, ds.feature_columns.index(name)], copy=False, nan=value)
@@ -184,7 +184,7 @@ def fold_paths(
     n_groups: int,  # number of groups
     n_test_groups: int,  # number of groups that a fold tests
 ) -> list[list[int]]:  # for each path, the number of the fold (from 1) that tests each group
-    "Paths of combinatorial cross-validation (López de Prado 2018, chapter 12): each uses every fold's group once."
+    "Paths of combinatorial cross-validation (López de Prado 2018, chapter 12); each path tests every group once."
     from itertools import combinations
 
     folds_of_group = [[] for _ in range(n_groups)]

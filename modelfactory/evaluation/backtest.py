@@ -145,7 +145,7 @@ def benchmark_stats(
     net: np.ndarray,  # (..., days) daily profit, share of capital
     hold: np.ndarray,  # (..., days) daily profit of buy-and-hold, share of capital
     trading_days: float = 252,  # trading days per year
-) -> dict[str, np.ndarray]:  # name -> (...); alpha, beta and captures are NaN if `hold` does not allow them
+) -> dict[str, np.ndarray]:  # name -> (...); beta, alpha and captures are NaN if their denominator is 0
     "Excess return, alpha (both per year), beta and captures against buy-and-hold."
     x, y = hold.mean(-1), net.mean(-1)
     deviation = hold - x[..., None]
@@ -363,7 +363,7 @@ def benchmark_pnl(
     position: np.ndarray,  # (n,) position of the strategy at each bar
     rules: TradingRules,  # costs and trading calendar
 ) -> dict[str, np.ndarray]:  # hold, constant: (n,)
-    "Net profit per row of two benchmarks from a symbol's first close on: buy and hold, constant mean position."
+    "Net profit per row of two benchmarks from a symbol's first close on: buy-and-hold, constant mean position."
     later = ~_is_first_row(symbol)
     mean = np.bincount(symbol, position * later) / np.maximum(np.bincount(symbol, later), 1)
     held = dict(hold=later.astype(float), constant=mean[symbol] * later)

@@ -99,7 +99,7 @@ class ScoredBars:
         self,
         mask: np.ndarray,  # (n,) bool
     ) -> ScoredBars:
-        "The rows of a mask; timestamps without a row are dropped."
+        "The rows that a mask selects; timestamps without a row are dropped."
         if mask.all():
             return self
         used = np.bincount(self.stamp[mask], minlength=len(self.times)) > 0
@@ -159,7 +159,7 @@ def standardise(
     mean = np.bincount(group, x) / n
     deviation = x - mean[group]
     sd = np.sqrt(np.bincount(group, deviation**2) / n)
-    sd[sd <= 1e-9 * np.abs(mean)] = 0  # equal values whose mean is rounded
+    sd[sd <= 1e-9 * np.abs(mean)] = 0  # the values are equal, and only rounding makes sd positive
     return np.nan_to_num(safe_ratio(deviation, sd[group]))
 
 
@@ -204,7 +204,7 @@ class Pairing:
 
     @cached_property
     def bias(self) -> float:
-        "Expected value of the statistic if scores are made from past returns and know nothing of later ones."
+        "Expected value of the statistic if scores are made from past returns and do not predict later returns."
         if self.rows.across or not self.predictive or not self.weight.any():
             return 0.0
         parts = [_demeaning_bias(self.left[r], self.right[r]) for r in _rows_by_symbol(self.rows.symbol)]
@@ -218,7 +218,7 @@ def _rows_by_symbol(symbol):
 
 
 def _demeaning_bias(left, right):
-    "Minus the mean over rows of the right value times the sum of the left values in the next quarter of the rows."
+    "Minus the mean product of each right value and the sum of the left values in the next quarter of the rows."
     n = len(left)
     total = np.cumsum(left - left.mean())
     later = total[np.minimum(np.arange(n) + n // 4, n - 1)] - total
@@ -289,7 +289,7 @@ def estimates(
     sampling: Resampling = Resampling(),
     shifts: str = "greater",  # alternative of the shift test: greater, two-sided or none
 ) -> pd.DataFrame:  # one row per statistic: value, ci_low, ci_high, p_shift
-    "Value, bootstrap interval and p-value of each statistic; all share the blocks of the longest one."
+    "Value, bootstrap interval and p-value of each statistic; all intervals use the same bootstrap blocks."
     values = {name: p.value for name, p in pairings.items()}
     table = pd.DataFrame(dict(value=values, ci_low=np.nan, ci_high=np.nan, p_shift=np.nan), list(pairings))
     defined = [name for name, p in pairings.items() if p.weight.any()]
@@ -422,7 +422,7 @@ def _ratio_p_shift(pairing, code, n_shifts, sampling):
 def score_quantiles(
     rows: ScoredBars,
     quantiles: int = 5,
-) -> np.ndarray:  # (n,) 1 for the lowest scores to `quantiles`; 0 in groups with fewer rows than bins
+) -> np.ndarray:  # (n,) from 1 (lowest scores) to `quantiles`; 0 in groups with fewer rows than bins
     "Bin of each score in its group."
     if quantiles < 2:
         raise EvaluationError(f"quantiles is {quantiles}, expected a whole number of at least 2")
@@ -550,7 +550,7 @@ def information_table(
 # %% ../../nbs/evaluation/10_information.ipynb #49b5969c
 @dataclass
 class InformationReport:
-    "What scores know about returns; each table has values with intervals."
+    "How well scores predict returns, as tables of values with intervals."
 
     horizon: int  # bars that the returns span
     across: bool  # whether coefficients are computed across symbols

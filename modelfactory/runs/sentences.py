@@ -285,7 +285,7 @@ def _lead_sentence(lead):
     text = f"{lead['leader']} has the lowest log loss in {len(lead['first_in'])} of {lead['n_folds']} folds"
     if lead["decisive_fold"] is None:
         return f"{text}; its lead over {lead['second']} does not depend on a single fold."
-    return f"{text}; its lead is that of fold {lead['decisive_fold']}, without which {lead['then_first']} is first."
+    return f"{text}; its lead depends on fold {lead['decisive_fold']}, without which {lead['then_first']} is first."
 
 
 def number_text(
@@ -315,7 +315,7 @@ def _skilled_folds_sentence(folds):
     for numbers, models in sorted(by_folds.items(), key=lambda pair: -len(pair[0])):
         texts.append(f"{_listed(models, 'and')} {_where_text(numbers, n)}")
     level = "corrected for all models and folds"
-    return f"directional skill of single folds is significant for {'; for '.join(texts)} ({level})."
+    return f"directional skill in single folds is significant for {'; for '.join(texts)} ({level})."
 
 
 def _where_text(numbers, n):
@@ -325,7 +325,7 @@ def _where_text(numbers, n):
 
 
 def _decay_sentence(decay):
-    "Models whose information gain falls with the time since the fit, with a Bonferroni correction for the models."
+    "Models whose information gain falls with time since the fit, with a Bonferroni correction for several models."
     fading = {
         model: d
         for model, d in decay.items()
@@ -335,7 +335,7 @@ def _decay_sentence(decay):
         return ""
     details = [f"{m}: {d['first_half']:.4f} to {d['second_half']:.4f} nats" for m, d in fading.items()]
     head = "the information gain is smaller in the second half of the test parts than in the first"
-    return f"{head} ({'; '.join(details)}); shorter test parts retrain more often."
+    return f"{head} ({'; '.join(details)}); with shorter test parts, models are retrained more often."
 
 
 def _paths_sentence(folds):

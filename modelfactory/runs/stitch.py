@@ -80,7 +80,7 @@ class Stitched:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        "Predictions in the form of a run's predictions, sorted as the data set."
+        "Predictions in the format of `run.predictions()`, in the order of the data set."
         ds = self.trainer.datasets["val"]
         return prediction_frame(self.trainer.predictions["val"], self.trainer.config.data.classes, ds.y)
 
@@ -134,7 +134,7 @@ def _positions(ds):
 
 
 def _group_rows(folds, config, group):
-    "Rows of the table of bars that belong to one group of a combinatorial scheme: all folds that test it share them."
+    "Rows of the table of bars in one group of a combinatorial scheme: the rows scored by every fold that tests it."
     choices = combinations(range(config.n), config.n_test_groups)
     tested = [fold.val.rows for fold, groups in zip(folds, choices, strict=True) if group in groups]
     rows = tested[0]
@@ -173,7 +173,7 @@ def stitch(
     groups = fold_groups(listed)
     if len(groups) != 1:
         names = ", ".join(_group_text(group) for group in groups[:5]) or "none"
-        raise RunError(f"{len(groups)} records, expected the runs on the folds of one model ({names})")
+        raise RunError(f"the runs form {len(groups)} records, expected the runs on the folds of one model ({names})")
     return _stitch_group(groups[0])
 
 
@@ -211,7 +211,7 @@ def _fold_output(run, trainer, number):
 def stitched_identity(
     runs: list[StoredRun],  # one for each fold, in order
 ) -> str:  # 16 hex digits
-    "Hash of the identities of the folds."
+    "Hash of the identities of the runs on the folds."
     text = json.dumps(["stitched", *(run.identity for run in runs)])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -239,9 +239,9 @@ PATHS_FILE = "metrics/paths.json"
 
 def stitch_finished(
     runs: Path | None = None,  # runs folder; None: from the settings
-    warnings: list[str] | None = None,  # list that receives sentences about records that could not be written
+    warnings: list[str] | None = None,  # list to which a sentence about each unwritten record is added
 ) -> list[Path]:  # folders of the new records
-    "Writes the stitched record of every model whose folds are all finished, unless it exists."
+    "Writes the stitched record of every model whose folds are all finished, unless the record exists."
     folder, written = Path(runs or settings().runs), []
     warnings = [] if warnings is None else warnings
     for group in fold_groups(list_runs(folder)):

@@ -46,7 +46,7 @@ class MetaLabellingConfig(ModelConfig):
     secondary_config: dict = field(default_factory=dict)  # overrides of the second model's config
     member_preset: str | None = None  # name of a preset in the YAML of both models
     n_folds: PositiveInt = 5  # time blocks; each block gets its sides from a first model fitted on the other blocks
-    remainder: Literal["flat", "shares"] = "flat"  # classes of a side that is not taken: all flat, or as in training
+    remainder: Literal["flat", "shares"] = "flat"  # classes if the side is not taken: mostly flat, or as in training
 
 # %% ../../../nbs/models/ensemble/meta_labelling.ipynb #5fb02147
 FLAT_SHARE = 0.99  # share of flat in the remainder, for `remainder: flat`
@@ -275,7 +275,7 @@ class MetaLabellingModel(CompositeModel):
     def load(self, path):
         load_header(self, path)
         self.configs, self.members = self.resolved_members(self.config), {}
-        with checkpoint_errors(Path(path) / META_FILE, "the facts of a meta-labelling model") as file:
+        with checkpoint_errors(Path(path) / META_FILE, "the values of a meta-labelling model") as file:
             self.constant, self.shares = self._parse(json.loads(file.read_text()))
         for role in self.configs:
             if role == "primary" or self.constant is None:
