@@ -144,10 +144,10 @@ def _group_rows(folds, config, group):
 
 # %% ../../nbs/runs/20_stitch.ipynb #d3845157
 def join_folds(
-    trainer: Trainer,  # trainer with `folds` but no single fold, after `prepare_data`
+    trainer: Trainer,  # trainer whose `folds` name no single fold, after `prepare_data`
     outputs: list[PredictionOutput],  # for each fold, the predictions of its scored rows
 ) -> PredictionOutput:
-    "Joins the predictions of all folds and stores them as those of the trainer's split `val`."
+    "Joins the predictions of all folds and stores them as the trainer's predictions for `val`."
     ds, classes = trainer.datasets["val"], trainer.config.data.classes
     position, sums, count = _positions(ds), np.zeros((len(ds), len(classes))), np.zeros(len(ds))
     labels, sets = np.zeros(len(ds), np.int8), np.zeros((len(ds), len(classes)), bool)
