@@ -136,7 +136,7 @@ class ModelFixture:
         self.is_network = hasattr(ModelRegistry.get(name), "backbone")
         self.glance = dict(max_epochs=1) if self.is_network else {}  # overrides for checks that test only shapes
         self.task = planted_task(seq_len=seq_len)
-        self.model, self.history = self._fit(self.task)
+        self.model, self.history = self._fit(self.task, ())
         epochs = max(2, getattr(self.model.config, "max_epochs", 0) // 4)
         # overrides for checks that compare two fits; calibration takes out much of a difference between brief fits
         self.brief = dict(max_epochs=epochs) if self.is_network and not self.model.config.calibration else {}
@@ -147,7 +147,7 @@ class ModelFixture:
 
     def fitted(self, task: SampleTask, **config: object) -> BaseModel:
         "Returns a model fitted on `task`."
-        return self._fit(task, **config)[0]
+        return self._fit(task, (), **config)[0]
 
     def fitted_until(
         self,
@@ -158,7 +158,7 @@ class ModelFixture:
         "Returns a model fitted on `task`; the training of a network ends early if `reached` returns true."
         return self._fit(task, [_StopWhen(reached)] if self.is_network else [], **config)[0]
 
-    def _fit(self, task: SampleTask, callbacks: Sequence = (), **config: object) -> tuple[BaseModel, dict]:
+    def _fit(self, task: SampleTask, callbacks: Sequence, **config: object) -> tuple[BaseModel, dict]:
         "Returns a model fitted on `task` and the history of the fit."
         model = self.new(task, **config)
         if callbacks:
@@ -588,7 +588,9 @@ def uses_every_step_and_feature(fixture: ModelFixture) -> None:
 def learns_levels_trends_order(fixture: ModelFixture) -> None:
     "Accuracy is above 0.55 on the level and trend tasks (chance: 0.33), and above 0.75 on the order task"
     problems = []
-    for kind, required in (("level", 0.55), ("trend", 0.55), ("order", 0.75)):
+    tasks: tuple[tuple[Literal["level", "trend", "order"], float], ...]
+    tasks = ("level", 0.55), ("trend", 0.55), ("order", 0.75)
+    for kind, required in tasks:
         _, accuracy = _learn(fixture, window_task(kind, seq_len=fixture.seq_len), required)
         if not accuracy > required:
             problems.append(f"{kind}: accuracy {accuracy:.2f}, expected above {required}")
