@@ -205,7 +205,7 @@ def test_a_damaged_file_is_a_checkpoint_error(tmp_path, facts):
     train, val = market(200, 0, 0.9, 0.5), market(100, 1, 0.9, 0.5)
     fit(train, val, **LINEAR).save(tmp_path)
     (tmp_path / META_FILE).write_text(json.dumps(facts))
-    with pytest.raises(CheckpointError, match="facts of a meta-labelling model"):
+    with pytest.raises(CheckpointError, match="values of a meta-labelling model"):
         load_model(tmp_path)
 
 
