@@ -403,7 +403,7 @@ class FoldConfig(HTMLConfig):
         if self.kind == "combinatorial":
             words = [f"combinatorial, {self.n_test_groups} of {self.n} groups"]
         else:
-            words = [f"walk-forward, {self.n} folds"]
+            words = [f"walk-forward, {self.n} fold{'s' * (self.n > 1)}"]
         if self.kind == "walk_forward" and self.test is not None:
             words[0] += f" of {_length_text(self.test)}"
         if self.window != "expanding":

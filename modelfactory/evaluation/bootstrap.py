@@ -56,6 +56,8 @@ def count_frequencies(
     x = np.asarray(x, float).reshape(len(x), -1)
     start, alpha = (4, 0.2) if strict else (8, 0.02)
     limit = max_frequencies(len(x), overlap)
+    if len(x) < 2:
+        return limit
     power = cosine_transforms(x, limit) ** 2
     total = power.mean(0)
     if not (total > 0).any():

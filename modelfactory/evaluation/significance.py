@@ -664,19 +664,20 @@ def information_gains(
 
 def prior_gains(
     frame: pd.DataFrame,  # stacked table
-    train_shares: np.ndarray,  # (K,) class shares of the training set
+    train_shares: np.ndarray,  # (K,) class shares of the training set, or (n, K) if they differ by row
     classes: tuple = (-1, 0, 1),
 ) -> pd.DataFrame:  # (n, models)
     "On each row, the log loss of the training set's class shares minus the log loss of each model."
     codes = class_codes(frame["y_true"], classes, "y_true")
-    prior = -np.log(np.maximum(np.asarray(train_shares, float), np.finfo(float).eps))[codes]
+    shares = np.broadcast_to(np.asarray(train_shares, float), (len(codes), len(classes)))
+    prior = -np.log(np.maximum(shares, np.finfo(float).eps))[np.arange(len(codes)), codes]
     return row_losses(frame, classes=classes).rsub(prior, axis=0)
 
 # %% ../../nbs/evaluation/06_significance.ipynb #da19ca53
 def significance_summary(
     frame: pd.DataFrame,  # stacked table
     horizon: int,  # label horizon in bars
-    train_shares: np.ndarray,  # (K,) class shares of the training set
+    train_shares: np.ndarray,  # (K,) class shares of the training set, or (n, K) if they differ by row
     daily: dict | None = None,  # model -> `Backtest.daily` with the columns net, hold and constant; None: no prices
     trials: int | None = None,  # number of models tried on this task, including these; None: only these
     classes: tuple = (-1, 0, 1),
@@ -736,7 +737,7 @@ def _spa_p_value(frame, gains, horizon, trials, slow=False, benchmarks=1):
 def log_loss_p_value(
     frame: pd.DataFrame,  # stacked table
     horizon: int,  # label horizon in bars
-    train_shares: np.ndarray,  # (K,) class shares of the training set
+    train_shares: np.ndarray,  # (K,) class shares of the training set, or (n, K) if they differ by row
     trials: int,  # number of models tried
     classes: tuple,  # class values in column order
 ) -> float:

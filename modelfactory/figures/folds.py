@@ -30,7 +30,9 @@ def plot_fold_scores(
     from matplotlib import pyplot as plt
 
     table = pd.DataFrame(rows)
-    table = table.assign(start=pd.to_datetime(table.start), end=pd.to_datetime(table.end))
+    # as UTC, because the offset from UTC may differ between folds, and as ISO 8601, because decimals may be missing
+    spans = {name: pd.to_datetime(table[name], format="ISO8601", utc=True) for name in ("start", "end")}
+    table = table.assign(**spans)
     ranked = table.groupby("model").log_loss.mean().sort_values(kind="stable").index
     figure, axes = plt.subplots(
         len(_PANELS), figsize=(8, 5.4), dpi=100, facecolor="white", layout="constrained", sharex=True

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..configuration import ConfigError, settings
+from ..configuration import ConfigError, build_config, settings
 from ..data.bundled import resolve_data
+from ..data.dataset import FoldConfig
 from ..data.splits import MissingFile, SplitsError, excluded_by_reason
 from ..evaluation.backtest import BacktestError
 from ..evaluation.evaluator import SCORING_VERSION
@@ -333,14 +334,14 @@ def _early_stopping(runs):
     from modelfactory.training.trainer import early_stopping_note
 
     notes = {}
-    for model, run in {r.manifest["model"]: r for r in runs.latest()}.items():
+    for (model, _), run in {(r.manifest["model"], r.folds): r for r in runs.latest()}.items():
         try:
             note = early_stopping_note(run.config["config"])
         except (RunError, ConfigError, UnknownModel, KeyError, TypeError):
             continue  # the model's plugin or the run's config is missing
         if note:
-            notes.setdefault(note, []).append(model)
-    return [dict(sentence=note, models=models) for note, models in notes.items()]
+            notes.setdefault(note, {})[model] = True
+    return [dict(sentence=note, models=list(models)) for note, models in notes.items()]
 
 # %% ../../nbs/runs/09_comparison.ipynb #e141730c
 def plain_data(
@@ -400,16 +401,20 @@ def _excluded_rows(file):
 def failed_runs(
     runs: Path,  # the runs folder
 ) -> list[dict]:  # run, status, reason, folder
-    "The newest failure for each combination of model, data set, horizon and seed that has no finished run."
+    "The newest failure for each combination of model, data set, horizon, seed and fold that has no finished run."
     finished = set()
     for run in list_runs(runs):
-        finished |= {_job_key(data, run.manifest, run.fold) for data in (run.data, run.manifest["data"])}
+        fold = run.folds, run.fold
+        finished |= {_job_key(data, run.manifest, fold) for data in (run.data, run.manifest["data"])}
     failed = {}
     for attempt in list_attempts(Path(runs) / FAILED_FOLDER):
         try:
             job, outcome = read_json(attempt / "job.json")["parameters"], read_json(attempt / "outcome.json")
-            fold = ((job.get("dataset") or {}).get("folds") or {}).get("fold")
-            title = f"{job['model']} h{job['horizon']} {Path(job['data']).name}" + (f" fold {fold}" if fold else "")
+            values = (job.get("dataset") or {}).get("folds")
+            scheme = build_config(FoldConfig, values, f"{attempt.name}: folds") if values else None
+            fold = (scheme.label, scheme.fold) if scheme else ("", None)
+            part = f" fold {fold[1]}" if fold[1] else ""
+            title = f"{job['model']} h{job['horizon']} {Path(job['data']).name}{part}"
             row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.name)
             failed[_job_key(job["data"], job, fold)] = row
         except (OSError, ValueError, KeyError, TypeError):

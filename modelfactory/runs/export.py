@@ -96,6 +96,9 @@ def _card_head(run, report):
     for s in report["splits"]:
         period = f"{str(s['first'])[:16]} | {str(s['last'])[:16]}"
         table.append(f"| {s['split']} | {s['rows']:,} | {s['symbols']} | {period} |")
+    if run.fold:
+        span = " to ".join(time[:10] for time in run.manifest["scored_span"])
+        table.append(f"\nTrained and scored on fold {run.fold} of these rows ({run.folds}); scored from {span}.")
     return [*head, *table, ""]
 
 
@@ -125,7 +128,7 @@ def _validation_use(run):
     except (ConfigError, UnknownModel, KeyError):
         return "It is unknown whether validation was used for early stopping"
     if not stopped:
-        return "Validation was not used in training"
+        return f"{'The scored rows were' if run.fold else 'Validation was'} not used in training"
     return "Validation was used for early stopping" + (", but not for calibration" if config.get("calibration") else "")
 
 

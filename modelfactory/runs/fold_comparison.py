@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..evaluation.metrics import has_direction, metric_sign
+from ..evaluation.metrics import has_direction
 from modelfactory.evaluation.significance import (
     SignificanceError,
+    backtest_overfitting,
     diebold_mariano,
     direction_claim,
     rank_models,
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from modelfactory.runs.task import Task
 
 # %% auto #0
-__all__ = ['FOLD_METRICS', 'SIMPLE_MODEL', 'N_AGE_BINS', 'fold_table', 'fold_scores', 'fold_lead', 'fold_ranks',
-           'better_than_simple', 'fold_claims', 'fold_decay', 'variance_components', 'path_overfitting', 'path_scores',
-           'fold_entry']
+__all__ = ['FOLD_METRICS', 'SIMPLE_MODEL', 'UNTESTED', 'N_AGE_BINS', 'fold_table', 'fold_scores', 'fold_lead', 'fold_ranks',
+           'better_than_simple', 'fold_verdicts', 'fold_claims', 'folds_with', 'fold_decay', 'variance_components',
+           'path_overfitting', 'path_profit', 'path_scores', 'fold_entry']
 
 # %% ../../nbs/runs/21_fold_comparison.ipynb #bd3e5b57
 FOLD_METRICS = ("directional_skill", "log_loss", "f1_macro", "sharpe_net")
@@ -100,6 +101,7 @@ SIMPLE_MODEL = "logistic_regression"
 def fold_ranks(
     table: pd.DataFrame,  # from `fold_table`
     metric: str = "log_loss",
+    is_independent: bool = True,  # False: folds share rows; critical_difference and p are None
 ) -> dict | None:  # mean_ranks (model -> mean rank, best first), critical_difference, p
     "Ranks of the models over the folds; None with fewer than two models or folds."
     scores = fold_scores(table, metric)
@@ -107,7 +109,8 @@ def fold_ranks(
         ranks = rank_models(scores, metric)
     except (SignificanceError, ValueError):
         return None
-    return dict(mean_ranks=ranks.mean.to_dict(), critical_difference=ranks.cd, p=ranks.p)
+    tests = dict(critical_difference=ranks.cd, p=ranks.p)
+    return dict(mean_ranks=ranks.mean.to_dict()) | (tests if is_independent else dict.fromkeys(tests))
 
 
 def better_than_simple(
@@ -121,23 +124,42 @@ def better_than_simple(
     return {model: float((others[model] < simple).mean()) for model in others}
 
 # %% ../../nbs/runs/21_fold_comparison.ipynb #724b9779
+def fold_verdicts(
+    task: Task,
+    table: pd.DataFrame,  # from `fold_table`
+) -> dict[str, dict[int, str]]:  # model -> number of a fold -> verdict, as in `DirectionClaim`; empty without direction
+    "Verdicts on the directional skill of each model in each fold, at a level corrected for all models and folds."
+    if not has_direction(task.classes):
+        return {}
+    spans = table.groupby("fold")[["start", "end"]].first()
+    trials = len(spans) * len(task.models)
+    verdicts: dict[str, dict[int, str]] = {}
+    for model, predictions in task.predictions.items():
+        parts = {int(fold): _between(predictions, span) for fold, span in spans.iterrows()}
+        verdicts[model] = dict.fromkeys(parts, "too few rows")
+        for fold, part in parts.items():
+            if len(part):
+                verdicts[model][fold] = direction_claim(part, task.horizon, trials, classes=task.classes).verdict
+    return verdicts
+
+
 def fold_claims(
     task: Task,
     table: pd.DataFrame,  # from `fold_table`
 ) -> dict[str, list[int]]:  # model -> numbers of the folds with significant directional skill
     "Folds in which the directional skill of a model is significant, at a level corrected for all models and folds."
-    if not has_direction(task.classes):
-        return {}
-    spans = table.groupby("fold")[["start", "end"]].first()
-    trials = len(spans) * len(task.models)
-    skilled = {}
-    for model, predictions in task.predictions.items():
-        parts = {fold: _between(predictions, span) for fold, span in spans.iterrows()}
-        claims = {
-            fold: direction_claim(part, task.horizon, trials, classes=task.classes) for fold, part in parts.items()
-        }
-        skilled[model] = [int(fold) for fold, claim in claims.items() if claim.significant]
-    return skilled
+    return folds_with(fold_verdicts(task, table), "significant")
+
+
+UNTESTED = "too few rows", "no direction"  # verdicts on a fold in which directional skill cannot be tested
+
+
+def folds_with(
+    verdicts: dict[str, dict[int, str]],  # from `fold_verdicts`
+    *wanted: str,
+) -> dict[str, list[int]]:  # model -> numbers of the folds with one of the wanted verdicts
+    "Folds of each model with certain verdicts."
+    return {model: [f for f, verdict in by_fold.items() if verdict in wanted] for model, by_fold in verdicts.items()}
 
 
 def _between(frame, span):
@@ -153,6 +175,7 @@ def fold_decay(
     task: Task,
     table: pd.DataFrame,  # from `fold_table`
     shares: dict[int, list[float]],  # fold -> class shares of its training rows
+    trained_once: bool = False,  # whether all folds use the fit before the first test part
 ) -> dict[str, dict]:  # model -> gains (by quarter of a test part), first_half, second_half, p
     "Information gain of each model by time since its fit; p is two-sided, without correction for several models."
     spans = table.groupby("fold")[["start", "end"]].first()
@@ -162,13 +185,22 @@ def fold_decay(
         parts = []
         for fold, span in spans.iterrows():
             part = _between(predictions, span)
+            if not len(part):
+                continue
             true = pd.Index(classes).get_indexer(part["y_true"])
             p = part[columns].to_numpy(float)[np.arange(len(part)), true]
             gain = np.log(np.clip(p, 1e-15, 1)) - np.log(np.clip(np.asarray(shares[fold])[true], 1e-15, 1))
-            age = part["datetime"].rank(method="dense").to_numpy() - 1
-            parts.append(part[["datetime", "symbol"]].assign(gain=gain, age=age / (age.max() + 1)))
-        decay[model] = _decay_test(pd.concat(parts), task.horizon)
+            parts.append(part[["datetime", "symbol"]].assign(gain=gain, age=_age(part)))
+        if parts:
+            rows = pd.concat(parts)
+            decay[model] = _decay_test(rows.assign(age=_age(rows)) if trained_once else rows, task.horizon)
     return decay
+
+
+def _age(rows):
+    "Position of each row's time among the times of the rows, from 0 to less than 1."
+    age = rows["datetime"].rank(method="dense").to_numpy() - 1
+    return age / (age.max() + 1)
 
 
 def _decay_test(rows, horizon):
@@ -219,15 +251,28 @@ def _components(table, metric):
 
 # %% ../../nbs/runs/21_fold_comparison.ipynb #8389958f
 def path_overfitting(
-    scores: pd.DataFrame,  # paths x models, higher is better
+    profit: list[pd.DataFrame],  # for each path, daily net profit (days x models)
 ) -> float:
-    "Share of paths on which the model chosen on the other paths is in the worse half; NaN with one path or model."
-    if scores.shape[1] < 2 or len(scores) < 2 or scores.isna().any(axis=None):
+    "Probability of backtest overfitting, averaged over the paths; NaN with too few models or days."
+    try:
+        values = [backtest_overfitting(path.to_numpy().T).probability for path in profit]
+    except SignificanceError:
         return math.nan
-    others = (scores.sum() - scores) / (len(scores) - 1)
-    chosen = others.to_numpy().argmax(1)
-    ranks = scores.rank(axis=1).to_numpy()[np.arange(len(scores)), chosen]
-    return float((ranks < (scores.shape[1] + 1) / 2).mean())
+    return float(np.mean(values)) if values else math.nan
+
+
+def path_profit(
+    task: Task,
+) -> list[pd.DataFrame]:  # for each path, daily net profit (days x models); empty if a record has none
+    "Daily net profit on each path of the records of a task, averaged over seeds."
+    columns = {}
+    for model, records in task.models.items():
+        try:
+            columns[model] = pd.concat([record.daily_pnl("paths") for record in records]).groupby(level=0).mean()
+        except RunError:
+            return []
+    names = next(iter(columns.values())).columns
+    return [pd.DataFrame({m: daily[name] for m, daily in columns.items()}).fillna(0.0) for name in names]
 
 
 def path_scores(
@@ -263,9 +308,11 @@ def fold_entry(
         table = fold_table(task, runs)
     except (RunError, KeyError) as e:
         return dict(label=records[0].folds, why=" ".join(str(e).split()))
-    shares = {run.fold: run.manifest["train_shares"] for run in runs if run.path.name in set(table.run)}
-    is_combinatorial = records[0].config["data"]["folds"]["kind"] == "combinatorial"
-    paths = path_scores(task)
+    names, scheme = set(table.run), records[0].config["data"]["folds"]
+    shares = {run.fold: run.manifest["train_shares"] for run in runs if run.path.name in names}
+    is_combinatorial, trained_once = scheme["kind"] == "combinatorial", scheme["retrain"] == "first"
+    paths, profit = path_scores(task), path_profit(task) if is_combinatorial else []
+    verdicts = {} if is_combinatorial else fold_verdicts(task, table)
     return dict(
         label=records[0].folds,
         why="",
@@ -273,11 +320,13 @@ def fold_entry(
         n_fits=len(table),
         rows=table.to_dict("records"),
         lead=fold_lead(table),
-        ranks={metric: fold_ranks(table, metric) for metric in ("log_loss", "directional_skill")},
+        ranks={m: fold_ranks(table, m, not is_combinatorial) for m in ("log_loss", "directional_skill")},
         better_than_simple=better_than_simple(table),
-        skilled_folds={} if is_combinatorial else fold_claims(task, table),
-        decay={} if is_combinatorial else fold_decay(task, table, shares),
+        skilled_folds=folds_with(verdicts, "significant"),
+        untested_folds=folds_with(verdicts, *UNTESTED),
+        decay={} if is_combinatorial else fold_decay(task, table, shares, trained_once),
+        trained_once=trained_once,
         variance={metric: _components(table, metric) for metric in FOLD_METRICS},
         paths=None if paths is None else paths.to_dict("list"),
-        path_overfitting=None if paths is None else path_overfitting(paths * metric_sign("sharpe_net")),
+        path_overfitting=path_overfitting(profit),
     )

@@ -134,6 +134,11 @@ def fold_numbers(grid: GridConfig) -> list[int | None]:
     "The number of each fold of a grid; a list with None if the grid has no folds."
     if grid.folds is None:
         return [None]
+    if not grid.folds.n_folds:
+        test, n = grid.folds.n_test_groups, grid.folds.n
+        raise ConfigError(
+            f"folds: a fold tests {test} of n = {n} groups, expected at least one group left for training"
+        )
     return list(range(1, grid.folds.n_folds + 1)) if grid.folds.fold is None else [grid.folds.fold]
 
 

@@ -371,6 +371,7 @@ def _fold_summary_row(task, folds, model):
     best = _first_by_fold(folds["rows"])
     ranks = (folds["ranks"]["log_loss"] or {}).get("mean_ranks", {})
     decay = folds["decay"].get(model, {})
+    halves = [decay.get(half) for half in ("first_half", "second_half")]
     losses = [row["log_loss"] for row in folds["rows"] if row["model"] == model and row["log_loss"] is not None]
     return dict(
         data=task["data"],
@@ -379,14 +380,19 @@ def _fold_summary_row(task, folds, model):
         first_in=f"{best.count(model)} of {folds['n_folds']}",
         mean_rank=ranks.get(model, math.nan),
         log_loss=f"{min(losses):.3f} to {max(losses):.3f}" if losses else "–",
-        skill_in=_count_text(folds["skilled_folds"].get(model), folds["n_folds"]),
+        skill_in=_count_text(folds["skilled_folds"].get(model), folds["n_folds"] - _n_untested(folds, model)),
         beats_simple=folds["better_than_simple"].get(model, math.nan),
-        gain_by_half=f"{decay['first_half']:.4f}, {decay['second_half']:.4f}" if decay else "–",
+        gain_by_half=", ".join("–" if gain is None else f"{gain:.4f}" for gain in halves) if decay else "–",
     )
 
 
+def _n_untested(folds, model):
+    "Number of folds with too few rows to test the directional skill of a model."
+    return len(folds.get("untested_folds", {}).get(model, ()))
+
+
 def _count_text(numbers, n_folds):
-    return "–" if numbers is None else f"{len(numbers)} of {n_folds}"
+    return "–" if numbers is None or not n_folds else f"{len(numbers)} of {n_folds}"
 
 
 def _first_by_fold(rows):

@@ -160,12 +160,13 @@ def _class_metrics(evaluator, output, y):
 def _constant_baselines(run, frame, classes):
     "Predictions of the baselines prior, flat and long; flat and long are omitted if their class does not exist."
     meta = frame[["datetime", "symbol", "horizon"]]
-    probabilities = dict(prior=np.asarray(run.manifest["train_shares"], float))
+    probabilities = dict(prior=run.class_shares(frame["datetime"]))
     if has_direction(classes):
         for name, c in dict(flat=0, long=1).items():
             if c in classes:
                 probabilities[name] = np.eye(len(classes))[classes.index(c)]
-    return {name: to_output(np.tile(p, (len(meta), 1)), meta, classes) for name, p in probabilities.items()}
+    shape = len(meta), len(classes)
+    return {name: to_output(np.broadcast_to(p, shape).copy(), meta, classes) for name, p in probabilities.items()}
 
 # %% ../../nbs/runs/08_rescore.ipynb #bc25796b
 def _link_or_copy(source, target):

@@ -275,7 +275,11 @@ def fold_sentences(
     head = f"{task['data']}, horizon {task['horizon']}: "
     if folds["why"]:
         return [f"{head}the folds are not compared: {folds['why']}."]
-    parts = _lead_sentence(folds["lead"]), _skilled_folds_sentence(folds), _decay_sentence(folds["decay"])
+    parts = (
+        _lead_sentence(folds["lead"]),
+        _skilled_folds_sentence(folds),
+        _decay_sentence(folds["decay"], folds.get("trained_once")),
+    )
     return [head + sentence for sentence in (*parts, _paths_sentence(folds)) if sentence]
 
 
@@ -311,10 +315,17 @@ def _skilled_folds_sentence(folds):
         by_folds.setdefault(tuple(numbers), []).append(model)
     if not by_folds:
         return ""
+    untested = [set(numbers) for numbers in folds.get("untested_folds", {}).values()]
+    untested = sorted(set.intersection(*untested)) if untested else []
+    if len(untested) == folds["n_folds"]:
+        return "directional skill in single folds is not tested: each has too few rows."
     n, texts = folds["n_folds"], []
     for numbers, models in sorted(by_folds.items(), key=lambda pair: -len(pair[0])):
         texts.append(f"{_listed(models, 'and')} {_where_text(numbers, n)}")
     level = "corrected for all models and folds"
+    if untested:
+        verb = "have" if len(untested) > 1 else "has"
+        level += f"; fold{'s' * (len(untested) > 1)} {number_text(untested)} {verb} too few rows for a test"
     return f"directional skill in single folds is significant for {'; for '.join(texts)} ({level})."
 
 
@@ -324,7 +335,7 @@ def _where_text(numbers, n):
     return f"in fold{'s' * (len(numbers) > 1)} {number_text(list(numbers))} of {n}"
 
 
-def _decay_sentence(decay):
+def _decay_sentence(decay, trained_once):
     "Models whose information gain falls with time since the fit, with a Bonferroni correction for several models."
     fading = {
         model: d
@@ -334,16 +345,22 @@ def _decay_sentence(decay):
     if not fading:
         return ""
     details = [f"{m}: {d['first_half']:.4f} to {d['second_half']:.4f} nats" for m, d in fading.items()]
-    head = "the information gain is smaller in the second half of the test parts than in the first"
-    return f"{head} ({'; '.join(details)}); with shorter test parts, models are retrained more often."
+    parts, advice = "test parts", "with shorter test parts, models are retrained more often"
+    if trained_once:
+        parts, advice = "scored period", "all folds use one fit; with `retrain: each`, each fold has its own"
+    head = f"the information gain is smaller in the second half of the {parts} than in the first"
+    return f"{head} ({'; '.join(details)}); {advice}."
 
 
 def _paths_sentence(folds):
     if folds["path_overfitting"] is None:
         return ""
     n = len(next(iter(folds["paths"].values())))
-    chosen = "the model with the best Sharpe ratio on the other paths is in the worse half"
-    return f"on {folds['path_overfitting']:.0%} of {n} paths, {chosen} (probability of backtest overfitting)."
+    chosen = (
+        "the model with the best Sharpe ratio in one half of the days is in the worse half of the models in the other"
+    )
+    share = f"in {folds['path_overfitting']:.0%} of the splits of {n} paths"
+    return f"{share}, {chosen} (probability of backtest overfitting)."
 
 # %% ../../nbs/runs/07_sentences.ipynb #432c5251
 def comparison_notes(

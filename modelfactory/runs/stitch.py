@@ -39,25 +39,28 @@ if TYPE_CHECKING:
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['PATHS_FILE', 'fold_groups', 'n_folds', 'Stitched', 'join_folds', 'stitch', 'stitched_identity', 'publish_stitched',
-           'stitch_finished']
+__all__ = ['PATHS_FILE', 'PATHS_DAILY_FILE', 'fold_groups', 'n_folds', 'Stitched', 'join_folds', 'stitch', 'stitched_identity',
+           'publish_stitched', 'stitch_finished']
 
 # %% ../../nbs/runs/20_stitch.ipynb #e7ff58e5
 def fold_groups(
     runs: Iterable[StoredRun],  # oldest first; runs without folds are ignored
 ) -> list[dict[int, StoredRun]]:  # for each model, config, seed, horizon and data set: fold -> its newest scored run
     "Groups the runs on folds by the record to which they belong."
-    groups: dict[str, dict[int, StoredRun]] = {}
+    groups: dict[tuple, dict[int, StoredRun]] = {}
     for run in runs:
         if run.fold is None or not run.scored:
             continue
-        with contextlib.suppress(ConfigError):
-            groups.setdefault(_group_key(run), {})[run.fold] = run
+        with contextlib.suppress(ConfigError, TypeError):  # a damaged config
+            key = _record_key(run), run.manifest.get("code")
+            if key not in groups:
+                n_folds(run)  # raises `ConfigError` if the scheme cannot be read
+            groups.setdefault(key, {})[run.fold] = run
     return [dict(sorted(group.items())) for group in groups.values()]
 
 
-def _group_key(run):
-    "Text that is equal for the runs of one record: everything that determines a run except the number of its fold."
+def _record_key(run):
+    "Text that is equal for the runs of one record: config and data, but not the number of the fold."
     config = run.config
     data = {k: v for k, v in config["data"].items() if k not in ("data", "prices")}
     data["folds"] = data["folds"] | dict(fold=None)
@@ -98,32 +101,48 @@ class Stitched:
         return self.trainer.backtest("val")
 
     @cached_property
-    def path_metrics(self) -> list[dict]:
-        "Metrics of each path of a combinatorial scheme, without intervals; empty for a walk-forward scheme."
-        return [self._score_path(numbers) for numbers in self._paths()]
-
-    def _paths(self):
-        folds = self.trainer.config.data.folds
-        return fold_paths(folds.n, folds.n_test_groups) if folds.kind == "combinatorial" else []
-
-    def _score_path(self, numbers):
-        "Metrics of the path that takes group `g` from the fold with number `numbers[g]`."
+    def paths(self) -> list[PredictionOutput]:
+        "Predictions of each path of a combinatorial scheme; empty for a walk-forward scheme."
         trainer, folds = self.trainer, self.trainer.config.data.folds
-        ds, classes = trainer.datasets["val"], trainer.config.data.classes
-        position = _positions(ds)
-        p = np.zeros((len(ds), len(classes)))
-        for group, number in enumerate(numbers):
-            rows = position[_group_rows(trainer.folds, folds, group)]
-            fold_rows = position[trainer.folds[number - 1].val.rows]
-            p[rows] = _fold_output(self.runs[number - 1], trainer, number).probabilities[np.isin(fold_rows, rows)]
-        evaluator = replace(trainer.evaluator, n_boot=0)
+        if folds.kind != "combinatorial":
+            return []
+        outputs = [_fold_output(run, trainer, number) for number, run in enumerate(self.runs, 1)]
+        groups = [_group_rows(trainer.folds, folds, group) for group in range(folds.n)]
+        return [_join_path(trainer, outputs, groups, numbers) for numbers in fold_paths(folds.n, folds.n_test_groups)]
+
+    @cached_property
+    def path_metrics(self) -> list[dict]:
+        "Metrics of each path, without intervals."
+        trainer, ds = self.trainer, self.trainer.datasets["val"]
+        evaluator, (prices, source) = replace(trainer.evaluator, n_boot=0), read_prices(ds, trainer.config.data.prices)
+        return [evaluator.compute_all_metrics(path, ds.y, prices, returns_source=source) for path in self.paths]
+
+    @cached_property
+    def path_profit(self) -> pd.DataFrame | None:  # days x paths; None without paths, prices or direction
+        "Daily net profit of each path, as a share of capital."
+        trainer, ds = self.trainer, self.trainer.datasets["val"]
         prices, source = read_prices(ds, trainer.config.data.prices)
-        return evaluator.compute_all_metrics(to_output(p, ds.metadata, classes), ds.y, prices, returns_source=source)
+        backtests = [trainer.evaluator.backtest(path, prices, ds.y, source) for path in self.paths]
+        if not backtests or any(b is None or not b.has_prices for b in backtests):
+            return None
+        return pd.DataFrame({f"path_{i}": b.daily["net"] for i, b in enumerate(backtests, 1)})
 
     def __repr__(self):
         m, folds = self.metrics, self.trainer.config.data.folds
         task = f"{self.runs[0].manifest['model']}, horizon {self.runs[0].horizon}, {folds.label}"
         return f"Stitched({task}: {len(self.predictions):,} rows, log loss {m['log_loss']:.4f})"
+
+
+def _join_path(trainer, outputs, groups, numbers):
+    "Predictions of the path that takes group `g` from the fold with number `numbers[g]`."
+    ds, classes = trainer.datasets["val"], trainer.config.data.classes
+    position = _positions(ds)
+    p, labels = np.zeros((len(ds), len(classes))), np.zeros(len(ds), np.int8)
+    for rows, number in zip(groups, numbers, strict=True):
+        output, is_chosen = outputs[number - 1], np.isin(trainer.folds[number - 1].val.rows, rows)
+        p[position[rows]] = output.probabilities[is_chosen]
+        labels[position[rows]] = output.predictions[is_chosen]
+    return replace(to_output(p, ds.metadata, classes), predictions=labels)
 
 
 def _positions(ds):
@@ -216,6 +235,21 @@ def stitched_identity(
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def _training_shares(trainer):
+    "Class shares of the training rows behind a record, as manifest fields: the mean, and the shares from each time on."
+    ds, classes = trainer.datasets["val"], trainer.config.data.classes
+    position, sums, count = _positions(ds), np.zeros((len(ds), len(classes))), np.zeros((len(ds), 1))
+    for fold in trainer.folds:
+        rows = position[fold.val.rows]
+        sums[rows] += [(fold.train.y == c).mean() for c in classes]
+        count[rows] += 1
+    by_time = pd.DataFrame(sums / count).groupby(ds.metadata["datetime"]).first()
+    is_new = np.append(True, (np.diff(by_time.to_numpy(), axis=0) != 0).any(1))
+    shares = {time.isoformat(): row.tolist() for time, row in zip(by_time.index, by_time.to_numpy(), strict=True)}
+    first = [time.isoformat() for time in by_time.index[is_new]]
+    return dict(train_shares=(sums / count).mean(0).tolist(), fold_shares={time: shares[time] for time in first})
+
+
 def publish_stitched(
     record: Stitched,
     runs: Path,  # runs folder
@@ -228,6 +262,11 @@ def publish_stitched(
         if record.path_metrics:
             write_json(attempt / PATHS_FILE, dict(paths=record.path_metrics))
         changes = dict(identity=stitched_identity(record.runs), stitched=[run.path.name for run in record.runs])
+        changes |= dict(notes=[f"fold {run.fold}: {note}" for run in record.runs for note in run.notes])
+        changes |= dict(code=record.runs[-1].manifest.get("code"), **_training_shares(trainer))
+        if record.path_profit is not None:
+            (attempt / PATHS_DAILY_FILE).parent.mkdir()
+            record.path_profit.rename_axis("day").reset_index().to_parquet(attempt / PATHS_DAILY_FILE, index=False)
         write_record(trainer, attempt, trainer_plots(trainer), **changes)
         return publish(attempt, Path(runs), record.runs[-1].manifest.get("grid") or "")
     finally:
@@ -235,6 +274,7 @@ def publish_stitched(
 
 
 PATHS_FILE = "metrics/paths.json"
+PATHS_DAILY_FILE = "predictions/paths_daily.parquet"  # read by `StoredRun.daily_pnl("paths")`
 
 
 def stitch_finished(
@@ -244,20 +284,29 @@ def stitch_finished(
     "Writes the stitched record of every model whose folds are all finished, unless the record exists."
     folder, written = Path(runs or settings().runs), []
     warnings = [] if warnings is None else warnings
-    for group in fold_groups(list_runs(folder)):
+    listed = list_runs(folder)
+    groups = fold_groups(listed)
+    newest = {_record_key(next(iter(group.values()))): i for i, group in enumerate(groups)}
+    for i, group in enumerate(groups):
+        first = next(iter(group.values()))
         try:
-            if len(group) < n_folds(next(iter(group.values()))):
+            if len(group) < n_folds(first):
+                if newest[_record_key(first)] != i:
+                    continue  # the folds are trained again by another version of the code
                 warnings.append(f"{_group_text(group)} are finished; its record is not stitched")
                 continue
             members = [group[number] for number in sorted(group)]
+            if _is_stored(listed, members):
+                continue
             with FileLock(folder / ".locks" / stitched_identity(members)):
-                if not _is_stored(list_runs(folder), members):
+                if not _is_stored(list_runs(folder), members):  # another process may have written it meanwhile
                     written.append(publish_stitched(_stitch_group(group), folder))
-        except SCORING_ERRORS as e:
+        except (*SCORING_ERRORS, OSError, ValueError, KeyError, TypeError) as e:
             warnings.append(f"{_group_text(group)}: its record is not stitched: {' '.join(str(e).split())}")
     return written
 
 
 def _is_stored(listed: RunList, members) -> bool:
-    "Whether the record of these runs is among the stored runs."
-    return stitched_identity(members) in {run.identity for run in listed if run.is_stitched}
+    "Whether the record of these runs is among the stored runs; a record of deleted or older runs does not count."
+    names = [run.path.name for run in members]
+    return any(run.manifest["stitched"] == names for run in listed if run.is_stitched)

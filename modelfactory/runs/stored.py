@@ -39,6 +39,7 @@ from modelfactory.runs.run_folder import (
 from ..training.test_set import short_names
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from modelfactory.evaluation.tables import Metrics
@@ -79,6 +80,9 @@ class Manifest:
     splits: list[ShortText] = field(default_factory=list)  # names of the predicted splits
     seconds: dict[ShortText, float] = field(default_factory=dict)  # duration of each step in seconds
     train_shares: list[float] | None = None  # share of each class in the training split
+    fold_shares: dict[ShortText, list[float]] = field(
+        default_factory=dict
+    )  # stitched records: time -> shares from then
     fold: PositiveInt | None = None  # number of the fold that the run uses; None: no folds, or a stitched record
     folds: ShortText | None = None  # the scheme of the folds in words
     scored_span: list[ShortText] = field(default_factory=list)  # first and last time of the scored rows of a fold
@@ -334,6 +338,27 @@ class StoredRun:
         if not file.is_file():
             raise RunError(f"{self.path.name}: no daily profit of {split!r}")
         return _read_table(file).set_index("day")
+
+    def class_shares(
+        self,
+        times: pd.Series,  # times of rows
+    ) -> np.ndarray:  # (K,), or (n, K) for a stitched record
+        "Class shares of the training rows; those of a stitched record change from fold to fold."
+        import numpy as np
+        import pandas as pd
+
+        stored = self.manifest.get("fold_shares")
+        try:
+            if not stored:
+                return np.asarray(self.manifest["train_shares"], float)
+            starts = np.array([pd.Timestamp(time).as_unit("ns").value for time in stored])
+            shares = np.array(list(stored.values()), float).reshape(len(stored), len(self.manifest["train_shares"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise RunError(
+                f"{self.path.name}: no valid class shares of its training rows ({e}); train it again"
+            ) from None
+        numbers = np.searchsorted(starts, pd.DatetimeIndex(times).as_unit("ns").asi8, side="right") - 1
+        return shares[np.maximum(numbers, 0)]
 
     def verify(
         self,

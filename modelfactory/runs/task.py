@@ -230,6 +230,7 @@ def _scored_predictions(run, split):
         raise RunError(f"{name}: its predictions have no column {sorted(missing)[0]!r}; train the run again")
     if not len(table):
         raise RunError(f"{name}: its predictions have no rows; train the run again")
+    run.class_shares(table["datetime"])  # raises `RunError` if the shares of a stitched record are damaged
     return table
 
 
@@ -361,7 +362,7 @@ def task_significance(
     alpha: float = 0.05,  # probability of a false claim, for each kind of claim
 ) -> dict:  # the result of `significance_summary`
     "Tests all models of a task; a test that cannot be run gives None, with the reason in `why`."
-    shares = task.runs[-1].manifest["train_shares"]
+    shares = task.runs[-1].class_shares(task.frame["datetime"])
     days = task.runs[-1].metrics.get("days_per_year")
     predictions = {model: table["prediction"].to_numpy() for model, table in task.predictions.items()}
     summary = significance.significance_summary(

@@ -27,7 +27,7 @@ from ..data.bundled import absolute_paths, resolve_data
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.fold_data import fill_features, fold_datasets, scored_rows
 from ..data.prices import check_dataset_prices
-from ..data.splits import fingerprint
+from ..data.splits import fill_nan, fingerprint
 from ..data.uniqueness import effective_samples, label_uniqueness
 from ..evaluation.backtest import GAP_0_NOTE
 from ..evaluation.baselines import all_baselines, fold_baselines
@@ -143,6 +143,9 @@ class Trainer:
             whole = replace(folder, folds=None, nan=folder.nan and "keep")
             datasets |= load_datasets(whole, *task, ("test",), self.frames, self.context_rows)[0]
             fill_features(datasets["test"], report.fills)
+            first = self.folds[0].train
+            parts = dict(train=first.split, test=datasets["test"].split)
+            fill_features(datasets["test"], fill_nan(parts, folder.nan, first.rows))  # features with NaN in test only
         return datasets, report
 
     @property
