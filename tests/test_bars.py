@@ -121,6 +121,7 @@ def test_block_length_is_weighted_by_rows_of_symbols():
     assert split_blocks(alone, 5) == 200 and split_blocks(both, 5) > 90
 
 
+@pytest.mark.slow
 def test_report_states_the_accuracy_of_the_constant_call(tmp_path):
     "Barriers of 1.5 ATR down and 3 ATR up: always down. With a drift: always up."
     out = bars_to_splits(walk(8_000), tmp_path / "barriers", horizons=(20,), barriers={20: (3.0, 1.5)})

@@ -49,6 +49,7 @@ def long(wide, name):
     return wide.rename_axis(columns="symbol").stack().rename(name).reset_index()
 
 
+@pytest.mark.slow
 def test_coefficients_quantiles_and_turnover_equal_those_of_alphalens():
     performance = pytest.importorskip("alphalens.performance")
     from alphalens.utils import get_clean_factor_and_forward_returns
@@ -146,6 +147,7 @@ def claims(score, market, horizon=5):
     return row.ci_low > 0 or row.ci_high < 0, row.p_shift < 0.05
 
 
+@pytest.mark.slow
 def test_random_scores_are_significant_at_the_nominal_rate():
     found = []
     for world in ("symmetric", "drift_.05", "volatility_clusters", "own_drifts", "sparse_symbol"):
@@ -156,6 +158,7 @@ def test_random_scores_are_significant_at_the_nominal_rate():
     assert (np.mean(found, 0) < 0.15).all(), np.mean(found, 0)  # 0.05 plus three standard errors of 50 draws
 
 
+@pytest.mark.slow
 def test_a_contrarian_score_on_a_random_walk_has_a_bias_that_is_taken_out():
     values, biases = [], []
     for seed in range(60):

@@ -61,6 +61,7 @@ def test_a_condition_of_a_rule_is_found():
     assert min(gains) > 0.02 and np.mean(gains) > 0.05
 
 
+@pytest.mark.slow
 def test_without_skill_claims_stay_at_their_level():
     "The rule is right half of the time everywhere; verdicts other than 'not significant' have a level of 5%."
     verdicts, acts = [], []

@@ -262,6 +262,7 @@ def test_backtest_and_fast_backtest_have_the_same_cost():
     assert np.allclose(profit[1] - profit[0], trading_cost(costly.daily.turnover, rules[0]))
 
 
+@pytest.mark.slow
 def test_intervals_of_slices_are_at_a_level_corrected_for_their_number():
     predictions, y, prices = market(symbols=4, skill=0.1)
     evaluator = ModelEvaluator(5, n_boot=200)

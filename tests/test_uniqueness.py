@@ -147,6 +147,7 @@ SMALL = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_family_fits_uniqueness_like_a_column_with_the_same_weights(name):
     task, probabilities = overlapping(seq_len=SMALL[name].get("sequence_length", 1)), {}

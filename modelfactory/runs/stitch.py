@@ -104,7 +104,7 @@ class Stitched:
     def paths(self) -> list[PredictionOutput]:
         "Predictions of each path of a combinatorial scheme; empty for a walk-forward scheme."
         trainer, folds = self.trainer, self.trainer.config.data.folds
-        if folds.kind != "combinatorial":
+        if folds is None or folds.kind != "combinatorial":
             return []
         outputs = [_fold_output(run, trainer, number) for number, run in enumerate(self.runs, 1)]
         groups = [_group_rows(trainer.folds, folds, group) for group in range(folds.n)]
@@ -123,9 +123,10 @@ class Stitched:
         trainer, ds = self.trainer, self.trainer.datasets["val"]
         prices, source = read_prices(ds, trainer.config.data.prices)
         backtests = [trainer.evaluator.backtest(path, prices, ds.y, source) for path in self.paths]
-        if not backtests or any(b is None or not b.has_prices for b in backtests):
+        net = [backtest.daily["net"] for backtest in backtests if backtest is not None and backtest.has_prices]
+        if not net or len(net) < len(backtests):
             return None
-        return pd.DataFrame({f"path_{i}": b.daily["net"] for i, b in enumerate(backtests, 1)})
+        return pd.DataFrame({f"path_{i}": values for i, values in enumerate(net, 1)})
 
     def __repr__(self):
         m, folds = self.metrics, self.trainer.config.data.folds
@@ -261,7 +262,7 @@ def publish_stitched(
     try:
         if record.path_metrics:
             write_json(attempt / PATHS_FILE, dict(paths=record.path_metrics))
-        changes = dict(identity=stitched_identity(record.runs), stitched=[run.path.name for run in record.runs])
+        changes: dict = dict(identity=stitched_identity(record.runs), stitched=[run.path.name for run in record.runs])
         changes |= dict(notes=[f"fold {run.fold}: {note}" for run in record.runs for note in run.notes])
         changes |= dict(code=record.runs[-1].manifest.get("code"), **_training_shares(trainer))
         if record.path_profit is not None:

@@ -159,6 +159,7 @@ def hand_written(name, config, frame, n):
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fold_equals_a_hand_written_loop(name):
     rng, times = np.random.default_rng(0), pd.date_range("2024-01-01", periods=420, freq="h")
@@ -184,6 +185,7 @@ def test_a_fold_equals_a_hand_written_loop(name):
         assert np.abs(predicted.probabilities - output.probabilities).max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lightgbm", "gru"])
 def test_neither_the_fit_nor_early_stopping_sees_the_scored_part_or_later_rows(name, panels):
     data = in_two_files(panels[2])
@@ -425,6 +427,7 @@ def members_and_record(folder):
     return members, next(run for run in runs if run.is_stitched)
 
 
+@pytest.mark.slow
 def test_a_fold_that_is_trained_again_gets_a_new_record(folded):
     tmp_path, (first, old) = folded, members_and_record(folded)
     shutil.rmtree(first[1].path)
@@ -508,6 +511,7 @@ def test_runs_on_folds_do_not_hide_that_another_run_stopped_on_validation():
     assert note["models"] == ["lightgbm"]
 
 
+@pytest.mark.slow
 def test_paths_are_records_of_single_fits_and_overfitting_is_tested_within_each(tmp_path):
     members = fold_runs(tmp_path, numbers=range(1, 4), kind="combinatorial", n=3, test=2)
     record = stitch(members)
@@ -587,6 +591,7 @@ def test_a_scheme_without_a_fold_is_refused():
             grid_jobs(grid)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_scheme_does_not_hide_a_failure(folded):
     data = str(list_runs(folded / "runs")[0].manifest["data"])
     for k, folds in enumerate([None, dict(n=3, fold=1), dict(n=4, fold=1)]):
