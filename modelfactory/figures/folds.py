@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['plot_fold_scores', 'plot_decay', 'plot_paths']
+__all__ = ['VARIANCE_PARTS', 'plot_fold_scores', 'plot_decay', 'plot_paths', 'plot_variance']
 
 # %% ../../nbs/figures/04_folds.ipynb #00860a16
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -124,4 +124,39 @@ def plot_paths(
     ax.set_title(title, fontsize=9, loc="left")
     ax.tick_params(axis="x", labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+# %% ../../nbs/figures/04_folds.ipynb #82471ea6
+VARIANCE_PARTS = dict(model_sd="models", fold_sd="folds", model_fold_sd="models x folds", seed_sd="seeds")
+
+
+def plot_variance(
+    variance: dict[str, dict | None],  # `variance` in the fold entry of a task: metric -> standard deviations
+    title: str = "",
+) -> Figure | None:  # None if no variance can be split
+    "Share of each part in the variance of the scores, with one bar for each metric."
+    from matplotlib import pyplot as plt
+
+    squares = {
+        metric: {k: (parts.get(k) or 0.0) ** 2 for k in VARIANCE_PARTS} for metric, parts in variance.items() if parts
+    }
+    shares = pd.DataFrame(squares).T
+    shares = shares[shares.sum(axis=1) > 0]
+    if not len(shares):
+        return None
+    shares = shares.div(shares.sum(axis=1), axis=0)
+    size = 7, 0.35 * len(shares) + 1.1
+    figure, ax = plt.subplots(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    left, colors = np.zeros(len(shares)), ("#0072B2", "#E69F00", "#bbbbbb", "#D55E00")
+    for (part, label), color in zip(VARIANCE_PARTS.items(), colors, strict=True):
+        ax.barh(range(len(shares)), shares[part], left=left, color=color, label=label, height=0.7)
+        left += shares[part].to_numpy()
+    ax.set_yticks(range(len(shares)), [name.replace("_", " ") for name in shares.index], fontsize=9)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1))
+    ax.set_xlabel("share of the variance", fontsize=9)
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.tick_params(axis="x", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(ncols=4, frameon=False, fontsize=8, loc="outside lower center")
     return figure
