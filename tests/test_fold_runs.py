@@ -367,7 +367,7 @@ def grid_in_process(grid, folder, plugins):
     run_grid(grid, folder)
 
 
-N_KILLS = int(os.environ.get("MODELFACTORY_TEST_KILLS", 4))
+N_KILLS = int(os.environ.get("FOLD_TEST_KILLS", 4))
 
 
 @pytest.mark.slow
