@@ -611,19 +611,19 @@ def information_report(
 
 def _portfolio_sharpe(portfolio, table, prices, sampling, n_shifts=200):
     "Net Sharpe ratio of the portfolio with the positions of `table`, with interval and p-value of the shift test."
-    found = dict(value=portfolio.metrics()["sharpe_net"], ci_low=np.nan, ci_high=np.nan, p_shift=np.nan)
+    figures = dict(value=portfolio.metrics()["sharpe_net"], ci_low=np.nan, ci_high=np.nan, p_shift=np.nan)
     if portfolio.flat or not sampling.n_boot:
-        return found
+        return figures
     ends = percentile_interval(*trading_draws(portfolio, sampling.n_boot, sampling.seed), sampling.level)
-    found |= {end: ends[f"sharpe_net_{end}"] for end in ("ci_low", "ci_high")}
+    figures |= {end: ends[f"sharpe_net_{end}"] for end in ("ci_low", "ci_high")}
     stamp, symbol = table.datetime.factorize(sort=True)[0], table.symbol.factorize()[0]
     T, overlap = stamp.max() + 1, int(np.ceil(portfolio.horizon * timestamps_per_bar(stamp, symbol)))
     try:
         shifts = random_shifts(T, 4 * overlap, n_shifts, sampling.seed, sampling.step)
     except PermutationError:
-        return found
+        return figures
     profit, _ = profit_by_day(table, prices, portfolio.horizon, portfolio.rules)
     position, index = table.position.to_numpy(), ffill_index(stamp, symbol)
     draws = [sharpe_ratio(profit(position[index[(stamp - k) % T, symbol]]), portfolio.trading_days) for k in shifts]
     excluded = excluded_share(T, overlap, sampling.step)
-    return found | dict(p_shift=shift_p_value(found["value"], np.array(draws), excluded))
+    return figures | dict(p_shift=shift_p_value(figures["value"], np.array(draws), excluded))

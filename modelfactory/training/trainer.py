@@ -238,9 +238,9 @@ class Trainer:
         parts, gap = [], self.config.data.gap
         if split == "test":
             val = self.datasets["val"]
-            if (known := self.predictions.get("val")) is None:
-                known = self.model.predict(val.X, val.metadata)
-            parts = [(known, val.y, label_delay(val.metadata, gap))]
+            if (of_val := self.predictions.get("val")) is None:
+                of_val = self.model.predict(val.X, val.metadata)
+            parts = [(of_val, val.y, label_delay(val.metadata, gap))]
         ds = self.datasets[split]
         return adapt_sets(self.model, *parts, (output, ds.y, label_delay(ds.metadata, gap)))
 

@@ -269,8 +269,8 @@ class MetaLabellingModel(CompositeModel):
 
     def save(self, path):
         super().save(path)
-        facts = dict(constant=self.constant, shares=self.shares.tolist())
-        (Path(path) / META_FILE).write_text(json.dumps(facts))
+        values = dict(constant=self.constant, shares=self.shares.tolist())
+        (Path(path) / META_FILE).write_text(json.dumps(values))
 
     def load(self, path):
         load_header(self, path)
