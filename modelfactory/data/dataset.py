@@ -34,9 +34,9 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'to_timezone',
-           'prepend_context', 'TimeSeriesDataset', 'FoldConfig', 'DatasetConfig', 'load_datasets', 'read_prices',
-           'read_price_file']
+__all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'to_timezone', 'merge_order',
+           'merge_rows', 'prepend_context', 'TimeSeriesDataset', 'FoldConfig', 'DatasetConfig', 'load_datasets',
+           'read_prices', 'read_price_file']
 
 # %% ../../nbs/data/01_dataset.ipynb #2c6c8c8a
 class Windows:
@@ -232,6 +232,27 @@ def _raw_column(split, name, rows=slice(None)):
     return split.market[name][rows] if name in split.market else np.full(len(range(len(split))[rows]), np.nan)
 
 # %% ../../nbs/data/01_dataset.ipynb #c3ca33aa
+def merge_order(
+    codes: Sequence[np.ndarray],  # symbol code of each row of each part; the parts are in time order
+) -> tuple[np.ndarray, list[np.ndarray]]:  # order (N,) of the concatenated rows; for each part, its rows' positions
+    "Order by symbol, then by part, of the rows of several parts."
+    order = np.argsort(np.concatenate(codes), kind="stable")
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    return order, np.split(position, np.cumsum([len(part) for part in codes])[:-1])
+
+
+def merge_rows(
+    values: Sequence[np.ndarray],  # rows of each part
+    places: Sequence[np.ndarray],  # from `merge_order`
+) -> np.ndarray:  # (N, ...) of the type of the last part
+    "Rows of several parts in one array."
+    merged = np.empty((sum(map(len, places)), *values[-1].shape[1:]), values[-1].dtype)
+    for place, part in zip(places, values, strict=True):
+        merged[place] = part
+    return merged
+
+
 def prepend_context(
     split: Split,
     context: Split | None,  # as returned by `last_rows` for the symbols of `split`
@@ -241,27 +262,18 @@ def prepend_context(
         return split, np.arange(len(split))
     _check_context(split, context)
     context = replace(context, datetimes=to_timezone(split, context.datetimes))
-    codes = np.concatenate([context.codes, split.codes])
-    order = np.argsort(codes, kind="stable")
-    position = np.empty(len(order), np.int64)
-    position[order] = np.arange(len(order))
-    before, own = np.split(position, [len(context)])
-
-    def merged(early, late):
-        out = np.empty((len(order), *late.shape[1:]), late.dtype)
-        out[before], out[own] = early, late
-        return out
-
+    codes = [context.codes, split.codes]
+    order, places = merge_order(codes)
     joined = replace(
         split,
-        matrix=merged(context.matrix, split.matrix),
-        codes=codes[order],
+        matrix=merge_rows([context.matrix, split.matrix], places),
+        codes=np.concatenate(codes)[order],
         order=None,
         datetimes=context.datetimes.append(split.datetimes)[order],
         labels={},
         bars_to_hit={},
         weights={},
-        market={name: merged(_raw_column(context, name), values) for name, values in split.market.items()},
+        market={name: merge_rows([_raw_column(context, name), x], places) for name, x in split.market.items()},
     )
     late = np.flatnonzero((np.diff(joined.codes) == 0) & (np.diff(joined.datetimes.asi8) <= 0)) + 1
     if len(late):
@@ -270,7 +282,7 @@ def prepend_context(
             f"{split.file}: {key} does not come after the rows of its context; "
             "pass the earlier splits only, in time order"
         )
-    return joined, own
+    return joined, places[1]
 
 # %% ../../nbs/data/01_dataset.ipynb #d4ab16af
 def _check_context(split, context):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .dataset import TimeSeriesDataset, to_timezone
+from .dataset import TimeSeriesDataset, merge_order, merge_rows, to_timezone
 from .folds import FoldsError, combinatorial_purged, walk_forward
 from .splits import Split, fill_nan, fill_warnings, read_splits
 
@@ -33,40 +33,31 @@ def join_splits(
     "All rows of several splits as one split; a raw column that a split lacks is NaN in its rows."
     last, symbols = splits[-1], list(dict.fromkeys(name for split in splits for name in split.symbols))
     number = {name: i for i, name in enumerate(symbols)}
-    codes = np.concatenate([np.array([number[name] for name in split.symbols])[split.codes] for split in splits])
-    order = np.argsort(codes, kind="stable")
-    position = np.empty(len(order), np.int64)
-    position[order] = np.arange(len(order))
-    places = np.split(position, np.cumsum([len(split) for split in splits])[:-1])
-
-    def joined(values):
-        out = np.empty((len(order), *values[-1].shape[1:]), values[-1].dtype)
-        for place, part in zip(places, values, strict=True):
-            out[place] = part
-        return out
-
+    codes = [np.array([number[name] for name in split.symbols])[split.codes] for split in splits]
+    order, places = merge_order(codes)
     times = [to_timezone(last, split.datetimes) for split in splits]
     return replace(
         last,
         file=" and ".join(split.file for split in splits),
-        matrix=joined([split.matrix for split in splits]),
+        matrix=merge_rows([split.matrix for split in splits], places),
         datetimes=times[0].append(times[1:])[order],
-        codes=codes[order],
+        codes=np.concatenate(codes)[order],
         symbols=symbols,
-        labels={h: joined([split.labels[h] for split in splits]) for h in last.labels},
-        bars_to_hit=_joined_columns(splits, "bars_to_hit", joined),
-        weights=_joined_columns(splits, "weights", joined),
-        market=_joined_columns(splits, "market", joined),
+        labels={h: merge_rows([split.labels[h] for split in splits], places) for h in last.labels},
+        bars_to_hit=_joined_columns(splits, "bars_to_hit", places),
+        weights=_joined_columns(splits, "weights", places),
+        market=_joined_columns(splits, "market", places),
         order=None,
     )
 
 
-def _joined_columns(splits, name, joined):
+def _joined_columns(splits, name, places):
     "Columns of an attribute such as `weights`, from all splits; NaN in the rows of a split that lacks the column."
     columns = [getattr(split, name) for split in splits]
     names = dict.fromkeys(key for part in columns for key in part)
     missing = [np.full(len(split), np.nan) for split in splits]
-    return {key: joined([part.get(key, nan) for part, nan in zip(columns, missing, strict=True)]) for key in names}
+    parts = list(zip(columns, missing, strict=True))
+    return {key: merge_rows([part.get(key, nan) for part, nan in parts], places) for key in names}
 
 # %% ../../nbs/data/13_fold_data.ipynb #389e0858
 _UNITS = ("bar", "minute", "hour", "day", "week", "month", "year")
