@@ -3293,8 +3293,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'modelfactory/runs/report.py'),
                                           'modelfactory.runs.report._decimals': ( 'runs/report.html#_decimals',
                                                                                   'modelfactory/runs/report.py'),
-                                          'modelfactory.runs.report._first_by_fold': ( 'runs/report.html#_first_by_fold',
-                                                                                       'modelfactory/runs/report.py'),
                                           'modelfactory.runs.report._fold_summary_row': ( 'runs/report.html#_fold_summary_row',
                                                                                           'modelfactory/runs/report.py'),
                                           'modelfactory.runs.report._fraction_row': ( 'runs/report.html#_fraction_row',

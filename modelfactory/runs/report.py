@@ -14,6 +14,7 @@ import pandas as pd
 from ..evaluation.metrics import metric_sign
 from ..files import printable
 from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, entry_log_loss
+from .fold_comparison import fold_scores
 from .sentences import MIN_CEILING_GAP, claim_figures, no_skill_text
 
 # %% auto #0
@@ -359,7 +360,9 @@ def fold_summary(
     "For each model: folds in which it is first, mean rank, folds with skill, share of folds better than simple models."
     rows = []
     for task in _tasks_with_folds(result):
-        rows += [_fold_summary_row(task, task["folds"], model["model"]) for model in task["models"]]
+        scores = fold_scores(pd.DataFrame(task["folds"]["rows"])).astype(float)
+        first = scores.dropna(how="all").idxmin(axis=1).tolist()  # the model with the lowest log loss in each fold
+        rows += [_fold_summary_row(task, task["folds"], model["model"], first) for model in task["models"]]
     return FormattedTable(pd.DataFrame(rows)) if rows else None
 
 
@@ -367,8 +370,7 @@ def _tasks_with_folds(result):
     return [task for task in result["tasks"] if task.get("folds") and not task["folds"]["why"]]
 
 
-def _fold_summary_row(task, folds, model):
-    best = _first_by_fold(folds["rows"])
+def _fold_summary_row(task, folds, model, first):
     ranks = (folds["ranks"]["log_loss"] or {}).get("mean_ranks", {})
     decay = folds["decay"].get(model, {})
     halves = [decay.get(half) for half in ("first_half", "second_half")]
@@ -377,7 +379,7 @@ def _fold_summary_row(task, folds, model):
         data=task["data"],
         horizon=task["horizon"],
         model=model,
-        first_in=f"{best.count(model)} of {folds['n_folds']}",
+        first_in=f"{first.count(model)} of {folds['n_folds']}",
         mean_rank=ranks.get(model, math.nan),
         log_loss=f"{min(losses):.3f} to {max(losses):.3f}" if losses else "–",
         skill_in=_count_text(folds["skilled_folds"].get(model), folds["n_folds"] - _n_untested(folds, model)),
@@ -393,12 +395,6 @@ def _n_untested(folds, model):
 
 def _count_text(numbers, n_folds):
     return "–" if numbers is None or not n_folds else f"{len(numbers)} of {n_folds}"
-
-
-def _first_by_fold(rows):
-    "The model with the lowest mean log loss in each fold."
-    table = pd.DataFrame(rows).pivot_table(index="fold", columns="model", values="log_loss")
-    return table.idxmin(axis=1).tolist()
 
 
 def fold_variance(

@@ -25,6 +25,7 @@ from ..data.dataset import FoldConfig, read_prices
 from ..data.fold_data import fold_paths
 from ..models.base import to_output
 from .attempt import prediction_frame, publish, stored_output, write_record
+from .executors import LOCKS_FOLDER
 from .rescore import SCORING_ERRORS, matching_rows, scoring_trainer
 from .run import list_runs, load_run
 from .run_folder import RunError, start_attempt, write_json
@@ -299,7 +300,7 @@ def stitch_finished(
             members = [group[number] for number in sorted(group)]
             if _is_stored(listed, members):
                 continue
-            with FileLock(folder / ".locks" / stitched_identity(members)):
+            with FileLock(folder / LOCKS_FOLDER / stitched_identity(members)):
                 if not _is_stored(list_runs(folder), members):  # another process may have written it meanwhile
                     written.append(publish_stitched(_stitch_group(group), folder))
         except (*SCORING_ERRORS, OSError, ValueError, KeyError, TypeError) as e:
