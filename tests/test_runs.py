@@ -206,11 +206,11 @@ def test_the_demo_grid_gives_a_sentence_for_each_data_set(parameters, tmp_path, 
     from modelfactory.runs.grid import run_grid
     from modelfactory.runs.sentences import conclusion
 
-    names, runs = ["eurusd", "planted", "null"], tmp_path / "runs"
+    names, runs = ["indices", "planted", "null"], tmp_path / "runs"
     monkeypatch.setenv("MODELFACTORY_BUNDLED", str(small_bundled(tmp_path / "bundled", names)))
     monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     assert run_grid(dict(data=names, models=["nearest"], horizons=[5]), runs).ok
     sentences = conclusion(comparison(runs))
-    assert [s.split(":")[0] for s in sentences] == ["planted", "null", "eurusd"]
+    assert [s.split(":")[0] for s in sentences] == ["planted", "null", "indices"]
     assert compare(runs).is_file()
     assert (runs / "model_comparison.md").read_text().count("nearest") >= 6
