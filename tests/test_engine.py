@@ -252,20 +252,27 @@ def test_a_slow_cluster_start_is_repeated_and_leaves_no_process(tmp_path, monkey
 
 
 @pytest.mark.parametrize("is_on_path", [True, False])
-def test_a_kernel_imports_from_the_working_folder_only_if_pythonpath_names_it(tmp_path, is_on_path):
+def test_a_kernel_imports_only_from_folders_of_pythonpath_and_does_not_report_its_own_interruption(tmp_path, is_on_path):
     (tmp_path / "beside.py").write_text("")
     parameters = nbformat.v4.new_code_cell("x = 0", metadata=dict(tags=["parameters"]))
     check = nbformat.v4.new_code_cell(
         "import importlib.util\nassert bool(importlib.util.find_spec('beside')) == bool(x)"
     )
+    logged = nbformat.v4.new_code_cell(
+        "import logging\nlog = logging.getLogger('IPKernelApp')\n"
+        "log.error('KeyboardInterrupt caught in kernel.')\nlog.error('another error')"
+    )
     metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, check], metadata=metadata), tmp_path / "in.ipynb")
+    cells = [parameters, check, logged]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / "in.ipynb")
     call = f"execute_notebook('in.ipynb', 'out.ipynb', dict(x={is_on_path:d}))"
     code = f"from modelfactory.runs.engine import execute_notebook; {call}"
     path = [str(tmp_path)] * is_on_path + [os.environ.get("PYTHONPATH", str(ROOT))]
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join(path))
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, timeout=PATIENCE)
+    options = dict(cwd=tmp_path, env=environment, timeout=PATIENCE, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], **options)
     assert done.returncode == 0
+    assert "another error" in done.stderr and "KeyboardInterrupt" not in done.stderr
 
 
 def test_a_grid_is_planned_and_started_without_the_slow_grammar_of_addresses():

@@ -78,6 +78,9 @@ KERNEL_START_CODE = "; ".join(
         "import gc",
         f"gc.set_threshold({GC_THRESHOLD})",
         "sys.modules['debugpy'] = None",
+        "import logging",
+        "quiet = lambda record: 'KeyboardInterrupt caught in kernel' not in record.getMessage()",
+        "logging.getLogger('IPKernelApp').addFilter(quiet)",
         "from ipykernel.kernelapp import launch_new_instance",
         "launch_new_instance()",
     ]
