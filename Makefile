@@ -11,6 +11,8 @@ setup: .venv/.done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"found Python {sys.version.split()[0]}, expected 3.11 or later: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@mkdir -p .venv/share/jupyter/lab/settings  # JupyterLab does not ask whether to show news
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 demo: setup  # trains six models on three data sets, compares them and summarises the comparison
@@ -30,9 +32,8 @@ soak: setup  # injects a hundred faults into real grids at random moments, as we
 browser: setup  # runs every tutorial in a real JupyterLab; needs Chromium
 	BROWSER_RUNS_ALL=1 $(BIN)/python -m pytest tests/test_lab.py -rs
 
-lab: setup  # opens nbs/index.ipynb in JupyterLab
-	-$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements
-	$(BIN)/jupyter lab nbs/index.ipynb
+lab: setup  # opens nbs/index.ipynb in JupyterLab, with the project as the root folder
+	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
 
 edit: setup  # opens a notebook as a script in $EDITOR and converts it back: make edit NB=nbs/models/neural/gru.ipynb
 	@test -f "$(NB)" || { echo "make edit NB=nbs/...ipynb: no notebook '$(NB)'"; exit 2; }

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -38,7 +39,9 @@ def lab(browser, tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     for name in ("nbs", "params"):
         shutil.copytree(ROOT / name, home / "project" / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    shutil.copy(ROOT / "settings.ini", home / "project")
+    (home / "project/docs").mkdir()
+    for name in ("settings.ini", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/comparison.png"):
+        shutil.copy(ROOT / name, home / "project" / name)
     environment = dict(
         os.environ,
         MODELFACTORY_SETTINGS=str(home / "project/settings.ini"),
@@ -63,16 +66,15 @@ def lab(browser, tmp_path_factory):
     with open(home / "lab.log", "w") as log:
         server = subprocess.Popen(
             [
-                tools / "jupyter-lab",
+                *_lab_command(tools),
                 "--no-browser",
                 "--ip=127.0.0.1",
                 f"--port={port}",
-                f"--ServerApp.root_dir={home / 'project'}",
                 f"--IdentityProvider.token={token}",
                 "--allow-root",
-                "--LabApp.news_url=None",
                 "--LabApp.expose_app_in_browser=True",
             ],
+            cwd=home / "project",
             env=environment,
             stdout=log,
             stderr=log,
@@ -88,6 +90,13 @@ def lab(browser, tmp_path_factory):
             server.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
+
+
+def _lab_command(tools):
+    "The command of `make lab`."
+    recipe = re.search(r"^lab:.*\n\t\$\(BIN\)/(jupyter lab .*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    program, *arguments = recipe.split()
+    return [tools / program, *arguments]
 
 
 def _bundled():
@@ -181,6 +190,21 @@ def test_errors_and_missing_images_are_detected(page, tmp_path_factory):
         show(page, f"{name}.ipynb")
         with pytest.raises(AssertionError):
             checked_images(page)
+
+
+def test_the_first_page_shows_its_picture_and_links_to_files_of_the_project(page):
+    "JupyterLab starts in the project folder, and does not ask a new user about news."
+    show(page, "nbs/index.ipynb")
+    widths = page.evaluate("() => [...document.querySelectorAll('.jp-MarkdownOutput img')].map(m => m.naturalWidth)")
+    assert widths and all(widths)
+    links = page.evaluate("() => [...document.querySelectorAll('.jp-MarkdownOutput a')].map(a => a.href)")
+    paths = [link.split("/files/")[1].split("?")[0] for link in links if "/files/" in link]
+    assert {"settings.ini", "CONTRIBUTING.md"} <= set(paths)
+    listed = page.evaluate("async () => (await jupyterapp.serviceManager.contents.get('')).content.map(f => f.name)")
+    assert {"nbs", "params", "runs", "settings.ini"} <= set(listed)
+    assert "news" not in page.evaluate(
+        "() => [...document.querySelectorAll('.jp-Dialog, .jp-toastContainer, .Toastify')].map(d => d.innerText).join()"
+    )
 
 
 def test_the_first_page_runs(page):
