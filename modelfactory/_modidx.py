@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'modelfactory.builtin.params_file': ('builtin.html#params_file', 'modelfactory/builtin.py'),
                                       'modelfactory.builtin.params_names': ('builtin.html#params_names', 'modelfactory/builtin.py')},
             'modelfactory.cli': { 'modelfactory.cli._execute_study_page': ('cli.html#_execute_study_page', 'modelfactory/cli.py'),
+                                  'modelfactory.cli._grid_config': ('cli.html#_grid_config', 'modelfactory/cli.py'),
                                   'modelfactory.cli._parameters': ('cli.html#_parameters', 'modelfactory/cli.py'),
                                   'modelfactory.cli._print_error': ('cli.html#_print_error', 'modelfactory/cli.py'),
                                   'modelfactory.cli._raised_in_package': ('cli.html#_raised_in_package', 'modelfactory/cli.py'),

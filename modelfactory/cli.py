@@ -23,10 +23,10 @@ app = typer.Typer(
 )
 
 # %% auto #0
-__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'DataFolder', 'RunsFolder', 'Seed', 'models',
-           'doctor', 'dataset_keys', 'check', 'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment',
-           'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle',
-           'new', 'main']
+__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'DataFolder', 'RunsFolder', 'Seed', 'GridData',
+           'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys', 'check',
+           'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'compare',
+           'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -277,19 +277,38 @@ def _print_error(text):
     print(text, file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #7a93606a
+GridData = Annotated[
+    str | None, typer.Option("--data", help="data instead of the grid's: folders or names, comma-separated")
+]
+GridModels = Annotated[
+    str | None, typer.Option("--models", help="models or families instead of the grid's, comma-separated")
+]
+GridHorizons = Annotated[str | None, typer.Option("--horizons", help="horizons instead of the grid's, such as 5,20")]
+GridSeeds = Annotated[str | None, typer.Option("--seeds", help="seeds instead of the grid's, such as 1,2,3")]
+WalkForward = Annotated[
+    int | None, typer.Option(min=1, help="number of walk-forward folds: train and score each run once per fold")
+]
+
+
+def _grid_config(grid, data, models, horizons, seeds, walk_forward):
+    "The configuration of a grid with the values of command-line options."
+    from modelfactory.runs.grid import grid_config
+
+    changes: dict = dict(data=_split_commas(data), models=_split_commas(models))
+    changes |= dict(horizons=_whole_numbers(horizons, "--horizons"), seeds=_whole_numbers(seeds, "--seeds"))
+    folds = None if walk_forward is None else dict(kind="walk_forward", n=walk_forward)
+    return grid_config(grid, **{key: value or None for key, value in changes.items()}, folds=folds)
+
+
 @app.command()
 def experiment(
     grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
     output: RunsFolder = None,
-    data: Annotated[
-        str | None, typer.Option(help="data instead of the grid's: folders or names, comma-separated")
-    ] = None,
-    models: Annotated[str | None, typer.Option(help="models instead of the grid's, comma-separated")] = None,
-    horizons: Annotated[str | None, typer.Option(help="horizons instead of the grid's, such as 5,20")] = None,
-    seeds: Annotated[str | None, typer.Option(help="seeds instead of the grid's, such as 1,2,3")] = None,
-    walk_forward: Annotated[
-        int | None, typer.Option(min=1, help="number of walk-forward folds: train and score each run once per fold")
-    ] = None,
+    data: GridData = None,
+    models: GridModels = None,
+    horizons: GridHorizons = None,
+    seeds: GridSeeds = None,
+    walk_forward: WalkForward = None,
     workers: Annotated[int | None, typer.Option(min=1, help="number of runs executed in parallel")] = None,
     timeout: Annotated[float | None, typer.Option(min=1, help="time limit of a run, in seconds")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="memory limit of a run, in GB")] = None,
@@ -298,6 +317,9 @@ def experiment(
     ] = None,
     address: Annotated[str | None, typer.Option(help="address of a cluster; default: from settings.ini")] = None,
     force: Annotated[bool, typer.Option(help="train finished runs again")] = False,
+    compare_: Annotated[
+        bool, typer.Option("--compare", help="write the comparison of all finished runs after the grid")
+    ] = False,
 ) -> None:
     """Run a grid of models and horizons; finished runs are skipped.
 
@@ -306,14 +328,13 @@ def experiment(
     after Ctrl-C.
 
     Example: modelfactory experiment demo"""
-    from modelfactory.runs.grid import grid_config, run_grid
+    from modelfactory.runs.grid import run_grid
 
-    changes: dict = dict(data=_split_commas(data), models=_split_commas(models))
-    changes |= dict(horizons=_whole_numbers(horizons, "--horizons"), seeds=_whole_numbers(seeds, "--seeds"))
-    folds = None if walk_forward is None else dict(kind="walk_forward", n=walk_forward)
-    config = grid_config(grid, **{key: value or None for key, value in changes.items()}, folds=folds)
+    config = _grid_config(grid, data, models, horizons, seeds, walk_forward)
     result = run_grid(config, output, workers, timeout, force, memory, engine, address)
     print(result)
+    if compare_:
+        compare(output, False, [])
     if not result.ok:
         raise typer.Exit(1)
 
@@ -322,11 +343,18 @@ def experiment(
 def status(
     grid: Annotated[str, typer.Argument(help="a YAML file, or a name in params/grids")],
     output: RunsFolder = None,
+    data: GridData = None,
+    models: GridModels = None,
+    horizons: GridHorizons = None,
+    seeds: GridSeeds = None,
+    walk_forward: WalkForward = None,
 ) -> None:
-    "Show the state of each run of a grid: done, running, failed or waiting.\n\nExample: modelfactory status demo"
+    """Show the state of each run of a grid: done, running, failed or waiting. Give it the options of the experiment.
+
+    Example: modelfactory status demo"""
     from modelfactory.runs.grid import grid_status
 
-    print(grid_status(grid, output))
+    print(grid_status(_grid_config(grid, data, models, horizons, seeds, walk_forward), output))
 
 # %% ../nbs/cli.ipynb #ad6452f4
 @app.command()

@@ -126,13 +126,14 @@ def test_a_model_from_outside_the_package(tmp_path, data, monkeypatch):
     made = call("new", "mymodel", "--family", "myfamily", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     (tmp_path / "grid.yaml").write_text(f"data: {data}\nmodels: [mymodel, lightgbm]\nhorizons: [5]\npreset: quick\n")
-    done = call("experiment", "grid.yaml", cwd=tmp_path)
+    done = call("experiment", "grid.yaml", "--compare", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/model_comparison.html").is_file() and "model_comparison.html" in done.stdout
     runs = list_runs(tmp_path / "runs")
     assert {r.manifest["model"] for r in runs} == {"mymodel", "lightgbm"}
     run = next(r for r in runs if r.manifest["model"] == "mymodel")
     assert run.family == "myfamily" and (run.path / "train.ipynb").is_file()
-    assert "mymodel" in call("models", cwd=tmp_path).stdout and call("compare", cwd=tmp_path).returncode == 0
+    assert "mymodel" in call("models", cwd=tmp_path).stdout
     assert before == {f: sha256(f.read_bytes()).hexdigest() for f in before}
 
 
@@ -158,6 +159,8 @@ def test_a_run_is_not_trained_twice_and_is_reproduced_from_its_config(grid, data
     (folder, first), again = grid, tmp_path / "again.yaml"
     again.write_text(f"data: {data}\nmodels: [lightgbm]\nhorizons: [5]\npreset: quick\n")
     second = call("experiment", again, "--output", folder / "runs")
+    status = call("status", again, "--horizons", "5,20", "--output", folder / "runs")
+    assert "1 done, 1 waiting" in status.stdout
     assert "1 ok" in first.stdout and second.returncode == 0 and "1 skipped" in second.stdout
     (run,) = list_runs(folder / "runs")
     from modelfactory.training.trainer import Trainer
