@@ -23,9 +23,9 @@ app = typer.Typer(
 )
 
 # %% auto #0
-__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'DataFolder', 'RunsFolder', 'Seed', 'GridData',
-           'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys', 'check',
-           'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'compare',
+__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Calendar', 'DataFolder', 'RunsFolder', 'Seed',
+           'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
+           'check', 'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'compare',
            'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
@@ -69,6 +69,9 @@ Prices = Annotated[
     str | None,
     typer.Option(help="parquet file with columns datetime, symbol and close, if the splits have no close column"),
 ]
+Calendar = Annotated[
+    str | None, typer.Option(help="exchange whose sessions are used, such as XNYS; default: estimated from the bars")
+]
 DataFolder = Annotated[
     str | None, typer.Option(help="folder or name of a bundled data set; default: from settings.ini")
 ]
@@ -96,12 +99,12 @@ def dataset_keys(
     features: str | None = None,  # columns, comma-separated
     classes: str | None = None,  # label values, comma-separated
     prices: str | None = None,  # path of a parquet file with prices
+    calendar: str | None = None,  # exchange whose sessions are used
 ) -> dict:  # keys of `DatasetConfig`, only for the options that were given
     "Converts command-line options to keys of `DatasetConfig`; raises `ConfigError` on invalid `classes`."
     values = _whole_numbers(classes, "--classes")
-    keys = dict(
-        nan=nan, exclude=_split_commas(exclude), features=_split_commas(features), classes=values, prices=prices
-    )
+    columns = dict(exclude=_split_commas(exclude), features=_split_commas(features))
+    keys = dict(nan=nan, **columns, classes=values, prices=prices, calendar=calendar)
     return {key: value for key, value in keys.items() if value}
 
 # %% ../nbs/cli.ipynb #d5905801
@@ -116,6 +119,7 @@ def check(
     allow: Allow = None,
     classes: Classes = None,
     prices: Prices = None,
+    calendar: Calendar = None,
 ) -> None:
     """Check splits: column roles, labels, prices, the time between splits, and columns that leak future information.
 
@@ -127,9 +131,10 @@ def check(
     from modelfactory.data.prices import check_split_prices
     from modelfactory.data.splits import present_splits, read_splits
 
-    c = build_config(DatasetConfig, dict(data=data) | dataset_keys(nan, exclude, features, classes, prices), "check")
+    keys = dataset_keys(nan, exclude, features, classes, prices, calendar)
+    c = build_config(DatasetConfig, dict(data=data) | keys, "check")
     folder = resolve_data(data)
-    splits = read_splits(folder, None, present_splits(folder), c.features, c.exclude, c.nan, c.classes)
+    splits = read_splits(folder, None, present_splits(folder), **c.reading)
     report = audit(splits, tuple(_split_commas(allow)))
     print(splits.report, report, sep="\n\n")
     check_split_prices(splits, c.prices)
@@ -140,6 +145,7 @@ def check(
 def purge(
     data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
     output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
+    calendar: Calendar = None,
 ) -> None:
     """Copy splits; labels that depend on bars of a later split become null, and all other values stay unchanged.
 
@@ -147,7 +153,7 @@ def purge(
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.folds import purge_splits
 
-    counts = purge_splits(resolve_data(data), output)
+    counts = purge_splits(resolve_data(data), output, calendar)
     print(counts.to_string(index=False), f"see {output}", sep="\n")
 
 # %% ../nbs/cli.ipynb #b6cda597
@@ -237,6 +243,7 @@ def train(
     allow: Allow = None,
     classes: Classes = None,
     prices: Prices = None,
+    calendar: Calendar = None,
     output: RunsFolder = None,
     test: Annotated[bool, typer.Option(help="also score the test split")] = False,
 ) -> None:
@@ -252,9 +259,8 @@ def train(
     from modelfactory.runs.engine import run_notebook
     from modelfactory.runs.grid import make_trainer
 
-    parameters = _parameters(
-        model, horizon, data, preset, config, set_ or [], seed, dataset_keys(nan, exclude, features, classes, prices)
-    )
+    keys = dataset_keys(nan, exclude, features, classes, prices, calendar)
+    parameters = _parameters(model, horizon, data, preset, config, set_ or [], seed, keys)
     trainer = make_trainer(parameters)
     if reason := ModelRegistry.reason(model, trainer.model_config):
         raise ModelUnavailable(f"{model}: {reason}")
@@ -438,6 +444,7 @@ def tune(
     allow: Allow = None,
     classes: Classes = None,
     prices: Prices = None,
+    calendar: Calendar = None,
     trials: Annotated[
         int, typer.Option(min=1, help="total number of trials in the study, including earlier calls")
     ] = 50,
@@ -461,9 +468,8 @@ def tune(
     from modelfactory.runs.grid import make_trainer
     from modelfactory.tuning.study import OptunaModelTuner
 
-    parameters = _parameters(
-        model, horizon, data, preset, config, set_ or [], seed, dataset_keys(nan, exclude, features, classes, prices)
-    )
+    keys = dataset_keys(nan, exclude, features, classes, prices, calendar)
+    parameters = _parameters(model, horizon, data, preset, config, set_ or [], seed, keys)
     tuner = OptunaModelTuner(make_trainer(parameters).config, trials, objective, folds, on=on, storage=storage)
     tuner.objective.prepare_data()
     audit(tuner.objective.splits, tuple(_split_commas(allow))).raise_if_leaky()

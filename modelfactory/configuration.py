@@ -31,8 +31,8 @@ from .files import FileError, PrintableError, printable, read_regular
 # %% auto #0
 __all__ = ['MAX_NAMES_SHOWN', 'PositiveInt', 'NonNegativeInt', 'Fraction', 'PositiveFloat', 'MAX_YAML_BYTES', 'MAX_YAML_NODES',
            'PACKAGE_ROOT', 'RUN_NAME_PATTERN', 'HARMLESS_VALUES', 'ConfigError', 'SettingsError', 'did_you_mean',
-           'build_config', 'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingRules', 'Settings',
-           'refused_settings', 'settings', 'plugin_files', 'params_folder']
+           'build_config', 'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingSettings',
+           'TradingRules', 'Settings', 'refused_settings', 'settings', 'plugin_files', 'params_folder']
 
 # %% ../nbs/00_configuration.ipynb #198bfcc1
 class ConfigError(PrintableError):
@@ -222,8 +222,8 @@ def redact(
 
 # %% ../nbs/00_configuration.ipynb #ec077464
 @dataclass(frozen=True, kw_only=True)
-class TradingRules:
-    "Costs and trading calendar of a backtest."
+class TradingSettings:
+    "Costs and trading days of a backtest, as settings."
 
     cost_bps: Annotated[float, Ge(0)] = 1.0  # cost of each change of position, in basis points
     trading_days: PositiveFloat | None = None  # trading days per year; auto (None): counted in the bars
@@ -232,7 +232,14 @@ class TradingRules:
     @property
     def rules(self) -> TradingRules:
         "The trading rules without the other fields of a subclass."
-        return TradingRules(**{f.name: getattr(self, f.name) for f in fields(TradingRules)})
+        return TradingRules(**{f.name: getattr(self, f.name) for f in fields(TradingRules) if hasattr(self, f.name)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradingRules(TradingSettings):
+    "Costs and trading calendar of a backtest."
+
+    calendar: str | None = None  # exchange whose sessions are the trading days, such as XNYS; None: `day_start`
 
 
 @dataclass(frozen=True)
@@ -253,7 +260,7 @@ class _TaskSettings:
 
 
 @dataclass(frozen=True)
-class Settings(TradingRules, _TaskSettings):
+class Settings(TradingSettings, _TaskSettings):
     "Folders, addresses and default values that all modules use."
 
     engine: str = "local"  # where the runs of a grid are executed; a name in `ENGINES` of `runs.executors`

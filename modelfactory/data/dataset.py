@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import comb
 from pathlib import Path
 from typing import Annotated, Literal
@@ -443,6 +443,18 @@ class DatasetConfig(HTMLConfig):
     classes: tuple[int, ...] = (-1, 0, 1)  # valid label values; all others are treated as missing
     prices: str | None = None  # parquet file with datetime, symbol and close, if the splits have no close
     folds: FoldConfig | None = None  # fold of train and val to use; None: train and val as in the files
+    calendar: str | None = None  # exchange whose sessions are used, such as XNYS; None: estimated from the bars
+    rolls: tuple[str, ...] = ()  # times at which contracts roll, in quotes; also read from the column roll_event
+
+    @property
+    def reading(self) -> dict:
+        "The arguments of `read_splits` that the config decides."
+        keys = ("features", "exclude", "nan", "classes", "calendar", "rolls")
+        return {key: getattr(self, key) for key in keys}
+
+    def stored(self) -> dict:
+        "All keys as plain data; an unset calendar and unset rolls are left out, as in runs stored before they existed."
+        return {k: v for k, v in asdict(self).items() if v or k not in ("calendar", "rolls")}
 
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02
 def load_datasets(
@@ -458,7 +470,7 @@ def load_datasets(
         raise SplitsError(f"splits: found {sorted(unknown)[0]!r}, expected names among {', '.join(SPLIT_ORDER)}")
     needed = SPLIT_ORDER[: 1 + max(map(SPLIT_ORDER.index, splits))]
     source = config.data if data is None else data
-    read = read_splits(source, (horizon,), needed, config.features, config.exclude, config.nan, config.classes)
+    read = read_splits(source, (horizon,), needed, **config.reading)
     earlier = {name: [read[n] for n in needed[:i]] for i, name in enumerate(needed)}
     return {
         name: TimeSeriesDataset(read[name], horizon, seq_len, config.gap, earlier[name], context_rows)
@@ -470,16 +482,21 @@ def read_prices(
     ds: TimeSeriesDataset,
     file: str | Path | None = None,  # parquet or CSV file with datetime, symbol, close
 ) -> tuple[pd.DataFrame | None, str]:  # datetime, symbol, close; source of the closes: "close", "file" or "label"
-    "Close of every bar, from `file` or from the split; raises `SplitsError` if the file cannot be read."
+    """Close of every bar, from `file` or from the split; raises `SplitsError` if the file cannot be read.
+
+    Rolls of contracts are in a column `roll_event`, from the file or else from the split."""
     if file is None:
         return ds.split.prices(), "label" if ds.split.close is None else "close"
-    return read_price_file(file), "file"
+    prices, rolls = read_price_file(file), ds.split.market.get("roll_event")
+    if rolls is not None and "roll_event" not in prices:
+        prices = prices.merge(ds.split.keys().assign(roll_event=rolls), on=["datetime", "symbol"], how="left")
+    return prices, "file"
 
 
 def read_price_file(
-    file: str | Path,  # parquet or CSV file with datetime, symbol, close
+    file: str | Path,  # parquet or CSV file with datetime, symbol, close, and optionally roll_event
 ) -> pd.DataFrame:
     "Closes read from a file; raises `SplitsError` if the file cannot be read."
     if not Path(file).exists():
         raise MissingFile(f"{file}: no such price file")
-    return read_columns(file, "price", ("close",))
+    return read_columns(file, "price", ("close",), ("roll_event",))

@@ -144,7 +144,7 @@ def fold_datasets(
         raise FoldsError(f"folds: fold = {folds.fold}: expected a number from 1 to {folds.n_folds} ({folds.label})")
     nan = "keep" if is_filled else config.nan
     source = config.data if data is None else data
-    read = read_splits(source, (horizon,), ("train", "val"), config.features, config.exclude, nan, config.classes)
+    read = read_splits(source, (horizon,), ("train", "val"), **config.reading | dict(nan=nan))
     base, report = join_splits(list(read.values())), read.report
     read.clear()
     ds = TimeSeriesDataset(base, horizon, seq_len, config.gap, None, context_rows)

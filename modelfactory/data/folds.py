@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -349,6 +349,7 @@ def labels_to_purge(
 def purge_splits(
     data: str | Path,  # folder with Phase 1 splits
     output: str | Path,  # folder to create: a copy of `data` in which only labels differ
+    calendar: str | None = None,  # exchange whose sessions are used, such as XNYS; None: estimated from the bars
 ) -> pd.DataFrame:  # split, horizon, number of labels purged
     "Copy splits, set labels that cross into a later split to null, and publish atomically; raises `SplitsError`."
     data, output = Path(data).resolve(), Path(output).resolve()
@@ -359,7 +360,8 @@ def purge_splits(
     files = split_files(data, present_splits(data))
     if invalid := [file for file in files.values() if file.suffix != ".parquet" or file.is_dir()]:
         raise SplitsError(f"{invalid[0]}: expected one parquet file for each split; write it as one, then purge it")
-    masks = labels_to_purge({name: _read_labels(file, name) for name, file in files.items()})
+    splits = {name: replace(_read_labels(file, name), calendar=calendar) for name, file in files.items()}
+    masks = labels_to_purge(splits)
 
     def write(folder):
         shutil.copytree(data, folder, dirs_exist_ok=True)

@@ -5,12 +5,15 @@
 # %% ../../nbs/data/05_labels.ipynb #f487598a
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .calendars import mark_rolls
 from .features import atr
 from .readers import OHLCV, BarsError, symbol_spans
 from .splits import NO_LABEL
@@ -63,21 +66,36 @@ def triple_barrier(
     k_up: float | None = None,  # upper barrier in ATR(14); None: `default_barriers`
     k_down: float | None = None,  # lower barrier in ATR(14); None: `default_barriers`
     max_bars: int | None = None,  # bars after which the label is 0 if no barrier was touched; None: `horizon`
+    rolls: Sequence | Mapping | None = None,  # times at which contracts roll, as in `mark_rolls`
 ) -> pd.DataFrame:  # label_h{H} (int8), bars_to_hit_h{H} (int32), aligned with `bars`; -99 if undefined
-    "Labels from the first touch of close +- k ATR within the next `max_bars` bars; raises `BarsError`."
+    """Labels from the first touch of close +- k ATR within the next `max_bars` bars.
+
+    Raises `BarsError`, or `CalendarError` for invalid rolls."""
     k_up, k_down, max_bars = barrier_widths(horizon, k_up, k_down, max_bars)
-    close, scale = bars["close"].to_numpy(), atr(bars)
+    marked = np.zeros(len(bars), bool)
+    if rolls is not None:
+        marked = mark_rolls(pd.DatetimeIndex(bars["datetime"]), bars["symbol"], rolls)
+    close, scale = bars["close"].to_numpy(), atr(_without_roll_gaps(bars, marked))
     up, down = close + k_up * scale, close - k_down * scale
-    spans = symbol_spans(bars)
-    by_symbol = [first_touches(bars.iloc[lo:hi], up[lo:hi], down[lo:hi], max_bars) for lo, hi in spans]
-    label, hit = np.concatenate(by_symbol, 1) if by_symbol else np.empty((2, 0))
+    edges = sorted({*np.flatnonzero(marked), *(lo for lo, _ in symbol_spans(bars)), len(bars)})
+    series = [first_touches(bars.iloc[a:b], up[a:b], down[a:b], max_bars) for a, b in itertools.pairwise(edges)]
+    label, hit = np.concatenate(series, 1) if series else np.empty((2, 0))
     return pd.DataFrame(
         {f"label_h{horizon}": label.astype(np.int8), f"bars_to_hit_h{horizon}": hit.astype(np.int32)}, bars.index
     )
 
 
+def _without_roll_gaps(bars, marked):
+    "The bars, with the prices from each roll on shifted so that the first open equals the last close before the roll."
+    if not marked.any():
+        return bars
+    gap = pd.Series(np.where(marked, bars["open"] - bars["close"].shift(), 0.0), bars.index)
+    gap = gap.groupby(bars["symbol"], sort=False).cumsum()
+    return bars.assign(**{c: bars[c] - gap for c in OHLCV[:4]})
+
+
 def first_touches(
-    bars: pd.DataFrame,  # bars of one symbol
+    bars: pd.DataFrame,  # bars of one symbol, without a roll
     up: np.ndarray,  # (rows,) upper barrier of each row's position, in price units
     down: np.ndarray,  # (rows,) lower barrier
     max_bars: int,  # bars after which the label is 0 if no barrier was touched

@@ -29,7 +29,7 @@ MAX_NAMED = 3  # maximum number of symbols or bars named in a warning
 
 
 def price_warnings(
-    bars: pd.DataFrame,  # datetime, symbol, close, and optionally high and low
+    bars: pd.DataFrame,  # datetime, symbol, close, and optionally high, low and roll_event
     where: str,  # name of the file or split, for use in the warnings
 ) -> list[str]:  # warnings, each with a symbol and a time
     "Warnings about closes that hardly move, and about one-bar moves that may come from share splits."
@@ -37,6 +37,8 @@ def price_warnings(
     close = bars["close"].astype(float)
     close = close.where((close > 0) & np.isfinite(close))
     moves = np.log(close).groupby(bars["symbol"], sort=False).diff()
+    if "roll_event" in bars:
+        moves = moves.mask(bars["roll_event"].fillna(0) != 0)
     sentences = [*_zero_move_warnings(bars, moves), *_stale_warnings(bars, close), *_jump_warnings(bars, moves)]
     return [f"{where}: {sentence}" for sentence in sentences]
 
@@ -84,14 +86,18 @@ def _jump_warnings(bars, moves):
     at = np.flatnonzero((size > MIN_JUMP) & (size > JUMP_SIGMAS * sigma))
     if len(at):
         changes = np.expm1(moves)
-        texts = [f"{bars['symbol'][i]} {bars['datetime'][i]} {changes[i]:+.0%}{_ratio_text(size[i])}" for i in at]
-        yield f"close has large moves in one bar: {_join_first(texts)}: adjust for share splits, or check these bars"
+        texts = [f"{bars['symbol'][i]} {bars['datetime'][i]} {changes[i]:+.0%}{_ratio_text(moves[i])}" for i in at]
+        fix = "adjust for share splits, mark rolls of contracts, or check these bars"
+        yield f"close has large moves in one bar: {_join_first(texts)}: {fix}"
 
 
-def _ratio_text(size):
-    "The share-split ratio nearest to a move, in parentheses; empty if none is near."
-    distance = np.abs(np.log(SPLIT_RATIOS) - size)
-    return f" (near {SPLIT_RATIOS[distance.argmin()]:g} for 1)" if distance.min() < 0.1 else ""
+def _ratio_text(move):
+    "The share-split ratio nearest to a log move, in parentheses; empty if none is near."
+    distance = np.abs(np.log(SPLIT_RATIOS) - abs(move))
+    ratio = f"{SPLIT_RATIOS[distance.argmin()]:g}"
+    if distance.min() >= 0.1:
+        return ""
+    return f" (near {ratio} for 1)" if move < 0 else f" (near 1 for {ratio})"
 
 # %% ../../nbs/data/01_plausibility.ipynb #577b3162
 FAR_FEATURE_IQR = 1000  # a value farther than this from the training median, in interquartile ranges, is reported

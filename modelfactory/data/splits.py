@@ -25,6 +25,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..configuration import did_you_mean
+from modelfactory.data.calendars import (
+    ROLL_COLUMNS,
+    calendar_warnings,
+    exchange_sessions,
+    mark_rolls,
+    session_bars_between,
+)
 from .uniqueness import average_uniqueness, effective_samples
 
 # %% auto #0
@@ -564,9 +571,10 @@ class Split:
     labels: dict  # horizon -> (N,) int8, NO_TARGET where the label is missing
     bars_to_hit: dict  # horizon -> (N,) bars until the label is decided, if the file has this column
     weights: dict  # horizon -> (N,) sample weights, if the file has them
-    market: dict  # name -> (N,) raw high, low and close, if the file has them
+    market: dict  # name -> (N,) raw high, low and close, if the file has them; roll_event if a bar is a roll
     order: np.ndarray | None = None  # (N,) row number in the file; None if the file has the same order
     label_notes: dict = field(default_factory=dict)  # horizon -> notes on labels that were rounded or dropped
+    calendar: str | None = None  # exchange whose sessions are used; None: estimated from the bars
 
     def __len__(self):
         return len(self.matrix)
@@ -598,11 +606,12 @@ class Split:
         "Datetime and symbol of each row."
         return pd.DataFrame(dict(datetime=self.datetimes, symbol=np.asarray(self.symbols, object)[self.codes]))
 
-    def prices(self) -> pd.DataFrame | None:  # datetime, symbol, close
+    def prices(self) -> pd.DataFrame | None:  # datetime, symbol, close; roll_event if a bar is a roll
         "Raw close of each row with its datetime and symbol; None if the file has no closes."
         if self.close is None:
             return None
-        return self.keys().assign(close=self.close)
+        columns = {c: self.market[c] for c in ("close", "roll_event") if c in self.market}
+        return self.keys().assign(**columns)
 
 # %% ../../nbs/data/00_splits.ipynb #c4b61539
 COLUMN_CHUNK = 8  # columns read at a time; a smaller number saves memory, a larger number saves time
@@ -833,7 +842,10 @@ def _may_be_number(field):
 # %% ../../nbs/data/00_splits.ipynb #0bb9ecbc
 def _build_split(reader, file, name, horizons, features, classes, nan):
     "Builds a `Split` from an opened source."
-    optional = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [*RAW_PRICES]
+    optional = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [
+        *RAW_PRICES,
+        *ROLL_COLUMNS,
+    ]
     present = [c for c in optional if c in reader.schema.names]
     small = reader.read(columns=[*KEY_COLUMNS, *(f"label_h{h}" for h in horizons), *present])
     if small.num_rows == 0:
@@ -866,24 +878,34 @@ def _build_split(reader, file, name, horizons, features, classes, nan):
         {h: pick(y) for h, (y, _) in labels.items()},
         by_horizon("bars_to_hit"),
         by_horizon("sample_weight"),
-        {c: numbers(c) for c in RAW_PRICES if c in small.column_names},
+        {c: numbers(c) for c in RAW_PRICES if c in small.column_names} | _read_rolls(small, numbers),
         order,
         {h: notes for h, (_, notes) in labels.items() if notes},
     )
     _check_finite(split, nan)
     return split
 
+
+def _read_rolls(table, numbers):
+    "The column `roll_event`, from `ROLL_COLUMNS`; empty if no bar is a roll."
+    for name in ROLL_COLUMNS:
+        if name in table.column_names and (marked := np.nan_to_num(numbers(name)) != 0).any():
+            return dict(roll_event=marked.astype(float))
+    return {}
+
 # %% ../../nbs/data/00_splits.ipynb #3294258d
 def read_columns(
     source: pd.DataFrame | pa.Table | str | Path,  # as in `read_split`
     name: str,  # name to use in messages if the source is a frame
     numbers: tuple[str, ...],  # columns of numbers
+    optional: tuple[str, ...] = (),  # columns of numbers that are read if the table has them
 ) -> pd.DataFrame:  # datetime, symbol (text) and these columns (float64), in the row order of the source
     "Key columns and numeric columns of a table, decoded as in `read_split`; raises `SplitsError`."
     reader, file = _open_source(source, name)
     _check_columns(reader.schema, (), file)
     if absent := [c for c in numbers if c not in reader.schema.names]:
         raise MissingColumn(f"{file}: no column {absent[0]!r}; expected {', '.join([*KEY_COLUMNS, *numbers])}")
+    numbers = (*numbers, *(c for c in optional if c in reader.schema.names))
     try:
         table = reader.read([*KEY_COLUMNS, *numbers])
     except (pa.ArrowException, OSError) as e:
@@ -948,12 +970,20 @@ def labels_crossing(
     "Marks the labels of `split` that depend on bars of a later split."
     over = np.zeros(len(split), bool)
     needs = label_bars(split, horizon)
-    times = split.datetimes.as_unit("ns").asi8
     edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))  # rows are ordered by symbol
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        available = np.arange(high - low)[::-1] + bars_between(times[low:high], times[high - 1], start)
+        available = np.arange(high - low)[::-1] + _bars_until(split.datetimes[low:high], start, split.calendar)
         over[low:high] = needs[low:high] > available
     return over & (split.labels[horizon] != NO_TARGET)
+
+
+def _bars_until(times, start, calendar):
+    "Number of a symbol's bars between its last bar and the start of a later split."
+    if calendar is None:
+        times = times.as_unit("ns").asi8
+        return bars_between(times, times[-1], start)
+    ends = pd.DatetimeIndex([times[0].tz_localize(None), pd.Timestamp(start)])
+    return session_bars_between(exchange_sessions(calendar, ends), times, start)
 
 # %% ../../nbs/data/00_splits.ipynb #8d806359
 def check_order(
@@ -990,11 +1020,12 @@ def _gap_text(early, horizon, code, first):
     "Message text: the reach of the labels, and the number of bars before the later split."
     times = early.datetimes[early.codes == code]
     source = f"bars_to_hit_h{horizon}"
-    between = bars_between(times.as_unit("ns").asi8, times[-1].as_unit("ns").value, first.as_unit("ns").value)
+    hours = f"by the sessions of {early.calendar}" if early.calendar else "estimated from its earlier trading hours"
+    between = _bars_until(times, first.as_unit("ns").value, early.calendar)
     given = f"the largest {source}" if horizon in early.bars_to_hit else f"the horizon: there is no {source}"
     return (
         f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has "
-        f"{between} bars between {times[-1]} and {first}, estimated from its earlier trading hours"
+        f"{between} bars between {times[-1]} and {first}, {hours}"
     )
 
 # %% ../../nbs/data/00_splits.ipynb #4ea05eb1
@@ -1139,8 +1170,12 @@ def read_splits(
     exclude: tuple[str, ...] = (),  # columns to exclude from the features
     nan: str | None = None,  # None raises an error on NaN; "median" and "zero" fill NaNs, "keep" keeps them
     classes: tuple[int, ...] = (-1, 0, 1),  # valid label values; all others are treated as missing
+    calendar: str | None = None,  # exchange whose sessions are used, such as XNYS; None: estimated from the bars
+    rolls: tuple[str, ...] = (),  # times at which contracts roll, in addition to the column `roll_event`
 ) -> Splits:
-    "Reads and checks splits; raises `SplitsError` with the file, the column, the count, the first bad row and the fix."
+    """Reads and checks splits; raises `SplitsError` with the file, the column, the first bad row and the fix.
+
+    Raises `CalendarError` if the calendar or the rolls do not fit the bars."""
     if nan not in (None, "median", "zero", "keep"):
         raise SplitsError(f"nan = {nan!r}: expected None, 'median', 'zero' or 'keep'")
     files = split_files(data, splits)
@@ -1159,10 +1194,35 @@ def read_splits(
     if nan is None:
         _check_nan(list(read.values()))
     fills = fill_nan(read, nan)
+    read = {name: replace(_with_rolls(split, rolls), calendar=calendar) for name, split in read.items()}
+    warnings = (calendar_warnings(read, calendar) if calendar else []) + _roll_notes(read)
     for i, early in enumerate(splits):
         for late in splits[i + 1 :]:
             _check_no_overlap(read[early], read[late])
-    return Splits(read, _build_report(read, roles, classes, fills))
+    report = _build_report(read, roles, classes, fills)
+    report.warnings += warnings
+    return Splits(read, report)
+
+
+def _with_rolls(split, rolls):
+    "The split with the bars at rolls marked in `roll_event`."
+    marked = mark_rolls(split.datetimes, split.keys()["symbol"], rolls) if len(rolls) else np.zeros(len(split), bool)
+    if not marked.any():
+        return split
+    roll_event = np.maximum(split.market.get("roll_event", 0.0), marked.astype(float))
+    return replace(split, market=split.market | dict(roll_event=roll_event))
+
+
+def _roll_notes(read):
+    "A sentence for each split with rolls: their number and the first one."
+    sentences = []
+    for split in read.values():
+        at = np.flatnonzero(split.market.get("roll_event", np.zeros(len(split))))
+        if len(at):
+            first = f"{split.symbols[split.codes[at[0]]]} {split.datetimes[at[0]]}"
+            text = f"{len(at):,} bar{'s are rolls' if len(at) > 1 else ' is a roll'}, first {first}"
+            sentences.append(f"{split.name}: {text}; positions are closed over rolls")
+    return sentences
 
 # %% ../../nbs/data/00_splits.ipynb #d33d180b
 def _check_same_features(names, first, roles, other, schema):

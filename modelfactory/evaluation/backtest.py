@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..configuration import TradingRules
+from ..data.calendars import exchange_sessions, session_days, sessions_per_year
 
 if TYPE_CHECKING:
     from modelfactory.models.base import PredictionOutput
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ['GAP_0_NOTE', 'NO_PRICES_NOTE', 'MIN_SPAN_DAYS', 'TRADING_METRICS', 'BacktestError', 'trailing_sum', 'forward_sum',
            'trading_cost', 'trading_day', 'days_per_year', 'sharpe_ratio', 'sortino_ratio', 'equity_curve', 'drawdown',
            'calmar_ratio', 'benchmark_stats', 'newey_west', 'newey_west_lags', 'newey_west_freedom', 'trading_stats',
-           'Backtest', 'position_changes', 'benchmark_pnl', 'position_signals', 'traded_bars', 'tranche_backtest',
-           'bar_returns', 'barrier_backtest', 'label_backtest']
+           'Backtest', 'is_roll', 'position_changes', 'benchmark_pnl', 'position_signals', 'traded_bars',
+           'tranche_backtest', 'bar_returns', 'barrier_backtest', 'label_backtest']
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #53a93968
 class BacktestError(ValueError):
@@ -65,10 +66,13 @@ def trading_cost(
 def trading_day(
     timestamps: pd.DatetimeIndex,  # with or without a time zone
     day_start: int = 0,  # hour at which a trading day begins, 0 to 23, in the time zone of the timestamps
+    calendar: str | None = None,  # exchange whose sessions are the trading days; `day_start` is then not used
 ) -> pd.DatetimeIndex:  # midnight of the trading day of each timestamp
     "Trading day of each timestamp; raises `BacktestError` if `day_start` is not an hour from 0 to 23."
     if day_start not in range(24):
         raise BacktestError(f"day_start is {day_start}, expected a whole hour from 0 to 23")
+    if calendar is not None:
+        return session_days(calendar, timestamps)
     local = timestamps.tz_localize(None)
     days = local.normalize()
     if day_start:
@@ -81,9 +85,14 @@ MIN_SPAN_DAYS = 60  # minimum span in calendar days for an estimate from the mea
 
 def days_per_year(
     days: pd.DatetimeIndex,  # trading days, in any order; duplicates count once
+    calendar: str | None = None,  # exchange whose sessions are the trading days
 ) -> float:
     "Number of trading days per year, estimated from the trading days of a sample."
     days = days.tz_localize(None).normalize().unique()
+    if calendar is not None:
+        sessions = exchange_sessions(calendar, days).dates
+        due = ((sessions >= days.min()) & (sessions <= days.max())).sum()
+        return sessions_per_year(calendar, days) * max(1, len(days) - 1) / max(1, due - 1)
     span, dates = (days.max() - days.min()).days, np.sort(days.to_numpy().astype("datetime64[D]"))
     consecutive = len(dates) < 2 or np.busday_count(dates[:-1], dates[1:]).min() <= 1
     if span >= MIN_SPAN_DAYS or not consecutive:
@@ -317,7 +326,7 @@ class Backtest:
         days = self.daily.index
         parts = [
             f"Backtest: {len(days)} days {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, held {self.horizon} bars, "
-            f"{self.rules.cost_bps:g} bp, {self.trading_days:.0f} days a year from {self.rules.day_start}:00, "
+            f"{self.rules.cost_bps:g} bp, {self.trading_days:.0f} days a year {self._day_text()}, "
             f"returns from {self.returns_source}"
         ]
         if self.flat and self.has_prices:
@@ -327,6 +336,9 @@ class Backtest:
         if self.gap == 0:
             parts.append(GAP_0_NOTE)
         return " · ".join(parts)
+
+    def _day_text(self):
+        return f"of {self.rules.calendar}" if self.rules.calendar else f"from {self.rules.day_start}:00"
 
     def _figures(self):
         return [(k, f"{v:,}" if k == "n_trades" else f"{v:.3g}") for k, v in self.metrics().items()]
@@ -349,6 +361,15 @@ def _is_first_row(symbol):
     return np.diff(symbol, prepend=-1) != 0
 
 
+def is_roll(
+    bars: pd.DataFrame,  # optionally with a column roll_event
+) -> np.ndarray:  # (n,)
+    "Mask of the bars at which the contract changes: `roll_event` is neither 0 nor missing."
+    if "roll_event" not in bars:
+        return np.zeros(len(bars), bool)
+    return bars["roll_event"].fillna(0).to_numpy(float) != 0
+
+
 def position_changes(
     position: np.ndarray,  # (n,) sorted by symbol, then time
     symbol: np.ndarray,  # (n,) codes
@@ -362,17 +383,19 @@ def benchmark_pnl(
     returns: np.ndarray,  # (n,) return of each bar
     position: np.ndarray,  # (n,) position of the strategy at each bar
     rules: TradingRules,  # costs and trading calendar
+    rolls: np.ndarray | None = None,  # (n,) from `is_roll`; None: no roll
 ) -> dict[str, np.ndarray]:  # hold, constant: (n,)
     "Net profit per row of two benchmarks from a symbol's first close on: buy-and-hold, constant mean position."
-    later = ~_is_first_row(symbol)
+    later = ~_is_first_row(symbol) & (True if rolls is None else ~rolls)
     mean = np.bincount(symbol, position * later) / np.maximum(np.bincount(symbol, later), 1)
     held = dict(hold=later.astype(float), constant=mean[symbol] * later)
     return {k: p * returns - trading_cost(position_changes(p, symbol), rules) for k, p in held.items()}
 
 
-def _by_entry_day(trades, day_start):
+def _by_entry_day(trades, rules):
     "Number of trades, wins, gains and losses by entry day."
-    day, pnl = trading_day(pd.DatetimeIndex(trades.datetime), day_start), trades.pnl.to_numpy()
+    day = trading_day(pd.DatetimeIndex(trades.datetime), rules.day_start, rules.calendar)
+    pnl = trades.pnl.to_numpy()
     columns = dict(trades=1.0, wins=pnl > 0, gains=np.maximum(pnl, 0), losses=np.maximum(-pnl, 0))
     return pd.DataFrame(columns, index=day).astype(float).groupby(level=0).sum()
 
@@ -380,21 +403,24 @@ def _by_entry_day(trades, day_start):
 def _portfolio(rows, symbol, returns, position, pnl, horizon, rules, returns_source):
     "Backtest of the positions held at `rows` (datetime, symbol, predicted position); rows are sorted by symbol."
     n_symbols, (time, times) = symbol[-1] + 1, rows.datetime.factorize(sort=True)
+    rolls = is_roll(rows)
+    position = np.where(rolls, 0, position)
     change, gross = position_changes(position, symbol), position * returns
     flows = dict(gross=gross, net=gross - trading_cost(change, rules), turnover=np.abs(change))
     flows |= dict(exposure=position_changes(np.abs(position), symbol))
-    benchmarks = benchmark_pnl(symbol, returns, position, rules) if returns_source != "label" else {}
+    benchmarks = benchmark_pnl(symbol, returns, position, rules, rolls) if returns_source != "label" else {}
     sums = {k: np.bincount(time, v) / n_symbols for k, v in (flows | benchmarks).items()}
     table = pd.DataFrame(sums, pd.DatetimeIndex(times, name="datetime"))
     # Without rounding, an exposure that returns to 0 could differ from 0 by a rounding error.
     table["exposure"] = table.exposure.cumsum().round(12)
-    daily = table.assign(bars=1.0).groupby(trading_day(table.index, rules.day_start)).sum(min_count=1)
+    day = trading_day(table.index, rules.day_start, rules.calendar)
+    daily = table.assign(bars=1.0).groupby(day).sum(min_count=1)
     not_last = np.diff(symbol, append=-1) == 0
     trades = rows[["datetime", "symbol", "position"]].assign(pnl=pnl)[(rows.position != 0) & not_last]
-    entries = _by_entry_day(trades, rules.day_start).reindex(daily.index, fill_value=0.0)
+    entries = _by_entry_day(trades, rules).reindex(daily.index, fill_value=0.0)
     daily = pd.concat([daily.drop(columns=benchmarks), entries, daily[list(benchmarks)]], axis=1)
     bars, trades = table.drop(columns=benchmarks), trades.reset_index(drop=True)
-    days = rules.trading_days or days_per_year(daily.index)
+    days = rules.trading_days or days_per_year(daily.index, rules.calendar)
     return Backtest(bars, daily, trades, horizon, rules, float(days), returns_source)
 
 # %% ../../nbs/evaluation/02_backtest.ipynb #c8e9bcbd
@@ -433,9 +459,9 @@ def _check_columns(frame, column, what):
 # %% ../../nbs/evaluation/02_backtest.ipynb #961b266d
 def traded_bars(
     signals: pd.DataFrame,  # datetime, symbol, position
-    prices: pd.DataFrame,  # datetime, symbol, close
+    prices: pd.DataFrame,  # datetime, symbol, close, and optionally roll_event
     horizon: int,  # holding period of each tranche in bars
-) -> pd.DataFrame:  # datetime, symbol, close, position (0 without a prediction)
+) -> pd.DataFrame:  # datetime, symbol, close, position (0 without a prediction), and roll_event if the prices have it
     "Bars of the traded period, sorted by symbol and time; raises `BacktestError` for missing or invalid prices."
     _check_columns(prices, "close", "prices")
     if not (positive := (prices.close > 0) & np.isfinite(prices.close)).all():
@@ -443,7 +469,8 @@ def traded_bars(
     if prices.datetime.dt.tz != signals.datetime.dt.tz:
         zones = f"time zone {prices.datetime.dt.tz}, expected {signals.datetime.dt.tz} as in the predictions"
         raise BacktestError(f"prices: {zones}")
-    prices = prices[["datetime", "symbol", "close"]].assign(symbol=prices.symbol.astype(str))
+    columns = ["datetime", "symbol", "close", *(c for c in ["roll_event"] if c in prices)]
+    prices = prices[columns].assign(symbol=prices.symbol.astype(str))
     bars = prices[prices.symbol.isin(signals.symbol.unique())].merge(signals, on=["datetime", "symbol"], how="outer")
     if (missing := bars.close.isna()).any():
         first = "{0.symbol} {0.datetime}".format(bars[missing].iloc[0])
@@ -457,7 +484,7 @@ def traded_bars(
 # %% ../../nbs/evaluation/02_backtest.ipynb #deb20f37
 def tranche_backtest(
     predictions: PredictionOutput | Mapping,  # or a table: datetime, symbol, prediction (-1, 0, 1) or position [-1, 1]
-    prices: pd.DataFrame,  # datetime, symbol, close
+    prices: pd.DataFrame,  # datetime, symbol, close, and optionally roll_event
     horizon: int,  # holding period of each tranche in bars
     rules: TradingRules = TradingRules(),  # costs and trading calendar
     returns_source: str = "close",  # source of the prices: close or file
@@ -475,8 +502,8 @@ def bar_returns(
     bars: pd.DataFrame,  # n rows with close, sorted by symbol, then time
     symbol: np.ndarray,  # (n,) codes
 ) -> np.ndarray:  # (n,)
-    "Return of each bar since the previous bar of its symbol; 0 for the first bar of a symbol."
-    return np.where(_is_first_row(symbol), 0, bars.close / bars.close.shift() - 1)
+    "Return of each bar since the previous bar of its symbol; 0 for the first bar of a symbol and for a roll."
+    return np.where(_is_first_row(symbol) | is_roll(bars), 0, bars.close / bars.close.shift() - 1)
 
 
 def _check_horizon(horizon):

@@ -14,7 +14,15 @@ import pandas as pd
 
 from ..configuration import TradingRules
 from ..data.splits import timestamps_per_bar
-from .backtest import Backtest, position_signals, sharpe_ratio, traded_bars, tranche_backtest
+from modelfactory.evaluation.backtest import (
+    Backtest,
+    bar_returns,
+    is_roll,
+    position_signals,
+    sharpe_ratio,
+    traded_bars,
+    tranche_backtest,
+)
 from modelfactory.evaluation.bootstrap import (
     block_length,
     block_sums,
@@ -147,7 +155,10 @@ def scored_bars(
     across = bool(np.median(np.bincount(stamp)) >= MIN_SYMBOLS)
     last, score = np.searchsorted(codes, codes, side="right") - 1, table.score.to_numpy(float)[row[bar]]
     grid = pd.DatetimeIndex(times), np.asarray(names), stamp, codes[bar], score
-    return ScoredBars(*grid, bar, bars.close.to_numpy(float), last, across)
+    closes = bars.close.to_numpy(float)
+    if is_roll(bars).any():  # forward returns do not contain the change of price at a roll
+        closes = pd.Series(1 + bar_returns(bars, codes)).groupby(codes).cumprod().to_numpy()
+    return ScoredBars(*grid, bar, closes, last, across)
 
 # %% ../../nbs/evaluation/10_information.ipynb #c3e5cee7
 def standardise(

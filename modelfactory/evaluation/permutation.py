@@ -19,6 +19,7 @@ from modelfactory.evaluation.backtest import (
     bar_returns,
     days_per_year,
     equity_curve,
+    is_roll,
     position_changes,
     position_signals,
     sharpe_ratio,
@@ -86,6 +87,7 @@ def held_positions(
     prices: pd.DataFrame,  # datetime, symbol, close
     horizon: int,  # holding period of each tranche in bars
     day_start: int,  # hour at which a trading day begins
+    calendar: str | None = None,  # exchange whose sessions are the trading days
 ) -> tuple[Callable, np.ndarray, np.ndarray, np.ndarray, pd.DatetimeIndex]:
     """Function that converts predicted positions to positions held at each bar, and the data for daily profit.
 
@@ -95,13 +97,14 @@ def held_positions(
     rows = signals[["datetime", "symbol"]].assign(row=np.arange(len(signals)))
     bars = traded_bars(signals, prices, horizon).merge(rows, how="left", on=["datetime", "symbol"])
     symbol, predicted = bars.symbol.factorize()[0], bars.row.notna().to_numpy()
-    day, days = trading_day(pd.DatetimeIndex(bars.datetime), day_start).factorize(sort=True)
+    day, days = trading_day(pd.DatetimeIndex(bars.datetime), day_start, calendar).factorize(sort=True)
+    rolls = is_roll(bars)
     source = bars.row[predicted].astype(int).to_numpy()
 
     def held(positions):
         at_bars = np.zeros(len(bars))
         at_bars[predicted] = positions[source]
-        return trailing_sum(at_bars, symbol, horizon) / horizon
+        return np.where(rolls, 0, trailing_sum(at_bars, symbol, horizon) / horizon)
 
     return held, symbol, bar_returns(bars, symbol), day, days
 
@@ -113,7 +116,7 @@ def profit_by_day(
     rules: TradingRules = TradingRules(),  # costs and trading calendar
 ) -> tuple[Callable, pd.DatetimeIndex]:  # positions (n,) -> net profit (days,); and the days
     "Function that computes the daily net profit of `tranche_backtest` from predicted positions."
-    held, symbol, returns, day, days = held_positions(predictions, prices, horizon, rules.day_start)
+    held, symbol, returns, day, days = held_positions(predictions, prices, horizon, rules.day_start, rules.calendar)
 
     def profit(positions):
         "Daily net profit of predicted positions."
@@ -256,7 +259,7 @@ def _scorer(predictions, y_true, y, p, symbols, prices, classes, horizon, rules)
     if signed and prices is not None:
         columns = dict(datetime=predictions.timestamps, symbol=predictions.symbols, prediction=sign)
         profit, days = profit_by_day(columns, prices, horizon, rules)
-        trading_days = rules.trading_days or days_per_year(days)
+        trading_days = rules.trading_days or days_per_year(days, rules.calendar)
 
     def score(rows):
         "The scores and the daily profit when row `i` is given the prediction of row `rows[i]`."

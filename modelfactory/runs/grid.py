@@ -192,7 +192,7 @@ def audit_data(
     "Raises `LeakFound` if a column predicts the training labels better than any past price move can."
     c = build_config(DatasetConfig, grid.dataset | dict(data=data), "grid: dataset")
     folder = resolve_data(data)
-    splits = read_splits(folder, grid.horizons, present_splits(folder), c.features, c.exclude, c.nan, c.classes)
+    splits = read_splits(folder, grid.horizons, present_splits(folder), **c.reading)
     if has_direction(c.classes):
         check_split_prices(splits, c.prices)
     audit(splits, grid.allow).raise_if_leaky()

@@ -113,7 +113,7 @@ def score_with_data(
     from modelfactory.evaluation.tables import Metrics
 
     scored = copy.copy(trainer)
-    calendar = ("trading_days", "day_start")  # all runs of a comparison use the calendar of the trainer
+    calendar = ("trading_days", "day_start", "calendar")  # all runs of a comparison use the calendar of the trainer
     costs = {name: run.config[name] for name in vars(trainer.config.rules) if name not in calendar}
     scored.config = replace(trainer.config, **costs, seed=run.seed)
     scored.datasets = trainer.datasets | {split: matching_rows(trainer.datasets[split], frame)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from modelfactory.configuration import (
     NonNegativeInt,
     PositiveInt,
     TradingRules,
+    TradingSettings,
     build_config,
     read_yaml,
     settings,
@@ -74,8 +75,13 @@ class _FitConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig(HTMLConfig, TradingRules, _FitConfig):
+class TrainerConfig(HTMLConfig, TradingSettings, _FitConfig):
     "All settings that determine the result of training a model."
+
+    @property
+    def rules(self) -> TradingRules:
+        "The costs, and the trading days by the calendar of the data."
+        return replace(super().rules, calendar=self.data.calendar)
 
 # %% ../../nbs/training/00_trainer.ipynb #79c20d51
 def trainer_config(
@@ -93,7 +99,8 @@ def trainer_config(
         values["data"] = absolute_paths({"data": str(s.data), "gap": s.gap} | values["data"])
     if values.get("trading_days") == "auto":
         values["trading_days"] = None
-    return build_config(TrainerConfig, {"seed": s.seed, **vars(s.rules), **values}, source)
+    trading = {f.name: getattr(s, f.name) for f in fields(TradingSettings)}
+    return build_config(TrainerConfig, {"seed": s.seed, **trading, **values}, source)
 
 # %% ../../nbs/training/00_trainer.ipynb #225ac76b
 class Trainer:
@@ -367,7 +374,7 @@ class Trainer:
 
     def resolved_config(self) -> dict:
         "The configuration with all keys of the model filled in; a trainer created from it gives the same result."
-        return asdict(self.config) | dict(config=self.model_config, preset=None)
+        return asdict(self.config) | dict(data=self.config.data.stored(), config=self.model_config, preset=None)
 
 
 def _fold_rules(folds: FoldConfig | None, config: dict) -> dict:

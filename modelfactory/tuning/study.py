@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -202,7 +202,7 @@ class Objective:
         d, h = self.config.data, self.config.horizon
         source = resolve_data(d.data) if self.trainer.frames is None else self.trainer.frames
         names = ("train",) if self.on == "train" else ("train", "val")
-        self.splits = read_splits(source, (h,), names, d.features, d.exclude, d.nan, d.classes)
+        self.splits = read_splits(source, (h,), names, **d.reading)
         self.fold_data(self.trainer.model_config["sequence_length"])
         return self.splits.report
 
@@ -343,13 +343,13 @@ class OptunaModelTuner:
     def study_name(self) -> str:
         "`{model}_h{horizon}_{objective}_{on}{folds}_{fingerprint}_{hash of the rest}`."
         c, o = self.config, self.objective
-        data = {k: v for k, v in asdict(c.data).items() if k != "data"}
+        data = {k: v for k, v in c.data.stored().items() if k != "data"}
         rest = dict(
             base=self.trainer.model_config,
             space={k: [type(r).__name__, vars(r)] for k, r in self.space.items()},
             embargo=o.embargo,
             data=data,
-            cost=astuple(c.rules),
+            cost=[c.cost_bps, c.trading_days, c.day_start],
             seed=c.seed,
             version=modelfactory.__version__,
         )
