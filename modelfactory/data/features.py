@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .readers import OHLCV, symbol_spans
+from ..configuration import did_you_mean
+from .readers import OHLCV, BarsError, symbol_spans
 from .splits import column_roles
 
 # %% auto #0
 __all__ = ['FEATURE_FUNCTIONS', 'FEATURE_WARMUP', 'FEATURE_GROUPS', 'RANGE_FEATURES', 'DAILY_CONSTANT', 'true_range', 'atr',
-           'bar_features', 'replace_future', 'find_lookahead']
+           'bar_features', 'normalise_features', 'feature_table', 'last_features', 'replace_future', 'find_lookahead']
 
 # %% ../../nbs/data/04_features.ipynb #be72e99d
 def true_range(
@@ -364,21 +365,51 @@ FEATURE_GROUPS = {group: list(features) for group, features in FEATURE_FUNCTIONS
 
 def bar_features(
     bars: pd.DataFrame,  # as returned by `check_bars`
+    features: dict | None = None,  # {group: None | {parameter: value}}; None: the 111 standard features
 ) -> pd.DataFrame:  # datetime, symbol, then float32 features, aligned with bars; NaN for a symbol's first 200 bars
     "Causal features: row t is computed from the symbol's bars up to t."
-    names = [name for group in FEATURE_GROUPS.values() for name in group]
+    names = list(feature_table(features).index)
     values = np.full((len(names), len(bars)), np.nan, np.float32)
     for lo, hi in symbol_spans(bars):
         if hi - lo > FEATURE_WARMUP:
-            values[:, lo + FEATURE_WARMUP : hi] = _symbol_features(bars.iloc[lo:hi])[:, FEATURE_WARMUP:]
+            values[:, lo + FEATURE_WARMUP : hi] = _symbol_features(bars.iloc[lo:hi], names)[:, FEATURE_WARMUP:]
     return pd.concat([bars[["datetime", "symbol"]], pd.DataFrame(values.T, bars.index, names)], axis=1)
 
 
-def _symbol_features(bars):
+def _symbol_features(bars, names):
     "Matrix (features, rows) of the features of one symbol."
     b = _Bars(bars)
-    functions = [feature for group in FEATURE_FUNCTIONS.values() for feature in group.values()]
+    functions = [f for group in FEATURE_FUNCTIONS.values() for name, f in group.items() if name in names]
     return np.stack([np.asarray(feature(b), np.float32) for feature in functions])
+
+# %% ../../nbs/data/04_features.ipynb #723847fc
+def normalise_features(
+    features: dict | None = None,  # {group: None | {parameter: value}}; None: the 111 standard features
+) -> dict:  # {group: {parameter: value}}, JSON-able, with all parameters
+    "The complete recipe of a choice of features, as `pipeline.json` stores it; raises `BarsError` for unknown names."
+    features = dict.fromkeys(FEATURE_GROUPS) if features is None else features
+    for group in features:
+        if group not in FEATURE_GROUPS:
+            raise BarsError(f"features: unknown group {group!r}; {did_you_mean(group, FEATURE_GROUPS)}")
+    return {group: dict(parameters or {}) for group, parameters in features.items()}
+
+
+def feature_table(
+    features: dict | None = None,  # {group: None | {parameter: value}}; None: the 111 standard features
+) -> pd.DataFrame:  # index feature name; columns group, formula, unit, bars, day
+    "One row per feature: its group, formula, unit, history in bars, and whether it needs the day from its start."
+    day = ("bar_of_day", "day_move", "day_place")
+    rows = [(f, group, "", "", 600, f in day) for group in normalise_features(features) for f in FEATURE_GROUPS[group]]
+    return pd.DataFrame(rows, columns=["feature", "group", "formula", "unit", "bars", "day"]).set_index("feature")
+
+
+def last_features(
+    bars: pd.DataFrame,  # as returned by `check_bars`; at least `feature_table(features).bars.max()` bars of a symbol
+    features: dict | None = None,  # {group: None | {parameter: value}}; None: the 111 standard features
+    n: int = 1,  # rows of each symbol
+) -> pd.DataFrame:  # the last n rows of each symbol of `bar_features(bars, features)`
+    "Features of the last bars of each symbol."
+    return bar_features(bars, features).groupby("symbol", sort=False).tail(n)
 
 # %% ../../nbs/data/04_features.ipynb #6e64d3f8
 RANGE_FEATURES = (  # need open, high, low or volume
