@@ -19,8 +19,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .features import FEATURE_GROUPS, FEATURE_WARMUP, bar_features
+from .features import FEATURE_WARMUP, bar_features, feature_table, normalise_features
 from .labels import barrier_widths, triple_barrier
+from .pipeline import make_pipeline
 from .plausibility import price_warnings
 from modelfactory.data.readers import (
     OHLCV,
@@ -112,17 +113,16 @@ def _fit_scaler(x):
     return kind, by_kind(s["mean"], s["median"], 0.0), by_kind(s["std"], s["iqr"] / 1.349, 1.0), s
 
 # %% ../../nbs/data/06_writer.ipynb #f2a95513
-def _scaler_json(names, n, fit, scaled):
+def _scaler_json(names, n, fit, scaled, groups):
     "Contents of `feature_scaler.json`; `fit` is the output of `_fit_scaler`, `scaled` the statistics after scaling."
     kind, centre, scale, stats = fit
-    category = {f: group for group, features in FEATURE_GROUPS.items() for f in features}
 
     def column(s, j):
         return {k: float(v[j]) for k, v in s.items()}
 
     features = {
         f: dict(
-            category=category.get(f, "extra"),
+            category=groups.get(f, "extra"),
             scaler_type=str(kind[j]),
             apply_log_transform=False,
             train_stats=dict(column(stats, j), center=float(centre[j]), scale=float(scale[j])),
@@ -140,14 +140,14 @@ def _check_horizons(horizons):
         raise BarsError(f"horizons = {horizons}, expected at least one horizon and no duplicates")
 
 
-def _check_table(table, horizons, extra):
+def _check_table(table, horizons, extra, groups):
     "Feature names in order; raises `BarsError` if a column is missing or unexpected."
     labels = [f"{c}_h{h}" for c in ("label", "bars_to_hit") for h in horizons]
     if missing := [c for c in ["datetime", "symbol", *OHLCV, *labels, *extra] if c not in table]:
         raise BarsError(
             f"table: no column {missing[0]!r}; expected keys, {', '.join(OHLCV)}, features and {', '.join(labels)}"
         )
-    names = [f for group in FEATURE_GROUPS.values() for f in group if f in table] + list(extra)
+    names = [f for f in groups if f in table] + list(extra)
     if unexpected := [c for c in table if c not in {"datetime", "symbol", "split", *OHLCV, *labels, *names}]:
         raise BarsError(f"table: column {unexpected[0]!r} is not a known feature; name it in extra_features or drop it")
     if not names:
@@ -190,14 +190,14 @@ def write_splits(
     A `split` column in the table overrides `shares`. All files are written to a temporary folder, which is then renamed
     to `out`. After an error (`SplitsError`), no new files remain.
     """
-    out = _check_target(out, overwrite)
-    _write_and_check(table, out, horizons, shares, embargo, scale, extra_features)
+    out, groups = _check_target(out, overwrite), feature_table()["group"].to_dict()
+    _write_and_check(table, out, horizons, shares, embargo, scale, extra_features, groups)
     return out
 
 # %% ../../nbs/data/06_writer.ipynb #74a6fad1
-def _write_and_check(table, out, horizons, shares, embargo, scale, extra_features):
+def _write_and_check(table, out, horizons, shares, embargo, scale, extra_features, groups, pipeline_of=None):
     "Write the splits, run `check_splits` on the written files and return its report."
-    table, names, split = _prepare_splits(table, horizons, shares, extra_features)
+    table, names, split = _prepare_splits(table, horizons, shares, extra_features, groups)
     purged = {}
     for h in horizons:
         crossing = labels_crossing_split(table, split, h, embargo)
@@ -209,21 +209,24 @@ def _write_and_check(table, out, horizons, shares, embargo, scale, extra_feature
         kind, centre, width = np.full(len(names), "none"), 0 * centre, width**0
     matrix = ((matrix - centre) / width).astype(np.float32)
     scaled_stats = _column_statistics(matrix[train])
-    scaler = _scaler_json(names, int(train.sum()), (kind, centre, width, stats), scaled_stats)
+    scaler = _scaler_json(names, int(train.sum()), (kind, centre, width, stats), scaled_stats, groups)
     reports = []
 
     def fill(folder):
         _write_files(folder, table, names, matrix, horizons, scaler)
+        if pipeline_of is not None:
+            pairs = zip(centre.tolist(), width.tolist(), strict=True)
+            pipeline_of(dict(zip(names, pairs, strict=True))).write(folder)
         reports.append(check_splits(folder))
 
     publish_folder(out, fill)
     return reports[0]
 
 # %% ../../nbs/data/06_writer.ipynb #283859a6
-def _prepare_splits(table, horizons, shares, extra):
+def _prepare_splits(table, horizons, shares, extra, groups):
     "Checked table with parsed times, the names of its features, and the split of each row."
     _check_horizons(horizons)
-    names, table = _check_table(table, horizons, extra), table.reset_index(drop=True)
+    names, table = _check_table(table, horizons, extra, groups), table.reset_index(drop=True)
     checked = check_bars(table)
     symbol_spans(table)
     table = table.assign(high=checked["high"], low=checked["low"])  # `checked` has the row order of `table`
@@ -301,8 +304,9 @@ def bars_to_splits(
     overwrite: bool = False,  # replace existing splits
     starts: tuple | None = None,  # first time of val and first time of test; replaces `shares`
     exclude: Sequence[str] = (),  # features that are not written, such as `RANGE_FEATURES`
+    features: dict | None = None,  # groups of features and their parameters, as in `bar_features`
 ) -> Path:  # out
-    """Check bars, compute features and labels, and write splits.
+    """Check bars, compute features and labels, and write splits with the pipeline that made them.
 
     After an error (`SplitsError`), no new files remain. A warning (`SplitsWarning`) reports implausible prices, or a
     horizon for which val or test is too short to support a claim of skill.
@@ -311,17 +315,23 @@ def bars_to_splits(
     _check_horizons(horizons)
     if unexpected := set(barriers) - set(horizons):
         raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}; add it to horizons or remove it")
-    if unknown := [name for name in exclude if name not in sum(FEATURE_GROUPS.values(), [])]:
+    groups = feature_table(features)["group"].to_dict()
+    if unknown := [name for name in exclude if name not in groups]:
         raise BarsError(f"exclude: {unknown[0]!r} is not a feature of bar_features; correct or remove it")
-    max_duration = max(barrier_widths(h, *barriers.get(h, ()))[2] for h in horizons)
-    bars = check_bars(bars, at_least=FEATURE_WARMUP + max_duration + 3)
-    features = bar_features(bars).drop(columns=["datetime", "symbol", *exclude])
-    labels = [triple_barrier(bars, h, *barriers.get(h, ())) for h in horizons]
-    table = pd.concat([bars, features, *labels], axis=1)
+    widths = {int(h): barrier_widths(h, *barriers.get(h, ())) for h in horizons}
+    origin = {name: bars.attrs[name] for name in ("source", "layout", "resample") if name in bars.attrs}
+    bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
+    columns = bar_features(bars, features).drop(columns=["datetime", "symbol", *exclude])
+    table = pd.concat([bars, columns, *(triple_barrier(bars, h, *w) for h, w in widths.items())], axis=1)
     if starts is not None:
         table = table.assign(split=split_at(table["datetime"], starts))
     table = table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP]
-    report = _write_and_check(table, out, horizons, shares, embargo, scale=True, extra_features=())
+
+    def pipeline_of(scaler):
+        recipe = dict(features=normalise_features(features), embargo=embargo.total_seconds(), **origin)
+        return make_pipeline(bars, scaler, widths, **recipe)
+
+    report = _write_and_check(table, out, horizons, shares, embargo, True, (), groups, pipeline_of)
     for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]:
         warnings.warn(text, SplitsWarning, stacklevel=2)
     return out

@@ -102,6 +102,7 @@ def write_run(
     trainer.model.save(folder / "checkpoints")
     # the drift check compares new bars with these distributions of the training split
     write_json(folder / FEATURES_FILE, feature_bins(_training_features(trainer)))
+    _write_pipeline(trainer, folder)
     write_record(trainer, folder, figures)
 
 
@@ -125,6 +126,21 @@ def write_record(
     for name, figure in (figures or {}).items():
         _write_figure(figure, folder / "plots" / f"{name}.png")
     write_json(folder / RESULT_FILE, _result_values(trainer, resolved) | changes)
+
+
+def _write_pipeline(trainer, folder):
+    "Copies the pipeline of the data and writes the last bars of each symbol; nothing if the data have no pipeline."
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.pipeline import LAST_BARS_FILE, last_bars_of_splits, read_pipeline
+
+    data = None if trainer.frames is not None else resolve_data(trainer.config.data.data)
+    pipeline = data and read_pipeline(data)
+    if not pipeline:
+        return
+    pipeline.write(folder)
+    bars = last_bars_of_splits(pipeline, data, trainer.context_rows)
+    if bars is not None:
+        bars.to_parquet(folder / LAST_BARS_FILE, index=False, compression="zstd")
 
 
 def _training_features(trainer):

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
+from ..data.pipeline import PipelineError, complete_rows, join_bars, needed_bars
 from modelfactory.data.splits import (
     SPLIT_ORDER,
     BadValue,
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from modelfactory.runs.stored import StoredRun
 
 # %% auto #0
-__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'prediction_warnings']
+__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
@@ -68,6 +72,8 @@ def predict_run(
     The attribute `.attrs` of the frame holds:
 
     - `skipped`: symbol -> number of bars without a full window
+    - `history`: raw bars only: symbol -> number of new bars that are not predicted, because they are history
+    - `notes`: raw bars only: sentences on how the bars were read
     - `unseen`: symbols that are not in train
     - `drift`: one dict for each feature, from `population_stability_index`
     - `limits`: segment lengths, in bars, for which the run stored drift limits
@@ -79,18 +85,25 @@ def predict_run(
     run = run if isinstance(run, StoredRun) else open_run(run)
     model, data_config = run.cached_model, run.config["data"]
     gap, nan, seq_len = data_config["gap"], data_config["nan"], model.config.sequence_length
-    folder = _folder_of_splits(data)
+    context_rows, fills = model.history_length(vars(model.config)) + gap - 1, run.report["fills"]
+    raw = _raw_rows(run, model, data, context_rows) if _is_raw(run, model, data) else None
+    folder = None if raw else _folder_of_splits(data)
     if folder is not None:
         data = split_files(folder, (split,))[split]
-    bars = _read_bars(run, model, data, split, nan)
+    bars = _read_bars(run, model, raw.table if raw else data, split, nan)
+    if raw:
+        _fill_nan(bars, fills, nan)
+        joined, own = bars, np.flatnonzero(raw.is_new)
+        bars = _split_rows(bars, own)
     drift = []
     if run.train_features:
         drift = population_stability_index(bars, run.train_features).to_dict("records")
-    fills = run.report["fills"]
-    _fill_nan(bars, fills, nan)
-    context_rows = model.history_length(vars(model.config)) + gap - 1
-    joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
+    if not raw:
+        _fill_nan(bars, fills, nan)
+        joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
     rows = _predicted_rows(joined, own, seq_len, gap, ahead)
+    if raw and not len(rows):
+        raise PipelineError(raw.too_short())
     keys, last_used = _prediction_keys(joined, rows, gap, run.horizon)
     windows = Windows(joined.matrix, last_used, seq_len, RawColumns(joined.market, joined.codes))
     predictions, n_known = model.predict(windows, keys), None
@@ -103,7 +116,10 @@ def predict_run(
     train_features = run.train_features or {}
     train_symbols = set(train_features.get("symbols", bars.symbols))
     frame.attrs |= dict(
-        skipped=_skipped_bars(bars, keys),
+        skipped={} if raw else _skipped_bars(bars, keys),
+        history=raw.history(keys) if raw else {},
+        needs=f"a prediction needs {raw.needs}" if raw else "",
+        notes=raw.notes if raw else [],
         unseen=[s for s in bars.symbols if s not in train_symbols],
         drift=drift,
         limits=train_features.get("lengths", []),
@@ -111,6 +127,120 @@ def predict_run(
         n_known=n_known,
     )
     return frame
+
+# %% ../../nbs/runs/12_predict.ipynb #bacc8456
+def column_names(
+    data: object,  # a table, or the path of a file or folder
+) -> list[str] | None:  # None if the names are not known before the data are read as bars
+    "Column names of a table, a parquet file, a CSV file or a folder of parquet parts."
+    names = getattr(data, "column_names", None) or getattr(data, "columns", None)
+    if names is not None:
+        return [str(name) for name in names]
+    if not isinstance(data, (str, Path)):
+        return None
+    file = next(iter(parquet_parts(Path(data))), Path(data))
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+        if file.suffix == ".parquet":
+            return pq.read_schema(file).names
+        if file.suffix == ".csv":
+            return list(pd.read_csv(file, nrows=0))
+    return None
+
+
+def _is_raw(run, model, data):
+    "Whether data are raw bars; raises `PipelineError` if they are and the run has no pipeline."
+    if isinstance(data, (str, Path)):
+        folder = _folder_of_splits(data)
+        if not (folder or Path(data).exists()) or folder and any(split_path(folder, s) for s in SPLIT_ORDER):
+            return False
+    names = column_names(data)
+    if names is not None and set(names) & set(model.feature_columns):
+        return False
+    if run.pipeline is None and names is not None and {"open", "high", "low", "close"} <= {n.lower() for n in names}:
+        raise PipelineError(
+            f"{run.path.name}: found raw bars, but the run has no pipeline.json: its features were not computed by "
+            f"bars_to_splits; pass bars with its {len(model.feature_columns)} features, or train on the splits of "
+            "bars_to_splits"
+        )
+    return run.pipeline is not None
+
+# %% ../../nbs/runs/12_predict.ipynb #f682dfd1
+@dataclass
+class _RawRows:
+    "Scaled features of raw bars that have a complete history."
+
+    table: pd.DataFrame  # keys, OHLCV, features and labels of the complete rows; those before new bars as context
+    is_new: np.ndarray  # (rows,) mask of the new bars
+    n_new: dict  # symbol -> number of new bars
+    n_needed: int  # bars that one prediction needs
+    by_day: list  # features that need the day from its start
+    notes: list  # sentences
+
+    def history(self, keys):
+        "Number of new bars of each symbol that are not predicted, for symbols that have such bars."
+        predicted = keys.symbol[keys.datetime.notna()].value_counts()
+        missing = {symbol: n - int(predicted.get(symbol, 0)) for symbol, n in self.n_new.items()}
+        return {symbol: n for symbol, n in missing.items() if n}
+
+    def too_short(self):
+        symbol = max(self.n_new, key=self.n_new.get)
+        return (
+            f"bars: {symbol} has {self.n_new[symbol]:,} new bars, but a prediction needs {self.needs}; "
+            f"pass earlier bars as well. {'; '.join(self.notes)}"
+        )
+
+    @property
+    def needs(self):
+        days = f", with the day of each from its start ({', '.join(self.by_day[:3])})" if self.by_day else ""
+        return f"{self.n_needed:,} bars of its symbol{days}"
+
+
+def _raw_rows(run, model, data, context_rows):
+    "Features of raw bars, preceded by the stored bars of the run where the new ones continue them."
+    pipeline = run.pipeline
+    if missing := [name for name in model.feature_columns if name not in pipeline.scaler]:
+        listed = ", ".join(missing[:5])
+        raise PipelineError(
+            f"{run.path.name}: {len(missing)} features are not made from bars: {listed}; pass bars with all features"
+        )
+    new = pipeline.read(data)
+    bars, is_new, reasons = join_bars(pipeline, run.last_bars, new)
+    groups = pd.Series(is_new).groupby(bars["symbol"].to_numpy(), sort=False)
+    first_new = (groups.transform("size") - groups.transform("sum")).to_numpy()
+    keep = complete_rows(pipeline, bars) & (groups.cumcount().to_numpy() >= first_new - context_rows)
+    table = pipeline.transform(bars)
+    if _adapts(model):
+        table = pd.concat([table, pipeline.label(bars).iloc[:, 2:]], axis=1)
+    n_bars, by_day = needed_bars(pipeline)
+    n_new = new["symbol"].value_counts(sort=False).to_dict()
+    notes = _raw_notes(run, new, bars, is_new, reasons)
+    raw = _RawRows(table[keep], is_new[keep], n_new, n_bars + context_rows, by_day, notes)
+    if not keep.any():
+        raise PipelineError(raw.too_short())
+    return raw
+
+# %% ../../nbs/runs/12_predict.ipynb #c2fae8ac
+def _raw_notes(run, new, bars, is_new, reasons):
+    "Sentences on how raw bars were read."
+    layout = new.attrs.get("layout")
+    notes = [f"read as raw bars{f' ({layout})' if layout else ''}, because no column is a feature of the model"]
+    if n := bars["symbol"][~is_new].nunique():
+        symbols = "1 symbol" if n == 1 else f"{n} symbols"
+        notes.append(f"the stored last bars of {symbols} precede the new bars")
+    for symbol, reason in list(reasons.items())[:3]:
+        notes.append(f"{symbol}: the stored last bars are not used: {reason}")
+    if len(reasons) > 3:
+        notes.append(f"so are those of {len(reasons) - 3} more symbols")
+    if made := run.pipeline.other_version():
+        notes.append(made)
+    return notes
+
+
+def _split_rows(split, rows):
+    "Some rows of a split, with their labels."
+    labels = {h: y[rows] for h, y in split.labels.items()}
+    hits = {h: y[rows] for h, y in split.bars_to_hit.items()}
+    return replace(split.features_of(rows), labels=labels, bars_to_hit=hits)
 
 # %% ../../nbs/runs/12_predict.ipynb #107ef31a
 def _adapts(model):
@@ -212,9 +342,12 @@ def prediction_warnings(
 ) -> list[str]:  # sentences; the first gives the number of predictions
     "Sentences about bars without a prediction, symbols that are not in train, and features that have drifted."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
-    sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}"]
+    sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}", *frame.attrs["notes"]]
     if skipped:
         sentences.append(_skipped_text(skipped))
+    if history := frame.attrs["history"]:
+        listed = ", ".join(f"{symbol} {n:,}" for symbol, n in list(history.items())[:5])
+        sentences.append(f"the first bars are history and are not predicted: {listed}; {frame.attrs['needs']}")
     if unseen:
         symbols = "1 symbol is" if len(unseen) == 1 else f"{len(unseen)} symbols are"
         sentences.append(f"{symbols} not in train but predicted like the others: {', '.join(map(str, unseen[:5]))}")

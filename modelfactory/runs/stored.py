@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from modelfactory.data.pipeline import Pipeline
     from modelfactory.evaluation.tables import Metrics
     from modelfactory.models.base import BaseModel
 
 # %% auto #0
-__all__ = ['ShortText', 'MAX_MANIFEST_BYTES', 'MAX_TABLE_VALUES', 'Manifest', 'read_manifest', 'StoredRun', 'open_run',
-           'name_data', 'check_data', 'RunList', 'stored_runs']
+__all__ = ['ShortText', 'MAX_MANIFEST_BYTES', 'MAX_TABLE_VALUES', 'Manifest', 'read_manifest', 'StoredRun', 'pipeline_files',
+           'open_run', 'name_data', 'check_data', 'RunList', 'stored_runs']
 
 # %% ../../nbs/runs/01_stored.ipynb #d77c57ba
 ShortText = Annotated[str, MaxLen(4096)]
@@ -332,6 +333,27 @@ class StoredRun:
         "Feature bins and symbols of the training split; None if the version that made the run did not store them."
         return self.read_json(FEATURES_FILE) if self.file(FEATURES_FILE).is_file() else None
 
+    @cached_property
+    def pipeline(self) -> Pipeline | None:
+        "How raw bars become the features of the run; None if its data were not made by `bars_to_splits`."
+        from modelfactory.data.pipeline import PIPELINE_FILE, read_pipeline
+
+        if PIPELINE_FILE not in self.manifest["files"]:
+            return None
+        self.verify(PIPELINE_FILE)
+        return read_pipeline(self.path)
+
+    @cached_property
+    def last_bars(self) -> pd.DataFrame | None:
+        "The last raw bars of each symbol of the run's data, which precede new bars; None if the run stores none."
+        from modelfactory.data.pipeline import LAST_BARS_FILE
+        from modelfactory.data.readers import check_bars
+
+        if LAST_BARS_FILE not in self.manifest["files"]:
+            return None
+        self.verify(LAST_BARS_FILE)
+        return check_bars(_read_table(self.file(LAST_BARS_FILE)))
+
     def daily_pnl(self, split: str = "val") -> pd.DataFrame:
         "Daily profit on a split, before and after costs; raises `RunError` if it was not computed."
         file = self.file(f"predictions/{split}_daily.parquet")
@@ -426,6 +448,15 @@ def _read_table(file):
         raise RunError(f"{file}: not readable ({e}); train the run again") from None
 
 # %% ../../nbs/runs/01_stored.ipynb #f515efcc
+def pipeline_files(
+    run: StoredRun,
+) -> list[str]:  # names of files in the run folder; empty if the run predicts no raw bars
+    "The files with which a run predicts raw bars: its pipeline and the last bars of its data."
+    from modelfactory.data.pipeline import LAST_BARS_FILE, PIPELINE_FILE
+
+    return [name for name in (PIPELINE_FILE, LAST_BARS_FILE) if name in run.manifest["files"]]
+
+
 def open_run(
     path: Path,  # folder of a run
 ) -> StoredRun:
