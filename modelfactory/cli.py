@@ -25,8 +25,9 @@ app = typer.Typer(
 # %% auto #0
 __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Calendar', 'DataFolder', 'RunsFolder', 'Seed',
            'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
-           'check', 'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'compare',
-           'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle', 'new', 'main']
+           'check', 'parse_barriers', 'bars', 'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment',
+           'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle',
+           'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -139,6 +140,100 @@ def check(
     print(splits.report, report, sep="\n\n")
     check_split_prices(splits, c.prices)
     report.raise_if_leaky()
+
+# %% ../nbs/cli.ipynb #ce4f481a
+def parse_barriers(
+    pairs: list[str],  # such as "5=1.5,1.5" or "20=3,3,40"
+) -> dict[int, tuple]:  # {horizon: (k_up, k_down[, max_bars])}
+    "Barriers of the option `--barriers`; raises `ConfigError` on a malformed pair."
+    from modelfactory.configuration import ConfigError
+
+    barriers = {}
+    for horizon, text in parse_pairs(pairs, "--barriers").items():
+        try:
+            up, down, *max_bars = text.split(",")
+            barriers[int(horizon)] = (float(up), float(down), *map(int, max_bars))
+        except ValueError:
+            raise ConfigError(
+                f"--barriers {f'{horizon}={text}'!r}: expected HORIZON=UP,DOWN[,MAX_BARS], such as 5=1.5,1.5"
+            ) from None
+    return barriers
+
+
+def _print_spans(bars, n=5):
+    "Prints the number of bars and the first and last time of the first `n` symbols."
+    spans = bars.groupby("symbol", sort=False).datetime.agg(["size", "min", "max"])
+    for symbol, span in spans.iloc[:n].iterrows():
+        print(f"{symbol}: {span['size']:,} bars from {span['min']} to {span['max']}")
+    if len(spans) > n:
+        print(f"and {len(spans) - n:,} more symbols")
+
+
+@app.command()
+def bars(
+    files: Annotated[list[str], typer.Argument(help="files, folders or patterns with bars")],
+    output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
+    symbol: Annotated[str | None, typer.Option(help="symbol; default: from the columns or the file name")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="NAME=COLUMN for a column that is not recognised, such as close=Last")
+    ] = None,
+    tz: Annotated[str | None, typer.Option(help="time zone of the result, such as UTC")] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="unit of times in numbers (s, ms, us, ns), or a format such as %d/%m/%Y")
+    ] = None,
+    adjust: Annotated[bool, typer.Option("--adjust", help="multiply prices by adjusted close / close")] = False,
+    closes: Annotated[
+        bool, typer.Option("--closes", help="read closes alone; features of ranges are left out")
+    ] = False,
+    resample: Annotated[str | None, typer.Option(help="rule of the bars to make, such as 15min")] = None,
+    calendar: Calendar = None,
+    horizons: Annotated[str, typer.Option(help="label horizons in bars, comma-separated")] = "5,20",
+    barriers: Annotated[
+        list[str] | None,
+        typer.Option(help="HORIZON=UP,DOWN[,MAX_BARS] in ATR(14), such as 5=1.5,1.5; default: symmetric, grows with H"),
+    ] = None,
+    val_from: Annotated[str | None, typer.Option(help="first time of the validation split, such as 2022-01-01")] = None,
+    test_from: Annotated[str | None, typer.Option(help="first time of the test split; default: the last 15%")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="YAML with groups of features and their parameters; default: all groups")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace existing splits")] = False,
+) -> None:
+    """Turn bars into splits: check the bars, compute features and labels, cut by time, purge, scale and report.
+
+    Example: modelfactory bars EURUSD_H1.csv --output data/eurusd"""
+    import warnings
+
+    from modelfactory.configuration import read_yaml
+    from modelfactory.data.readers import read_bars
+    from modelfactory.data.splits import SplitsWarning
+    from modelfactory.data.writer import bars_to_splits
+
+    source = files[0] if len(files) == 1 else files
+    names = parse_pairs(columns, "--columns") if columns else None
+    table = read_bars(source, symbol, columns=names, tz=tz, unit=unit, adjust=adjust, ohlc_from_close=closes)
+    print(table.attrs["layout"])
+    if resample:
+        from modelfactory.data.resample import resample_bars
+
+        table = resample_bars(table, resample, calendar=calendar)
+    _print_spans(table)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SplitsWarning)
+        bars_to_splits(
+            table,
+            output,
+            tuple(_whole_numbers(horizons, "--horizons")),
+            parse_barriers(barriers or []),
+            starts=(val_from, test_from) if val_from or test_from else None,
+            features=read_yaml(features) if features else None,
+            overwrite=overwrite,
+        )
+    check(str(output))
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"warning: {text}")
+    ours = "" if horizons == "5,20" else f" --horizons {horizons}"
+    print(f"next: modelfactory experiment quick --data {output}{ours} --models classical,boosting --compare")
 
 # %% ../nbs/cli.ipynb #6bbbb55a
 @app.command()

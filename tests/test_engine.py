@@ -252,7 +252,9 @@ def test_a_slow_cluster_start_is_repeated_and_leaves_no_process(tmp_path, monkey
 
 
 @pytest.mark.parametrize("is_on_path", [True, False])
-def test_a_kernel_imports_only_from_folders_of_pythonpath_and_does_not_report_its_own_interruption(tmp_path, is_on_path):
+def test_a_kernel_imports_only_from_folders_of_pythonpath_and_does_not_report_its_own_interruption(
+    tmp_path, is_on_path
+):
     (tmp_path / "beside.py").write_text("")
     parameters = nbformat.v4.new_code_cell("x = 0", metadata=dict(tags=["parameters"]))
     check = nbformat.v4.new_code_cell(

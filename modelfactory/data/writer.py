@@ -50,13 +50,35 @@ SPLITS = ("train", "val", "test")
 
 def split_at(
     datetimes: pd.Series,  # (rows,) timestamps of all symbols
-    starts: tuple,  # first time of val and first time of test, as timestamps or text
+    starts: tuple,  # first time of val and first time of test, as timestamps or text; None: from `shares`
+    shares: tuple[float, float, float] = (0.7, 0.15, 0.15),  # shares of the timestamps if one start is None
 ) -> np.ndarray:  # (rows,) split names
-    "Split of each row by two dates; raises `BarsError` if they are not in order."
-    val, test = (pd.Timestamp(start) for start in starts)
+    "Split of each row by two dates; raises `BarsError` if they are not times or not in order."
+    val, test = (_parse_start(start, datetimes.dt.tz) for start in starts)
+    if val is None:
+        val = _start_of_later(datetimes[datetimes < test], shares[0], shares[1])
+    elif test is None:
+        test = _start_of_later(datetimes[datetimes >= val], shares[1], shares[2])
     if not val < test:
         raise BarsError(f"starts = {starts}, expected the start of val before the start of test")
     return np.select([datetimes < val, datetimes < test], SPLITS[:2], SPLITS[2]).astype(object)
+
+
+def _parse_start(start, zone):
+    "Timestamp of the start of a split in the time zone of the bars; raises `BarsError` if it is not a time."
+    try:
+        time = None if start is None else pd.Timestamp(start)
+    except (ValueError, TypeError):
+        raise BarsError(f"starts: found {start!r}, expected a time such as 2022-01-01") from None
+    return time.tz_localize(zone) if time is not None and zone is not None and time.tz is None else time
+
+
+def _start_of_later(datetimes, earlier, later):
+    "Start of the later of two parts of the timestamps, whose sizes are as `earlier` to `later`."
+    times = np.unique(pd.DatetimeIndex(datetimes))
+    if len(times) < 2:
+        raise BarsError(f"starts: {len(times)} timestamps are left for two splits; choose another start")
+    return pd.Timestamp(times[round(len(times) * earlier / (earlier + later))], tz=datetimes.dt.tz)
 
 
 def split_by_time(
@@ -323,9 +345,9 @@ def bars_to_splits(
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
     columns = bar_features(bars, features).drop(columns=["datetime", "symbol", *exclude])
     table = pd.concat([bars, columns, *(triple_barrier(bars, h, *w) for h, w in widths.items())], axis=1)
-    if starts is not None:
-        table = table.assign(split=split_at(table["datetime"], starts))
     table = table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP]
+    if starts is not None:
+        table = table.assign(split=split_at(table["datetime"], starts, shares))
 
     def pipeline_of(scaler):
         recipe = dict(features=normalise_features(features), embargo=embargo.total_seconds(), **origin)

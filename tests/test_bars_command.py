@@ -1,0 +1,121 @@
+"The command `bars` turns an export into splits, and two commands lead from an export to a comparison page."
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE
+
+from modelfactory.cli import main, parse_barriers
+from modelfactory.configuration import ConfigError
+from modelfactory.data.pipeline import read_pipeline
+from modelfactory.data.readers import read_bars, read_eurusd
+from modelfactory.data.splits import read_splits
+
+
+def write_mt5(file, bars):
+    "Writes bars as MetaTrader 5 exports them."
+    columns = {
+        "<DATE>": bars.datetime.dt.strftime("%Y.%m.%d"),
+        "<TIME>": bars.datetime.dt.strftime("%H:%M:%S"),
+        **{f"<{name.upper()}>": bars[name] for name in ("open", "high", "low", "close")},
+        "<TICKVOL>": bars.volume.astype(int),
+    }
+    bars.assign(**columns, **{"<VOL>": 0, "<SPREAD>": 2})[[*columns, "<VOL>", "<SPREAD>"]].to_csv(
+        file, sep="\t", index=False
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return write_mt5(tmp_path_factory.mktemp("mt5") / "EURUSD_H1_201701012200_201705010000.csv", read_eurusd()[:2000])
+
+
+def call(*arguments, cwd):
+    command, options = [Path(sys.executable).with_name("modelfactory"), *map(str, arguments)], dict(text=True)
+    return subprocess.run(command, cwd=cwd, env=os.environ, timeout=PATIENCE, capture_output=True, **options)
+
+
+def run(*arguments):
+    "Exit code of a command in this process."
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_two_commands_lead_from_an_export_to_a_comparison_page(export, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
+    done = call("bars", export, "--output", "data/eurusd", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "read as MetaTrader 5 export" in done.stdout and "EURUSD: 2,000 bars from 2017-01-01" in done.stdout
+    assert "Features: 111" in done.stdout and "leak audit of 111 columns" in done.stdout
+    following = done.stdout.splitlines()[-1].removeprefix("next: modelfactory ").split()
+    assert following[following.index("--models") + 1] == "classical,boosting"
+    following[following.index("--models") + 1] = "logistic_regression"
+    done = call(*following, "--horizons", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/model_comparison.html").stat().st_size > 100_000
+
+
+def test_options_reach_the_splits_and_their_pipeline(export, tmp_path, capsys):
+    groups = tmp_path / "features.yaml"
+    groups.write_text("returns:\nmomentum:\n")
+    options = f"--output {tmp_path}/out --symbol EUR --horizons 3 --barriers 3=1,2,4 --features {groups}".split()
+    dates = ("--val-from", "2017-03-15", "--test-from", "2017-04-10")
+    assert run("bars", export, *options, *dates) == 0
+    assert "--horizons 3 --models" in capsys.readouterr().out
+    pipeline, splits = read_pipeline(tmp_path / "out"), read_splits(tmp_path / "out", None, ("train", "val", "test"))
+    assert pipeline.barriers == {3: (1.0, 2.0, 4)} and set(pipeline.symbols) == {"EUR"}
+    assert set(pipeline.features) == {"returns", "momentum"} and "rsi_14" in pipeline.names
+    assert str(splits["val"].datetimes[0].date()) == "2017-03-15"
+    assert str(splits["test"].datetimes[0].date()) == "2017-04-10"
+
+
+def test_the_start_of_test_alone_leaves_a_validation_split_before_it(export, tmp_path):
+    assert run("bars", export, "--output", tmp_path / "out", "--horizons", "5", "--test-from", "2017-04-10") == 0
+    splits = read_splits(tmp_path / "out", None, ("train", "val", "test"))
+    assert str(splits["test"].datetimes[0].date()) == "2017-04-10"
+    share = len(splits["val"].datetimes) / sum(len(splits[name].datetimes) for name in ("train", "val"))
+    assert share == pytest.approx(0.15 / 0.85, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--barriers", "5"], "expected key=value"),
+        (["--barriers", "5=1"], "expected HORIZON=UP,DOWN"),
+        (["--barriers", "7=1,1"], "horizon 7 is not among"),
+        (["--columns", "close=Last"], "Last"),
+        (["--val-from", "2017-04-01", "--test-from", "2017-03-01"], "expected the start of val before"),
+        (["--val-from", "soon"], "soon"),
+        (["--features", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_leaves_nothing(export, tmp_path, capsys, options, message):
+    assert run("bars", export, "--output", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_replaced_only_if_told(export, tmp_path, capsys):
+    arguments = ("bars", export, "--output", tmp_path / "out", "--horizons", "5")
+    assert run(*arguments) == 0 and run(*arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0
+
+
+def test_barriers_of_the_command_line():
+    assert parse_barriers(["5=1.5,1.5", "20=3,2,40"]) == {5: (1.5, 1.5), 20: (3.0, 2.0, 40)}
+    with pytest.raises(ConfigError, match=r"expected HORIZON=UP,DOWN\[,MAX_BARS\]"):
+        parse_barriers(["5=wide,1"])
+
+
+def test_several_files_are_one_data_set(tmp_path):
+    bars = read_eurusd()[:600]
+    files = [write_mt5(tmp_path / f"{name}.csv", bars) for name in ("AAA", "BBB")]
+    assert run("bars", *files, "--output", tmp_path / "out", "--horizons", "5") == 0
+    assert set(read_pipeline(tmp_path / "out").symbols) == set(read_bars(tmp_path / "*.csv").symbol)
