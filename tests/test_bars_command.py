@@ -55,7 +55,7 @@ def test_two_commands_lead_from_an_export_to_a_comparison_page(export, tmp_path,
     following = done.stdout.splitlines()[-1].removeprefix("next: modelfactory ").split()
     assert following[following.index("--models") + 1] == "classical,boosting"
     following[following.index("--models") + 1] = "logistic_regression"
-    done = call(*following, "--horizons", "5", cwd=tmp_path)
+    done = call(*following, "--horizons", "5", "--output", tmp_path / "runs", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/model_comparison.html").stat().st_size > 100_000
 
