@@ -15,7 +15,8 @@ from pathlib import Path
 
 import modelfactory
 from ..configuration import plugin_files
-from .registry import ModelRegistry, class_source
+from .registry import ModelRegistry
+from ..plugins import class_source
 
 # %% auto #0
 __all__ = ['TRAINER_MODULE', 'PLUGIN_PREFIX', 'UNHASHED_MODULES', 'without_docstrings', 'imported_names', 'imported_code',

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import pkgutil
 import re
 import sys
-import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,12 +21,13 @@ from ..configuration import ConfigError, did_you_mean, plugin_files, read_yaml, 
 from ..files import print_escaped, printable
 from .base import BaseModel
 from .errors import ModelUnavailable
+from ..plugins import load_plugin
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['UnknownModel', 'check_name', 'class_source', 'load_plugin', 'ModelList', 'ModelRegistry']
+__all__ = ['UnknownModel', 'check_name', 'ModelList', 'ModelRegistry']
 
 # %% ../../nbs/models/01_registry.ipynb #c7884e9a
 class UnknownModel(KeyError):
@@ -45,35 +44,6 @@ def check_name(name: str) -> str:
             f"model or family name {name!r}: expected lower-case letters, digits and _, starting with a letter"
         )
     return name
-
-# %% ../../nbs/models/01_registry.ipynb #4251a213
-def class_source(
-    file: Path,  # a .py file or a notebook
-) -> str:
-    "Returns the source code of a plugin: the whole file, or the `#| export` cells of a notebook."
-    if file.suffix != ".ipynb":
-        return file.read_text()
-    cells = ["".join(c["source"]) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
-    return "\n\n".join(c for c in cells if re.match(r"#\|\s*export\b", c))
-
-# %% ../../nbs/models/01_registry.ipynb #32385035
-def load_plugin(
-    file: Path,  # a .py file or a notebook with `#| export` cells
-) -> types.ModuleType:
-    "Runs a plugin once as the module `modelfactory_plugins.<stem>` and returns the module; exceptions propagate."
-    name = f"modelfactory_plugins.{Path(file).stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(file):
-        return sys.modules[name]
-    module = types.ModuleType(name)
-    module.__file__ = str(file)
-    code = compile(class_source(Path(file)), str(file), "exec")
-    sys.modules[name] = module
-    try:
-        exec(code, module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 # %% ../../nbs/models/01_registry.ipynb #5581a741
 class ModelList(list):
