@@ -5,6 +5,7 @@
 # %% ../nbs/cli.ipynb #4bc50521
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -213,10 +214,6 @@ def bars(
     names = parse_pairs(columns, "--columns") if columns else None
     table = read_bars(source, symbol, columns=names, tz=tz, unit=unit, adjust=adjust, ohlc_from_close=closes)
     print(table.attrs["layout"])
-    if resample:
-        from modelfactory.data.resample import resample_bars
-
-        table = resample_bars(table, resample, calendar=calendar)
     _print_spans(table)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SplitsWarning)
@@ -227,6 +224,7 @@ def bars(
             parse_barriers(barriers or []),
             starts=(val_from, test_from) if val_from or test_from else None,
             features=read_yaml(features) if features else None,
+            resample=dict(rule=resample, calendar=calendar) if resample and calendar else resample,
             overwrite=overwrite,
         )
     check(str(output))
@@ -641,21 +639,54 @@ def demo(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
-    data: Annotated[str, typer.Argument(help="parquet file, or folder with Phase 1 splits")],
-    split: Annotated[str, typer.Option(help="split to read, if DATA is a folder")] = "test",
+    data: Annotated[
+        str, typer.Argument(help="raw bars, bars with features, or a folder with Phase 1 splits; a CSV with --follow")
+    ],
+    split: Annotated[str, typer.Option(help="split to read, if DATA is a folder of splits")] = "test",
     ahead: Annotated[bool, typer.Option("--ahead", help="also predict the next bar of each symbol")] = False,
-    output: Annotated[Path, typer.Option(help="parquet file to write", dir_okay=False)] = Path("predictions.parquet"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="parquet file to write (default predictions.parquet); with --follow, a .jsonl or .csv file "
+            "(default: JSON lines to standard output)",
+            dir_okay=False,
+        ),
+    ] = None,
+    symbol: Annotated[str | None, typer.Option(help="symbol of raw bars without a column of symbols")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="predict each raw bar that is added to DATA (- is standard input)")
+    ] = False,
 ) -> None:
     """Predict new bars with a finished run or a bundle; the bars need no labels.
 
-    Example: modelfactory predict runs/xgboost_h5_… new_bars.parquet --ahead --output p.parquet"""
+    With --follow, DATA is a text file of raw bars that grows. The command reads its new lines every 0.2 seconds and
+    writes one line for each bar: the prediction after this bar. It ends with Ctrl-C, or when a pipe is closed.
+
+    Example: modelfactory predict runs/xgboost_h5_… new_bars.csv --ahead --output p.parquet
+    Example: modelfactory predict runs/xgboost_h5_… EURUSD.csv --follow"""
+    if follow:
+        _follow(run, data, output, symbol)
+        return
     from modelfactory.runs.predict import predict_run, prediction_warnings
 
-    frame = predict_run(run, data, split, ahead)
+    frame, output = predict_run(run, data, split, ahead, symbol), output or Path("predictions.parquet")
     temporary = output.with_name(f".{output.name}.partial")
     frame.to_parquet(temporary, index=False)
     temporary.replace(output)
     print(*prediction_warnings(frame), f"see {output}", sep="\n")
+
+
+def _follow(run, data, output, symbol):
+    "Writes a line for each bar until the input ends or Ctrl-C."
+    from modelfactory.runs.follow import follow_file, write_predictions
+
+    kind = "jsonl" if output is None else output.suffix.lstrip(".")
+    if kind not in ("jsonl", "csv"):
+        raise typer.BadParameter(f"{output}: with --follow, expected a file that ends in .jsonl or .csv")
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout if output is None else stack.enter_context(open(output, "a"))
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt, BrokenPipeError))
+        write_predictions(follow_file(run, data, _print_error, symbol=symbol), out, kind)
 
 # %% ../nbs/cli.ipynb #95b180f2
 @app.command("export")

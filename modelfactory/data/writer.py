@@ -19,9 +19,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .features import FEATURE_WARMUP, bar_features, feature_table, normalise_features
+from modelfactory.data.features import (
+    FEATURE_WARMUP,
+    bar_features,
+    feature_table,
+    normalise_features,
+    settled_rows,
+)
 from .labels import barrier_widths, triple_barrier
-from .pipeline import make_pipeline
+from .pipeline import join_to_longer, make_pipeline
 from .plausibility import price_warnings
 from modelfactory.data.readers import (
     OHLCV,
@@ -327,6 +333,7 @@ def bars_to_splits(
     starts: tuple | None = None,  # first time of val and first time of test; replaces `shares`
     exclude: Sequence[str] = (),  # features that are not written, such as `RANGE_FEATURES`
     features: dict | None = None,  # groups of features and their parameters, as in `bar_features`
+    resample: str | dict | None = None,  # rule, or arguments, of `resample_bars` that is applied first
 ) -> Path:  # out
     """Check bars, compute features and labels, and write splits with the pipeline that made them.
 
@@ -341,11 +348,14 @@ def bars_to_splits(
     if unknown := [name for name in exclude if name not in groups]:
         raise BarsError(f"exclude: {unknown[0]!r} is not a feature of bar_features; correct or remove it")
     widths = {int(h): barrier_widths(h, *barriers.get(h, ())) for h in horizons}
-    origin = {name: bars.attrs[name] for name in ("source", "layout", "resample") if name in bars.attrs}
+    origin = {name: bars.attrs[name] for name in ("source", "layout") if name in bars.attrs}
+    if resample is not None:
+        origin["resample"] = dict(resample) if isinstance(resample, dict) else dict(rule=str(resample))
+        bars = join_to_longer(bars, resample)
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
     columns = bar_features(bars, features).drop(columns=["datetime", "symbol", *exclude])
     table = pd.concat([bars, columns, *(triple_barrier(bars, h, *w) for h, w in widths.items())], axis=1)
-    table = table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP]
+    table = table[settled_rows(bars, features)]
     if starts is not None:
         table = table.assign(split=split_at(table["datetime"], starts, shares))
 

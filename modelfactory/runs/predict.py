@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
-from ..data.pipeline import PipelineError, complete_rows, join_bars, needed_bars
+from ..data.pipeline import Pipeline, PipelineError, bar_interval, complete_rows, join_bars, needed_bars
 from modelfactory.data.splits import (
     SPLIT_ORDER,
     BadValue,
@@ -34,10 +35,12 @@ from ..models.conformal import adapt_sets, label_delay
 from .attempt import prediction_file, prediction_frame, stored_output
 
 if TYPE_CHECKING:
+    from modelfactory.models.base import BaseModel, PredictionOutput
     from modelfactory.runs.stored import StoredRun
 
 # %% auto #0
-__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'prediction_warnings']
+__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'raw_bars_pipeline', 'needs_text', 'adapts_sets', 'earlier_parts',
+           'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
@@ -66,6 +69,7 @@ def predict_run(
     data: object,  # a frame, an Arrow table, a parquet or CSV file, a folder of parts or splits, or a bundled data set
     split: str = "test",  # split to predict if `data` is a folder of splits
     ahead: bool = False,  # also predict the next bar of each symbol
+    symbol: str | None = None,  # symbol of raw bars without a column of symbols; None: from the file name
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, sets of a conformal model, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
 
@@ -86,7 +90,7 @@ def predict_run(
     model, data_config = run.cached_model, run.config["data"]
     gap, nan, seq_len = data_config["gap"], data_config["nan"], model.config.sequence_length
     context_rows, fills = model.history_length(vars(model.config)) + gap - 1, run.report["fills"]
-    raw = _raw_rows(run, model, data, context_rows) if _is_raw(run, model, data) else None
+    raw = _raw_rows(run, model, data, context_rows, symbol) if _is_raw(run, model, data) else None
     folder = None if raw else _folder_of_splits(data)
     if folder is not None:
         data = split_files(folder, (split,))[split]
@@ -101,15 +105,15 @@ def predict_run(
     if not raw:
         _fill_nan(bars, fills, nan)
         joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
-    rows = _predicted_rows(joined, own, seq_len, gap, ahead)
+    rows = _predicted_rows(joined, own, context_rows - gap + 1 if raw else seq_len, gap, ahead)
     if raw and not len(rows):
         raise PipelineError(raw.too_short())
     keys, last_used = _prediction_keys(joined, rows, gap, run.horizon)
     windows = Windows(joined.matrix, last_used, seq_len, RawColumns(joined.market, joined.codes))
     predictions, n_known = model.predict(windows, keys), None
-    if _adapts(model):
+    if adapts_sets(model):
         labels, delay = _known_labels(bars, own, rows, len(joined), run.horizon, gap)
-        parts = [*_earlier_parts(run, predictions, gap), (predictions, labels, delay)]
+        parts = [*earlier_parts(run, _first_times(predictions), gap), (predictions, labels, delay)]
         predictions = adapt_sets(model, *parts)
         n_known = sum(int(np.isin(y, model.classes).sum()) for _, y, _ in parts)
     frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[last_used])
@@ -118,7 +122,7 @@ def predict_run(
     frame.attrs |= dict(
         skipped={} if raw else _skipped_bars(bars, keys),
         history=raw.history(keys) if raw else {},
-        needs=f"a prediction needs {raw.needs}" if raw else "",
+        needs=raw.needs if raw else "",
         notes=raw.notes if raw else [],
         unseen=[s for s in bars.symbols if s not in train_symbols],
         drift=drift,
@@ -156,13 +160,27 @@ def _is_raw(run, model, data):
     names = column_names(data)
     if names is not None and set(names) & set(model.feature_columns):
         return False
-    if run.pipeline is None and names is not None and {"open", "high", "low", "close"} <= {n.lower() for n in names}:
-        raise PipelineError(
-            f"{run.path.name}: found raw bars, but the run has no pipeline.json: its features were not computed by "
-            f"bars_to_splits; pass bars with its {len(model.feature_columns)} features, or train on the splits of "
-            "bars_to_splits"
-        )
+    if names is not None and {"open", "high", "low", "close"} <= {name.lower() for name in names}:
+        raw_bars_pipeline(run, model)
     return run.pipeline is not None
+
+
+def raw_bars_pipeline(
+    run: StoredRun,
+    model: BaseModel,  # model of the run
+) -> Pipeline:
+    "The pipeline that makes all features of a model; raises `PipelineError` if the run cannot predict raw bars."
+    if run.pipeline is None:
+        raise PipelineError(
+            f"{run.path.name}: found raw bars, but the run has no pipeline.json, because bars_to_splits did not make "
+            f"its features; pass bars with its {len(model.feature_columns)} features, or train on new splits"
+        )
+    if missing := [name for name in model.feature_columns if name not in run.pipeline.scaler]:
+        listed = ", ".join(missing[:5])
+        raise PipelineError(
+            f"{run.path.name}: {len(missing)} features are not made from bars: {listed}; pass bars with all features"
+        )
+    return run.pipeline
 
 # %% ../../nbs/runs/12_predict.ipynb #f682dfd1
 @dataclass
@@ -172,8 +190,7 @@ class _RawRows:
     table: pd.DataFrame  # keys, OHLCV, features and labels of the complete rows; those before new bars as context
     is_new: np.ndarray  # (rows,) mask of the new bars
     n_new: dict  # symbol -> number of new bars
-    n_needed: int  # bars that one prediction needs
-    by_day: list  # features that need the day from its start
+    needs: str  # the bars that a prediction needs
     notes: list  # sentences
 
     def history(self, keys):
@@ -184,46 +201,43 @@ class _RawRows:
 
     def too_short(self):
         symbol = max(self.n_new, key=self.n_new.get)
-        return (
-            f"bars: {symbol} has {self.n_new[symbol]:,} new bars, but a prediction needs {self.needs}; "
-            f"pass earlier bars as well. {'; '.join(self.notes)}"
-        )
-
-    @property
-    def needs(self):
-        days = f", with the day of each from its start ({', '.join(self.by_day[:3])})" if self.by_day else ""
-        return f"{self.n_needed:,} bars of its symbol{days}"
+        more = "; ".join([f"{self.needs}; pass earlier bars as well", *self.notes])
+        return f"bars: {symbol} has {self.n_new[symbol]:,} new bars, but {more}"
 
 
-def _raw_rows(run, model, data, context_rows):
+def _raw_rows(run, model, data, context_rows, symbol):
     "Features of raw bars, preceded by the stored bars of the run where the new ones continue them."
-    pipeline = run.pipeline
-    if missing := [name for name in model.feature_columns if name not in pipeline.scaler]:
-        listed = ", ".join(missing[:5])
-        raise PipelineError(
-            f"{run.path.name}: {len(missing)} features are not made from bars: {listed}; pass bars with all features"
-        )
-    new = pipeline.read(data)
+    pipeline = raw_bars_pipeline(run, model)
+    new = pipeline.read(data, symbol)
     bars, is_new, reasons = join_bars(pipeline, run.last_bars, new)
     groups = pd.Series(is_new).groupby(bars["symbol"].to_numpy(), sort=False)
     first_new = (groups.transform("size") - groups.transform("sum")).to_numpy()
     keep = complete_rows(pipeline, bars) & (groups.cumcount().to_numpy() >= first_new - context_rows)
     table = pipeline.transform(bars)
-    if _adapts(model):
+    if adapts_sets(model):
         table = pd.concat([table, pipeline.label(bars).iloc[:, 2:]], axis=1)
-    n_bars, by_day = needed_bars(pipeline)
     n_new = new["symbol"].value_counts(sort=False).to_dict()
     notes = _raw_notes(run, new, bars, is_new, reasons)
-    raw = _RawRows(table[keep], is_new[keep], n_new, n_bars + context_rows, by_day, notes)
+    raw = _RawRows(table[keep], is_new[keep], n_new, needs_text(pipeline, context_rows), notes)
     if not keep.any():
         raise PipelineError(raw.too_short())
     return raw
 
 # %% ../../nbs/runs/12_predict.ipynb #c2fae8ac
+def needs_text(
+    pipeline: Pipeline,
+    context_rows: int,  # rows before a predicted bar
+) -> str:
+    "The number of bars that a prediction needs, in words."
+    n_bars, by_day = needed_bars(pipeline)
+    days = f", the first of them with its day from the start ({', '.join(by_day[:3])})" if by_day else ""
+    return f"a prediction needs {n_bars + context_rows:,} bars of its symbol, itself included{days}"
+
+
 def _raw_notes(run, new, bars, is_new, reasons):
     "Sentences on how raw bars were read."
-    layout = new.attrs.get("layout")
-    notes = [f"read as raw bars{f' ({layout})' if layout else ''}, because no column is a feature of the model"]
+    layout = str(new.attrs.get("layout") or "read as bars")
+    notes = [f"raw bars, because no column is a feature of the model: {layout}"]
     if n := bars["symbol"][~is_new].nunique():
         symbols = "1 symbol" if n == 1 else f"{n} symbols"
         notes.append(f"the stored last bars of {symbols} precede the new bars")
@@ -231,6 +245,14 @@ def _raw_notes(run, new, bars, is_new, reasons):
         notes.append(f"{symbol}: the stored last bars are not used: {reason}")
     if len(reasons) > 3:
         notes.append(f"so are those of {len(reasons) - 3} more symbols")
+    interval, trained = bar_interval(new), run.pipeline.interval
+    if interval and interval != trained:
+        apart = [str(pd.Timedelta(seconds=seconds)) for seconds in (interval, trained)]
+        notes.append(f"THE BARS ARE {apart[0]} APART, those of the splits {apart[1]}: check that they are of one kind")
+    present = set(bars["symbol"])
+    if run.pipeline.compares_symbols and (absent := [s for s in run.pipeline.symbols if s not in present]):
+        of = f"{len(absent)} of {len(run.pipeline.symbols)} symbols of the splits have no bar here"
+        notes.append(f"features compare the symbols of a time, but {of}: {', '.join(absent[:5])}")
     if made := run.pipeline.other_version():
         notes.append(made)
     return notes
@@ -243,14 +265,16 @@ def _split_rows(split, rows):
     return replace(split.features_of(rows), labels=labels, bars_to_hit=hits)
 
 # %% ../../nbs/runs/12_predict.ipynb #107ef31a
-def _adapts(model):
+def adapts_sets(
+    model: BaseModel,
+) -> bool:
     "Whether a model has prediction sets that adapt to known labels."
     return bool(model.config.conformal and model.config.conformal.step)
 
 
 def _read_bars(run, model, data, split, nan):
     "Reads the bars, with their labels if the model adapts its sets to them."
-    if _adapts(model):
+    if adapts_sets(model):
         with contextlib.suppress(MissingColumn):
             return read_split(data, split, (run.horizon,), model.feature_columns, model.classes, nan)
     return read_split(data, split, (), model.feature_columns, nan=nan)
@@ -266,11 +290,19 @@ def _known_labels(bars, own, rows, n, horizon, gap):
     return np.where(is_next, np.nan, labels[at]), delay
 
 # %% ../../nbs/runs/12_predict.ipynb #e0c80713
-def _earlier_parts(run, predictions, gap):
-    "The stored predictions, labels and delays of bars that are earlier than the first new bar of their symbol."
+def _first_times(predictions):
+    "The time of the first predicted bar of each symbol, in nanoseconds."
     has_time = predictions.timestamps.notna()
     times = pd.Series(_nanoseconds(predictions.timestamps[has_time]))
-    first = times.groupby(np.asarray(predictions.symbols, str)[has_time]).min().to_dict()
+    return times.groupby(np.asarray(predictions.symbols, str)[has_time]).min().to_dict()
+
+
+def earlier_parts(
+    run: StoredRun,
+    first: dict[str, int],  # symbol -> time of its first new bar, in nanoseconds
+    gap: int,  # rows from the window's last row to the labelled row
+) -> Iterator[tuple[PredictionOutput, np.ndarray, np.ndarray]]:
+    "The stored predictions, labels and delays of bars that are earlier than the first new bar of their symbol."
     reach = max((row["label_reach"] for row in run.report.get("labels", ())), default=run.horizon)
     for split in run.manifest["splits"]:
         if not run.file(prediction_file(split)).is_file():

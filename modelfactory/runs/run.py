@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import printable
 from .run_folder import RunError
@@ -29,13 +30,24 @@ class Run(StoredRun):
 
     def predict(
         self,
-        data: object,  # new bars without labels, as a data frame, file or folder; see `predict_run`
+        data: object,  # new bars, raw or with features, without labels; see `predict_run`
         ahead: bool = False,  # see `predict_run`
+        symbol: str | None = None,  # see `predict_run`
     ) -> pd.DataFrame:
         "Predictions for new bars."
         from modelfactory.runs.predict import predict_run
 
-        return predict_run(self, data, ahead=ahead)
+        return predict_run(self, data, ahead=ahead, symbol=symbol)
+
+    def follow(
+        self,
+        bars: Iterable,  # raw bars in time order, one by one or in tables; see `runs.follow`
+        **options: Any,  # other arguments of `runs.follow.follow`
+    ) -> Iterator[dict]:  # one dict for each prediction
+        "Predicts raw bars as an iterable yields them, and keeps the earlier bars between them."
+        from modelfactory.runs.follow import follow
+
+        return follow(self, bars, **options)
 
     @cached_property
     def trials(self) -> int:

@@ -1,0 +1,460 @@
+"Raw bars to probabilities: the stored pipeline, history before new bars, and bars that arrive one by one."
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricate import fitted_run
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from quick import small_splits
+from quick_models import Nearest  # noqa: F401  registers the model `nearest`
+
+from modelfactory import bars_to_splits, load_run
+from modelfactory.cli import main
+from modelfactory.data.pipeline import (
+    LAST_BARS_FILE,
+    PIPELINE_FILE,
+    PipelineError,
+    complete_rows,
+    join_bars,
+    last_bars,
+    needed_bars,
+    read_pipeline,
+)
+from modelfactory.data.readers import OHLCV, check_bars
+from modelfactory.data.splits import SplitsError
+from modelfactory.runs.export import export_run
+from modelfactory.runs.follow import Follower, follow_file
+from modelfactory.runs.predict import predict_run, prediction_warnings
+from modelfactory.runs.stored import pipeline_files
+
+pytestmark = pytest.mark.slow
+
+TRAINED, ZONE = 1300, "America/New_York"  # bars of each symbol in the splits, of 1,500
+KINDS = ("nearest", "gru")
+
+
+def hourly_bars(n=1500, symbols=("A", "B", "C"), seed=7):
+    "Noise; the symbols miss different bars, and a week has weekends."
+    rng, parts = np.random.default_rng(seed), []
+    times = pd.date_range("2024-01-01", periods=3 * n, freq="h", tz=ZONE)
+    times = times[times.dayofweek < 5]
+    for symbol in symbols:
+        own = times[np.sort(rng.choice(n + n // 20, n, replace=False))]
+        close = 100 * np.exp(np.cumsum(rng.normal(0, 0.003, n)))
+        op, wicks = np.r_[close[0], close[:-1]], 1 + rng.exponential(0.001, (2, n))
+        high, low = np.maximum(op, close) * wicks[0], np.minimum(op, close) / wicks[1]
+        values = dict(open=op, high=high, low=low, close=close, volume=rng.poisson(50, n))
+        parts.append(pd.DataFrame(dict(datetime=own, symbol=symbol, **values)))
+    return check_bars(pd.concat(parts, ignore_index=True))
+
+
+BARS = hourly_bars()
+HEAD = BARS[BARS.groupby("symbol").cumcount() < TRAINED].reset_index(drop=True)
+NEW = BARS[BARS.groupby("symbol").cumcount() >= TRAINED].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bars_to_splits(HEAD, tmp_path_factory.mktemp("pipeline") / "splits", (5,), {5: (1.0, 1.2, 7)})
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    small = dict(max_epochs=1, sequence_length=12, hidden_size=8)
+    tasks = {kind: dict(model=kind, horizon=5, data=str(folder), preset=None) for kind in KINDS}
+    tasks["gru"] |= dict(config=small)
+    return {
+        kind: fitted_run(tmp_path_factory.mktemp("runs"), task, scored=kind == "nearest")
+        for kind, task in tasks.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def batches(runs):
+    "Predictions of all bars in one call."
+    return {kind: run.predict(BARS, ahead=True) for kind, run in runs.items()}
+
+
+def assert_equal(frame, batch, n=None):
+    "Each prediction has the probabilities of the same row in the batch."
+    both = frame.merge(batch, on=["after", "symbol"], suffixes=("", "_batch"))
+    assert len(both) == len(frame) and (n is None or len(frame) == n)
+    for c in ("p_down", "p_flat", "p_up"):
+        np.testing.assert_allclose(both[c].astype(float), both[f"{c}_batch"], rtol=0, atol=1e-6)
+
+
+def call(*args):
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in args])
+    return done.value.code
+
+
+def test_transform_and_labels_equal_the_written_splits_bit_for_bit(folder):
+    pipeline = read_pipeline(folder)
+    parts = [pd.read_parquet(folder / f"{s}_scaled.parquet") for s in ("train", "val", "test")]
+    written = check_order(pd.concat(parts))
+    table = pipeline.transform(pipeline.read(HEAD)).join(pipeline.label(HEAD).iloc[:, 2:])
+    table = check_order(table.dropna())
+    assert len(table) == len(written) > 3000 and pipeline.names == list(written.columns[8:-2])
+    for c in [*OHLCV, *pipeline.names, "datetime"]:
+        assert np.array_equal(table[c], written[c]), c
+    known = (written.label_h5 != -99).to_numpy()  # labels that cross into the next split were purged
+    assert (table.label_h5.to_numpy() == written.label_h5)[known].all() and 0.9 < known.mean() < 1
+    assert pipeline.barriers == {5: (1.0, 1.2, 7)} and pipeline.interval == 3600 and pipeline.time_zone == ZONE
+
+
+def check_order(table):
+    return table.sort_values(["symbol", "datetime"], ignore_index=True)
+
+
+BROKEN = {
+    "no object": lambda p: [],
+    "no scaler": lambda p: p | dict(scaler={}),
+    "NaN": lambda p: p | dict(scaler=p["scaler"] | dict(ret_1=[float("nan"), 1.0])),
+    "scale 0": lambda p: p | dict(scaler=p["scaler"] | dict(ret_1=[0.0, 0.0])),
+    "one number": lambda p: p | dict(scaler=p["scaler"] | dict(ret_1=[0.0])),
+    "text": lambda p: p | dict(scaler="x" * 100),
+    "long loop": lambda p: p | dict(barriers={"5": [1.0, 1.0, 10**12]}),
+    "no barrier": lambda p: p | dict(barriers={}),
+    "unknown key": lambda p: p | dict(code="import os"),
+    "unknown option": lambda p: p | dict(source=dict(filepath="/etc/passwd")),
+    "time zone": lambda p: p | dict(time_zone="../../etc/passwd"),
+    "later version": lambda p: p | dict(version=2),
+    "features": lambda p: p | dict(features=[1]),
+    "deep": lambda p: p | dict(features=nested(200)),
+}
+
+
+def nested(n):
+    value = {}
+    for _ in range(n):
+        value = dict(returns=value)
+    return value
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_damaged_pipeline_raises_one_typed_error(folder, tmp_path, case):
+    stored = json.loads((folder / PIPELINE_FILE).read_text())
+    (tmp_path / PIPELINE_FILE).write_text(json.dumps(BROKEN[case](copy.deepcopy(stored))))
+    with pytest.raises(PipelineError) as e:
+        read_pipeline(tmp_path)
+    assert PIPELINE_FILE in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("features", [dict(returns=dict(windows=[-1])), dict(os=None), dict(trend=None)])
+def test_features_that_are_not_known_here_are_named_when_they_are_needed(folder, features):
+    pipeline = dataclasses.replace(read_pipeline(folder), features=features)
+    with pytest.raises(PipelineError, match="pipeline: "):
+        pipeline.transform(HEAD)
+
+
+def test_a_truncated_file_or_a_link_raises_the_same_error(folder, tmp_path):
+    text = (folder / PIPELINE_FILE).read_text()
+    for content in (text[:-50], "", "\x00\x1b[31m"):
+        (tmp_path / PIPELINE_FILE).write_text(content)
+        with pytest.raises(PipelineError):
+            read_pipeline(tmp_path)
+    (tmp_path / PIPELINE_FILE).unlink()
+    assert read_pipeline(tmp_path) is None
+    (tmp_path / PIPELINE_FILE).symlink_to(folder / PIPELINE_FILE)
+    with pytest.raises(PipelineError, match="symbolic link"):
+        read_pipeline(tmp_path)
+
+
+def test_a_run_and_its_files_carry_the_pipeline(runs, folder, tmp_path):
+    run = runs["nearest"]
+    assert {PIPELINE_FILE, LAST_BARS_FILE} <= set(run.manifest["files"])
+    assert pipeline_files(run) == [PIPELINE_FILE, LAST_BARS_FILE] and run.pipeline == read_pipeline(folder)
+    assert run.last_bars.merge(HEAD).equals(run.last_bars) and set(run.last_bars.symbol) == {"A", "B", "C"}
+    changed = shutil.copytree(run.path, tmp_path / run.path.name)
+    for name in pipeline_files(run):
+        (changed / name).write_bytes((changed / name).read_bytes() + b" ")
+        with pytest.raises(ValueError, match="changed since the run was published"):
+            load_run(changed).predict(NEW)
+        shutil.copy(run.path / name, changed)
+
+
+def test_a_run_on_other_features_says_that_it_takes_no_raw_bars(tmp_path):
+    run = fitted_run(tmp_path / "runs", dict(model="nearest", horizon=5, data=str(small_splits(tmp_path / "own"))))
+    assert run.pipeline is None and run.last_bars is None and pipeline_files(run) == []
+    with pytest.raises(PipelineError, match="no pipeline.json, because bars_to_splits did not make its features"):
+        run.predict(NEW)
+    test = pd.read_parquet(tmp_path / "own" / "test_scaled.parquet")
+    assert len(run.predict(test)) > 100
+    with pytest.raises(SplitsError, match="features are missing"):
+        run.predict(test.drop(columns=run.cached_model.feature_columns[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_raw_bars_have_the_probabilities_of_the_splits(runs, folder, batches, kind):
+    of_splits = pd.concat([predict_run(runs[kind], str(folder), s) for s in ("train", "val", "test")])
+    batch = batches[kind].dropna(subset="datetime")
+    assert_equal(batch.merge(HEAD[["datetime", "symbol"]]), of_splits)
+    assert not np.allclose(batch.p_up, batch.p_up.mean(), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@hypothesis_settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 600), stop=st.integers(700, 1500), symbols=st.sets(st.sampled_from("ABC"), min_size=1))
+def test_any_cut_of_raw_bars_equals_the_batch(runs, batches, kind, cut, stop, symbols):
+    number = BARS.groupby("symbol").cumcount()
+    part = BARS[(number >= cut) & (number < stop) & BARS.symbol.isin(symbols)]
+    run = runs[kind]
+    n_bars, by_day = needed_bars(run.pipeline)
+    if stop - cut < n_bars + 60:
+        return
+    assert by_day
+    frame = run.predict(part.sample(frac=1, random_state=cut))
+    assert_equal(frame, batches[kind])
+    lost = frame.attrs["history"]
+    assert set(lost) == symbols and len(frame) == len(part) - sum(lost.values())
+    assert all(n_bars <= n <= n_bars + 12 + 24 for n in lost.values())
+
+
+def test_history_that_is_too_short_is_an_error_that_says_how_many_bars(runs):
+    run = runs["nearest"]
+    n = needed_bars(run.pipeline)[0] + 1
+    with pytest.raises(PipelineError, match=f"A has 100 new bars, but a prediction needs {n:,} bars"):
+        run.predict(BARS.query("symbol == 'A'").head(100))
+    few = check_bars(BARS.query("symbol == 'A'")[:900])
+    text = " ".join(prediction_warnings(run.predict(few)))
+    assert "the first bars are history and are not predicted: A " in text and f"needs {n:,} bars" in text
+    assert "raw bars, because no column is a feature of the model" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tomorrows_bar_is_predicted_after_the_stored_bars(runs, batches, kind):
+    run, first = runs[kind], NEW.groupby("symbol").head(1)
+    frame = run.predict(first, ahead=True)
+    assert_equal(frame, batches[kind], n=6)
+    assert frame.attrs["history"] == {} and "the stored last bars of 3 symbols" in " ".join(prediction_warnings(frame))
+    overlapping = BARS[BARS.groupby("symbol").cumcount().between(TRAINED - 5, TRAINED + 3)]
+    frame = run.predict(overlapping)
+    assert_equal(frame, batches[kind])
+    assert len(frame) >= 3 * 4
+
+
+def test_stored_bars_are_not_used_after_a_long_pause_or_a_revision(runs):
+    run, one = runs["nearest"], NEW.query("symbol == 'A'")
+    late = one.assign(datetime=one.datetime + pd.Timedelta(days=30))
+    with pytest.raises(
+        PipelineError, match="A: the stored last bars are not used: the pause after the last stored bar"
+    ):
+        run.predict(late)
+    tail = BARS.query("symbol == 'A'")[TRAINED - 3 : TRAINED + 5]
+    for column in OHLCV[:4]:
+        revised = check_bars(tail.assign(**{c: tail[c] * (1.001 if column == "close" else 1) for c in OHLCV[:4]}))
+        revised[column] = revised[column] * (1.0001 if column in ("high",) else 0.9999 if column == "low" else 1)
+    with pytest.raises(PipelineError, match=r"not used: (open|high|low|close) at .* as in the stored bars"):
+        run.predict(revised)
+    with pytest.raises(PipelineError, match="only the stored bars have one at"):
+        run.predict(tail.drop(index=tail.index[1]))
+
+
+def test_join_uses_exactly_the_bars_before_the_new_ones(runs):
+    pipeline, stored = runs["gru"].pipeline, runs["gru"].last_bars
+    joined, is_new, reasons = join_bars(pipeline, stored, NEW)
+    assert reasons == {} and joined[is_new].reset_index(drop=True).equals(NEW)
+    assert joined[~is_new].reset_index(drop=True).equals(stored)
+    # the oracle: the features of the last rows, computed from the stored bars alone and from all bars
+    alone, whole = (pipeline.transform(bars) for bars in (stored, HEAD))
+    both = alone[complete_rows(pipeline, stored)].merge(whole, on=["datetime", "symbol"])
+    assert len(both) == 3 * 12
+    for name in pipeline.names:
+        np.testing.assert_allclose(both[f"{name}_x"], both[f"{name}_y"], rtol=0, atol=1e-5)
+    fewer = stored.groupby("symbol").tail(len(stored) // 3 - 40)
+    assert not last_bars(pipeline, fewer, 12)[1] and last_bars(pipeline, stored, 12)[1]
+
+
+def test_drift_is_measured_on_scaled_features(runs):
+    frame = runs["nearest"].predict(BARS)
+    assert not any("UNLIKE TRAIN" in s for s in prediction_warnings(frame))
+    daily = BARS.assign(
+        datetime=pd.Timestamp("2000-01-03", tz=ZONE) + (BARS.groupby("symbol").cumcount() * pd.Timedelta("1D"))
+    )
+    sentences = " ".join(prediction_warnings(runs["nearest"].predict(daily)))
+    assert "THE BARS ARE 1 days 00:00:00 APART, those of the splits 0 days 01:00:00" in sentences
+    assert "distributed differently than in train" in sentences
+
+
+def test_times_in_another_zone_are_converted_and_times_without_zone_are_refused(runs, batches):
+    run = runs["nearest"]
+    assert_equal(run.predict(BARS.assign(datetime=BARS.datetime.dt.tz_convert("UTC"))), batches["nearest"])
+    with pytest.raises(PipelineError, match="no time zone"):
+        run.predict(BARS.assign(datetime=BARS.datetime.dt.tz_localize(None)))
+
+
+def test_a_csv_in_another_format_than_that_of_the_splits_is_read(tmp_path):
+    bars = hourly_bars(symbols=("EURUSD",))
+    head = bars[:TRAINED].assign(datetime=bars.datetime.dt.tz_localize(None))
+    head.attrs["source"] = dict(columns={"close": "Last"}, unit="%d.%m.%Y %H:%M", tz=None, adjust=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        splits = bars_to_splits(head, tmp_path / "splits", (5,))
+    run = fitted_run(tmp_path / "runs", dict(model="nearest", horizon=5, data=str(splits)))
+    new = bars[TRAINED:].assign(datetime=bars.datetime.dt.tz_localize(None))
+    european = new.rename(columns=dict(close="Last")).drop(columns="symbol")
+    european["datetime"] = european.datetime.dt.strftime("%d.%m.%Y %H:%M")
+    european.to_csv(tmp_path / "EURUSD.csv", index=False)
+    new.to_csv(tmp_path / "iso.csv", index=False)
+    frames = [run.predict(tmp_path / name) for name in ("EURUSD.csv", "iso.csv")]
+    assert len(frames[0]) == len(new)
+    assert_equal(frames[0], frames[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bars_one_by_one_equal_the_batch(runs, batches, kind):
+    rows = NEW.sort_values(["datetime", "symbol"]).head(24).to_dict("records")
+    live = pd.DataFrame(runs[kind].follow(iter(rows)))
+    assert_equal(live, batches[kind], n=24)
+    assert live.datetime.isna().all() and live.after.tolist() == [row["datetime"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@hypothesis_settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edges=st.lists(st.integers(1, 199), min_size=1, max_size=3, unique=True))
+def test_tables_of_any_size_equal_the_batch(runs, batches, kind, edges):
+    table, follower = NEW.sort_values(["datetime", "symbol"])[:200], Follower(runs[kind])
+    parts = [follower.push(table[a:b]) for a, b in zip([0, *sorted(edges)], [*sorted(edges), 200], strict=True)]
+    assert_equal(pd.concat(parts), batches[kind], n=200)
+    assert follower.notes == []
+
+
+def test_a_stream_without_stored_bars_waits_for_its_history(runs, batches):
+    follower, table = Follower(runs["gru"]), BARS.query("symbol == 'A'")
+    follower._stored = {}
+    frames = [follower.push(table[:500]), *(follower.push(table[i : i + 20]) for i in range(500, 800, 20))]
+    n = needed_bars(runs["gru"].pipeline)[0] + 11
+    assert "A: no prediction yet" in follower.notes[0] and len(follower.notes) == 1
+    live = pd.concat([frame for frame in frames if len(frame)])
+    assert_equal(live, batches["gru"])
+    assert 800 - n - 24 <= len(live) <= 800 - n + 1
+
+
+def test_bars_that_cannot_be_used_are_refused_and_the_stream_goes_on(runs, batches):
+    rows = NEW.query("symbol == 'A'").head(8).to_dict("records")
+    invalid = [rows[2], rows[1], rows[0] | dict(close=-1.0), rows[5] | dict(high=0.1), dict(datetime="soon"), rows[4]]
+    notes = []
+    stream = [*rows[:3], *invalid[:5], rows[3], rows[4], invalid[5], *rows[5:]]
+    live = pd.DataFrame(runs["nearest"].follow(stream, on_note=notes.append))
+    assert_equal(live, batches["nearest"], n=8)
+    assert len(notes) == 6 and all("refused" in note and "\n" not in note for note in notes)
+    with pytest.warns(UserWarning, match="refused the bar"):
+        list(runs["nearest"].follow([rows[0], rows[0]]))
+
+
+def test_known_bars_are_skipped_and_revised_bars_restart_the_history(runs, batches):
+    table = BARS.query("symbol == 'A'")
+    follower = Follower(runs["nearest"])
+    assert_equal(follower.push(table), batches["nearest"], n=200)
+    assert "A: skipped 1,300 bars up to the last stored one" in follower.notes[0]
+    follower = Follower(runs["nearest"])
+    assert len(follower.push(table[TRAINED - 5 : TRAINED].assign(volume=7))) == 0
+    assert "A: the stored last bars are not used: volume at" in follower.notes[0]
+
+
+def lines_of(table):
+    return table.to_csv(index=False).splitlines(keepends=True)
+
+
+class Writer:
+    "Adds one piece of text to a file whenever the follower waits, then interrupts it."
+
+    def __init__(self, file, pieces):
+        self.file, self.pieces = file, list(pieces)
+
+    def __call__(self, seconds=0):
+        if not self.pieces:
+            raise KeyboardInterrupt
+        piece = self.pieces.pop(0)
+        if callable(piece):
+            piece()
+        else:
+            with open(self.file, "a") as f:
+                f.write(piece)
+
+
+def collect(run, file, pieces):
+    frames, notes = [], []
+    with pytest.raises(KeyboardInterrupt):
+        for frame in follow_file(run, file, notes.append, Writer(file, pieces)):
+            frames.append(frame)
+    return pd.concat(frames), notes
+
+
+def test_a_growing_file_equals_the_batch(runs, batches, tmp_path):
+    file = tmp_path / "bars.csv"
+    header, *lines = lines_of(NEW.sort_values("datetime").head(12))
+    file.write_text(header + "".join(lines[:4]))
+    half = len(lines[5]) // 2
+    pieces = [lines[4] + lines[5][:half], "", lines[5][half:], "broken,line\n", "\n", "".join(lines[6:])]
+    live, notes = collect(runs["nearest"], file, pieces)
+    assert_equal(live, batches["nearest"], n=12)
+    assert len(notes) == 1 and notes[0].startswith("refused a bar: ") and str(tmp_path) not in notes[0]
+
+
+def test_a_file_that_is_replaced_or_truncated_is_read_again(runs, batches, tmp_path):
+    file, table = tmp_path / "bars.csv", NEW.query("symbol == 'A'").head(12)
+    header, *lines = lines_of(table)
+    file.write_text(header + "".join(lines[:6]))
+
+    def truncate():
+        file.write_text(header + "".join(lines[5:7]))
+
+    def replace():
+        (tmp_path / "next.csv").write_text(header + "".join(lines[6:12]))
+        os.replace(tmp_path / "next.csv", file)
+
+    live, notes = collect(runs["nearest"], file, [truncate, replace])
+    assert_equal(live, batches["nearest"], n=12)
+    assert sum("refused the bar" in note for note in notes) == 2
+
+
+def test_the_command_predicts_raw_bars_and_follows_a_pipe(runs, batches, tmp_path, capsys):
+    run, table = runs["nearest"].path, NEW.query("symbol == 'A'").head(20)
+    table.drop(columns="symbol").to_csv(tmp_path / "new.csv", index=False)
+    assert call("predict", run, tmp_path / "new.csv", "--symbol", "A", "--output", tmp_path / "p.parquet") == 0
+    assert_equal(pd.read_parquet(tmp_path / "p.parquet"), batches["nearest"], n=20)
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    for out in (None, tmp_path / "p.jsonl", tmp_path / "p.csv", tmp_path / "p.csv"):
+        writer = threading.Thread(target=lambda: pipe.write_text("".join(lines_of(table))))
+        writer.start()
+        capsys.readouterr()
+        assert call("predict", run, pipe, "--follow", *([] if out is None else ["--output", out])) == 0
+        writer.join()
+        printed = capsys.readouterr()
+    assert printed.err == "" and len(pd.read_csv(tmp_path / "p.csv")) == 40
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    live = pd.DataFrame(lines).assign(after=lambda t: pd.to_datetime(t.after, utc=True).dt.tz_convert(ZONE))
+    assert_equal(live, batches["nearest"], n=20)
+    assert call("predict", run, tmp_path / "none.csv", "--follow") == 2
+    assert call("predict", run, pipe, "--follow", "--output", tmp_path / "p.parquet") == 2
+
+
+def test_the_command_ends_cleanly_after_ctrl_c(runs, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "bars.csv"
+    file.write_text("".join(lines_of(NEW.query("symbol == 'A'").head(2))))
+    monkeypatch.setattr("modelfactory.runs.follow.time.sleep", Writer(file, []))
+    assert call("predict", runs["nearest"].path, file, "--follow") == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2 and printed.err == ""
+
+
+def test_a_bundle_predicts_raw_bars_as_its_run(runs, batches, tmp_path):
+    bundle = load_run(export_run(runs["nearest"].path, tmp_path / "bundle"))
+    assert pipeline_files(bundle) == [PIPELINE_FILE, LAST_BARS_FILE]
+    assert_equal(bundle.predict(NEW), batches["nearest"])
+    assert bundle.last_bars.equals(runs["nearest"].last_bars)
