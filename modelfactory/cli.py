@@ -26,9 +26,9 @@ app = typer.Typer(
 # %% auto #0
 __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Calendar', 'DataFolder', 'RunsFolder', 'Seed',
            'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
-           'check', 'parse_barriers', 'bars', 'purge', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment',
-           'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'demo', 'predict', 'export_bundle',
-           'new', 'main']
+           'check', 'parse_barriers', 'bars', 'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train',
+           'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'demo', 'predict',
+           'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -248,6 +248,67 @@ def purge(
 
     counts = purge_splits(resolve_data(data), output, calendar)
     print(counts.to_string(index=False), f"see {output}", sep="\n")
+
+# %% ../nbs/cli.ipynb #0a0c1bf4
+@app.command()
+def recut(
+    data: Annotated[str, typer.Argument(help="labelled parquet or CSV file, folder of them, or folder of splits")],
+    output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
+    train: Annotated[float | None, typer.Option(help="share of the timestamps for train; default: 0.7")] = None,
+    val: Annotated[float | None, typer.Option(help="share of the timestamps for val; default: 0.15")] = None,
+    test: Annotated[float | None, typer.Option(help="share of the timestamps for test; default: 0.15")] = None,
+    val_from: Annotated[str | None, typer.Option(help="first time of val, instead of shares")] = None,
+    test_from: Annotated[str | None, typer.Option(help="first time of test, instead of shares")] = None,
+    train_from: Annotated[str | None, typer.Option(help="first time of train; earlier rows are left out")] = None,
+    until: Annotated[str | None, typer.Option(help="end of test; rows at or after it are left out")] = None,
+    embargo: Annotated[
+        str,
+        typer.Option(help="least time between a label's end and the next split: bars, or a length such as '2 days'"),
+    ] = "0 bars",
+    max_bars: Annotated[
+        str | None, typer.Option(help="bars that a label may need, without bars_to_hit columns, such as 5=15,20=60")
+    ] = None,
+    rescale: Annotated[bool, typer.Option(help="fit the scaler of the features again, on the new train")] = False,
+    classes: Classes = None,
+    overwrite: Annotated[bool, typer.Option(help="replace existing splits")] = False,
+) -> None:
+    """Cut labelled data into new splits by time; labels that depend on a later split become null.
+
+    Example: modelfactory recut data/splits/scaled --output data/recut --val-from 2019-01-01 --test-from 2020-01-01"""
+    from modelfactory.configuration import ConfigError
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.recut import recut_splits
+
+    shares, starts = (train, val, test), (val_from, test_from)
+    if any(starts) and (not all(starts) or any(share is not None for share in shares)):
+        raise ConfigError("--val-from and --test-from: expected both, and none of --train, --val and --test")
+    shares = tuple(
+        default if share is None else share for share, default in zip(shares, (0.7, 0.15, 0.15), strict=True)
+    )
+    report = recut_splits(
+        data if Path(data).is_file() else resolve_data(data),
+        output,
+        shares,
+        starts=starts if all(starts) else None,
+        train_from=train_from,
+        until=until,
+        embargo=int(embargo) if embargo.isdecimal() else embargo,
+        max_bars=_bars_by_horizon(max_bars),
+        rescale=rescale,
+        classes=tuple(_whole_numbers(classes, "--classes")) or (-1, 0, 1),
+        overwrite=overwrite,
+    )
+    print(report, f"see {output}", sep="\n")
+
+
+def _bars_by_horizon(text):
+    "{horizon: bars} of an option such as 5=15,20=60; raises `ConfigError`."
+    from modelfactory.configuration import ConfigError
+
+    try:
+        return {int(horizon): int(bars) for horizon, bars in (part.split("=") for part in _split_commas(text))}
+    except ValueError:
+        raise ConfigError(f"--max-bars {text!r}: expected horizon=bars, such as 5=15,20=60") from None
 
 # %% ../nbs/cli.ipynb #b6cda597
 @app.command()

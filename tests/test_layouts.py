@@ -132,8 +132,7 @@ def klines(bars, unit):
 
 BTC = HOURS.assign(symbol="BTCUSDT")
 KLINE_NAMES = (
-    "open_time,open,high,low,close,volume,close_time,quote_volume,count,"
-    "taker_buy_volume,taker_buy_quote_volume,ignore"
+    "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore"
 )
 
 
@@ -154,7 +153,9 @@ def binance_with_names(folder, bars):
     return text_file(folder, "BTCUSDT-1h-2024-03.csv", [KLINE_NAMES, *klines(bars, "ms")])
 
 
-@layout(BTC, says="read as Binance klines: 2 files or tables, symbol BTCUSDT from the file name, times in ms since 1970")
+@layout(
+    BTC, says="read as Binance klines: 2 files or tables, symbol BTCUSDT from the file name, times in ms since 1970"
+)
 def binance_months_that_overlap(folder, bars):
     lines = klines(bars, "ms")
     text_file(folder, "BTCUSDT-1h-2024-03.csv", lines[:25])

@@ -41,7 +41,7 @@ __all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'FIRST_YE
            'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
            'UnknownHorizon', 'SplitsWarning', 'column_roles', 'with_keys', 'parquet_parts', 'split_path',
            'present_splits', 'split_files', 'symbol_text', 'Split', 'file_order', 'read_split', 'read_columns',
-           'bars_between', 'bar_numbers', 'label_bars', 'labels_crossing', 'check_order', 'label_reach',
+           'read_table', 'bars_between', 'bar_numbers', 'label_bars', 'labels_crossing', 'check_order', 'label_reach',
            'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'split_effective_samples', 'excluded_by_reason',
            'SplitsReport', 'Splits', 'read_splits', 'fill_nan', 'fill_warnings', 'constant_call_warnings',
            'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
@@ -917,6 +917,19 @@ def read_columns(
             **{c: _parse_float64(table[c], c, file) for c in numbers},
         )
     )
+
+# %% ../../nbs/data/00_splits.ipynb #6c4f445a
+def read_table(
+    source: pd.DataFrame | pa.Table | str | Path,  # as in `read_split`
+    name: str,  # name to use in messages if the source is a frame
+) -> pa.Table:
+    "All columns of a table, decoded to plain types, in the row order of the source; raises `SplitsError`."
+    reader, file = _open_source(source, name)
+    _check_unique(reader.schema.names, file)
+    try:
+        return pa.Table.from_arrays(reader.read(reader.schema.names).columns, schema=reader.schema)
+    except (pa.ArrowException, OSError) as e:
+        raise UnreadableFile(f"{file}: cannot be read to the end ({_first_line(e)}); write it again") from None
 
 # %% ../../nbs/data/00_splits.ipynb #dd847431
 DAY_NS = 86_400 * 10**9  # one day in nanoseconds

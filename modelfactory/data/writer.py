@@ -48,7 +48,8 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['SPLITS', 'split_at', 'split_by_time', 'labels_crossing_split', 'write_splits', 'publish_folder', 'bars_to_splits']
+__all__ = ['SPLITS', 'split_at', 'split_by_time', 'labels_crossing_split', 'scale_column', 'write_splits', 'publish_folder',
+           'bars_to_splits']
 
 # %% ../../nbs/data/06_writer.ipynb #f6686229
 SPLITS = ("train", "val", "test")
@@ -139,6 +140,19 @@ def _fit_scaler(x):
         return np.select([kind == "standard", kind == "robust"], [standard, robust], none)
 
     return kind, by_kind(s["mean"], s["median"], 0.0), by_kind(s["std"], s["iqr"] / 1.349, 1.0), s
+
+# %% ../../nbs/data/06_writer.ipynb #6ec10105
+def scale_column(
+    x: np.ndarray,  # (N,) unscaled values of a feature
+    train: np.ndarray,  # (N,) mask of the rows of train
+) -> tuple[np.ndarray, dict]:  # (N,) float32 scaled values; entry of the feature in `feature_scaler.json`
+    "Scale a feature with statistics of the rows of train."
+    (kind,), centre, scale, stats = _fit_scaler(x[train, None])
+    scaled = ((x - centre) / scale).astype(np.float32)
+    before = stats | dict(center=centre, scale=scale)
+    after = _column_statistics(scaled[train, None])
+    before, after = ({name: float(value[0]) for name, value in s.items()} for s in (before, after))
+    return scaled, dict(scaler_type=str(kind), apply_log_transform=False, train_stats=before, scaled_stats=after)
 
 # %% ../../nbs/data/06_writer.ipynb #f2a95513
 def _scaler_json(names, n, fit, scaled, groups):
