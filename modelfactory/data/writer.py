@@ -189,7 +189,7 @@ def _check_table(table, horizons, extra, groups):
         raise BarsError(
             f"table: no column {missing[0]!r}; expected keys, {', '.join(OHLCV)}, features and {', '.join(labels)}"
         )
-    names = [f for f in groups if f in table] + list(extra)
+    names = list(dict.fromkeys([*(f for f in groups if f in table), *extra]))
     if unexpected := [c for c in table if c not in {"datetime", "symbol", "split", *OHLCV, *labels, *names}]:
         raise BarsError(f"table: column {unexpected[0]!r} is not a known feature; name it in extra_features or drop it")
     if not names:
