@@ -858,6 +858,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'modelfactory/data/market.py'),
                                           'modelfactory.data.market._log_bars': ( 'data/market.html#_log_bars',
                                                                                   'modelfactory/data/market.py'),
+                                          'modelfactory.data.market._log_pause': ( 'data/market.html#_log_pause',
+                                                                                   'modelfactory/data/market.py'),
                                           'modelfactory.data.market._long_table': ( 'data/market.html#_long_table',
                                                                                     'modelfactory/data/market.py'),
                                           'modelfactory.data.market._mirrored_paths': ( 'data/market.html#_mirrored_paths',

@@ -499,6 +499,12 @@ def _fit_column_count(market, features, horizons):
     return pd.concat([features.iloc[:, :n_features], market.observable, decoys], axis=1)
 
 # %% ../../nbs/data/07_market.ipynb #6c9e15e8
+def _log_pause(bars):
+    "The feature `log_pause`, in thousands of minutes as all stored results of `GENERATOR_VERSION` 1 have it."
+    pause = bars.groupby("symbol", sort=False)["datetime"].diff() / pd.Timedelta(minutes=1000)
+    return np.log1p(pause).astype(np.float32)
+
+
 def market_table(
     market: Market,
     horizons: Sequence[int] = (5, 20),  # horizons of the labels in bars
@@ -508,6 +514,7 @@ def market_table(
     Raises `MarketError` if a column has missing values or if `config.columns` is too small.
     """
     features = bar_features(market.bars).drop(columns=["datetime", "symbol"])
+    features["log_pause"] = _log_pause(market.bars).where(features["log_pause"].notna())
     labels = [triple_barrier(market.bars, horizon, *market.config.barriers(horizon)) for horizon in horizons]
     columns = _fit_column_count(market, features, horizons)
     split = pd.Series(None, market.bars.index, str, "split")
