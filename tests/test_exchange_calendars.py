@@ -81,14 +81,14 @@ def test_an_error_is_raised_if_and_only_if_a_label_crosses_the_boundary(name, mi
         times = times.tz_localize(None)
     horizon, outcomes = 12 if minutes else 4, []
     for holiday in ("2024-03-28", "2024-07-03", "2024-11-27", "2024-12-23"):
-        for _ in range(4):
+        for _ in range(3):
             i = min(times.searchsorted(pd.Timestamp(holiday, tz=times.tz)) + rng.integers(-5, 6), len(times) - 2)
             j = min(i + rng.integers(0, 2 * horizon), len(times) - 2)
             truth = max(0, horizon - (j - i))
             train, val = times[max(0, i - 1500) : i], times[j : j + 60]
             assert rows_in_error(train, val, horizon, calendar=name) == truth, (train[-1], val[0])
             outcomes.append(truth > 0)
-    assert 3 <= sum(outcomes) <= len(outcomes) - 2
+    assert 2 <= sum(outcomes) <= len(outcomes) - 2
 
 
 def test_the_estimate_from_the_bars_misses_labels_across_a_holiday():

@@ -86,7 +86,7 @@ def assert_same(joined, rows):
 RULES = st.sampled_from(["7min", "15min", "1h", "90min", "4h", "1D"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data(), RULES, st.sampled_from(["open", "close"]), st.integers(0, 23), st.sampled_from([None, ZONE]))
 def test_bars_of_time_equal_those_of_a_loop(data, rule, stamp, hour, zone):
     "With the incomplete last bars and without; a bar is complete if the input reaches the end of its interval."
@@ -114,7 +114,7 @@ def test_no_bar_crosses_a_session_or_a_break(name):
         at = edges.searchsorted(time.tz_convert("UTC"), side="right")
         return edges[at - 1].tz_convert(time.tz), edges[at].tz_convert(time.tz)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(markets("UTC", "2024-07-01 00:00"), st.sampled_from(["15min", "2h"]), st.sampled_from(["open", "close"]))
     def check(bars, rule, stamp):
         rows = naive(bars, pd.Timedelta(rule), stamp, edges_of)
@@ -123,7 +123,7 @@ def test_no_bar_crosses_a_session_or_a_break(name):
     check()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(markets(), st.sampled_from(["3 volume", "20 volume", "500 dollars", "4e3 dollars"]))
 def test_bars_of_volume_and_dollars_equal_those_of_a_loop(bars, rule):
     amount, unit = float(rule.split()[0]), rule.split()[1]
@@ -154,7 +154,7 @@ def with_volume(bars):
     return bars.assign(volume=bars.volume + 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(markets(), ALL_RULES, st.sampled_from(["open", "close"]), st.integers(0, 4 * 1440))
 def test_later_bars_never_change_earlier_ones(bars, rule, stamp, minute):
     "The complete bars of the input up to a time are the first complete bars of each symbol of the whole input."
@@ -170,7 +170,7 @@ def test_later_bars_never_change_earlier_ones(bars, rule, stamp, minute):
         assert early.datetime.max() <= until.datetime.max()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(markets(), ALL_RULES, st.sampled_from(["open", "close"]))
 def test_resampling_twice_changes_nothing_and_keeps_the_totals(bars, rule, stamp):
     bars = with_volume(bars)

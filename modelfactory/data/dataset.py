@@ -433,7 +433,7 @@ def _length_text(length):
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass
 class DatasetConfig(HTMLConfig):
-    "Describes the data of a run: source, columns, NaN handling, classes and prices."
+    "Describes the data of a run: source, columns, NaN handling, classes, prices, calendar and rolls."
 
     data: str  # folder with Phase 1 splits, or the name of a bundled data set
     gap: Annotated[int, Interval(ge=0, le=1)] = 1  # rows from the window's last row to the labelled row
