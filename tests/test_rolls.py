@@ -14,7 +14,7 @@ from modelfactory.configuration import ConfigError, TradingRules
 from modelfactory.data.calendars import CalendarError, mark_rolls
 from modelfactory.data.dataset import DatasetConfig, FoldConfig, load_datasets, read_prices
 from modelfactory.data.labels import triple_barrier
-from modelfactory.data.prices import check_split_prices
+from modelfactory.data.prices import BadPrices, check_split_prices
 from modelfactory.data.readers import check_bars, read_eurusd
 from modelfactory.data.splits import NO_LABEL, BadValue, read_split, read_splits
 from modelfactory.evaluation.backtest import barrier_backtest, tranche_backtest
@@ -212,6 +212,9 @@ def test_a_price_jump_at_a_marked_roll_is_earned_by_no_run(tmp_path, folds):
     prices.assign(close=prices.close * jump, roll_event=0.0).to_parquet(file, index=False)
     assert not np.allclose(smooth.daily.hold, trained(prices=str(file))[0].daily.hold)
     check_split_prices(read_splits(splits), str(file))
+    prices.drop(columns="roll_event").assign(datetime=prices.datetime.dt.tz_localize("UTC")).to_parquet(file)
+    with pytest.raises(BadPrices, match="time zone UTC"):
+        trained(prices=str(file))
 
 
 def test_the_shift_test_trades_around_rolls():

@@ -488,7 +488,8 @@ def read_prices(
     if file is None:
         return ds.split.prices(), "label" if ds.split.close is None else "close"
     prices, rolls = read_price_file(file), ds.split.market.get("roll_event")
-    if rolls is not None and "roll_event" not in prices:
+    same_zone = str(prices["datetime"].dt.tz) == str(ds.split.datetimes.tz)  # otherwise `check_prices` raises an error
+    if rolls is not None and "roll_event" not in prices and same_zone:
         prices = prices.merge(ds.split.keys().assign(roll_event=rolls), on=["datetime", "symbol"], how="left")
     return prices, "file"
 

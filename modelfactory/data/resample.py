@@ -140,7 +140,7 @@ def resample_bars(
         group, is_complete = _amount_groups(bars, rule, amount, unit)
         labels = None
     joined = _join_bars(bars, group, labels, is_complete)
-    kept = joined.pop("complete") if incomplete == "drop" else ~joined.pop("complete").isna()
+    kept = joined.pop("complete") | (incomplete == "keep")
     text = f"resampled to {rule}: {len(bars):,} bars to {kept.sum():,}"
     if n := int((~kept).sum()):
         first = joined[~kept].iloc[0]
