@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 # %% auto #0
-__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Calendar', 'DataFolder', 'RunsFolder', 'Seed',
+__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder', 'Seed',
            'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
            'check', 'parse_barriers', 'bars', 'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train',
            'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'demo', 'predict',
@@ -71,7 +71,7 @@ Prices = Annotated[
     str | None,
     typer.Option(help="parquet file with columns datetime, symbol and close, if the splits have no close column"),
 ]
-Calendar = Annotated[
+Exchange = Annotated[
     str | None, typer.Option(help="exchange whose sessions are used, such as XNYS; default: estimated from the bars")
 ]
 DataFolder = Annotated[
@@ -121,7 +121,7 @@ def check(
     allow: Allow = None,
     classes: Classes = None,
     prices: Prices = None,
-    calendar: Calendar = None,
+    calendar: Exchange = None,
 ) -> None:
     """Check splits: column roles, labels, prices, the time between splits, and columns that leak future information.
 
@@ -187,7 +187,7 @@ def bars(
         bool, typer.Option("--closes", help="read closes alone; features of ranges are left out")
     ] = False,
     resample: Annotated[str | None, typer.Option(help="rule of the bars to make, such as 15min")] = None,
-    calendar: Calendar = None,
+    calendar: Exchange = None,
     horizons: Annotated[str, typer.Option(help="label horizons in bars, comma-separated")] = "5,20",
     barriers: Annotated[
         list[str] | None,
@@ -238,7 +238,7 @@ def bars(
 def purge(
     data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
     output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
-    calendar: Calendar = None,
+    calendar: Exchange = None,
 ) -> None:
     """Copy splits; labels that depend on bars of a later split become null, and all other values stay unchanged.
 
@@ -397,7 +397,7 @@ def train(
     allow: Allow = None,
     classes: Classes = None,
     prices: Prices = None,
-    calendar: Calendar = None,
+    calendar: Exchange = None,
     output: RunsFolder = None,
     test: Annotated[bool, typer.Option(help="also score the test split")] = False,
 ) -> None:
@@ -598,7 +598,7 @@ def tune(
     allow: Allow = None,
     classes: Classes = None,
     prices: Prices = None,
-    calendar: Calendar = None,
+    calendar: Exchange = None,
     trials: Annotated[
         int, typer.Option(min=1, help="total number of trials in the study, including earlier calls")
     ] = 50,
