@@ -75,7 +75,7 @@ def _time_intervals(times, length, stamp, day_start, calendar):
     if length < DAY_NS:
         first = first + (clock - (stamp == "close") - first) // length * length
         last = np.minimum(first + length, last)
-    edges = pd.DatetimeIndex([*first, *last])
+    edges = pd.DatetimeIndex(np.concatenate([first, last]))
     if times.tz is not None:
         edges = edges.tz_localize("UTC").tz_convert(times.tz)
     elif calendar is not None:
