@@ -27,8 +27,8 @@ app = typer.Typer(
 __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder', 'Seed',
            'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
            'check', 'parse_barriers', 'bars', 'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train',
-           'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'demo', 'predict',
-           'export_bundle', 'new', 'main']
+           'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo',
+           'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -681,6 +681,33 @@ def final_score(
     print(final_scores(runs, data).round(4).to_string(index=False))
     for folder in dict.fromkeys(r.resolve().parent for r in runs):
         print(*test_set_uses(folder), sep="\n")
+
+# %% ../nbs/cli.ipynb #8230c33b
+@app.command()
+def refresh(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    data: Annotated[str, typer.Argument(help="new labelled bars (or raw bars for a run with a pipeline): see predict")],
+    retrain: Annotated[
+        str, typer.Option(help="when to train a challenger on extended data: on_drift, always or never")
+    ] = "on_drift",
+    split: Annotated[str, typer.Option(help="split to read, if DATA is a folder")] = "test",
+    alpha: Annotated[float, typer.Option(help="probability of a false alarm of the drift test")] = 0.05,
+    within: Annotated[
+        int | None, typer.Option(min=1, help="live bars of that probability; default: as many as the validation has")
+    ] = None,
+    holdout: Annotated[float, typer.Option(help="share of the new bars that is kept to compare both models")] = 0.25,
+) -> None:
+    """Score the predictions of a run on new bars as labels close, test for drift, retrain, and compare both models.
+
+    The run is not changed. Exit code 1 if a challenger was to be trained and its training failed.
+
+    Example: modelfactory refresh runs/xgboost_h5_… new_bars.parquet --retrain on_drift"""
+    from modelfactory.runs.refresh import refresh_run
+
+    result = refresh_run(run, data, retrain, split, alpha, within, holdout)
+    print(*result.sentences, sep="\n")
+    if result.failed:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #89d7dad1
 @app.command()

@@ -75,6 +75,8 @@ class Manifest:
     commit: ShortText | None = None  # git commit
     claim: ShortText | None = None  # bundles only: statement on directional skill
     bundle_of: ShortText | None = None  # bundles only: name of the original run
+    parent: ShortText | None = None  # challengers only: name of the run that was trained again
+    unseen_from: ShortText | None = None  # challengers only: first time that neither they nor their parent has seen
     scored: bool = True  # whether the predictions were scored
     reason: ShortText | None = None  # why the run is not scored
     notes: list[ShortText] = field(default_factory=list)  # remarks on the fit
