@@ -1717,7 +1717,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'modelfactory/evaluation/drift.py'),
                                                'modelfactory.evaluation.drift.drift_test': ( 'evaluation/drift.html#drift_test',
                                                                                              'modelfactory/evaluation/drift.py'),
-                                               'modelfactory.evaluation.drift.plot_drift': ( 'evaluation/drift.html#plot_drift',
+                                               'modelfactory.evaluation.drift.plot_cusum': ( 'evaluation/drift.html#plot_cusum',
                                                                                              'modelfactory/evaluation/drift.py'),
                                                'modelfactory.evaluation.drift.timestamp_losses': ( 'evaluation/drift.html#timestamp_losses',
                                                                                                    'modelfactory/evaluation/drift.py')},
