@@ -18,11 +18,11 @@ from modelfactory.data.writer import bars_to_splits, write_splits
 from modelfactory.evaluation.drift import HALF_LIFE, cusum, drift_limits, drift_test, timestamp_losses
 from modelfactory.evaluation.metrics import EvaluationError, directional_skill
 from modelfactory.runs import refresh
+from modelfactory.runs.attempt import change_manifest
 from modelfactory.runs.examples import train_example
 from modelfactory.runs.predict import predict_run
 from modelfactory.runs.refresh import (
     KEYS,
-    challenger_parameters,
     challengers,
     compare_challenger,
     extend_splits,
@@ -200,12 +200,15 @@ def test_bad_bars_leave_nothing_behind(run, bars):
     with pytest.raises(RunError, match="holdout"):
         refresh_run(run, bars, holdout=1.5)
     assert not live_folder(run).exists()
+    result = refresh_run(run, head(bars, 7), retrain="always")
+    assert result.failed and "pass more bars" in result.sentences[-1]
 
 
 KILL = """
 import os, signal, sys
 import pandas as pd
 from modelfactory.runs import refresh
+from modelfactory.runs.attempt import change_manifest
 write, written = refresh._write_table, []
 def kill(frame, file):
     if len(written) == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
@@ -285,16 +288,13 @@ def test_a_challenger_is_an_ordinary_run_is_linked_compared_and_not_trained_twic
         assert d["champion"] == pytest.approx(old, abs=1e-6) and d["challenger"] == pytest.approx(new, abs=1e-6)
         assert d["difference"] == pytest.approx(new - old, abs=1e-6) and d["low"] < d["difference"] < d["high"]
 
-
-def test_a_challenger_that_was_not_linked_is_linked_by_the_next_call(run, bars):
-    record = update_live(run, bars)
-    path = train_example(challenger_parameters(run, extend_splits(record)), run.path.parent)
-    assert "parent" not in load_run(path).manifest
-    assert [other.path for other in challengers(run)] == [path]
-    assert load_run(path).manifest["parent"] == run.path.name and load_run(path).is_own
-    few = update_live(load_run(path), record.bars)
+    few = update_live(result.challenger, turned)
     few.predictions = few.predictions.tail(20)
-    assert "too few rows" in compare_challenger(record, few).sentences[0]
+    assert "too few rows" in compare_challenger(update_live(run, turned), few).sentences[0]
+    change_manifest(result.challenger, result.challenger.path, dict(parent=None), [])  # as after a kill
+    assert [other.path for other in challengers(run)] == [result.challenger.path]
+    linked = load_run(result.challenger.path)
+    assert linked.manifest["parent"] == run.path.name and linked.is_own
 
 
 @pytest.mark.filterwarnings("ignore:label_h5")
