@@ -260,6 +260,7 @@ def test_no_label_of_a_challenger_reaches_the_rows_of_the_comparison(run, bars):
     assert val.datetime.nunique() == old[1].datetime.nunique()
 
 
+@pytest.mark.slow
 def test_a_challenger_is_an_ordinary_run_is_linked_compared_and_not_trained_twice(run, bars, monkeypatch):
     trained, train = [], refresh.run_job
     monkeypatch.setattr(refresh, "run_job", lambda *args: trained.append(train(*args)) or trained[-1])
