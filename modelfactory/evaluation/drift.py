@@ -117,16 +117,12 @@ def drift_limits(
 class DriftTest:
     "Result of a sequential test of whether live predictions are worse than validation predictions."
 
-    path: (
-        pd.DataFrame
-    )  # by datetime: stretch, and the CUSUM and limit of each series, as `log_loss` and `log_loss_limit`
+    path: pd.DataFrame  # by datetime: stretch, and CUSUM and limit of each series (`log_loss`, `log_loss_limit`)
     means: pd.DataFrame  # rows validation and live, columns log_loss and relative
     alpha: float  # probability of a false alarm within `within` timestamps
     within: int  # live timestamps
     n_validation: int  # timestamps of the validation record
-    alarms: dict[str, dict] = field(
-        default_factory=dict
-    )  # series -> since (time of the change), at (of the alarm), mean between
+    alarms: dict[str, dict] = field(default_factory=dict)  # series -> since (the change), at (the alarm), mean between
     reason: str = ""  # why no test was made
 
     @property
@@ -163,7 +159,7 @@ class DriftTest:
         alarm, before = self.alarms[name], self.means.loc["validation", name]
         text = dict(
             relative="the model has become worse: its log loss minus that of a constant forecast",
-            log_loss="the market has become harder to predict, for a constant forecast as well: the log loss",
+            log_loss="the market may have become harder to predict, for a constant forecast as well: the log loss",
         )[name]
         return (
             f"Drift: alarm at {alarm['at']}, change since about {alarm['since']}; {text} has been {alarm['mean']:.4f} "
