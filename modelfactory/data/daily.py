@@ -11,14 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .features import DAILY_CONSTANT, RANGE_FEATURES
-from modelfactory.data.readers import (
-    OHLCV,
-    BarsError,
-    check_bars,
-    closes_to_bars,
-    package_file,
-    symbol_spans,
-)
+from .layouts import adjust_prices
+from .readers import OHLCV, BarsError, check_bars, package_file, read_bars, symbol_spans
 from .splits import NO_LABEL
 from .writer import bars_to_splits
 
@@ -31,17 +25,14 @@ __all__ = ['DAILY_STARTS', 'CLOSE_BARRIERS', 'STOCKNET_STARTS', 'STOCKNET_MOVES'
 def read_sp500_20() -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume
     "Daily adjusted closes of 20 US stocks, 1990 to 2022, without ranges; raises `BarsError` without `skfolio`."
     file = package_file("skfolio", "datasets/data/sp500_dataset.csv.gz", "closes of 20 US stocks")
-    return closes_to_bars(pd.read_csv(file, index_col="Date", parse_dates=["Date"]))
+    return read_bars(file, ohlc_from_close=True)
 
 
 def read_indices() -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume
     "Daily bars of the S&P 500 and the NASDAQ Composite, 1999 to 2018; raises `BarsError` without `arch`."
-    tables = []
-    for symbol in ("sp500", "nasdaq"):
-        file = package_file("arch", f"data/{symbol}/{symbol}.csv.gz", "bars of two US indices")
-        table = pd.read_csv(file).rename(columns=str.lower).assign(symbol=symbol.upper())
-        tables.append(table.assign(datetime=pd.to_datetime(table["date"], format="%m/%d/%Y")))
-    return check_bars(pd.concat(tables, ignore_index=True))
+    names = ("sp500", "nasdaq")
+    what = "bars of two US indices"
+    return read_bars({name.upper(): package_file("arch", f"data/{name}/{name}.csv.gz", what) for name in names})
 
 # %% ../../nbs/data/14_daily.ipynb #1d2ece9e
 DAILY_STARTS = ("2010-01-01", "2015-01-01")  # first day of val and of test
@@ -85,11 +76,9 @@ def read_stocknet(
 
 def _adjust(table):
     "Checked bars with prices multiplied by adjusted close / close; the raw close is kept."
-    table = table.rename(columns=str.lower).rename(columns={"date": "datetime"})
-    factor, close = table["adj close"] / table["close"], table["adj close"]
+    table = table.rename(columns=str.lower).rename(columns={"date": "datetime", "adj close": "adjusted_close"})
     raw = table[["datetime", "symbol", "close"]].rename(columns=dict(close="raw_close"))
-    prices = {c: table[c] * factor for c in ("open", "high", "low")} | dict(close=close)
-    table = table.assign(**prices)
+    table = adjust_prices(table)
     table["high"], table["low"] = table[["high", "close"]].max(axis=1), table[["low", "close"]].min(axis=1)
     raw["datetime"] = pd.to_datetime(raw["datetime"]).dt.as_unit("ns")
     return check_bars(table).merge(raw, on=["datetime", "symbol"], how="left", validate="1:1")
