@@ -783,13 +783,16 @@ def export_bundle(
     output: Annotated[
         Path | None, typer.Option(help="folder to create; default: beside the run folder", file_okay=False)
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="also write model.onnx, checked to give equal predictions")
+    ] = False,
 ) -> None:
     """Write a bundle for deployment: weights, input contract, model card and an example.
 
-    Example: modelfactory export runs/xgboost_h5_… --output handover"""
+    Example: modelfactory export runs/xgboost_h5_… --output handover --onnx"""
     from modelfactory.runs.export import export_run
 
-    bundle = export_run(run, output)
+    bundle = export_run(run, output, onnx)
     print(bundle, bundle / "MODEL_CARD.md", sep="\n")
 
 # %% ../nbs/cli.ipynb #581df543

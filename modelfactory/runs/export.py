@@ -16,6 +16,7 @@ from ..models.base import probability_columns
 from ..models.conformal import set_names
 from ..models.registry import UnknownModel
 from .attempt import folder_hashes
+from .onnx_export import ONNX_FILE, write_onnx
 from .report import escape_markdown
 from .run import Run, load_run
 from .run_folder import FEATURES_FILE, RunError, write_json, write_manifest
@@ -27,6 +28,7 @@ __all__ = ['CARD_METRICS', 'EXAMPLE_SCRIPT', 'model_contract', 'model_card', 'ex
 # %% ../../nbs/runs/15_export.ipynb #f5ac2c02
 def model_contract(
     run: Run,
+    onnx: dict | None = None,  # returned by `write_onnx`; None: the bundle has no ONNX file
 ) -> dict:  # plain values, as stored in contract.json
     "The inputs and outputs of a run's model."
     model, data_config = run.cached_model, run.config["data"]
@@ -44,6 +46,7 @@ def model_contract(
         nan=data_config["nan"],
         versions=run.manifest["versions"],
         **(dict(sets=[*set_names(model.classes), "set_size", "abstain"]) if model.config.conformal else {}),
+        **(dict(onnx=onnx) if onnx else {}),
     )
 
 # %% ../../nbs/runs/15_export.ipynb #86644a40
@@ -65,6 +68,7 @@ CARD_METRICS = (
 
 def model_card(
     run: Run,
+    onnx: dict | None = None,  # as in `model_contract`
 ) -> str:  # markdown
     "A card that states the data, period, validation scores with intervals, baseline scores, claim and limits."
     report = run.report
@@ -78,6 +82,7 @@ def model_card(
         "",
         *_card_limits(run, report),
         "",
+        *_card_onnx(onnx),
         "## Licence",
         "",
         "This card does not set the licence of the weights. The person who distributes the bundle must state it.",
@@ -109,6 +114,20 @@ def _card_scores(run):
             values = f"{_figure_text(run.metrics, name)} | {_figure_text(run.baseline, name)}"
             rows.append(f"| {name.replace('_', ' ')} | {values} | {METRICS.get(name, '')} |")
     return ["| | value | class shares of train | |", "|---|---|---|---|", *rows]
+
+
+def _card_onnx(onnx):
+    if not onnx:
+        return []
+    shape = ", ".join(map(str, onnx["input"]["shape"]))
+    return [
+        "## ONNX",
+        "",
+        f"`{onnx['file']}` maps scaled features ({shape}) to probabilities. On the {onnx['windows']:,} validation "
+        f"windows, its probabilities differ by at most {onnx['max_difference']:.1e} from those of the run "
+        f"(allowed: {onnx['tolerance']:g}). The file does not hold prediction sets.",
+        "",
+    ]
 
 
 def _figure_text(values, name):
@@ -174,8 +193,12 @@ predictions.to_parquet(output, index=False)
 def export_run(
     run: Path,  # folder of a finished run
     output: Path | None = None,  # folder to create; None: `<name>_bundle` beside the run
+    onnx: bool = False,  # also write the model as `model.onnx`, see `write_onnx`
 ) -> Path:  # output
-    "Exports a run as a bundle. Raises `RunError` if a file of the run has changed or the output folder exists."
+    """Exports a run as a bundle.
+
+    Raises `RunError` if a file of the run has changed, if the output folder exists, or if the model has no equal ONNX
+    graph; then no folder is created."""
     run = load_run(run)
     run.verify()
     output = Path(output or run.path.with_name(f"{run.path.name}_bundle")).absolute()
@@ -186,8 +209,9 @@ def export_run(
         for name in run.manifest["files"]:
             if name.startswith(("checkpoints/", "metrics/")) or name in ("config.yaml", "splits.json", FEATURES_FILE):
                 _copy_file(run.file(name), aside / name)
-        write_json(aside / "contract.json", model_contract(run))
-        (aside / "MODEL_CARD.md").write_text(printable(model_card(run)))
+        graph = write_onnx(run, aside / ONNX_FILE) if onnx else None
+        write_json(aside / "contract.json", model_contract(run, graph))
+        (aside / "MODEL_CARD.md").write_text(printable(model_card(run, graph)))
         (aside / "predict.py").write_text(EXAMPLE_SCRIPT)
         changed = dict(name=output.name, bundle_of=run.path.name, claim=run.claim, files=folder_hashes(aside))
         write_manifest(aside, run.manifest | changed, own=run.is_own)

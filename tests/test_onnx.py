@@ -1,0 +1,212 @@
+"ONNX files give the predictions of the models that they were written from."
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quick import small_splits
+
+from modelfactory import load_run
+from modelfactory.models.conformance import planted_task
+from modelfactory.models.params import read_params
+from modelfactory.models.pretrained import tiny_checkpoint
+from modelfactory.models.registry import ModelRegistry
+from modelfactory.runs import onnx_export
+from modelfactory.runs.examples import train_example
+from modelfactory.runs.export import export_run
+from modelfactory.runs.grid import grid_config, grid_jobs
+from modelfactory.runs.onnx_export import OnnxError, onnx_model, onnx_paths, onnx_probabilities
+
+MISSING = [name for name in ("onnx", "onnxruntime", "onnxscript", "skl2onnx") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"ONNX IS NOT CHECKED: {MISSING} not installed (pip install 'modelfactory[onnx]')"
+)
+
+# smaller than the preset `tiny`, because the exporters take seconds for each layer
+SIZES = dict(
+    lstm=dict(hidden_size=4),
+    gru=dict(hidden_size=4),
+    transformer=dict(n_layers=1),
+    timellm=dict(llm_layers=1),
+    rwkv_ts=dict(d_model=8, patch_length=6, stride=6),
+    autoformer=dict(n_layers=1, hidden_size=8, n_heads=1),
+    patchtst=dict(n_layers=1),
+    timesnet=dict(n_layers=1, n_kernels=1, top_k=1),
+    random_forest=dict(n_estimators=20),
+    average=dict(members=dict(logistic_regression={}, xgboost=dict(n_rounds=5), lightgbm=dict(n_rounds=5))),
+    stacking=dict(members=dict(logistic_regression={}, random_forest=dict(n_estimators=5)), n_folds=2),
+)
+NO_GRAPH = dict(
+    informer="aten::randint",
+    meta_labelling="second model predicts only the rows that have a side",
+    timesfm="closing prices, which are not features",
+)
+
+
+def is_network(name):
+    return hasattr(ModelRegistry.get(name), "backbone")
+
+
+def config_of(name):
+    epochs = dict(max_epochs=1) if is_network(name) else {}
+    return read_params(name).presets.get("tiny", {}) | epochs | SIZES.get(name, {})
+
+
+def fit(model, task):
+    model.fit(task.X, task.y, task.X_val, task.y_val, task.meta, task.meta_val)
+    return model
+
+
+def difference(model, task, folder):
+    "Largest difference between the probabilities of a model and those of its ONNX file, on the validation rows."
+    (folder / "model.onnx").write_bytes(onnx_model(model).SerializeToString())
+    p = onnx_probabilities(folder / "model.onnx", task.X_val, rows_at_once=64)
+    assert p.dtype == np.float32 and p.shape == (len(task.y_val), len(model.classes))
+    return np.abs(p - model.predict(task.X_val, task.meta_val).probabilities).max()
+
+
+QUICK = ("gru", "tft", "informer")  # PyTorch's exporters take 2 to 5 s for a network
+MODELS = [row["name"] for row in ModelRegistry.list_models()]
+MODELS = [pytest.param(n, marks=[pytest.mark.slow] * (is_network(n) and n not in QUICK)) for n in MODELS]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_registered_model_is_exported_and_equal_or_on_the_list_of_those_that_cannot_be(name, tmp_path):
+    kind = ModelRegistry.get(name)
+    length = min(kind.Config().sequence_length, 12)
+    task = planted_task(150, F=3, seq_len=length)
+    checkpoint = dict(timellm="gpt2", timesfm="timesfm").get(name)
+    config = dict(checkpoint=str(tiny_checkpoint(checkpoint, tmp_path / "checkpoint"))) if checkpoint else {}
+    model = ModelRegistry.create(name, config_of(name) | config | dict(sequence_length=length), 5, task.features)
+    if name in NO_GRAPH:
+        with pytest.raises(OnnxError, match=NO_GRAPH[name]):
+            onnx_model(model)
+        assert NO_GRAPH[name] in onnx_paths().why_not[name] and not onnx_paths().path[name]
+    else:
+        fit(model, task)
+        assert onnx_paths().path[name] and difference(model, task, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("config", [dict(classes=(0, 1)), dict(classes=(-2, -1, 0, 1, 2)), "a class is not in train"])
+@pytest.mark.parametrize("name", ["logistic_regression", "xgboost", "lightgbm", "catboost"])
+def test_any_number_of_classes_and_a_class_that_train_lacks(name, config, tmp_path):
+    absent = isinstance(config, str)
+    task = planted_task(150, F=3, **({} if absent else config))
+    if absent:
+        rows = task.y != 0
+        task.X, task.y, task.meta = task.X[rows], task.y[rows], task.meta[rows].reset_index(drop=True)
+    model = ModelRegistry.create(name, config_of(name) | ({} if absent else config), 5, task.features)
+    assert difference(fit(model, task), task, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["random_forest", "xgboost", "lightgbm", "catboost"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**23])
+def test_trees_send_neighbouring_float32_values_to_the_same_leaves(name, scale, tmp_path):
+    task = planted_task(600, F=2)
+    step = np.spacing(np.float32(scale))
+    task.X, task.X_val = (np.float32(scale) + np.round(X * 4) * step for X in (task.X, task.X_val))
+    model = fit(ModelRegistry.create(name, config_of(name), 5, task.features), task)
+    p = model.predict(task.X_val, task.meta_val).probabilities
+    assert difference(model, task, tmp_path) < 1e-6
+    assert p.std() > 0.1 or scale == 1 and name == "random_forest"  # scikit-learn treats values within 1e-7 as equal
+
+
+@given(st.floats(-1e30, 1e30), st.integers(-2, 2))
+def test_a_threshold_rounded_down_decides_like_the_threshold(threshold, steps):
+    x = np.float32(threshold)
+    for _ in range(abs(steps)):
+        x = np.nextafter(x, np.float32(np.copysign(np.inf, steps)))
+    rounded = onnx_export._rounded_down(np.array([threshold]))
+    assert rounded.dtype == np.float32 and (x <= rounded[0]) == (float(x) <= threshold)
+
+
+@pytest.mark.parametrize("name", ["xgboost", "lightgbm", "catboost"])
+@pytest.mark.parametrize("in_train", [True, False])
+def test_missing_values_go_to_the_same_leaves(name, in_train, tmp_path):
+    task = planted_task(300, F=3)
+    for X in (task.X, task.X_val) if in_train else (task.X_val,):
+        X[::3, 0] = np.nan
+    if not in_train:  # the fit must not see missing values
+        task.X_val, X_nan = task.X[: len(task.X_val)].copy(), task.X_val
+    model = fit(ModelRegistry.create(name, config_of(name), 5, task.features), task)
+    task.X_val = task.X_val if in_train else X_nan
+    assert np.isnan(task.X_val).any() and difference(model, task, tmp_path) < 1e-6
+
+
+WRAPPED = [
+    ("svm", dict(calibration="temperature")),
+    ("random_forest", dict(calibration="temperature", conformal=dict(alpha=0.2))),
+    ("xgboost", dict(stop_on="train_tail", sequence_length=3)),
+    ("stacking", dict(calibration="temperature")),
+    ("svm", dict(kernel="rbf", exact=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), WRAPPED)
+def test_calibration_is_part_of_the_graph_and_wrappers_are_not(name, config, tmp_path):
+    task = planted_task(150, F=3, seq_len=config.get("sequence_length", 1))
+    model = fit(ModelRegistry.create(name, config_of(name) | config, 5, task.features), task)
+    if config.get("calibration"):
+        assert abs(model.calibration.temperature - 1) > 0.01
+    assert difference(model, task, tmp_path) < 1e-6
+
+
+def test_an_operator_that_onnx_lacks_is_named_in_one_line():
+    task = planted_task(150, F=3)
+    svm = fit(ModelRegistry.create("svm", dict(kernel="rbf"), 5, task.features), task)
+    with pytest.raises(OnnxError, match=r"^svm: ONNX has no operator for sklearn\S*\.Nystroem; [^\n]*$"):
+        onnx_model(svm)
+    isotonic = fit(ModelRegistry.create("svm", dict(calibration="isotonic"), 5, task.features), task)
+    with pytest.raises(OnnxError, match="found isotonic calibration, expected temperature"):
+        onnx_model(isotonic)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    grid = dict(data=[str(small_splits(folder / "data"))], models=["logistic_regression"], horizons=[5])
+    (job,) = grid_jobs(grid_config(grid))
+    return load_run(train_example(job.parameters, folder / "runs"))
+
+
+def test_a_bundle_with_an_onnx_file_states_its_measured_difference(run, tmp_path):
+    bundle = export_run(run.path, tmp_path / "bundle", onnx=True)
+    contract = json.loads((bundle / "contract.json").read_text())["onnx"]
+    loaded = load_run(bundle)
+    loaded.verify()
+    assert "model.onnx" in loaded.manifest["files"]
+    assert contract["windows"] == len(run.predictions("val")) and contract["max_difference"] < 1e-6
+    assert f"{contract['max_difference']:.1e}" in (bundle / "MODEL_CARD.md").read_text()
+    import onnx
+
+    proto = onnx.load(bundle / "model.onnx")
+    assert [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]] == contract["input"]["shape"][1:]
+    assert json.loads({p.key: p.value for p in proto.metadata_props}["features"]) == run.cached_model.feature_columns
+
+
+def test_a_file_that_differs_is_not_kept(run, tmp_path, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(onnx_export, "onnx_probabilities", lambda file, X: onnx_probabilities(file, X) + 2e-5)
+    with pytest.raises(OnnxError, match=r"differs by up to 2e-05 from the stored probabilities in \d+ of \d+ "):
+        export_run(run.path, tmp_path / "bundle", onnx=True)
+    monkeypatch.setattr(onnx_export, "onnx_probabilities", lambda file, X: onnx_probabilities(file, X) * np.nan)
+    with pytest.raises(OnnxError, match="differs by up to nan"):
+        export_run(run.path, tmp_path / "bundle", onnx=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_changed_data_and_runs_of_others_are_refused(run, tmp_path):
+    copied = tmp_path / "runs" / run.path.name
+    shutil.copytree(run.path, copied)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | dict(seed=7)))
+    with pytest.raises(OnnxError, match="was made by another user"):
+        export_run(copied, tmp_path / "bundle", onnx=True)
+    assert not (tmp_path / "bundle").exists()
