@@ -1,25 +1,37 @@
 "ONNX files give the predictions of the models that they were written from."
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import PATIENCE, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from quick import small_splits
 
 from modelfactory import load_run
+from modelfactory.data.splits import SplitsWarning
+from modelfactory.data.writer import bars_to_splits
 from modelfactory.models.conformance import planted_task
 from modelfactory.models.params import read_params
 from modelfactory.models.pretrained import tiny_checkpoint
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.runs import onnx_export
+from modelfactory.runs import export, onnx_export
 from modelfactory.runs.examples import train_example
 from modelfactory.runs.export import export_run
 from modelfactory.runs.grid import grid_config, grid_jobs
 from modelfactory.runs.onnx_export import OnnxError, onnx_model, onnx_paths, onnx_probabilities
+from modelfactory.runs.standalone import bundle_windows
 
 MISSING = [name for name in ("onnx", "onnxruntime", "onnxscript", "skl2onnx") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -168,12 +180,16 @@ def test_an_operator_that_onnx_lacks_is_named_in_one_line():
 # Runs
 
 
+def train(folder, model, **grid):
+    (job,) = grid_jobs(grid_config(dict(data=[str(folder / "data")], models=[model], horizons=[5]) | grid))
+    return load_run(train_example(job.parameters, folder / "runs"))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
-    grid = dict(data=[str(small_splits(folder / "data"))], models=["logistic_regression"], horizons=[5])
-    (job,) = grid_jobs(grid_config(grid))
-    return load_run(train_example(job.parameters, folder / "runs"))
+    small_splits(folder / "data")
+    return train(folder, "logistic_regression")
 
 
 def test_a_bundle_with_an_onnx_file_states_its_measured_difference(run, tmp_path):
@@ -210,3 +226,150 @@ def test_changed_data_and_runs_of_others_are_refused(run, tmp_path):
     with pytest.raises(OnnxError, match="was made by another user"):
         export_run(copied, tmp_path / "bundle", onnx=True)
     assert not (tmp_path / "bundle").exists()
+
+
+# Bundles without the package
+
+GUARD = """
+import importlib.metadata as meta, re, runpy, sys
+
+allowed, pending = set(), {requirements!r}
+while pending:
+    name = re.split(r"[ <>=!~;\\[(]", pending.pop())[0].lower().replace("_", "-")
+    if name not in allowed:
+        allowed.add(name)
+        try:
+            pending += [r for r in meta.requires(name) or [] if "extra ==" not in r]
+        except meta.PackageNotFoundError:
+            pass
+dists = meta.packages_distributions()
+allowed_tops = {{top for top, names in dists.items() if {{n.lower().replace("_", "-") for n in names}} & allowed}}
+
+
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top == "modelfactory" and not {package!r} or top in dists and top not in allowed_tops | {{"modelfactory"}}:
+            raise ImportError(f"{{name}} is not in requirements.txt")
+
+
+sys.meta_path.insert(0, Guard())
+sys.argv = {argv!r}
+sys.path.insert(0, {folder!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def predict_guarded(bundle, source, output, package=False):
+    "Runs predict.py in a process in which only the packages of requirements.txt, and what they need, can be imported."
+    lines = [line for line in (bundle / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    argv = [str(bundle / "predict.py"), str(source), str(output)]
+    script = GUARD.format(requirements=lines, argv=argv, folder=str(bundle), package=package)
+    environment = os.environ | dict(PYTHONPATH=str(ROOT) if package else "")
+    options = dict(cwd=output.parent, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", script], **options)
+
+
+def raw_bars(n, seed=0):
+    rng, parts = np.random.default_rng(seed), []
+    for symbol in ("AAA", "BBB"):
+        close = 100 * np.exp(np.cumsum(rng.normal(0, 1e-3, n)))
+        prices = dict(open=np.r_[close[0], close[:-1]], high=close * 1.002, low=close * 0.998, close=close)
+        prices["high"], prices["low"] = (
+            f(prices["open"], prices[k]) for f, k in ((np.maximum, "high"), (np.minimum, "low"))
+        )
+        times = pd.date_range("2024-01-01", periods=n, freq="15min")
+        parts.append(pd.DataFrame(dict(datetime=times, symbol=symbol, **prices, volume=rng.integers(10, 100, n))))
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    "A run on the splits of raw bars, the bars that follow them, and all bars."
+    folder = tmp_path_factory.mktemp("raw")
+    bars = raw_bars(1100)
+    is_old = bars.groupby("symbol").cumcount() < 1000
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SplitsWarning)
+        bars_to_splits(bars[is_old].reset_index(drop=True), folder / "data", horizons=(5,))
+    return (
+        train(folder, "gru", overrides=dict(gru=dict(max_epochs=1, hidden_size=8, sequence_length=6))),
+        bars[~is_old],
+        bars,
+    )
+
+
+def same(a, b):
+    keys = ["symbol", "after"]
+    a, b = (frame.sort_values(keys, ignore_index=True) for frame in (a, b))
+    probabilities = ["p_down", "p_flat", "p_up"]
+    pd.testing.assert_frame_equal(a.drop(columns=probabilities), b.drop(columns=probabilities)[list(a)[:4] + ["after"]])
+    return np.abs(a[probabilities].to_numpy() - b[probabilities].to_numpy()).max()
+
+
+def test_a_bundle_predicts_raw_bars_without_the_package_or_pytorch(raw, tmp_path):
+    run, new, bars = raw
+    bundle = export_run(run.path, tmp_path / "bundle", onnx=True)
+    assert json.loads((bundle / "contract.json").read_text())["onnx"]["raw_bars"]
+    for name, part in (("new", new), ("all", bars)):
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+        done = predict_guarded(bundle, tmp_path / f"{name}.csv", tmp_path / "p.parquet")
+        assert done.returncode == 0, done.stderr
+        assert same(pd.read_parquet(tmp_path / "p.parquet"), run.predict(part, ahead=True)) < 1e-6
+    load_run(bundle).verify()  # the script writes nothing into the bundle
+    new.iloc[:3].assign(symbol="CCC").to_csv(tmp_path / "short.csv", index=False)
+    done = predict_guarded(bundle, tmp_path / "short.csv", tmp_path / "none.csv")
+    assert done.returncode and re.fullmatch(
+        r"bars: found 3, but a prediction needs [\d,]+ of its symbol; .*\n", done.stderr
+    )
+    (bundle / "pipeline.json").write_text((bundle / "pipeline.json").read_text().replace("0.", "1.", 1))
+    done = predict_guarded(bundle, tmp_path / "new.csv", tmp_path / "none.csv")
+    assert (
+        done.returncode and "pipeline.json: missing or changed" in done.stderr and not (tmp_path / "none.csv").exists()
+    )
+
+
+def test_a_bundle_of_a_run_without_a_pipeline_predicts_features(run, tmp_path):
+    bundle = export_run(run.path, tmp_path / "bundle", onnx=True)
+    bars = pd.read_parquet(next(Path(run.config["data"]["data"]).glob("test*")))
+    bars.to_parquet(tmp_path / "bars.parquet")
+    done = predict_guarded(bundle, tmp_path / "bars.parquet", tmp_path / "p.parquet")
+    assert done.returncode == 0, done.stderr
+    assert same(pd.read_parquet(tmp_path / "p.parquet"), run.predict(bars, ahead=True)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "gru"])
+def test_the_requirements_of_another_bundle_are_enough(name, run, raw, tmp_path):
+    run, source = (
+        (run, pd.read_parquet(next(Path(run.config["data"]["data"]).glob("test*")))) if name != "gru" else raw[:2]
+    )
+    bundle = export_run(run.path, tmp_path / "bundle")
+    source.to_parquet(tmp_path / "bars.parquet", index=False)
+    text = (bundle / "requirements.txt").read_text()
+    assert f"modelfactory=={run.manifest['versions']['modelfactory']}" in text
+    assert ("torch==" in text) == (name == "gru") and ("scikit-learn==" in text) == (name != "gru")
+    done = predict_guarded(bundle, tmp_path / "bars.parquet", tmp_path / "p.parquet")
+    assert "modelfactory is not in requirements.txt" in done.stderr  # the guard works
+    done = predict_guarded(bundle, tmp_path / "bars.parquet", tmp_path / "p.parquet", package=True)
+    assert done.returncode == 0, done.stderr
+    assert same(pd.read_parquet(tmp_path / "p.parquet"), run.predict(source, ahead=True)) == 0
+
+
+@given(st.data())
+def test_windows_of_a_bundle_equal_a_loop_over_rows(data):
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    seq_len, gap = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 1))
+    symbols = np.repeat(list("ABC")[: len(sizes)], sizes)
+    is_new = np.array(data.draw(st.lists(st.booleans(), min_size=len(symbols), max_size=len(symbols))))
+    expected = []
+    for symbol in sorted(set(symbols)):
+        rows = np.flatnonzero(symbols == symbol)
+        windows = [(row - gap, row) for row in rows if is_new[row]] + ([(rows[-1], -1)] if gap else [])
+        expected += [(last, row) for last, row in windows if last - seq_len + 1 >= rows[0]]
+    assert list(zip(*bundle_windows(symbols, is_new, seq_len, gap), strict=True)) == expected
+
+
+def test_features_of_a_user_are_not_computed_in_a_bundle():
+    features = dict(returns=None, my_group=None)
+    run = SimpleNamespace(pipeline=SimpleNamespace(features=features, names=["a"]), cached_model=SimpleNamespace())
+    assert not export._takes_raw_bars(run)

@@ -10,20 +10,26 @@ import uuid
 from pathlib import Path
 
 from ..configuration import ConfigError
+from ..data.feature_groups import GROUPS
+from ..data.pipeline import LAST_BARS_FILE, PIPELINE_FILE
 from ..evaluation.metrics import METRICS
 from ..files import printable
 from ..models.base import probability_columns
 from ..models.conformal import set_names
-from ..models.registry import UnknownModel
+from ..models.ensemble_base import CompositeModel
+from ..models.persistence import library_version
+from ..models.registry import ModelRegistry, UnknownModel
 from .attempt import folder_hashes
 from .onnx_export import ONNX_FILE, write_onnx
 from .report import escape_markdown
 from .run import Run, load_run
 from .run_folder import FEATURES_FILE, RunError, write_json, write_manifest
+from .standalone import write_package
 from ..training.test_set import read_ledger, runs_folder
 
 # %% auto #0
-__all__ = ['CARD_METRICS', 'EXAMPLE_SCRIPT', 'model_contract', 'model_card', 'export_run']
+__all__ = ['CARD_METRICS', 'BUNDLE_PACKAGES', 'READER_PACKAGES', 'STANDALONE_SCRIPT', 'EXAMPLE_SCRIPT', 'COPIED_FILES',
+           'model_contract', 'model_card', 'requirements', 'export_run']
 
 # %% ../../nbs/runs/15_export.ipynb #f5ac2c02
 def model_contract(
@@ -44,6 +50,7 @@ def model_contract(
         sequence_length=model.config.sequence_length,
         gap=data_config["gap"],
         nan=data_config["nan"],
+        fills=run.report["fills"],
         versions=run.manifest["versions"],
         **(dict(sets=[*set_names(model.classes), "set_size", "abstain"]) if model.config.conformal else {}),
         **(dict(onnx=onnx) if onnx else {}),
@@ -125,7 +132,8 @@ def _card_onnx(onnx):
         "",
         f"`{onnx['file']}` maps scaled features ({shape}) to probabilities. On the {onnx['windows']:,} validation "
         f"windows, its probabilities differ by at most {onnx['max_difference']:.1e} from those of the run "
-        f"(allowed: {onnx['tolerance']:g}). The file does not hold prediction sets.",
+        f"(allowed: {onnx['tolerance']:g}). `predict.py` reads {'raw bars' if onnx['raw_bars'] else 'scaled features'} "
+        "and needs only the packages in `requirements.txt`. Prediction sets are not computed.",
         "",
     ]
 
@@ -171,10 +179,60 @@ def _card_limits(run, report):
         *(f"- {escape_markdown(w)}" for w in report["warnings"]),
     ]
 
+# %% ../../nbs/runs/15_export.ipynb #9d1e4583
+BUNDLE_PACKAGES = ("numpy", "pandas", "pyarrow")  # needed by every bundle
+READER_PACKAGES = ("pydantic", "annotated-types", "pyyaml")  # needed to read a run
+
+
+def requirements(
+    run: Run,
+    onnx: bool = False,  # the bundle has an ONNX file and needs no package
+) -> str:  # text of requirements.txt
+    "The packages that a bundle needs, with the versions of the training where the run stores them."
+    if onnx:
+        return _pinned(run, [*BUNDLE_PACKAGES, "onnxruntime"])
+    kind = ModelRegistry.get(run.manifest["model"])
+    specs = kind.member_specs(run.config["config"]) if issubclass(kind, CompositeModel) else {}
+    libraries = {lib for k in (kind, *(ModelRegistry.get(name) for name, _ in specs.values())) for lib in k.requires}
+    text = _pinned(run, [*BUNDLE_PACKAGES, *READER_PACKAGES, *sorted(libraries)])
+    return f"{text}# and then: pip install --no-deps modelfactory=={run.manifest['versions']['modelfactory']}\n"
+
+
+def _pinned(run, libraries):
+    "One line for each library; a library without a known version is not pinned."
+    lines = []
+    for library in libraries:
+        version = run.manifest["versions"].get(library) or library_version(library)
+        name = {"sklearn": "scikit-learn"}.get(library, library).replace("_", "-")
+        lines.append(f"{name}=={version}\n" if version else f"{name}\n")
+    return "".join(lines)
+
 # %% ../../nbs/runs/15_export.ipynb #3ab65e46
+STANDALONE_SCRIPT = '''"""Predicts new bars without modelfactory: python predict.py bars.csv predictions.csv [symbol]
+
+Only the packages in requirements.txt are needed. contract.json tells whether the bars are raw (onnx: raw_bars), and
+which columns the predictions have. The first bars of a symbol are history and are not predicted.
+"""
+import sys
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+from modelfactory_bundle.runs.standalone import predict_bundle
+
+source, output, *symbol = sys.argv[1:]
+try:
+    predictions, notes = predict_bundle(Path(__file__).resolve().parent, source, *symbol)
+except (ValueError, OSError) as e:
+    sys.exit(str(e))
+print(*notes, sep="\\n")
+write = predictions.to_csv if output.endswith(".csv") else predictions.to_parquet
+write(output, index=False)
+'''
+
 EXAMPLE_SCRIPT = '''"""Predicts new bars with this bundle: python predict.py bars.parquet predictions.parquet
 
-The bars need datetime, symbol and the features listed in contract.json, computed as for training. They need no labels.
+The bars are raw if the bundle has a pipeline.json. Otherwise they need datetime, symbol and the features listed in
+contract.json, computed as for training. They need no labels. Install requirements.txt first, then the package itself.
 """
 import sys
 from pathlib import Path
@@ -190,10 +248,13 @@ predictions.to_parquet(output, index=False)
 '''
 
 # %% ../../nbs/runs/15_export.ipynb #82253810
+COPIED_FILES = ("config.yaml", "splits.json", FEATURES_FILE, PIPELINE_FILE, LAST_BARS_FILE)
+
+
 def export_run(
     run: Path,  # folder of a finished run
     output: Path | None = None,  # folder to create; None: `<name>_bundle` beside the run
-    onnx: bool = False,  # also write the model as `model.onnx`, see `write_onnx`
+    onnx: bool = False,  # also write `model.onnx`, and a script that needs no package, see `write_onnx`
 ) -> Path:  # output
     """Exports a run as a bundle.
 
@@ -204,15 +265,18 @@ def export_run(
     output = Path(output or run.path.with_name(f"{run.path.name}_bundle")).absolute()
     if output.exists():
         raise RunError(f"{output}: exists already; choose another folder")
-    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    aside, copied = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}"), COPIED_FILES
     try:
         for name in run.manifest["files"]:
-            if name.startswith(("checkpoints/", "metrics/")) or name in ("config.yaml", "splits.json", FEATURES_FILE):
+            if name.startswith(("checkpoints/", "metrics/")) or name in copied:
                 _copy_file(run.file(name), aside / name)
-        graph = write_onnx(run, aside / ONNX_FILE) if onnx else None
+        graph = write_onnx(run, aside / ONNX_FILE) | dict(raw_bars=_takes_raw_bars(run)) if onnx else None
         write_json(aside / "contract.json", model_contract(run, graph))
         (aside / "MODEL_CARD.md").write_text(printable(model_card(run, graph)))
-        (aside / "predict.py").write_text(EXAMPLE_SCRIPT)
+        (aside / "predict.py").write_text(STANDALONE_SCRIPT if onnx else EXAMPLE_SCRIPT)
+        (aside / "requirements.txt").write_text(requirements(run, onnx))
+        if onnx:
+            write_package(aside)
         changed = dict(name=output.name, bundle_of=run.path.name, claim=run.claim, files=folder_hashes(aside))
         write_manifest(aside, run.manifest | changed, own=run.is_own)
         aside.rename(output)
@@ -220,6 +284,14 @@ def export_run(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return output
+
+
+def _takes_raw_bars(run):
+    "Whether the bundle can compute the model's features from bars: they are the package's own, not a user's."
+    pipeline = run.pipeline
+    if pipeline is None or set(pipeline.features or ()) - set(GROUPS):
+        return False
+    return set(run.cached_model.feature_columns) <= set(pipeline.names)
 
 
 def _copy_file(file, to):
