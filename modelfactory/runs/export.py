@@ -189,12 +189,14 @@ def requirements(
     onnx: bool = False,  # the bundle has an ONNX file and needs no package
 ) -> str:  # text of requirements.txt
     "The packages that a bundle needs, with the versions of the training where the run stores them."
+    resample = (run.pipeline.resample if run.pipeline else None) or {}
+    shared = [*BUNDLE_PACKAGES, *(["exchange_calendars"] if resample.get("calendar") else [])]
     if onnx:
-        return _pinned(run, [*BUNDLE_PACKAGES, "onnxruntime"])
+        return _pinned(run, [*shared, "onnxruntime"])
     kind = ModelRegistry.get(run.manifest["model"])
     specs = kind.member_specs(run.config["config"]) if issubclass(kind, CompositeModel) else {}
     libraries = {lib for k in (kind, *(ModelRegistry.get(name) for name, _ in specs.values())) for lib in k.requires}
-    text = _pinned(run, [*BUNDLE_PACKAGES, *READER_PACKAGES, *sorted(libraries)])
+    text = _pinned(run, [*shared, *READER_PACKAGES, *sorted(libraries)])
     return f"{text}# and then: pip install --no-deps modelfactory=={run.manifest['versions']['modelfactory']}\n"
 
 

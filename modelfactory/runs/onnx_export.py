@@ -441,9 +441,9 @@ def write_onnx(
 
     if not run.is_own:
         raise OnnxError(f"{run.path.name}: was made by another user; ONNX export loads models of this user only")
-    X, stored = _validation_windows(run)
     model = run.model()
     proto = onnx_model(model)
+    X, stored = _validation_windows(run)
     onnx.save(proto, file)
     difference = np.abs(onnx_probabilities(file, X) - stored).max(1)
     if not (difference <= ONNX_TOLERANCE).all():
