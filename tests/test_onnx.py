@@ -31,6 +31,7 @@ from modelfactory.runs.examples import train_example
 from modelfactory.runs.export import export_run
 from modelfactory.runs.grid import grid_config, grid_jobs
 from modelfactory.runs.onnx_export import OnnxError, onnx_model, onnx_paths, onnx_probabilities
+from modelfactory.runs.run_folder import RunError
 from modelfactory.runs.standalone import bundle_windows
 
 MISSING = [name for name in ("onnx", "onnxruntime", "onnxscript", "skl2onnx") if find_spec(name) is None]
@@ -168,13 +169,20 @@ def test_calibration_is_part_of_the_graph_and_wrappers_are_not(name, config, tmp
 
 
 def test_an_operator_that_onnx_lacks_is_named_in_one_line():
-    task = planted_task(150, F=3)
+    import torch
+
+    task, windows = planted_task(150, F=3), planted_task(150, F=3, seq_len=4)
     svm = fit(ModelRegistry.create("svm", dict(kernel="rbf"), 5, task.features), task)
     with pytest.raises(OnnxError, match=r"^svm: ONNX has no operator for sklearn\S*\.Nystroem; [^\n]*$"):
         onnx_model(svm)
     isotonic = fit(ModelRegistry.create("svm", dict(calibration="isotonic"), 5, task.features), task)
     with pytest.raises(OnnxError, match="found isotonic calibration, expected temperature"):
         onnx_model(isotonic)
+
+    gru = fit(ModelRegistry.create("gru", config_of("gru") | dict(sequence_length=4), 5, task.features), windows)
+    gru.net.forward = lambda x: torch.special.airy_ai(x[:, 0])
+    with pytest.raises(OnnxError, match="^gru: ONNX has no operator for aten::special_airy_ai; [^\n]*$"):
+        onnx_model(gru)
 
 
 # Runs
@@ -218,7 +226,16 @@ def test_a_file_that_differs_is_not_kept(run, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_changed_data_and_runs_of_others_are_refused(run, tmp_path):
+def test_a_missing_library_changed_data_and_runs_of_others_are_refused(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(OnnxError, match=r"needs skl2onnx; .*modelfactory\[onnx\]"):
+        patched.setitem(sys.modules, "skl2onnx", None)
+        export_run(run.path, tmp_path / "bundle", onnx=True)
+    file = next(Path(run.config["data"]["data"]).glob("val*"))
+    content = file.read_bytes()
+    pd.read_parquet(file).iloc[:-1].to_parquet(file)
+    with pytest.raises(RunError, match="has changed since training"):
+        export_run(run.path, tmp_path / "bundle", onnx=True)
+    file.write_bytes(content)
     copied = tmp_path / "runs" / run.path.name
     shutil.copytree(run.path, copied)
     manifest = json.loads((copied / "manifest.json").read_text())

@@ -270,9 +270,9 @@ def needed_code(
         if (module, name) in REPLACED:
             continue
         if name in source.imports:
-            origin, there = source.imports[name]
-            if _is_own(origin) and there:
-                pending.append((origin, there))
+            origin, original = source.imports[name]
+            if _is_own(origin) and original:
+                pending.append((origin, original))
         for statement in source.definitions.get(name, ()):
             uses = _Uses(module)
             uses.visit(statement)
@@ -285,15 +285,15 @@ def _code(source, names):
     "Source code of some names of a module."
     lines = ["from __future__ import annotations"]
     for name in sorted(names):
-        if name in source.imports and source.imports[name][0] != "__future__":
-            module, there = source.imports[name]
-            lines.append(
-                f"from {_bundled(module)} import {there} as {name}" if there else f"import {_bundled(module)} as {name}"
-            )
+        module, original = source.imports.get(name, ("__future__", None))
+        if (source.name, name) in REPLACED:
+            lines.append(REPLACED[source.name, name])
+        elif module != "__future__":
+            lines.append(f"from {_bundled(module)} import {original}" if original else f"import {_bundled(module)}")
+            lines[-1] += f" as {name}"
     statements = {
         id(s): s for name in names for s in source.definitions.get(name, ()) if (source.name, name) not in REPLACED
     }
-    lines += [REPLACED[source.name, name] for name in names if (source.name, name) in REPLACED]
     for statement in sorted(statements.values(), key=lambda s: s.lineno):
         lines.append(ast.unparse(_Renamed().visit(ast.parse(ast.unparse(statement)))))
     return "\n\n".join(lines) + "\n"
