@@ -189,8 +189,9 @@ def requirements(
     onnx: bool = False,  # the bundle has an ONNX file and needs no package
 ) -> str:  # text of requirements.txt
     "The packages that a bundle needs, with the versions of the training where the run stores them."
-    resample = (run.pipeline.resample if run.pipeline else None) or {}
-    shared = [*BUNDLE_PACKAGES, *(["exchange_calendars"] if resample.get("calendar") else [])]
+    resample = run.pipeline.resample if run.pipeline else None
+    in_sessions = isinstance(resample, dict) and resample.get("calendar")
+    shared = [*BUNDLE_PACKAGES, *(["exchange_calendars"] if in_sessions else [])]
     if onnx:
         return _pinned(run, [*shared, "onnxruntime"])
     kind = ModelRegistry.get(run.manifest["model"])
