@@ -165,6 +165,14 @@ def binance_months_that_overlap(folder, bars):
     return folder
 
 
+@layout(BTC, says="read as Binance klines: symbol BTCUSDT from the name, times in ms since 1970")
+def binance_zip_of_pandas(folder, bars):
+    "pandas writes a zipped file whose member has no suffix."
+    table = pd.DataFrame([line.split(",") for line in klines(bars, "ms")])
+    table.to_csv(folder / "BTCUSDT-1h-2024-03.zip", header=False, index=False)
+    return folder / "BTCUSDT-1h-2024-03.zip"
+
+
 @layout(says="read as Kraken OHLCVT file: symbol EURUSD from the name, times in s since 1970")
 def kraken_file(folder, bars):
     start = dict(zip(bars.datetime, epochs(bars, "s"), strict=True))
@@ -472,6 +480,8 @@ def test_options_name_columns_that_no_layout_has(tmp_path):
     )
     positions = dict(open=0, high=1, low=2, close=3, datetime=4, volume=None)
     pd.testing.assert_frame_equal(read_bars(tmp_path / "EURUSD.csv", columns=positions), bars)
+    words = {role: "" if n is None else str(n) for role, n in positions.items()}  # as from the command line
+    pd.testing.assert_frame_equal(read_bars(tmp_path / "EURUSD.csv", columns=words), bars)
     day, time = HOURS.datetime.dt.strftime("%Y-%m-%d"), HOURS.datetime.dt.strftime("%H:%M")
     table = HOURS.drop(columns="datetime").assign(Tag=day, Uhr=time)
     pd.testing.assert_frame_equal(read_bars(table, columns=dict(datetime=["Tag", "Uhr"])), check_bars(HOURS))

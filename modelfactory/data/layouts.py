@@ -383,7 +383,7 @@ def _find_column(names, candidates):
             return hits[0]
     return None
 
-# %% ../../nbs/data/15_layouts.ipynb #4071d2af
+# %% ../../nbs/data/15_layouts.ipynb #c8e861dc
 def _check_columns(columns, table):
     "The names that a user gave, positions turned into names; raises `BarsError`."
     given = {}
@@ -391,7 +391,8 @@ def _check_columns(columns, table):
         if role not in COLUMN_NAMES:
             example = "expected {'close': 'name in the source', ...}"
             raise BarsError(f"columns: found the key {role!r}, {example}; {did_you_mean(role, COLUMN_NAMES)}")
-        names = [name] if isinstance(name, str | int) else list(name or ())
+        names = [name] if isinstance(name, str | int) and name != "" else list(name or ())
+        names = [int(n) if _lacks_names(table) and str(n).isdigit() else n for n in names]
         names = [table.columns[n] if isinstance(n, int) and n < table.shape[1] else n for n in names]
         if missing := [n for n in names if n not in table]:
             near = did_you_mean(missing[0], table.columns)

@@ -184,13 +184,16 @@ def _unpack_gzip(file):
 
 # %% ../../nbs/data/03_readers.ipynb #c19bbadc
 def _unpack_zip(file):
-    "Yields name and content of the tables in an archive; nothing is written, so paths in it have no effect."
+    """Yields name and content of the tables in an archive; nothing is written, so paths in it have no effect.
+
+    A file without suffix is a CSV file: pandas writes such archives."""
     left = _limit(file)
     with zipfile.ZipFile(file) as archive:
         names = [m for m in archive.namelist() if not m.endswith("/") and not Path(m).name.startswith((".", "__"))]
         names = _without_notes([n for n in names if "__MACOSX" not in n])
         for member in names:
-            name = _check_suffix(Path(member.replace("\\", "/")), f"{file}: {member}")
+            name = Path(member.replace("\\", "/"))
+            name = _check_suffix(name if name.suffix else name.with_suffix(".csv"), f"{file}: {member}")
             with archive.open(member) as stream:
                 content = _read_limited(stream, file, left)
             left -= len(content)
