@@ -35,7 +35,6 @@ from modelfactory.data.splits import SplitsError
 from modelfactory.runs.export import export_run
 from modelfactory.runs.follow import Follower, follow_file
 from modelfactory.runs.predict import predict_run, prediction_warnings
-from modelfactory.runs.stored import pipeline_files
 
 pytestmark = pytest.mark.slow
 
@@ -176,10 +175,10 @@ def test_a_truncated_file_or_a_link_raises_the_same_error(folder, tmp_path):
 def test_a_run_and_its_files_carry_the_pipeline(runs, folder, tmp_path):
     run = runs["nearest"]
     assert {PIPELINE_FILE, LAST_BARS_FILE} <= set(run.manifest["files"])
-    assert pipeline_files(run) == [PIPELINE_FILE, LAST_BARS_FILE] and run.pipeline == read_pipeline(folder)
+    assert run.pipeline == read_pipeline(folder)
     assert run.last_bars.merge(HEAD).equals(run.last_bars) and set(run.last_bars.symbol) == {"A", "B", "C"}
     changed = shutil.copytree(run.path, tmp_path / run.path.name)
-    for name in pipeline_files(run):
+    for name in (PIPELINE_FILE, LAST_BARS_FILE):
         (changed / name).write_bytes((changed / name).read_bytes() + b" ")
         with pytest.raises(ValueError, match="changed since the run was published"):
             load_run(changed).predict(NEW)
@@ -188,7 +187,7 @@ def test_a_run_and_its_files_carry_the_pipeline(runs, folder, tmp_path):
 
 def test_a_run_on_other_features_says_that_it_takes_no_raw_bars(tmp_path):
     run = fitted_run(tmp_path / "runs", dict(model="nearest", horizon=5, data=str(small_splits(tmp_path / "own"))))
-    assert run.pipeline is None and run.last_bars is None and pipeline_files(run) == []
+    assert run.pipeline is None and run.last_bars is None and PIPELINE_FILE not in run.manifest["files"]
     with pytest.raises(PipelineError, match="no pipeline.json, because bars_to_splits did not make its features"):
         run.predict(NEW)
     test = pd.read_parquet(tmp_path / "own" / "test_scaled.parquet")
@@ -316,9 +315,9 @@ def test_a_csv_in_another_format_than_that_of_the_splits_is_read(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bars_one_by_one_equal_the_batch(runs, batches, kind):
-    rows = NEW.sort_values(["datetime", "symbol"]).head(24).to_dict("records")
+    rows = NEW.sort_values(["datetime", "symbol"]).head(9).to_dict("records")
     live = pd.DataFrame(runs[kind].follow(iter(rows)))
-    assert_equal(live, batches[kind], n=24)
+    assert_equal(live, batches[kind], n=9)
     assert live.datetime.isna().all() and live.after.tolist() == [row["datetime"] for row in rows]
 
 
@@ -453,8 +452,42 @@ def test_the_command_ends_cleanly_after_ctrl_c(runs, tmp_path, capsys, monkeypat
     assert len(printed.out.splitlines()) == 2 and printed.err == ""
 
 
+@pytest.mark.parametrize("rule", ["4h", dict(rule="120 volume")])
+def test_shorter_bars_are_resampled_as_those_of_the_splits(tmp_path, rule):
+    n, bars = 2900, hourly_bars(3000, symbols=("A",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        splits = bars_to_splits(bars[:n], tmp_path / "splits", (5,), resample=rule)
+    run = fitted_run(tmp_path / "runs", dict(model="nearest", horizon=5, data=str(splits)))
+    batch = run.predict(bars, ahead=True)
+    assert read_pipeline(splits).resample == (rule if isinstance(rule, dict) else dict(rule=rule))
+    start = bars.datetime > run.last_bars.datetime.iloc[-1]
+    start = bars[start] if rule != "4h" else bars[bars.datetime >= run.last_bars.datetime.iloc[-1] + pd.Timedelta("4h")]
+    stream = start.to_dict("records")
+    notes = []
+    live = pd.DataFrame(run.follow([*stream[:9], stream[3], *stream[9:21]], on_note=notes.append))
+    assert_equal(live, batch)
+    assert len(live) >= 4 and len(notes) == 1 and "refused" in notes[0]
+    table = Follower(run).push(start[:21])
+    assert_equal(table, batch, n=len(live))
+
+
+def test_rolls_of_contracts_are_marked_and_stored(tmp_path):
+    roll, first = HEAD.query("symbol == 'A'").datetime.iloc[700], HEAD.query("symbol == 'A'").datetime.iloc[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        splits = bars_to_splits(HEAD, tmp_path / "splits", (5,), rolls={"A": [roll]})
+    train = pd.read_parquet(splits / "train_scaled.parquet")
+    assert train[train.roll_event == 1][["datetime", "symbol"]].values.tolist() == [[roll, "A"]]
+    pipeline = read_pipeline(splits)
+    assert pipeline.rolls == {"A": [str(roll)]}
+    labels = [pipeline.label(HEAD, rolls).label_h5 for rolls in (None, {"A": [str(roll)]}, {})]
+    assert labels[0].equals(labels[1]) and not labels[0].equals(labels[2])
+    assert pipeline.label(NEW.query("symbol == 'B'")).shape[1] == 4 and first < roll
+
+
 def test_a_bundle_predicts_raw_bars_as_its_run(runs, batches, tmp_path):
     bundle = load_run(export_run(runs["nearest"].path, tmp_path / "bundle"))
-    assert pipeline_files(bundle) == [PIPELINE_FILE, LAST_BARS_FILE]
+    assert bundle.pipeline == runs["nearest"].pipeline
     assert_equal(bundle.predict(NEW), batches["nearest"])
     assert bundle.last_bars.equals(runs["nearest"].last_bars)

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .calendars import mark_rolls
 from modelfactory.data.features import (
     FEATURE_WARMUP,
     bar_features,
@@ -190,7 +191,9 @@ def _check_table(table, horizons, extra, groups):
             f"table: no column {missing[0]!r}; expected keys, {', '.join(OHLCV)}, features and {', '.join(labels)}"
         )
     names = list(dict.fromkeys([*(f for f in groups if f in table), *extra]))
-    if unexpected := [c for c in table if c not in {"datetime", "symbol", "split", *OHLCV, *labels, *names}]:
+    if unexpected := [
+        c for c in table if c not in {"datetime", "symbol", "split", "roll_event", *OHLCV, *labels, *names}
+    ]:
         raise BarsError(f"table: column {unexpected[0]!r} is not a known feature; name it in extra_features or drop it")
     if not names:
         raise BarsError("table: no feature column; join bar_features(bars) or name your own in extra_features")
@@ -287,6 +290,7 @@ def _write_files(folder, table, names, matrix, horizons, scaler):
     dtypes = {
         **dict(datetime=None, symbol=str, split=str),
         **dict.fromkeys(OHLCV, np.float64),
+        **({"roll_event": np.int8} if "roll_event" in table else {}),
         **dict.fromkeys(names),
         **{f"label_h{h}": np.int8 for h in horizons},
         **{f"bars_to_hit_h{h}": np.int32 for h in horizons},
@@ -348,6 +352,7 @@ def bars_to_splits(
     exclude: Sequence[str] = (),  # features that are not written, such as `RANGE_FEATURES`
     features: dict | None = None,  # groups of features and their parameters, as in `bar_features`
     resample: str | dict | None = None,  # rule, or arguments, of `resample_bars` that is applied first
+    rolls: Sequence | Mapping | None = None,  # times at which contracts roll, as in `triple_barrier`
 ) -> Path:  # out
     """Check bars, compute features and labels, and write splits with the pipeline that made them.
 
@@ -368,13 +373,17 @@ def bars_to_splits(
         bars = join_to_longer(bars, resample)
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
     columns = bar_features(bars, features).drop(columns=["datetime", "symbol", *exclude])
-    table = pd.concat([bars, columns, *(triple_barrier(bars, h, *w) for h, w in widths.items())], axis=1)
+    labels = [triple_barrier(bars, h, *w, rolls=rolls) for h, w in widths.items()]
+    table = pd.concat([bars, columns, *labels], axis=1)
+    if rolls is not None:
+        marked = mark_rolls(pd.DatetimeIndex(bars["datetime"]), bars["symbol"], rolls)
+        table = table.assign(roll_event=marked.astype(np.int8))
     table = table[settled_rows(bars, features)]
     if starts is not None:
         table = table.assign(split=split_at(table["datetime"], starts, shares))
 
     def pipeline_of(scaler):
-        recipe = dict(features=normalise_features(features), embargo=embargo.total_seconds(), **origin)
+        recipe = dict(features=normalise_features(features), embargo=embargo.total_seconds(), rolls=rolls, **origin)
         return make_pipeline(bars, scaler, widths, **recipe)
 
     report = _write_and_check(table, out, horizons, shares, embargo, True, (), groups, pipeline_of)

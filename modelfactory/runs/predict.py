@@ -77,6 +77,7 @@ def predict_run(
 
     - `skipped`: symbol -> number of bars without a full window
     - `history`: raw bars only: symbol -> number of new bars that are not predicted, because they are history
+    - `needs`: raw bars only: the number of bars that a prediction needs, as a sentence
     - `notes`: raw bars only: sentences on how the bars were read
     - `unseen`: symbols that are not in train
     - `drift`: one dict for each feature, from `population_stability_index`
@@ -88,23 +89,16 @@ def predict_run(
 
     run = run if isinstance(run, StoredRun) else open_run(run)
     model, data_config = run.cached_model, run.config["data"]
-    gap, nan, seq_len = data_config["gap"], data_config["nan"], model.config.sequence_length
-    context_rows, fills = model.history_length(vars(model.config)) + gap - 1, run.report["fills"]
+    gap, seq_len = data_config["gap"], model.config.sequence_length
+    context_rows = model.history_length(vars(model.config)) + gap - 1
     raw = _raw_rows(run, model, data, context_rows, symbol) if _is_raw(run, model, data) else None
-    folder = None if raw else _folder_of_splits(data)
-    if folder is not None:
-        data = split_files(folder, (split,))[split]
-    bars = _read_bars(run, model, raw.table if raw else data, split, nan)
-    if raw:
-        _fill_nan(bars, fills, nan)
-        joined, own = bars, np.flatnonzero(raw.is_new)
-        bars = _split_rows(bars, own)
-    drift = []
-    if run.train_features:
-        drift = population_stability_index(bars, run.train_features).to_dict("records")
-    if not raw:
-        _fill_nan(bars, fills, nan)
-        joined, own = prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
+    if raw is None:
+        bars, drift, joined, own = _table_rows(run, model, data, split, context_rows)
+    else:
+        joined, own = _read_bars(run, model, raw.table, split, data_config["nan"]), np.flatnonzero(raw.is_new)
+        bars = _split_rows(joined, own)
+        drift = _drift(run, bars)
+        _fill_nan(joined, run.report["fills"], data_config["nan"])
     rows = _predicted_rows(joined, own, context_rows - gap + 1 if raw else seq_len, gap, ahead)
     if raw and not len(rows):
         raise PipelineError(raw.too_short())
@@ -131,6 +125,22 @@ def predict_run(
         n_known=n_known,
     )
     return frame
+
+
+def _table_rows(run, model, data, split, context_rows):
+    "The rows of a table with features, their drift, the rows joined with their context, and their positions in these."
+    folder, nan, fills = _folder_of_splits(data), run.config["data"]["nan"], run.report["fills"]
+    if folder is not None:
+        data = split_files(folder, (split,))[split]
+    bars = _read_bars(run, model, data, split, nan)
+    drift = _drift(run, bars)  # before NaN values are filled
+    _fill_nan(bars, fills, nan)
+    return bars, drift, *prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
+
+
+def _drift(run, bars):
+    "One dict for each feature; empty if the run stored no distributions."
+    return population_stability_index(bars, run.train_features).to_dict("records") if run.train_features else []
 
 # %% ../../nbs/runs/12_predict.ipynb #bacc8456
 def column_names(
@@ -202,7 +212,8 @@ class _RawRows:
     def too_short(self):
         symbol = max(self.n_new, key=self.n_new.get)
         more = "; ".join([f"{self.needs}; pass earlier bars as well", *self.notes])
-        return f"bars: {symbol} has {self.n_new[symbol]:,} new bars, but {more}"
+        n = self.n_new[symbol]
+        return f"bars: {symbol} has {n:,} new bar{'s' * (n > 1)}, but {more}"
 
 
 def _raw_rows(run, model, data, context_rows, symbol):
@@ -374,10 +385,10 @@ def prediction_warnings(
 ) -> list[str]:  # sentences; the first gives the number of predictions
     "Sentences about bars without a prediction, symbols that are not in train, and features that have drifted."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
-    sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}", *frame.attrs["notes"]]
+    sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}", *frame.attrs.get("notes", ())]
     if skipped:
         sentences.append(_skipped_text(skipped))
-    if history := frame.attrs["history"]:
+    if history := frame.attrs.get("history"):
         listed = ", ".join(f"{symbol} {n:,}" for symbol, n in list(history.items())[:5])
         sentences.append(f"the first bars are history and are not predicted: {listed}; {frame.attrs['needs']}")
     if unseen:

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from modelfactory.models.base import BaseModel
 
 # %% auto #0
-__all__ = ['ShortText', 'MAX_MANIFEST_BYTES', 'MAX_TABLE_VALUES', 'Manifest', 'read_manifest', 'StoredRun', 'pipeline_files',
-           'open_run', 'name_data', 'check_data', 'RunList', 'stored_runs']
+__all__ = ['ShortText', 'MAX_MANIFEST_BYTES', 'MAX_TABLE_VALUES', 'Manifest', 'read_manifest', 'StoredRun', 'open_run',
+           'name_data', 'check_data', 'RunList', 'stored_runs']
 
 # %% ../../nbs/runs/01_stored.ipynb #d77c57ba
 ShortText = Annotated[str, MaxLen(4096)]
@@ -450,15 +450,6 @@ def _read_table(file):
         raise RunError(f"{file}: not readable ({e}); train the run again") from None
 
 # %% ../../nbs/runs/01_stored.ipynb #f515efcc
-def pipeline_files(
-    run: StoredRun,
-) -> list[str]:  # names of files in the run folder; empty if the run predicts no raw bars
-    "The files with which a run predicts raw bars: its pipeline and the last bars of its data."
-    from modelfactory.data.pipeline import LAST_BARS_FILE, PIPELINE_FILE
-
-    return [name for name in (PIPELINE_FILE, LAST_BARS_FILE) if name in run.manifest["files"]]
-
-
 def open_run(
     path: Path,  # folder of a run
 ) -> StoredRun:
