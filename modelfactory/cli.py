@@ -9,12 +9,15 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .data.bundled import BUNDLED
 from .files import print_escaped as print  # names in received files may contain control characters
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     help="Train any model family on labelled market bars and compare the results.",
@@ -26,9 +29,9 @@ app = typer.Typer(
 # %% auto #0
 __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder', 'Seed',
            'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
-           'check', 'parse_barriers', 'bars', 'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train',
-           'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo',
-           'predict', 'export_bundle', 'new', 'main']
+           'check', 'parse_barriers', 'parse_duration', 'bars', 'purge', 'recut', 'selftest', 'parse_pairs',
+           'parse_set', 'train', 'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score',
+           'refresh', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
@@ -161,6 +164,21 @@ def parse_barriers(
     return barriers
 
 
+def parse_duration(
+    text: str,  # such as 2D or 12h
+    option: str,  # name of the option for error messages
+) -> pd.Timedelta:
+    "Duration of an option; raises `ConfigError`."
+    import pandas as pd
+
+    from modelfactory.configuration import ConfigError
+
+    try:
+        return pd.Timedelta(text)
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected a duration, such as 2D or 12h") from None
+
+
 def _print_spans(bars, n=5):
     "Prints the number of bars and the first and last time of the first `n` symbols."
     spans = bars.groupby("symbol", sort=False).datetime.agg(["size", "min", "max"])
@@ -198,6 +216,12 @@ def bars(
     features: Annotated[
         Path | None, typer.Option(help="YAML with groups of features and their parameters; default: all groups")
     ] = None,
+    rolls: Annotated[
+        str | None, typer.Option(help="times at which contracts roll, comma-separated; no label crosses them")
+    ] = None,
+    embargo: Annotated[
+        str | None, typer.Option(help="minimum time between a label's last bar and the next split, such as 2D")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace existing splits")] = False,
 ) -> None:
     """Turn bars into splits: check the bars, compute features and labels, cut by time, purge, scale and report.
@@ -223,13 +247,17 @@ def bars(
             tuple(_whole_numbers(horizons, "--horizons")),
             parse_barriers(barriers or []),
             starts=(val_from, test_from) if val_from or test_from else None,
+            embargo=parse_duration(embargo or "0D", "--embargo"),
             features=read_yaml(features) if features else None,
+            rolls=_split_commas(rolls) or None,
             resample=dict(rule=resample, calendar=calendar) if resample and calendar else resample,
             overwrite=overwrite,
         )
     check(str(output))
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"warning: {text}")
+    texts = [str(warning.message) for warning in caught]
+    for text in texts:
+        if text.startswith("bars: "):  # the others are in the report
+            print(f"warning: {text}")
     ours = "" if horizons == "5,20" else f" --horizons {horizons}"
     print(f"next: modelfactory experiment quick --data {output}{ours} --models classical,boosting --compare")
 

@@ -82,6 +82,18 @@ def test_the_start_of_test_alone_leaves_a_validation_split_before_it(export, tmp
     assert share == pytest.approx(0.15 / 0.85, abs=0.01)
 
 
+def test_closes_alone_leave_out_features_of_ranges_and_rolls_are_marked(tmp_path, capsys):
+    bars = read_eurusd()[:1200]
+    bars[["datetime", "close"]].to_csv(tmp_path / "EURUSD.csv", index=False)
+    options = f"--output {tmp_path}/out --closes --horizons 5 --rolls 2017-02-15 --embargo 1D".split()
+    assert run("bars", tmp_path / "EURUSD.csv", *options) == 0
+    printed = capsys.readouterr().out
+    assert "closes alone, so" in printed and "upper_shadow" in printed
+    pipeline, splits = read_pipeline(tmp_path / "out"), read_splits(tmp_path / "out")
+    assert "ret_5" in pipeline.names and "upper_shadow" not in pipeline.names and pipeline.embargo == 86_400
+    assert splits["train"].market["roll_event"].sum() == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -92,6 +104,9 @@ def test_the_start_of_test_alone_leaves_a_validation_split_before_it(export, tmp
         (["--val-from", "2017-04-01", "--test-from", "2017-03-01"], "expected the start of val before"),
         (["--val-from", "soon"], "soon"),
         (["--features", "nowhere.yaml"], "nowhere.yaml"),
+        (["--embargo", "soon"], "expected a duration"),
+        (["--rolls", "2030-01-01"], "2030"),
+        (["--resample", "often"], "often"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_leaves_nothing(export, tmp_path, capsys, options, message):

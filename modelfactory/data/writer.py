@@ -363,22 +363,14 @@ def bars_to_splits(
     _check_horizons(horizons)
     if unexpected := set(barriers) - set(horizons):
         raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}; add it to horizons or remove it")
-    groups = feature_table(features)["group"].to_dict()
-    if unknown := [name for name in exclude if name not in groups]:
-        raise BarsError(f"exclude: {unknown[0]!r} is not a feature of bar_features; correct or remove it")
-    widths = {int(h): barrier_widths(h, *barriers.get(h, ())) for h in horizons}
     origin = {name: bars.attrs[name] for name in ("source", "layout") if name in bars.attrs}
+    groups, exclude, notes = _chosen_features(features, exclude, origin.get("source"))
+    widths = {int(h): barrier_widths(h, *barriers.get(h, ())) for h in horizons}
     if resample is not None:
         origin["resample"] = dict(resample) if isinstance(resample, dict) else dict(rule=str(resample))
         bars = join_to_longer(bars, resample)
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
-    columns = bar_features(bars, features).drop(columns=["datetime", "symbol", *exclude])
-    labels = [triple_barrier(bars, h, *w, rolls=rolls) for h, w in widths.items()]
-    table = pd.concat([bars, columns, *labels], axis=1)
-    if rolls is not None:
-        marked = mark_rolls(pd.DatetimeIndex(bars["datetime"]), bars["symbol"], rolls)
-        table = table.assign(roll_event=marked.astype(np.int8))
-    table = table[settled_rows(bars, features)]
+    table = _bars_table(bars, widths, features, exclude, rolls)
     if starts is not None:
         table = table.assign(split=split_at(table["datetime"], starts, shares))
 
@@ -387,6 +379,32 @@ def bars_to_splits(
         return make_pipeline(bars, scaler, widths, **recipe)
 
     report = _write_and_check(table, out, horizons, shares, embargo, True, (), groups, pipeline_of)
-    for text in [*block_warnings(report.labels), *price_warnings(bars, "bars")]:
+    for text in [*notes, *block_warnings(report.labels), *price_warnings(bars, "bars")]:
         warnings.warn(text, SplitsWarning, stacklevel=2)
     return out
+
+
+def _chosen_features(features, exclude, source):
+    "Group of each feature, the features to leave out, and notes; raises `BarsError` if `exclude` names another one."
+    table = feature_table(features)
+    if unknown := [name for name in exclude if name not in table.index]:
+        raise BarsError(f"exclude: {unknown[0]!r} is not a feature of bar_features; correct or remove it")
+    by_range = [name for name in table.index[table["ranges"].astype(bool)] if name not in exclude]
+    if not (source or {}).get("ohlc_from_close") or not by_range:
+        return table["group"].to_dict(), list(exclude), []
+    note = f"bars: closes alone, so {len(by_range)} features that need a range or a volume are left out"
+    return table["group"].to_dict(), [*exclude, *by_range], [f"{note}: {', '.join(by_range)}"]
+
+
+def _bars_table(bars, widths, features, exclude, rolls):
+    "Checked bars with features, labels and marked rolls, without the warm-up of the features."
+    columns = bar_features(bars, features).drop(columns=["datetime", "symbol", *exclude])
+    labels = [triple_barrier(bars, h, *w, rolls=rolls) for h, w in widths.items()]
+    table = pd.concat([bars, columns, *labels], axis=1)
+    if rolls is not None:
+        marked = mark_rolls(pd.DatetimeIndex(bars["datetime"]), bars["symbol"], rolls)
+        if not marked.any():
+            span = f"from {bars['datetime'].min()} to {bars['datetime'].max()}"
+            raise BarsError(f"rolls: found {rolls}, expected times within the bars, {span}")
+        table = table.assign(roll_event=marked.astype(np.int8))
+    return table[settled_rows(bars, features)]
