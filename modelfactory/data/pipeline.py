@@ -344,7 +344,7 @@ def last_bars_of_splits(
     pipeline: Pipeline,
     folder: Path | str,  # folder of splits
     n_rows: int,  # as in `last_bars`
-) -> pd.DataFrame | None:  # None if the bars would exceed `MAX_LAST_BARS` rows or if the splits have no OHLCV columns
+) -> pd.DataFrame | None:  # None if the bars would exceed `MAX_LAST_BARS` rows
     "Last raw bars of each symbol in a folder of splits."
     bars, files = None, split_files(folder, present_splits(folder))
     for split in reversed(files):
@@ -353,7 +353,7 @@ def last_bars_of_splits(
         bars, whole = last_bars(pipeline, bars, n_rows)
         if whole and set(pipeline.symbols) <= set(bars["symbol"]):
             break
-    return bars if len(bars) <= MAX_LAST_BARS else None
+    return None if bars is None or len(bars) > MAX_LAST_BARS else bars
 
 # %% ../../nbs/data/20_pipeline.ipynb #8ac97eae
 PRICE_TOLERANCE = 1e-9  # largest relative difference of equal prices, which may have been rounded in a text file

@@ -129,20 +129,23 @@ def write_record(
 
 
 def _write_pipeline(trainer, folder):
-    "Copies the pipeline of the data and writes the last bars of each symbol; nothing if the data have no pipeline."
-    from modelfactory.data.bundled import resolve_data
-    from modelfactory.data.pipeline import LAST_BARS_FILE, PipelineError, last_bars_of_splits, read_pipeline
+    """Copies the pipeline of the data and writes the last bars of each symbol; nothing if the data have no pipeline.
 
-    data = None if trainer.frames is not None else resolve_data(trainer.config.data.data)
-    pipeline = None if data is None else read_pipeline(data)
-    if pipeline is None:
+    A damaged pipeline, or features that are not registered in this process, must not cost a fitted model."""
+    from modelfactory.data.bundled import resolve_data
+    from modelfactory.data.pipeline import LAST_BARS_FILE, last_bars_of_splits, read_pipeline
+    from modelfactory.data.splits import SplitsError
+
+    if trainer.frames is not None:
         return
-    pipeline.write(folder)
-    bars = None
-    with contextlib.suppress(PipelineError):  # features that are not registered in this process
+    data = resolve_data(trainer.config.data.data)
+    with contextlib.suppress(SplitsError):
+        if (pipeline := read_pipeline(data)) is None:
+            return
+        pipeline.write(folder)
         bars = last_bars_of_splits(pipeline, data, trainer.context_rows)
-    if bars is not None:
-        bars.to_parquet(folder / LAST_BARS_FILE, index=False, compression="zstd")
+        if bars is not None:
+            bars.to_parquet(folder / LAST_BARS_FILE, index=False, compression="zstd")
 
 
 def _training_features(trainer):

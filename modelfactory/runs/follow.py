@@ -94,7 +94,7 @@ class Follower:
         symbol: str | None = None,  # symbol of bars without a column of symbols
     ):
         self.symbol = symbol
-        self.run = run if isinstance(run, StoredRun) else open_run(run)
+        self.run = run if isinstance(run, StoredRun) else open_run(Path(run))
         self.model, data = self.run.cached_model, self.run.config["data"]
         self.pipeline = raw_bars_pipeline(self.run, self.model)
         if self.pipeline.compares_symbols:

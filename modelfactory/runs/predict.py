@@ -87,7 +87,7 @@ def predict_run(
     """
     from modelfactory.runs.stored import StoredRun, open_run
 
-    run = run if isinstance(run, StoredRun) else open_run(run)
+    run = run if isinstance(run, StoredRun) else open_run(Path(run))
     model, data_config = run.cached_model, run.config["data"]
     gap, seq_len = data_config["gap"], model.config.sequence_length
     context_rows = model.history_length(vars(model.config)) + gap - 1
