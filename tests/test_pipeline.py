@@ -27,6 +27,7 @@ from modelfactory.data.pipeline import (
     complete_rows,
     join_bars,
     last_bars,
+    make_pipeline,
     needed_bars,
     read_pipeline,
 )
@@ -275,6 +276,18 @@ def test_join_uses_exactly_the_bars_before_the_new_ones(runs):
         np.testing.assert_allclose(both[f"{name}_x"], both[f"{name}_y"], rtol=0, atol=1e-5)
     fewer = stored.groupby("symbol").tail(len(stored) // 3 - 40)
     assert not last_bars(pipeline, fewer, 12)[1] and last_bars(pipeline, stored, 12)[1]
+
+
+def test_rows_of_a_day_that_is_cut_are_not_complete():
+    times = pd.date_range("2024-03-04", periods=3 * 1440, freq="min")
+    close = 100 * np.exp(np.cumsum(np.random.default_rng(0).normal(0, 1e-4, len(times))))
+    bars = check_bars(pd.DataFrame(dict(datetime=times, symbol="A", volume=1.0, **dict.fromkeys(OHLCV[:4], close))))
+    pipeline = make_pipeline(bars, dict.fromkeys(("ret_1", "day_move", "bar_of_day"), (0.0, 1.0)), {5: (1.0, 1.0, 5)})
+    part = bars[700:].reset_index(drop=True)
+    of_part, of_all = (pipeline.transform(table).set_index("datetime")[pipeline.names] for table in (part, bars))
+    complete = complete_rows(pipeline, part)
+    np.testing.assert_allclose(of_part[complete], of_all.loc[of_part.index[complete]], rtol=0, atol=1e-6)
+    assert complete.sum() == 2 * 1440 and last_bars(pipeline, bars, 10)[0].datetime.iloc[0] == times[2 * 1440 - 1]
 
 
 def test_drift_is_measured_on_scaled_features(runs):
