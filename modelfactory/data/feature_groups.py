@@ -305,8 +305,8 @@ def _efficiency(b, n):
 class Trend(Group):
     "Distances from moving averages, their slopes, MACD, directional movement and efficiency."
 
-    sma: SampleLengths = (20, 50, 100)  # bars of the means whose distance is taken
-    ema: SampleLengths = (8, 21, 50)  # bars of the exponential averages whose distance is taken
+    sma: SampleLengths = (20, 50, 100)  # bars of the means from which the close's distance is taken
+    ema: SampleLengths = (8, 21, 50)  # bars of the exponential averages, likewise
     slope: Lengths = (20, 50)  # bars of the means whose change over 5 bars is taken
     macd: tuple[Bars, Bars, Bars] = (12, 26, 9)  # bars of the fast and slow averages, and of the signal line
     directional: tuple[Bars, Bars] = (14, 27)  # bars of the directional averages, and of the average in ADX
@@ -662,7 +662,7 @@ class Channel(Group):
     extremes: Lengths = (20, 60)  # bars of the high and of the low whose distance is taken
     bollinger: SampleLengths = (20, 60)  # bars of the mean and of the standard deviation of the close
     bollinger_width: SampleLengths = (20,)  # bars of the standard deviation that is expressed in ATR
-    aroon: SampleLengths = (25, 60)  # bars among which the extremes are dated
+    aroon: SampleLengths = (25, 60)  # bars in which the time of each extreme is found
     breakout: Lengths = (20,)  # bars before this one that the close must exceed
 
     def features(self) -> Iterator[Feature]:

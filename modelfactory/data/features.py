@@ -238,7 +238,7 @@ def feature(
     unit: str = "",  # for the feature table
     day: bool = False,  # whether a value needs the bars of its day from the first one
 ) -> Callable[[Callable], Callable]:
-    "Decorator that registers a function of one symbol's bars; raises `BarsError` if a name is taken or not possible."
+    "Decorator that registers a function of one symbol's bars; raises `BarsError` if a name is taken or invalid."
     columns = tuple(names) or (name,)
 
     def decorate(function):
@@ -307,7 +307,7 @@ def _check_lookahead(group, bars, times):
 
 
 def _check_history(group, bars):
-    "Compares values from `bars` bars with values from all bars of one symbol, at up to 10 times."
+    "Compares values from `bars` bars with values from all bars of one symbol, at up to 10 timestamps."
     full, days, n = group.of_symbol(bars), wall_times(bars) // DAY_NS, group.history
     for row in np.unique(np.linspace(min(n - 1, len(bars) - 1), len(bars) - 1, 10).astype(int)):
         start = max(row - n + 1, 0)
@@ -386,7 +386,7 @@ BATCH = 60_000  # bars of a batch of symbols
 
 
 def _batches(spans):
-    "Batches of consecutive symbols, as (rows (S, T), mask (S, T) of the rows that are not filling)."
+    "Batches of consecutive symbols, as (rows (S, T), mask (S, T) of the rows that are not padding)."
     batch: list[tuple[int, int]] = []
     for lo, hi in spans:
         size = (len(batch) + 1) * max(stop - start for start, stop in [*batch, (lo, hi)])

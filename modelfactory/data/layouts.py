@@ -44,7 +44,7 @@ def require_rows(
 
 # %% ../../nbs/data/15_layouts.ipynb #164b2195
 class DayOrMonth(BarsError):
-    "A date such as 01/02/2020 may be in January or in February, and no other date of the column decides."
+    "A date such as 01/02/2020 may be in January or in February, and no other date in the column decides which."
 
 
 EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # units in a second
@@ -68,7 +68,7 @@ def time_unit(
     column: pd.Series,  # (N,) timestamps, dates, numbers or text, none of them missing
     day_first: bool = False,  # whether 01/02/2020 is the first of February
 ) -> str | None:  # s, ms, us or ns since 1970, or a format of `strptime`; None: timestamps, or text in ISO 8601
-    "How the times of a column are written; raises `BarsError` if they can be read in two ways, `DayOrMonth` of dates."
+    "How the times of a column are written; raises `BarsError` (dates: `DayOrMonth`) if two readings fit."
     if not len(column) or not (pd.api.types.is_numeric_dtype(column) or isinstance(column.iloc[0], str)):
         return None
     first = str(column.iloc[0]).strip()
@@ -91,8 +91,8 @@ def _number_unit(numbers):
         if first <= lo <= hi < 4_102_444_800 * n:
             return unit
     raise BarsError(
-        f"bars: datetime: found numbers from {lo:.15g} to {hi:.15g}, expected seconds, ms, us or ns since 1970 of one "
-        "unit from 1971 to 2100, or YYYYMMDD; name the unit or the format: read_bars(..., unit='%Y%m%d%H%M')"
+        f"bars: datetime: found numbers from {lo:.15g} to {hi:.15g}, expected one of s, ms, us or ns since 1970 for "
+        "all, from 1971 to 2100, or YYYYMMDD; name the unit or the format: read_bars(..., unit='%Y%m%d%H%M')"
     )
 
 # %% ../../nbs/data/15_layouts.ipynb #61b94af8
@@ -111,7 +111,7 @@ def _time_format(text):
 
 # %% ../../nbs/data/15_layouts.ipynb #78eb8c72
 def _date_format(text, mark, time, day_first):
-    "The format with the day first or with the month first, whichever one of the dates decides."
+    "The format with the day first or with the month first, as the dates decide."
     orders = [mark.join(order) for order in (("%d", "%m", "%Y"), ("%m", "%d", "%Y"))]
     if day_first:
         return orders[0] + time
@@ -119,7 +119,7 @@ def _date_format(text, mark, time, day_first):
     failed = [pd.to_datetime(dates, format=order, errors="coerce").isna() for order in orders]
     if not (failed[0] | failed[1]).any():
         raise DayOrMonth(
-            f"bars: datetime: found {text.iloc[0]!r} and no day after the 12th, so that the order of day and month is "
+            f"bars: datetime: found {text.iloc[0]!r} and no day after the 12th, so the order of day and month is "
             f"open; name it: read_bars(..., unit={orders[0] + time!r}) for the day first, or unit={orders[1] + time!r}"
         )
     if failed[0].any() and failed[1].any() and not (failed[0] & failed[1]).any():
@@ -137,12 +137,12 @@ def parse_times(
     column: pd.Series,  # (N,) timestamps, dates, text, or numbers
     unit: str | None = None,  # s, ms, us, ns, or a format of `strptime`; None: as `time_unit` finds
     tz: str | None = None,  # time zone of the result; None: none, or that of the column
-    zone: str | None = None,  # "UTC": times without an offset are in UTC; "server": so are not even numbers
-) -> pd.Series:  # (N,) timestamps in ns; numbers give UTC without a time zone
+    zone: str | None = None,  # "UTC": times without an offset are in UTC; "server": numbers are in local times, too
+) -> pd.Series:  # (N,) timestamps in ns; from numbers: UTC, without a time zone
     """Times as timestamps; raises `BarsError` if a value is not a time or if time zones differ.
 
-    With `tz`, times without a zone are taken as local times of `tz`, and times with a zone, or in seconds since 1970,
-    are converted to it."""
+    With `tz`, times without a zone are taken as local times of `tz`. Times with a zone, and numbers that count from
+    1970, are converted to it."""
     require_rows(column.notna(), "datetime", "with no time", "drop or fix them")
     try:
         times, is_epoch = _timestamps(column, unit, tz or zone == "UTC")
@@ -159,7 +159,7 @@ def parse_times(
 
 # %% ../../nbs/data/15_layouts.ipynb #d7af333f
 def _timestamps(column, unit, mixed):
-    "Timestamps, and whether they were counted since 1970; `mixed`: offsets may differ, and the result is in UTC then."
+    "Timestamps, and whether they count from 1970; `mixed`: offsets may differ, and the result is then in UTC."
     if isinstance(column.dtype, pd.PeriodDtype):
         return column.dt.to_timestamp(), False
     if pd.api.types.is_datetime64_any_dtype(column):
@@ -194,7 +194,7 @@ def _have_one_offset(text, mixed):
 
 
 def _require_times(times, column, expected):
-    "Raises `BarsError` with the first value that is no time."
+    "Raises `BarsError` with the first value that is not a time."
     what = f"not readable as a time ({column[times.isna()].head(1).tolist()})"
     fix = f"use {expected}, or give the format: read_bars(..., unit='%Y-%m-%d %H:%M')"
     require_rows(times.notna(), "datetime", what, fix)
@@ -274,7 +274,7 @@ class Layout:
     file: str = ""  # regular expression of file names without suffix; its first group is the symbol
     zone: str | None = None  # argument of `parse_times`
     day_first: bool = False  # whether 01.02.2020 is the first of February
-    order: str = ""  # for tables without names: a letter a column, d date, t time, o h l c v, - unused
+    order: str = ""  # for tables without names: one letter per column; d date, t time, o h l c v, - unused
     start: str = ""  # regular expression of the first value; for tables without names: of the first two values
 
 # %% ../../nbs/data/15_layouts.ipynb #f01f2a30
@@ -333,7 +333,7 @@ _BY_NAME = Layout("bars, by the names of the columns", file=_ALPHA_FILE)
 def find_layout(
     table: pd.DataFrame,  # names of columns as in the source; 0, 1, 2, ... if it has none
 ) -> Layout:
-    "The known layout of a table; the one that reads by names if none fits. Raises `BarsError` without names."
+    "The known layout of a table, or the one that reads columns by name; raises `BarsError` if it has no names either."
     if not len(table) or not _lacks_names(table):
         names = [plain_name(c) for c in table.columns]
         spelled = {*names, *(str(c).lower() for c in table.columns)}
@@ -371,7 +371,9 @@ def _share_in_order(table, order):
 
 # %% ../../nbs/data/15_layouts.ipynb #18374ec8
 def _find_column(names, candidates):
-    "The first column that a candidate names by its plain name, and t apart from T; raises `BarsError` for two."
+    """The column that the first matching candidate names; raises `BarsError` if it names two columns.
+
+    Plain names are compared, except that single letters keep their case: t and T differ."""
     plain = [plain_name(n) for n in names]
     for candidate in candidates:
         hits = [n for n in names if n == candidate] if len(candidate) < 2 else []
@@ -435,7 +437,7 @@ def _stack_symbols(table):
 
 # %% ../../nbs/data/15_layouts.ipynb #234142bf
 def _index_to_columns(table):
-    "The table with those levels of its index as columns that have a name, times or text."
+    "The table, with each level of its index that has a name, times or text as a column."
     if isinstance(table.index, pd.RangeIndex):
         return table
     levels = [table.index.get_level_values(i) for i in range(table.index.nlevels)]
@@ -453,7 +455,7 @@ def _index_to_columns(table):
 def adjust_prices(
     table: pd.DataFrame,  # open, high, low, close and adjusted_close
 ) -> pd.DataFrame:  # the same columns without adjusted_close
-    "All four prices times adjusted close / close; a rounding error of the product does not put the close outside."
+    "All four prices times adjusted close / close; rounding does not move the close outside [low, high]."
     prices = {c: pd.to_numeric(table[c], errors="coerce") for c in (*OHLCV[:4], "adjusted_close") if c in table}
     close = prices.pop("adjusted_close")
     high, low, raw = (prices.get(c, prices["close"]) for c in ("high", "low", "close"))
@@ -501,7 +503,7 @@ def _melt_closes(table, time):
 
 
 def _symbol_of(file, layout):
-    "The symbol in the name of a file; the whole name if the layout says nothing of it."
+    "The symbol in the name of a file; the whole name if the layout does not say where it is."
     match = re.fullmatch(layout.file, file) if layout.file else None
     return next(filter(None, match.groups())) if match else file
 

@@ -115,9 +115,9 @@ class Pipeline(HTMLConfig):
         symbol: str | None = None,  # as in `read_bars`
         resample: bool = True,  # False: leaves out resampling
     ) -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume; sorted by symbol and time
-        """Bars read, resampled and converted to the time zone as those of the splits; raises `BarsError`.
+        """Bars, read, resampled and converted to the time zone of the splits; raises `BarsError`.
 
-        If the stored names of columns and the stored time format do not fit, the layout is recognised as without them.
+        If the stored names of columns and the stored time format do not fit, they are ignored.
         """
         bars = _read_with(source, symbol, _read_options(self, source))
         bars = bars.assign(datetime=_convert_times(bars["datetime"], self.time_zone))  # keeps the attributes
@@ -190,7 +190,7 @@ def _is_plain(source):
 def _read_with(source, symbol, options):
     "Bars read with options or, if that fails, without the names of columns and the time format."
     if not options and _is_plain(source) and "symbol" in source:
-        return check_bars(source)  # two thirds of the time of `read_bars` for one bar
+        return check_bars(source)  # takes two thirds of the time of `read_bars` for one bar
     try:
         return read_bars(source, symbol, **options)
     except BarsError as e:
@@ -301,7 +301,7 @@ def complete_rows(
     for lo, hi in spans:
         complete[lo + n_bars - 1 : hi] = True
         if by_day:
-            complete[lo:hi] &= day[lo:hi] > day[lo]  # the first day may be cut
+            complete[lo:hi] &= day[lo:hi] > day[lo]  # the first day may be incomplete
     if pipeline.compares_symbols:  # a row also needs the other symbols at its time
         times = nanoseconds(bars)
         known = [lo for lo, _ in spans if bars["symbol"].iloc[lo] in pipeline.symbols]
@@ -318,7 +318,7 @@ def last_bars(
     pipeline: Pipeline,
     bars: pd.DataFrame,  # as returned by `Pipeline.read`
     n_rows: int,  # number of complete rows at the end of each symbol; 0 counts as 1
-) -> tuple[pd.DataFrame, bool]:  # the last bars; whether no symbol lacks bars
+) -> tuple[pd.DataFrame, bool]:  # the last bars; whether every symbol has enough
     "The bars of each symbol that are needed to compute its last `n_rows` rows."
     n_rows, (n_bars, by_day) = max(n_rows, 1), needed_bars(pipeline)
     day, keep, whole = pd.DatetimeIndex(bars["datetime"]).normalize(), np.zeros(len(bars), bool), True
@@ -363,7 +363,7 @@ def join_bars(
     pipeline: Pipeline,
     stored: pd.DataFrame | None,  # last bars of a run
     bars: pd.DataFrame,  # new bars, as returned by `Pipeline.read`
-) -> tuple[pd.DataFrame, np.ndarray, dict[str, str]]:  # bars; mask of the new ones; symbol -> why stored are not used
+) -> tuple[pd.DataFrame, np.ndarray, dict[str, str]]:  # bars, mask of new ones, symbol -> why no stored are used
     "Puts the stored bars of each symbol before its new bars, if the new bars continue them."
     old = {} if stored is None else {s: rows for s, rows in stored.groupby("symbol", sort=False)}
     parts, is_new, reasons = [], [], {}

@@ -255,7 +255,7 @@ def _first_rows(raw, n=1 << 16):
 
 
 def _header_rows(rows):
-    "Number of rows with names: 0, 1, or of two levels 2 or 3, the third of which names the index, as yfinance writes."
+    "Number of rows with names: 0 or 1; of two levels (yfinance) 2, or 3 if the third row names the index."
     n_values = sum(bool(_VALUE.fullmatch(cell)) for cell in rows[0])
     if n_values > len(rows[0]) / 2 and not any(plain_name(cell) in _KEY_NAMES for cell in rows[0] if cell):
         return 0
@@ -353,7 +353,7 @@ def _files(source):
 
 # %% ../../nbs/data/03_readers.ipynb #d482feae
 def _read_file(file):
-    "Yields label, name and table of a file, or of each file in an archive; raises `BarsError` with its name."
+    "Yields label, name and table of a file, or of each file in an archive; raises `BarsError` with the file's name."
     if not file.is_file():
         what = "not a regular file" if file.exists() else "no such file"
         raise BarsError(f"{file}: {what}; expected a file, a folder or a pattern such as 'bars/*.csv'")
@@ -410,13 +410,13 @@ def read_bars(
     source: Any,  # a path, a folder, a pattern such as "bars/*.csv", a table, rows, {symbol: table}, or an iterator
     symbol: str | None = None,  # symbol for bars without a column of symbols; None: from the file name
     *,
-    columns: Mapping | None = None,  # {name of the kit: name or position in the source}; {"volume": None}: 0
+    columns: Mapping | None = None,  # {name of the kit: name or position in the source}; {"volume": None} sets it to 0
     tz: str | None = None,  # time zone of the result; local times get it, others are converted
     unit: str | None = None,  # s, ms, us or ns for times in numbers, or a format such as "%d/%m/%Y %H:%M"
     adjust: bool = False,  # whether to multiply the prices by adjusted close / close
     ohlc_from_close: bool = False,  # whether to read closes alone: open, high and low are the close, the volume is 0
 ) -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume; sorted by symbol and time
-    """Checked and sorted bars of a known layout; raises `BarsError` with what is missing and the call that gives it.
+    """Checked and sorted bars of a known layout; raises `BarsError` with what is missing and the call that adds it.
 
     `.attrs["layout"]` says how the bars were read, and `.attrs["source"]` holds the options that read them again."""
     options = dict(columns=columns, tz=tz, unit=unit, adjust=adjust, ohlc_from_close=ohlc_from_close)
@@ -455,7 +455,7 @@ def _read_table(label, name, table, symbol, options):
 
 
 def _describe(layouts, notes):
-    "One sentence on how bars were read; at most eight notes of it are given in full."
+    "One sentence on how bars were read; at most eight notes are given in full."
     notes = [*dict.fromkeys(notes)]
     more = [f"and {len(notes) - 8:,} more"] if len(notes) > 8 else []
     return f"read as {' and '.join(dict.fromkeys(layouts))}" + (": " + ", ".join(notes[:8] + more)) * bool(notes)

@@ -418,7 +418,7 @@ def _embargo_length(embargo):
 
 
 def _embargo_time(length, start, times):
-    "Time from the end of the embargo back to its begin; `times` are the sorted timestamps of the data."
+    "The embargo before `start` as a length of time; `times` are the sorted timestamps of the data."
     if isinstance(length, int):
         return start - times[max(0, times.searchsorted(start) - length)]
     return pd.Timedelta(start - (start - length))

@@ -118,7 +118,7 @@ def resample_bars(
     bars: pd.DataFrame,  # datetime, symbol, open, high, low, close, volume; rows in any order
     rule: str | pd.Timedelta,  # length such as "15min", or amount such as "1e6 volume" or "5e7 dollars"
     *,
-    stamp: Literal["open", "close"] = "open",  # time that names a bar, in the input and in the result
+    stamp: Literal["open", "close"] = "open",  # whether bars are stamped at their open or close, in input and result
     day_start: int = 0,  # hour at which a trading day begins, in the time zone of the bars; without a calendar
     calendar: str | None = None,  # exchange whose sessions the bars do not cross, such as XNYS
     incomplete: Literal["drop", "keep"] = "drop",  # what to do with the incomplete last bar of a symbol

@@ -190,7 +190,7 @@ def window_rank(
     if x.shape[1] < n:
         return np.full(x.shape, np.nan)
     last, twice = x[:, n - 1 :], np.zeros((len(x), x.shape[1] - n + 1), np.int32)
-    for start in range(0, n, 100):  # eight bits hold up to 200
+    for start in range(0, n, 100):  # eight bits hold the counts of 100 bars, up to 200
         small = np.zeros(twice.shape, np.uint8)
         for k in range(start, min(start + 100, n)):
             earlier = x[:, n - 1 - k : x.shape[1] - k]

@@ -134,7 +134,7 @@ class DriftTest:
 
     @property
     def alarm(self) -> bool:
-        "Whether any of the two series has exceeded its limit."
+        "Whether at least one series has exceeded its limit."
         return bool(self.alarms)
 
     @property
@@ -244,7 +244,7 @@ def plot_cusum(
     from matplotlib import pyplot as plt
 
     titles = dict(log_loss="log loss", relative="log loss minus that of a constant forecast")
-    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), dpi=100, facecolor="white", layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.1), dpi=100, facecolor="white", layout="constrained")
     bars = np.arange(1, len(test.path) + 1)
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
         ax.set_title(title, fontsize=9)
@@ -259,6 +259,7 @@ def plot_cusum(
             since, at = test.path.index.get_indexer([alarm["since"], alarm["at"]]) + 1
             ax.axvline(at, color="#D55E00", lw=0.8, label="alarm")
             ax.axvline(since, color="#7f7f7f", lw=0.8, ls=":", label="estimated change")
-        ax.legend(edgecolor="none", framealpha=0.9, fontsize=8, loc="upper left")
-    axes[0].set_ylabel("summed excess", fontsize=9)
+    axes[0].set_ylabel("summed excess, nats", fontsize=9)
+    entries = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries, ncols=4, frameon=False, fontsize=8, loc="outside lower center")
     return fig
