@@ -206,7 +206,7 @@ class UserGroup(Group):
         self,
         bars: pd.DataFrame,  # bars of one symbol
     ) -> pd.DataFrame:  # float64, one column for each name
-        "Values of the function; raises `BarsError` unless they are one row for each bar and the columns `names`."
+        "Values of the function; raises `BarsError` unless they have one row for each bar and the columns `names`."
         result = self.function(bars.reset_index(drop=True), **self.arguments)
         result = result.to_frame(self.names[0]) if isinstance(result, pd.Series) and len(self.names) == 1 else result
         if not isinstance(result, pd.DataFrame) or tuple(result) != self.names or len(result) != len(bars):
@@ -251,7 +251,7 @@ def feature(
         for argument in list(inspect.signature(function).parameters.values())[1:]:
             if argument.name == "source" or not isinstance(argument.default, (int, float, str, list, type(None))):
                 raise BarsError(
-                    f"feature {name!r}: parameter {argument.name}: expected another name than source, and a default "
+                    f"feature {name!r}: parameter {argument.name}: expected a name other than source, and a default "
                     "that a file can hold; give it a number, a text or a list"
                 )
         USER_GROUPS[name] = UserGroup(name, function, bars, columns, formula, unit, day)

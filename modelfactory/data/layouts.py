@@ -91,8 +91,8 @@ def _number_unit(numbers):
         if first <= lo <= hi < 4_102_444_800 * n:
             return unit
     raise BarsError(
-        f"bars: datetime: found numbers from {lo:.15g} to {hi:.15g}, expected one of s, ms, us or ns since 1970 for "
-        "all, from 1971 to 2100, or YYYYMMDD; name the unit or the format: read_bars(..., unit='%Y%m%d%H%M')"
+        f"bars: datetime: found numbers from {lo:.15g} to {hi:.15g}, expected times since 1970 of one unit (s, ms, "
+        "us or ns) from 1971 to 2100, or YYYYMMDD; name the unit or the format: read_bars(..., unit='%Y%m%d%H%M')"
     )
 
 # %% ../../nbs/data/15_layouts.ipynb #61b94af8
@@ -373,7 +373,7 @@ def _share_in_order(table, order):
 def _find_column(names, candidates):
     """The column that the first matching candidate names; raises `BarsError` if it names two columns.
 
-    Plain names are compared, except that single letters keep their case: t and T differ."""
+    Plain names are compared; a single letter is first looked for in its own case, so t and T differ."""
     plain = [plain_name(n) for n in names]
     for candidate in candidates:
         hits = [n for n in names if n == candidate] if len(candidate) < 2 else []

@@ -85,7 +85,7 @@ class Pipeline(HTMLConfig):
 
     @cached_property
     def needs(self) -> tuple[int, list[str]]:
-        "As `needed_bars`; computed once, because a new bar must not cost a table of features."
+        "As `needed_bars`; computed once, because a table of features for each new bar would be slow."
         table = self.feature_rows()
         n_bars, by_day = int(table.loc[self.names, "bars"].max()), list(table.index[table["day"].astype(bool)])
         times = pd.date_range("2000", periods=n_bars + 2 * FEATURE_WARMUP, freq="6h")
@@ -117,7 +117,7 @@ class Pipeline(HTMLConfig):
     ) -> pd.DataFrame:  # datetime, symbol, open, high, low, close, volume; sorted by symbol and time
         """Bars, read, resampled and converted to the time zone of the splits; raises `BarsError`.
 
-        If the stored names of columns and the stored time format do not fit, they are ignored.
+        If the stored names of columns and the stored time format do not fit, both are ignored.
         """
         bars = _read_with(source, symbol, _read_options(self, source))
         bars = bars.assign(datetime=_convert_times(bars["datetime"], self.time_zone))  # keeps the attributes

@@ -316,7 +316,7 @@ def _read_pipeline(data):
 
 
 def _old_train(part):
-    "First and last time of the rows of train, by the name of the file or a column `split`; None without either."
+    "First and last time of the training rows, by the name of the file or a column `split`; None without either."
     times = part.keys["datetime"]
     if "train" not in (part.file, Path(part.file).stem.removesuffix("_scaled").removeprefix("split=")):
         if "split" not in part.table.column_names:

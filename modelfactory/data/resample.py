@@ -123,7 +123,7 @@ def resample_bars(
     calendar: str | None = None,  # exchange whose sessions the bars do not cross, such as XNYS
     incomplete: Literal["drop", "keep"] = "drop",  # what to do with the incomplete last bar of a symbol
 ) -> pd.DataFrame:  # the same columns, sorted by symbol (first appearance) and time
-    "Bars joined to longer bars; raises `BarsError`, or `CalendarError` for an unknown exchange."
+    "Bars joined into longer bars; raises `BarsError`, or `CalendarError` for an unknown exchange."
     amount, unit = parse_rule(rule)
     for name, value, valid in [("stamp", stamp, ("open", "close")), ("incomplete", incomplete, ("drop", "keep"))]:
         if value not in valid:

@@ -160,7 +160,7 @@ def _tree_nodes(
 
 
 def _softmax_of_trees(base_values, **trees):
-    "Nodes from `rows` to `probabilities`; a regressor, because onnxruntime's tree classifier treats K = 2 apart."
+    "Nodes from `rows` to `probabilities`; a regressor, because onnxruntime's tree classifier treats K = 2 differently."
     from onnx import helper
 
     sizes = dict(n_targets=len(base_values), base_values=base_values)
@@ -178,7 +178,7 @@ def _xgboost(model):
 
 
 def _lightgbm(model):
-    "The trees of LightGBM's own dump; a missing value counts as 0 if train had no missing values."
+    "The trees of LightGBM's own dump; a missing value counts as 0 if the training rows had none."
 
     def add(node, rows):
         i = len(rows)
@@ -344,7 +344,7 @@ def onnx_paths() -> pd.DataFrame:  # indexed by model; columns path and why_not,
 
 
 def _path(kind):
-    "Description of the converter of a class of models, and why there is none; one of the two is empty."
+    "Description of the converter of a class of models, and the reason if there is none; one of the two is empty."
     why_not = next((reason for parent, reason in NO_GRAPH.items() if issubclass(kind, parent)), "")
     path = next((path for parent, (path, _) in CONVERTERS.items() if issubclass(kind, parent)), "")
     return ("", why_not) if why_not or not path else (path, "")

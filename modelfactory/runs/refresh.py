@@ -297,7 +297,7 @@ def extend_splits(
     record: LiveRecord,
     holdout: float = 0.25,  # share of the timestamps with closed labels that is kept for the comparison
 ) -> Path:  # folder of splits
-    "Writes train and val of a challenger; the same bars give the same folder. Raises `RunError` or `SplitsError`."
+    "Writes the splits of a challenger; the same bars give the same folder. Raises `RunError` or `SplitsError`."
     run, closed = record.run, record.scored["datetime"].drop_duplicates().sort_values()
     if len(closed) < 2:
         raise RunError(
@@ -320,7 +320,7 @@ def extend_splits(
 
 
 def _extended_table(record, unseen_from):
-    "Bars of the champion's train and val and the new ones, with the part of each row: train, val or test."
+    "The champion's training and validation bars and the new ones, with the part of each row: train, val or test."
     run, c, h = record.run, record.run.config["data"], record.run.horizon
     check_data(run, run.data_folder)
     files = split_files(resolve_data(run.data_folder), ("train", "val"))
