@@ -22,7 +22,7 @@ from modelfactory.data.audit import (
     shift_within_symbol,
 )
 from modelfactory.data.bundled import resolve_data
-from modelfactory.data.features import FEATURE_WARMUP, bar_features
+from modelfactory.data.features import FEATURE_WARMUP, bar_features, settled_rows
 from modelfactory.data.labels import triple_barrier
 from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
 from modelfactory.data.readers import check_bars
@@ -204,7 +204,7 @@ def simulated(seed, kind, rows=6_000, symbols=2, width=None):
     barriers = special.get(kind, {5: (), 20: ()})
     labels = [triple_barrier(bars, h, *b) for h, b in barriers.items()]
     table = pd.concat([bars, bar_features(bars).drop(columns=["datetime", "symbol"]), *labels], axis=1)
-    return read_split(table[bars.groupby("symbol").cumcount() >= FEATURE_WARMUP].reset_index(drop=True))
+    return read_split(table[settled_rows(bars)].reset_index(drop=True))
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_positions_of_the_close_have_no_finding_on_a_mean_reverting_price(seed):
     bars = check_bars(bars_of_paths(times, "A", price, 1.0))
     positions = ["bollinger_20", "bollinger_60", "rsi_28", "ema_gap_50", "sma_gap_100", "stochastic_14"]
     table = pd.concat([bars, bar_features(bars)[positions], triple_barrier(bars, 5)], axis=1)
-    split = read_split(table[FEATURE_WARMUP:].reset_index(drop=True))
+    split = read_split(table[settled_rows(bars)].reset_index(drop=True))
     scores = score_columns(split).query("kind == 'direction'")
     assert scores["size"].max() > 0.4 and not audit(split).findings
 
