@@ -794,15 +794,17 @@ def predict(
 
 def _follow(run, data, output, symbol):
     "Writes a line for each bar until the input ends or Ctrl-C."
-    from modelfactory.runs.follow import follow_file, write_predictions
+    from modelfactory.runs.follow import Follower, check_source, follow_file, write_predictions
 
     kind = "jsonl" if output is None else output.suffix.lstrip(".")
     if kind not in ("jsonl", "csv"):
         raise typer.BadParameter(f"{output}: with --follow, expected a file that ends in .jsonl or .csv")
+    follower = Follower(run, symbol)
+    check_source(data)  # an error leaves no output file
     with contextlib.ExitStack() as stack:
         out = sys.stdout if output is None else stack.enter_context(open(output, "a"))
         stack.enter_context(contextlib.suppress(KeyboardInterrupt, BrokenPipeError))
-        write_predictions(follow_file(run, data, _print_error, symbol=symbol), out, kind)
+        write_predictions(follow_file(follower, data, _print_error), out, kind)
 
 # %% ../nbs/cli.ipynb #95b180f2
 @app.command("export")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -24,6 +25,7 @@ from modelfactory.data.pipeline import (
     LAST_BARS_FILE,
     PIPELINE_FILE,
     PipelineError,
+    break_reason,
     complete_rows,
     join_bars,
     last_bars,
@@ -504,3 +506,104 @@ def test_a_bundle_predicts_raw_bars_as_its_run(runs, batches, tmp_path):
     assert bundle.pipeline == runs["nearest"].pipeline
     assert_equal(bundle.predict(NEW), batches["nearest"])
     assert bundle.last_bars.equals(runs["nearest"].last_bars)
+
+
+def grown_tail(n_new, of="A"):
+    "The last stored bar as it is when it is over, and the bars after it; all of one symbol."
+    tail = BARS.query("symbol == @of")[TRAINED - 1 : TRAINED + n_new].reset_index(drop=True)
+    tail.loc[0, "high"], tail.loc[0, "close"] = tail.high[0] * 1.002, tail.high[0] * 1.001
+    tail.loc[0, "volume"] += 9
+    return tail
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bar_that_was_not_over_when_it_was_stored_is_replaced(runs, kind):
+    run, tail = runs[kind], grown_tail(4)
+    whole = check_bars(pd.concat([BARS.query("symbol == 'A'")[: TRAINED - 1], tail], ignore_index=True))
+    batch = run.predict(whole, ahead=True)
+    note = f"A: the stored bar of {tail.datetime[0]} was not over when it was stored; the new one replaces it"
+    frame = run.predict(tail, ahead=True)
+    assert_equal(frame, batch)
+    assert len(frame) >= 4 and note in prediction_warnings(frame)
+    for parts in ([tail], [tail[i : i + 1] for i in range(len(tail))]):
+        follower = Follower(run)
+        assert_equal(pd.concat([follower.push(part) for part in parts]), batch, n=5)
+        assert follower.notes == [note]
+    stored = run.last_bars.query("symbol == 'A'")
+    for column, factor in [("open", 1.0005), ("high", 0.99), ("low", 1.01), ("volume", 0.5)]:
+        assert break_reason(stored, tail.assign(**{column: tail[column] * factor}), 1e9)
+
+
+def test_bars_of_another_price_scale_or_unknown_symbol_are_named(runs, tmp_path):
+    run, few = runs["nearest"], NEW.query("symbol == 'A'").head(3)
+    scaled = few.assign(**{c: few[c] * 100 for c in OHLCV[:4]})
+    assert any("close has large moves in one bar: A" in text for text in prediction_warnings(run.predict(scaled)))
+    follower = Follower(run)
+    follower.push(scaled)
+    assert len(follower.notes) == 1 and "(near 1 for 100)" in follower.notes[0]
+    assert not any("large moves" in text for text in prediction_warnings(run.predict(NEW)))
+    few.drop(columns="symbol").to_csv(tmp_path / "new_bars.csv", index=False)
+    text = "new_bars is not a symbol of the splits (A, B, C); pass symbol="
+    with pytest.raises(PipelineError, match=re.escape(text)):
+        run.predict(tmp_path / "new_bars.csv")
+    follower = Follower(run)
+    assert not len(follower.push(few.assign(symbol="new_bars"))) and text in follower.notes[0]
+
+
+def test_later_bars_change_no_earlier_prediction(runs, batches):
+    cut = BARS.datetime.quantile(0.95)
+    late = BARS.datetime > cut
+    changed = BARS.assign(**{c: BARS[c].mask(late, BARS[c] * 1.7) for c in OHLCV})
+    for kind in KINDS:
+        frame = runs[kind].predict(changed)
+        assert_equal(frame[frame.after < cut], batches[kind])
+
+
+def test_an_error_of_follow_leaves_no_file(runs, tmp_path):
+    out = tmp_path / "p.jsonl"
+    assert call("predict", runs["nearest"].path, tmp_path / "none.csv", "--follow", "--output", out) == 2
+    assert call("predict", tmp_path / "no_run", tmp_path / "none.csv", "--follow", "--output", out) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resampled_bars_of_symbols_that_arrive_at_different_times_equal_the_batch(tmp_path):
+    n, bars = 2900, hourly_bars(3000, symbols=("A", "B"))
+    end = bars.query("symbol == 'A'").datetime.iloc[n].floor("24h")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        splits = bars_to_splits(bars[bars.datetime <= end], tmp_path / "splits", (5,), resample="4h")
+    run = fitted_run(tmp_path / "runs", dict(model="nearest", horizon=5, data=str(splits)))
+    batch, new = run.predict(bars, ahead=True), bars[bars.datetime >= run.last_bars.datetime.max() + pd.Timedelta("4h")]
+    a, b = (new[new.symbol == symbol].head(20) for symbol in "AB")
+    follower, frames = Follower(run), []
+    for part in (b[:9], a[:3], a[3:9], b[9:10], b[10:], a[9:]):  # the bars of b are ahead of those of a
+        frames += [follower.push(part.iloc[i : i + 1]) for i in range(len(part))]
+    live = pd.concat([frame for frame in frames if len(frame)])
+    assert_equal(live, batch)
+    assert len(live) >= 8 and follower.notes == []
+    within = a[a.datetime > a.datetime.iloc[0]]
+    for notes in (prediction_warnings(run.predict(within)), push_notes(run, within)):
+        assert any("A: THE BARS BEGIN AT" in note for note in notes)
+
+
+def push_notes(run, bars):
+    follower = Follower(run)
+    follower.push(bars)
+    return follower.notes
+
+
+def test_offsets_that_change_with_the_clock_are_read_in_the_zone_of_the_splits(runs, batches, tmp_path):
+    spring = BARS.datetime.between(pd.Timestamp("2024-03-04", tz=ZONE), pd.Timestamp("2024-03-14", tz=ZONE))
+    assert BARS[spring].datetime.map(lambda t: t.utcoffset()).nunique() == 2
+    BARS.to_csv(tmp_path / "bars.csv", index=False)
+    assert_equal(
+        runs["nearest"].predict(tmp_path / "bars.csv", ahead=True), batches["nearest"], n=len(batches["nearest"])
+    )
+
+
+def test_a_pause_after_the_stored_bars_is_named(runs):
+    tail = NEW.query("symbol == 'A'")
+    late = tail[tail.datetime > tail.datetime.iloc[0] + pd.Timedelta("2h")].head(3)
+    assert any(
+        "pause after the last stored bar: A 0 days" in text for text in prediction_warnings(runs["gru"].predict(late))
+    )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from quick import quick_models
 
 from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
-from modelfactory.data.splits import NO_LABEL, BadDatetime, MissingColumn
+from modelfactory.data.splits import NO_LABEL, BadDatetime, MissingColumn, SplitsError
 from modelfactory.data.writer import bars_to_splits, write_splits
 from modelfactory.evaluation.drift import HALF_LIFE, cusum, drift_limits, drift_test, timestamp_losses
 from modelfactory.evaluation.metrics import EvaluationError, directional_skill
@@ -319,3 +319,30 @@ def test_raw_bars_are_labelled_by_the_pipeline_of_the_run(tmp_path, made):
     table = pd.read_parquet(folder / "train_scaled.parquet")
     test = pd.read_parquet(data / "test_scaled.parquet")
     assert not len(table[table[f"label_h{H}"] != NO_LABEL].merge(test, on=KEYS))
+
+
+@pytest.mark.filterwarnings("ignore:label_h5")
+def test_a_bar_that_was_not_over_is_replaced_and_errors_leave_nothing(tmp_path, made, monkeypatch):
+    market = simulate_market(replace(MARKET, rows=(500, 200, 400), symbols=1))
+    bars = market_table(market, (H,))[["datetime", "symbol", "open", "high", "low", "close", "volume"]]
+    data = bars_to_splits(bars.iloc[:900], tmp_path / "data", (H,), shares=(0.6, 0.2, 0.2))
+    task = dict(model="nearest", horizon=H, data=str(data), config={}, dataset={}, seed=1)
+    run, new = load_run(train_example(task, tmp_path / "runs")), bars.iloc[900:980].reset_index(drop=True)
+    begun = new.copy()
+    begun.loc[79, ["high", "close", "low"]] = begun.open[79]
+    with monkeypatch.context() as patch:
+        patch.setattr("modelfactory.runs.refresh._add_predictions", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            update_live(run, begun)
+    assert not live_folder(run).exists()
+    update_live(run, begun)
+    record = update_live(run, bars.iloc[979:1100])
+    stored = pd.read_parquet(live_folder(run) / "raw_bars.parquet")
+    pd.testing.assert_frame_equal(stored, run.pipeline.read(bars.iloc[900:1100]), check_dtype=False)
+    labels = run.pipeline.label(run.pipeline.read(bars)).merge(record.scored, on=KEYS)
+    assert len(labels) == len(record.scored) > 100 and (labels[f"label_h{H}"] == labels.y_true).all()
+    scaled = bars.iloc[895:900].assign(volume=1.0)
+    with pytest.raises(RunError, match="the stored last bars are not used: volume"):
+        update_live(load_run(train_example(task | dict(seed=2), tmp_path / "runs2")), scaled)
+    with pytest.raises(SplitsError, match="the run has no pipeline.json"):
+        update_live(made[0], new)

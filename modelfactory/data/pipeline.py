@@ -22,15 +22,16 @@ import modelfactory
 from ..configuration import HTMLConfig, PositiveInt, build_config
 from .features import FEATURE_WARMUP, bar_features, feature_table, settled_rows
 from .labels import barrier_widths, triple_barrier
+from .plausibility import large_moves, moves_text
 from .readers import OHLCV, BarsError, check_bars, nanoseconds, read_bars, symbol_spans
 from .splits import NO_LABEL, SplitsError, present_splits, read_columns, split_files
 from ..files import FileError, PrintableError, read_json, replace_text
 
 # %% auto #0
 __all__ = ['PIPELINE_FILE', 'PIPELINE_VERSION', 'RESAMPLE_OPTIONS', 'READ_OPTIONS', 'MAX_PIPELINE_BYTES', 'LAST_BARS_FILE',
-           'MAX_LAST_BARS', 'PRICE_TOLERANCE', 'PipelineError', 'Pipeline', 'join_to_longer', 'read_pipeline',
-           'bar_interval', 'make_pipeline', 'needed_bars', 'complete_rows', 'last_bars', 'last_bars_of_splits',
-           'join_bars', 'break_reason']
+           'MAX_LAST_BARS', 'PRICE_TOLERANCE', 'PipelineError', 'Pipeline', 'join_to_longer', 'late_start',
+           'read_pipeline', 'bar_interval', 'make_pipeline', 'needed_bars', 'complete_rows', 'last_bars',
+           'last_bars_of_splits', 'join_bars', 'grown_bar', 'grown_text', 'joint_notes', 'break_reason']
 
 # %% ../../nbs/data/20_pipeline.ipynb #f1683380
 class PipelineError(PrintableError, SplitsError):
@@ -119,9 +120,21 @@ class Pipeline(HTMLConfig):
 
         If the stored names of columns and the stored time format do not fit, both are ignored.
         """
-        bars = _read_with(source, symbol, _read_options(self, source))
+        options = _read_options(self, source)
+        try:
+            bars = _read_with(source, symbol, options)
+        except BarsError:
+            if self.time_zone is None or "tz" in options:
+                raise
+            bars = _read_with(source, symbol, options | dict(tz=self.time_zone))  # offsets change with the clock
         bars = bars.assign(datetime=_convert_times(bars["datetime"], self.time_zone))  # keeps the attributes
-        return join_to_longer(bars, self.resample) if resample else bars
+        if not resample or self.resample is None:
+            return bars
+        longer = join_to_longer(bars, self.resample)
+        firsts = {s: rows.head(1) for s, rows in longer.groupby("symbol", sort=False)}
+        texts = [late_start(bars[bars["symbol"] == s], first, self.resample) for s, first in firsts.items()]
+        longer.attrs["late_starts"] = [text for text in texts if text]
+        return longer
 
     def transform(
         self,
@@ -173,6 +186,19 @@ def join_to_longer(
 
     arguments = dict(resample) if isinstance(resample, dict) else dict(rule=str(resample))
     return resample_bars(bars, arguments.pop("rule"), **arguments, **options)
+
+
+def late_start(
+    bars: pd.DataFrame,  # bars of one symbol, in time order
+    longer: pd.DataFrame,  # the longer bars that they make
+    resample: dict,  # arguments of `resample_bars`
+) -> str:  # empty if the bars begin with a longer bar, or if the time of a longer bar is not its start
+    "Says that bars begin within a longer bar, which is then wrong if bars before them exist."
+    start, first = longer["datetime"].iloc[0], bars["datetime"].iloc[0]
+    if resample.get("stamp", "open") != "open" or first <= start:  # by volume and dollars, `start` is never earlier
+        return ""
+    symbol = bars["symbol"].iloc[0]
+    return f"{symbol}: THE BARS BEGIN AT {first}, within the bar of {start}: if earlier ones of it exist, pass them too"
 
 
 def _read_options(pipeline, source):
@@ -379,6 +405,55 @@ def join_bars(
     return pd.concat(parts, ignore_index=True), np.concatenate(is_new), reasons
 
 
+def grown_bar(
+    old: pd.DataFrame,  # stored bars of one symbol
+    new: pd.DataFrame,  # new bars of the symbol
+) -> pd.Timestamp | None:  # its time; None: the last bar is equal, differs otherwise, or is not in the new bars
+    "The last stored bar, if it was not over when it was stored: the new one has its open, and contains it."
+    a, b = old.iloc[-1], new[new["datetime"] == old["datetime"].iloc[-1]]
+    if not len(b):
+        return None
+    b, slack = b.iloc[0], 1 + PRICE_TOLERANCE
+    contains = b["high"] * slack >= a["high"] and b["low"] <= a["low"] * slack and b["volume"] * slack >= a["volume"]
+    close_to = np.isclose(a[OHLCV].astype(float), b[OHLCV].astype(float), rtol=PRICE_TOLERANCE, atol=0)
+    return a["datetime"] if close_to[0] and contains and not close_to.all() else None
+
+
+def grown_text(
+    symbol: str,
+    time: pd.Timestamp,  # as returned by `grown_bar`
+) -> str:
+    "Says that a new bar replaces the stored one."
+    return f"{symbol}: the stored bar of {time} was not over when it was stored; the new one replaces it"
+
+
+def joint_notes(
+    pipeline: Pipeline,
+    stored: pd.DataFrame | None,  # last bars of a run
+    bars: pd.DataFrame,  # stored and new bars, as returned by `join_bars`
+    is_new: np.ndarray,  # (rows,) mask of the new bars
+) -> list[str]:
+    "Sentences on stored bars that were not over, on pauses after stored bars, and on large moves of new bars."
+    last = {} if stored is None else {s: rows.tail(1) for s, rows in stored.groupby("symbol", sort=False)}
+    grown, pauses, moves = [], [], []
+    for lo, hi in symbol_spans(bars):
+        symbol, n_new = bars["symbol"].iloc[lo], int(is_new[lo:hi].sum())
+        first = hi - n_new
+        moves += large_moves(bars.iloc[lo:hi], n_new)
+        if first == lo:
+            continue
+        if (time := grown_bar(last[symbol], bars.iloc[first:hi])) is not None:
+            grown.append(grown_text(symbol, time))
+        pause = bars["datetime"].iloc[first] - bars["datetime"].iloc[first - 1]
+        if pause > pd.Timedelta(seconds=pipeline.interval):
+            pauses.append(f"{symbol} {pause}")
+    texts = [*grown[:3], *([f"so do those of {len(grown) - 3} more symbols"] if len(grown) > 3 else [])]
+    if pauses:
+        more = f" and {len(pauses) - 3} more" if len(pauses) > 3 else ""
+        texts.append(f"pause after the last stored bar: {', '.join(pauses[:3])}{more}; no bar may be missing in it")
+    return [*texts, *moves_text(moves)]
+
+
 def break_reason(
     old: pd.DataFrame,  # stored bars of one symbol
     new: pd.DataFrame,  # new bars of the symbol
@@ -396,6 +471,8 @@ def break_reason(
         odd = min(set(a["datetime"]) ^ set(b["datetime"]))
         return f"only {'the new' if odd in set(b['datetime']) else 'the stored'} bars have one at {odd}"
     unequal = np.argwhere(~np.isclose(a[OHLCV], b[OHLCV], rtol=PRICE_TOLERANCE, atol=0))
+    if grown_bar(old, new) is not None:
+        unequal = unequal[unequal[:, 0] < len(a) - 1]
     if not len(unequal):
         return ""
     i, column = unequal[0][0], OHLCV[unequal[0][1]]

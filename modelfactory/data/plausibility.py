@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['STALE_BARS', 'STALE_BAND', 'ZERO_MOVES', 'MIN_JUMP', 'JUMP_SIGMAS', 'SPLIT_RATIOS', 'MAX_NAMED', 'FAR_FEATURE_IQR',
-           'IQR_ROWS', 'price_warnings', 'feature_warnings', 'split_warnings']
+           'IQR_ROWS', 'price_warnings', 'moves_text', 'large_moves', 'feature_warnings', 'split_warnings']
 
 # %% ../../nbs/data/01_plausibility.ipynb #63a71e45
 STALE_BARS = 100  # number of consecutive bars over which the close is checked for movement
@@ -87,8 +87,30 @@ def _jump_warnings(bars, moves):
     if len(at):
         changes = np.expm1(moves)
         texts = [f"{bars['symbol'][i]} {bars['datetime'][i]} {changes[i]:+.0%}{_ratio_text(moves[i])}" for i in at]
-        fix = "adjust for share splits, mark rolls of contracts, or check these bars"
-        yield f"close has large moves in one bar: {_join_first(texts)}: {fix}"
+        yield from moves_text(texts)
+
+
+def moves_text(
+    texts: list[str],  # as returned by `large_moves`
+) -> list[str]:  # one sentence, or none
+    "The sentence about large moves."
+    fix = "adjust for share splits, mark rolls of contracts, or check these bars"
+    return [f"close has large moves in one bar: {_join_first(texts)}: {fix}"] if texts else []
+
+
+def large_moves(
+    bars: pd.DataFrame,  # datetime, symbol, close of one symbol, in time order
+    n_new: int,  # number of last bars that are checked
+) -> list[str]:  # symbol, time and size of each large move
+    "Large moves of the last bars, as in `price_warnings`; a bar of another symbol or unit makes one."
+    moves = np.diff(np.log(bars["close"].to_numpy(float)))
+    if not len(moves):
+        return []
+    size = np.abs(moves)
+    is_large = (size > MIN_JUMP) & (size > JUMP_SIGMAS * 1.4826 * np.median(size))
+    at = np.flatnonzero(is_large[max(0, len(moves) - n_new) :]) + max(0, len(moves) - n_new)
+    times, symbol = bars["datetime"], bars["symbol"].iloc[0]
+    return [f"{symbol} {times.iloc[i + 1]} {np.expm1(moves[i]):+.0%}{_ratio_text(moves[i])}" for i in at]
 
 
 def _ratio_text(move):

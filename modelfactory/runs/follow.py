@@ -24,17 +24,28 @@ import pyarrow as pa
 
 from ..data.dataset import RawColumns, Windows
 from ..data.features import last_features
-from ..data.pipeline import PipelineError, break_reason, complete_rows, join_to_longer, last_bars
+from modelfactory.data.pipeline import (
+    PipelineError,
+    break_reason,
+    complete_rows,
+    grown_bar,
+    grown_text,
+    join_to_longer,
+    last_bars,
+    late_start,
+)
+from ..data.plausibility import large_moves, moves_text
 from ..data.readers import check_bars, symbol_spans
 from ..data.splits import RAW_PRICES, MissingFile, SplitsError, SplitsWarning
 from ..models.base import probability_columns
 from ..models.conformal import adapt_sets
 from .attempt import prediction_frame
-from .predict import adapts_sets, earlier_parts, needs_text, raw_bars_pipeline
+from .predict import adapts_sets, earlier_parts, needs_text, raw_bars_pipeline, unknown_symbol_text
 from .stored import StoredRun, open_run
 
 # %% auto #0
-__all__ = ['POLL_SECONDS', 'Follower', 'follow', 'prediction_rows', 'new_lines', 'follow_file', 'write_predictions']
+__all__ = ['POLL_SECONDS', 'Follower', 'follow', 'prediction_rows', 'check_source', 'new_lines', 'follow_file',
+           'write_predictions']
 
 # %% ../../nbs/runs/25_follow.ipynb #a230af46
 class _SymbolState:
@@ -61,11 +72,16 @@ class _SymbolState:
                 notes = [f"{symbol}: the stored last bars are not used: {reason}"]
                 self.bars = self.bars.iloc[:0]
             else:
+                if (grown := grown_bar(self.bars, new)) is not None:
+                    notes.append(grown_text(symbol, grown))
+                    self.bars = self.bars.iloc[:-1]
+                    is_later = is_later | (new["datetime"] == grown).to_numpy()
                 new = new[is_later]
-                if n := len(early):
-                    notes = [f"{symbol}: skipped {n:,} bar{'s' * (n > 1)} up to the last stored one ({last})"]
+                if n := int((~is_later).sum()):
+                    notes.append(f"{symbol}: skipped {n:,} bar{'s' * (n > 1)} up to the last stored one ({last})")
         if len(new):
             self.bars = pd.concat([self.bars, new], ignore_index=True) if len(self.bars) else new
+            notes += moves_text(large_moves(self.bars, len(new)))
             self.is_live = True
         return len(new), notes
 
@@ -171,11 +187,18 @@ class Follower:
         new = new[~is_late]
         if not len(new):
             return None
-        self._last |= new.groupby("symbol")["datetime"].max().to_dict()
         parts = [part for part in (self._short, new) if part is not None]
         short = check_bars(pd.concat(parts, ignore_index=True))
-        complete, begun = (join_to_longer(short, self.pipeline.resample, incomplete=i) for i in ("drop", "keep"))
-        self._short = short[_rows_in_progress(short, complete, begun, self.pipeline.resample)]
+        rule, complete, kept = self.pipeline.resample, [], []
+        for lo, hi in symbol_spans(short):  # one by one: a later bar of another symbol does not end a bar
+            own = short.iloc[lo:hi].reset_index(drop=True)
+            ended, begun = (join_to_longer(own, rule, incomplete=i) for i in ("drop", "keep"))
+            complete.append(ended)
+            kept.append(own[_rows_in_progress(own, ended, begun, rule)])
+            if own["symbol"].iloc[0] not in self._last and (text := late_start(own, begun, rule)):
+                self.notes.append(text)
+        self._last |= new.groupby("symbol")["datetime"].max().to_dict()
+        complete, self._short = pd.concat(complete, ignore_index=True), pd.concat(kept, ignore_index=True)
         return complete if len(complete) else None
 
     def _accept(self, new):
@@ -185,7 +208,7 @@ class Follower:
             symbol = new["symbol"].iloc[lo]
             if symbol not in self._states:
                 if symbol not in self.pipeline.symbols:
-                    self.notes.append(f"{symbol} is not in train, but predicted like the others")
+                    self.notes.append(unknown_symbol_text(symbol, self.pipeline.symbols))
                 bars = self._stored.pop(symbol, new.iloc[:0])
                 self._states[symbol] = _SymbolState(bars, self.pipeline.symbols.get(symbol, 0.0))
             n, notes = self._states[symbol].accept(new.iloc[lo:hi])
@@ -307,13 +330,20 @@ def _is_bar(line):
     return n >= 4
 
 
+def check_source(
+    source: Path | str,  # as in `new_lines`
+) -> None:
+    "Raises `MissingFile` if a file does not exist."
+    if str(source) != "-" and not Path(source).exists():
+        raise MissingFile(f"{source}: no such file; create it, or use - for standard input")
+
+
 def new_lines(
     source: Path | str,  # file, named pipe, or - for standard input
     wait: Callable[[], Any] = lambda: time.sleep(POLL_SECONDS),  # called when a file has no new line
 ) -> Iterator[list[str]]:  # complete lines with their line breaks, as they arrive; for a file without end
     "Yields the lines of a file, then those that are added to it. A pipe ends when its writer closes it."
-    if str(source) != "-" and not Path(source).exists():
-        raise MissingFile(f"{source}: no such file; create it, or use - for standard input")
+    check_source(source)
     file, pending = _open_text(source), b""
     try:
         while True:
@@ -355,14 +385,14 @@ def _was_replaced(file, source):
 
 # %% ../../nbs/runs/25_follow.ipynb #3517d9fb
 def follow_file(
-    run: StoredRun | Path | str,  # a run, or its folder
+    run: StoredRun | Follower | Path | str,  # a run, its folder, or a follower that goes on
     source: Path | str,  # text file of bars, named pipe, or - for standard input
     on_note: Callable[[str], Any] = _warn,  # as in `follow`
     wait: Callable[[], Any] | None = None,  # as in `new_lines`
     symbol: str | None = None,  # symbol of bars without a column of symbols; None: from the file name
 ) -> Iterator[pd.DataFrame]:  # predictions of one batch of lines
     "Predicts the bars of a text file and then those that are added to it."
-    follower, header, has_bars = Follower(run, symbol), "", False
+    follower, header, has_bars = run if isinstance(run, Follower) else Follower(run, symbol), "", False
     file = Path("stdin" if str(source) == "-" else source)
     name = file.name if file.suffix else f"{file.name}.csv"
     for lines in new_lines(source, **({} if wait is None else dict(wait=wait))):

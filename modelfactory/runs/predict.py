@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 from ..data.bundled import BUNDLED, resolve_data
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
-from ..data.pipeline import Pipeline, PipelineError, bar_interval, complete_rows, join_bars, needed_bars
+from modelfactory.data.pipeline import (
+    Pipeline,
+    PipelineError,
+    bar_interval,
+    complete_rows,
+    join_bars,
+    joint_notes,
+    needed_bars,
+)
 from modelfactory.data.splits import (
     SPLIT_ORDER,
     BadValue,
@@ -39,8 +47,8 @@ if TYPE_CHECKING:
     from modelfactory.runs.stored import StoredRun
 
 # %% auto #0
-__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'raw_bars_pipeline', 'needs_text', 'adapts_sets', 'earlier_parts',
-           'prediction_warnings']
+__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'raw_bars_pipeline', 'needs_text', 'unknown_symbol_text',
+           'adapts_sets', 'earlier_parts', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
@@ -202,6 +210,7 @@ class _RawRows:
     n_new: dict  # symbol -> number of new bars
     needs: str  # the bars that a prediction needs
     notes: list  # sentences
+    known: list  # symbols of the splits
 
     def history(self, keys):
         "Number of new bars of each symbol that are not predicted, for symbols that have such bars."
@@ -213,6 +222,8 @@ class _RawRows:
         symbol = max(self.n_new, key=self.n_new.get)
         more = "; ".join([f"{self.needs}; pass earlier bars as well", *self.notes])
         n = self.n_new[symbol]
+        if symbol not in self.known:
+            more = f"{unknown_symbol_text(symbol, self.known)}; {more}"
         return f"bars: {symbol} has {n:,} new bar{'s' * (n > 1)}, but {more}"
 
 
@@ -229,7 +240,7 @@ def _raw_rows(run, model, data, context_rows, symbol):
         table = pd.concat([table, pipeline.label(bars).iloc[:, 2:]], axis=1)
     n_new = new["symbol"].value_counts(sort=False).to_dict()
     notes = _raw_notes(run, new, bars, is_new, reasons)
-    raw = _RawRows(table[keep], is_new[keep], n_new, needs_text(pipeline, context_rows), notes)
+    raw = _RawRows(table[keep], is_new[keep], n_new, needs_text(pipeline, context_rows), notes, list(pipeline.symbols))
     if not keep.any():
         raise PipelineError(raw.too_short())
     return raw
@@ -245,6 +256,15 @@ def needs_text(
     return f"a prediction needs {n_bars + context_rows:,} bars of its symbol, itself included{days}"
 
 
+def unknown_symbol_text(
+    symbol: str,
+    known: Collection[str],  # symbols of the splits
+) -> str:
+    "Says that a symbol is not in the splits, and how bars get another symbol."
+    listed = ", ".join(list(known)[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+    return f"{symbol} is not a symbol of the splits ({listed}); pass symbol= (--symbol) if it is one of them"
+
+
 def _raw_notes(run, new, bars, is_new, reasons):
     "Sentences on how raw bars were read."
     layout = str(new.attrs.get("layout") or "read as bars")
@@ -252,6 +272,10 @@ def _raw_notes(run, new, bars, is_new, reasons):
     if n := bars["symbol"][~is_new].nunique():
         symbols = "1 symbol" if n == 1 else f"{n} symbols"
         notes.append(f"the stored last bars of {symbols} precede the new bars")
+    notes += [new.attrs["resampled"]] if "resampled" in new.attrs else []
+    late = new.attrs.get("late_starts", [])
+    notes += [*late[:3], *([f"so do those of {len(late) - 3} more symbols"] if len(late) > 3 else [])]
+    notes += joint_notes(run.pipeline, run.last_bars, bars, is_new)
     for symbol, reason in list(reasons.items())[:3]:
         notes.append(f"{symbol}: the stored last bars are not used: {reason}")
     if len(reasons) > 3:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import warnings
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,6 +26,7 @@ from modelfactory.data.splits import (
     NO_TARGET,
     BadDatetime,
     SplitsError,
+    SplitsWarning,
     effective_blocks,
     fingerprint,
     read_columns,
@@ -43,7 +45,7 @@ from .attempt import change_manifest, run_identity
 from .engine import Outcome
 from .executors import LOCKS_FOLDER, Job, run_job
 from .grid import make_trainer
-from .predict import column_names, predict_run
+from .predict import column_names, predict_run, raw_bars_pipeline
 from .run import Run, list_runs, load_run
 from .run_folder import RunError, write_json
 from .stored import RunList, check_data
@@ -128,16 +130,19 @@ def _features_of_raw(run, stored, data):
 
     new = run.pipeline.read(data, resample=False)
     if stored is not None:
-        new = pd.concat([stored, new]).drop_duplicates(KEYS).sort_values(KEYS, ignore_index=True)
+        # the last bar may not have been over when it was stored
+        new = pd.concat([stored, new]).drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
     bars = join_to_longer(new, run.pipeline.resample)
     if run.pipeline.resample is not None:  # the last interval of a symbol may not be over
         bars = bars[bars.groupby("symbol").cumcount(ascending=False) > 0].reset_index(drop=True)
-    bars, is_new, _ = join_bars(run.pipeline, run.last_bars, bars)
+    bars, is_new, reasons = join_bars(run.pipeline, run.last_bars, bars)
     complete = complete_rows(run.pipeline, bars)
     if not complete.any():
-        raise RunError(
-            f"bars: a prediction needs {needed_bars(run.pipeline)[0]:,} bars of its symbol; pass earlier bars"
-        )
+        n = needed_bars(run.pipeline)[0]
+        unused = [f"; {s}: the stored last bars are not used: {reason}" for s, reason in reasons.items()]
+        raise RunError(f"bars: a prediction needs {n:,} bars of its symbol; pass earlier bars{''.join(unused[:3])}")
+    for symbol, reason in reasons.items():
+        warnings.warn(f"{symbol}: the stored last bars are not used: {reason}", SplitsWarning, stacklevel=4)
     labels = run.pipeline.label(bars).iloc[:, 2:]
     labels[~is_new] = NO_LABEL  # stored last bars are context: they may belong to the test split
     table = pd.concat([run.pipeline.transform(bars), labels], axis=1).assign(**{CONTEXT: ~is_new})
@@ -146,10 +151,13 @@ def _features_of_raw(run, stored, data):
 
 def _is_raw(run, data):
     "Whether new data are raw bars for the pipeline of a run."
-    if run.pipeline is None or _folder_of_splits(data) is not None:
+    if _folder_of_splits(data) is not None:
         return False
     names = column_names(data)
-    return names is None or not set(names) & set(run.cached_model.feature_columns)
+    has_features = names is not None and bool(set(names) & set(run.cached_model.feature_columns))
+    if run.pipeline is None and not has_features and {"open", "close"} <= {name.lower() for name in names or ()}:
+        raw_bars_pipeline(run, run.cached_model)  # says why the run takes no raw bars
+    return run.pipeline is not None and not has_features
 
 # %% ../../nbs/runs/23_refresh.ipynb #4723d887
 def _write_table(frame, file):
@@ -281,13 +289,13 @@ def update_live(
         before, start = _read_table(folder / PREDICTIONS_FILE), times.max()
         if not (bars["datetime"] > start).any():
             raise RunError(f"{run.path.name}: found no bar after {start}, the end of its validation record")
+        predictions = _add_predictions(run, before, bars, start)
+        predictions = _close_labels(predictions, bars, run.horizon, max(reach, run.horizon))
         folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
             _write_table(raw, raw_file)
         if stored is None or not bars.equals(stored):
             _write_table(bars, folder / BARS_FILE)
-        predictions = _add_predictions(run, before, bars, start)
-        predictions = _close_labels(predictions, bars, run.horizon, max(reach, run.horizon))
         if before is None or not predictions.equals(before):
             _write_table(predictions, folder / PREDICTIONS_FILE)
     return LiveRecord(run, bars, predictions, len(predictions) - (0 if before is None else len(before)), n_changed)
