@@ -763,7 +763,7 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="parquet file to write (default predictions.parquet); with --follow, a .jsonl or .csv file "
+            help="parquet or .csv file to write (default predictions.parquet); with --follow, a .jsonl or .csv file "
             "(default: JSON lines to standard output)",
             dir_okay=False,
         ),
@@ -787,7 +787,8 @@ def predict(
 
     frame, output = predict_run(run, data, split, ahead, symbol), output or Path("predictions.parquet")
     temporary = output.with_name(f".{output.name}.partial")
-    frame.to_parquet(temporary, index=False)
+    write = frame.to_csv if output.suffix == ".csv" else frame.to_parquet
+    write(temporary, index=False)
     temporary.replace(output)
     print(*prediction_warnings(frame), f"see {output}", sep="\n")
 

@@ -607,3 +607,10 @@ def test_a_pause_after_the_stored_bars_is_named(runs):
     assert any(
         "pause after the last stored bar: A 0 days" in text for text in prediction_warnings(runs["gru"].predict(late))
     )
+
+
+def test_the_command_writes_a_csv_as_text(runs, batches, tmp_path):
+    NEW.head(3).to_csv(tmp_path / "new.csv", index=False)
+    assert call("predict", runs["nearest"].path, tmp_path / "new.csv", "--output", tmp_path / "p.csv") == 0
+    frame = pd.read_csv(tmp_path / "p.csv", parse_dates=["after"])
+    assert_equal(frame, batches["nearest"], n=3)
