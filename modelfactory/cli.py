@@ -5,8 +5,10 @@
 # %% ../nbs/cli.ipynb #4bc50521
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -129,6 +131,11 @@ def check(
     """Check splits: column roles, labels, prices, the time between splits, and columns that leak future information.
 
     Example: modelfactory check data/splits/scaled"""
+    _print_check(data, allow, dataset_keys(nan, exclude, features, classes, prices, calendar))
+
+
+def _print_check(data, allow, keys):
+    "Prints the report and the audit of splits, and returns the warnings of the report; raises if a column leaks."
     from modelfactory.configuration import build_config
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
@@ -136,7 +143,6 @@ def check(
     from modelfactory.data.prices import check_split_prices
     from modelfactory.data.splits import present_splits, read_splits
 
-    keys = dataset_keys(nan, exclude, features, classes, prices, calendar)
     c = build_config(DatasetConfig, dict(data=data) | keys, "check")
     folder = resolve_data(data)
     splits = read_splits(folder, None, present_splits(folder), **c.reading)
@@ -144,6 +150,7 @@ def check(
     print(splits.report, report, sep="\n\n")
     check_split_prices(splits, c.prices)
     report.raise_if_leaky()
+    return splits.report.warnings
 
 # %% ../nbs/cli.ipynb #ce4f481a
 def parse_barriers(
@@ -188,13 +195,50 @@ def _print_spans(bars, n=5):
         print(f"and {len(spans) - n:,} more symbols")
 
 
+def _read_bars(files, symbol, columns, **options):
+    "The bars of files; raises `BarsError`, which names options of the command in place of arguments."
+    from modelfactory.data.readers import BarsError, read_bars
+
+    names = {role: _split_commas(text) for role, text in parse_pairs(columns or [], "--columns").items()}
+    names = {role: parts[0] if len(parts) == 1 else parts or None for role, parts in names.items()}
+    try:
+        return read_bars(files[0] if len(files) == 1 else files, symbol, columns=names or None, **options)
+    except BarsError as e:
+        raise type(e)(_as_options(str(e))) from None
+
+
+def _as_options(message):
+    "The message with options of `bars` in place of arguments of `read_bars`."
+    message = re.sub(r"read_bars\(\.\.\., ((?:'[^']*'|[^'()])*)\)", lambda m: _options_of(m[1]), message)
+    message = re.sub(r"(?<= or )unit=(?='%)", "--unit ", message)
+    return message.replace("'volume': None sets it to 0", "--columns volume= sets it to 0")
+
+
+def _options_of(arguments):
+    "Arguments of `read_bars` as options of the command."
+    options = []
+    for argument in ast.parse(f"read_bars({arguments})", mode="eval").body.keywords:
+        name, value = argument.arg, ast.literal_eval(argument.value)
+        if isinstance(value, dict):
+            options += [f"--{name} {key}={column}" for key, column in value.items()]
+        elif value is True:
+            options.append("--closes" if name == "ohlc_from_close" else f"--{name}")
+        else:
+            options.append(f"--{name} '{value}'")
+    return " ".join(options)
+
+
 @app.command()
 def bars(
     files: Annotated[list[str], typer.Argument(help="files, folders or patterns with bars")],
     output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
     symbol: Annotated[str | None, typer.Option(help="symbol; default: from the columns or the file name")] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(help="NAME=COLUMN for a column that is not recognised, such as close=Last")
+        list[str] | None,
+        typer.Option(
+            help="NAME=COLUMN for a column that is not recognised, such as close=Last; datetime=DATE,TIME for two; "
+            "volume= sets it to 0"
+        ),
     ] = None,
     tz: Annotated[str | None, typer.Option(help="time zone of the result, such as UTC")] = None,
     unit: Annotated[
@@ -217,7 +261,8 @@ def bars(
         Path | None, typer.Option(help="YAML with groups of features and their parameters; default: all groups")
     ] = None,
     rolls: Annotated[
-        str | None, typer.Option(help="times at which contracts roll, comma-separated; no label crosses them")
+        str | None,
+        typer.Option(help="times at which contracts roll, such as 2024-03-15,2024-06-21; no label crosses them"),
     ] = None,
     embargo: Annotated[
         str | None, typer.Option(help="minimum time between a label's last bar and the next split, such as 2D")
@@ -229,14 +274,16 @@ def bars(
     Example: modelfactory bars EURUSD_H1.csv --output data/eurusd"""
     import warnings
 
+    import pandas as pd
+
     from modelfactory.configuration import read_yaml
-    from modelfactory.data.readers import read_bars
+    from modelfactory.data.calendars import check_sessions
     from modelfactory.data.splits import SplitsWarning
     from modelfactory.data.writer import bars_to_splits
 
-    source = files[0] if len(files) == 1 else files
-    names = parse_pairs(columns, "--columns") if columns else None
-    table = read_bars(source, symbol, columns=names, tz=tz, unit=unit, adjust=adjust, ohlc_from_close=closes)
+    table = _read_bars(files, symbol, columns, tz=tz, unit=unit, adjust=adjust, ohlc_from_close=closes)
+    times = {s: pd.DatetimeIndex(of_symbol) for s, of_symbol in table.groupby("symbol", sort=False)["datetime"]}
+    outside = check_sessions(calendar, times, "bars") if calendar else []
     print(table.attrs["layout"])
     _print_spans(table)
     with warnings.catch_warnings(record=True) as caught:
@@ -249,14 +296,13 @@ def bars(
             starts=(val_from, test_from) if val_from or test_from else None,
             embargo=parse_duration(embargo or "0D", "--embargo"),
             features=read_yaml(features) if features else None,
-            rolls=_split_commas(rolls) or None,
             resample=dict(rule=resample, calendar=calendar) if resample and calendar else resample,
+            rolls=_split_commas(rolls) or None,
             overwrite=overwrite,
         )
-    check(str(output))
-    texts = [str(warning.message) for warning in caught]
-    for text in texts:
-        if text.startswith("bars: "):  # the others are in the report
+    listed = _print_check(str(output), None, {})
+    for text in dict.fromkeys([*outside, *(str(warning.message) for warning in caught)]):
+        if not any(warning.endswith(text.removeprefix("bars: ")) for warning in listed):
             print(f"warning: {text}")
     ours = "" if horizons == "5,20" else f" --horizons {horizons}"
     print(f"next: modelfactory experiment quick --data {output}{ours} --models classical,boosting --compare")
@@ -787,7 +833,7 @@ def predict(
 
     frame, output = predict_run(run, data, split, ahead, symbol), output or Path("predictions.parquet")
     temporary = output.with_name(f".{output.name}.partial")
-    write = frame.to_csv if output.suffix == ".csv" else frame.to_parquet
+    write = frame.to_csv if output.suffix.lower() == ".csv" else frame.to_parquet
     write(temporary, index=False)
     temporary.replace(output)
     print(*prediction_warnings(frame), f"see {output}", sep="\n")

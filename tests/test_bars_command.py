@@ -10,6 +10,7 @@ from conftest import PATIENCE
 
 from modelfactory.cli import main, parse_barriers
 from modelfactory.configuration import ConfigError
+from modelfactory.data.features import RANGE_FEATURES
 from modelfactory.data.pipeline import read_pipeline
 from modelfactory.data.readers import read_bars, read_eurusd
 from modelfactory.data.splits import read_splits
@@ -134,3 +135,71 @@ def test_several_files_are_one_data_set(tmp_path):
     files = [write_mt5(tmp_path / f"{name}.csv", bars) for name in ("AAA", "BBB")]
     assert run("bars", *files, "--output", tmp_path / "out", "--horizons", "5") == 0
     assert set(read_pipeline(tmp_path / "out").symbols) == set(read_bars(tmp_path / "*.csv").symbol)
+
+
+def closes_file(folder, name="fund.csv", column="NAV"):
+    bars = read_eurusd()[:1200]
+    bars.rename(columns=dict(datetime="Date", close=column))[["Date", column]].to_csv(folder / name, index=False)
+    return folder / name
+
+
+def test_closes_alone_leave_out_the_features_of_ranges(tmp_path, capsys):
+    file, out = closes_file(tmp_path), tmp_path / "out"
+    assert run("bars", file, "--output", out, "--horizons", "5", "--closes", "--columns", "close=NAV") == 0
+    splits = read_splits(out, None, ("train",))
+    assert not set(RANGE_FEATURES) & set(splits["train"].features) and len(splits["train"].features) == 78
+    assert "closes alone, so 33 features" in capsys.readouterr().out
+
+
+def test_errors_name_options_of_the_command(tmp_path, capsys):
+    file = closes_file(tmp_path)
+    for options, texts in (
+        (
+            [],
+            ["--columns open=... --columns high=...", "--columns volume= sets it to 0", "per symbol: --closes"],
+        ),
+        (["--closes"], ["name it: --columns close=..."]),
+        (["--closes", "--columns", "close=NAV", "--unit", "%Y"], ["give the format: --unit '%Y-%m-%d %H:%M'"]),
+    ):
+        assert run("bars", file, "--output", tmp_path / "out", *options) == 2
+        error = capsys.readouterr().err
+        assert all(text in error for text in texts) and "read_bars(" not in error, error
+    (tmp_path / "days.csv").write_text("Date,Close\n01/02/2020,1.1\n02/02/2020,1.2\n")
+    assert run("bars", tmp_path / "days.csv", "--output", tmp_path / "out", "--closes") == 2
+    assert "--unit '%d/%m/%Y' for the day first, or --unit '%m/%d/%Y'" in capsys.readouterr().err
+
+
+def test_names_of_two_columns_in_an_old_encoding(tmp_path):
+    bars = read_eurusd()[:700]
+    prices = {"Eröffnung": bars.open, "Hoch": bars.high, "Tief": bars.low, "Schluss": bars.close}
+    times = dict(Datum=bars.datetime.dt.strftime("%d.%m.%Y"), Uhrzeit=bars.datetime.dt.strftime("%H:%M"))
+    file = tmp_path / "kurse.csv"
+    bars.assign(**times, **prices)[[*times, *prices]].to_csv(file, sep=";", decimal=",", index=False, encoding="cp1252")
+    names = "datetime=Datum,Uhrzeit open=Eröffnung high=Hoch low=Tief close=Schluss volume=".split()
+    options = [part for name in names for part in ("--columns", name)]
+    assert run("bars", file, "--output", tmp_path / "out", "--horizons", "5", *options) == 0
+    market = read_splits(tmp_path / "out", None, ("test",))["test"]
+    assert market.datetimes[-1] == bars.datetime.iloc[-1] and market.market["close"][-1] == bars.close.iloc[-1]
+
+
+def test_each_warning_is_printed_once_and_rolls_and_calendar_reach_the_report(tmp_path, capsys):
+    bars = read_eurusd()[:1500]
+    bars.loc[700:, ["open", "high", "low", "close"]] /= 4
+    file = write_mt5(tmp_path / "EURUSD_H1_201701012200_201705010000.csv", bars)
+    options = ("--output", tmp_path / "out", "--rolls", str(bars.datetime[900]), "--calendar")
+    assert run("bars", file, *options, "XNYS") == 2 and not (tmp_path / "out").exists()
+    assert run("bars", file, *options, "CMES") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    texts = [line.split(": ", 2)[-1] for line in lines if "large moves" in line]
+    assert len(texts) == 1 and len(lines) == len(set(lines))
+    assert any("1 bar is a roll" in line for line in lines) and any("sessions of CMES" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["check", "recut"])
+def test_raw_bars_in_place_of_splits_point_to_the_command(export, tmp_path, capsys, command):
+    output = ("--output", tmp_path / "out") if command == "recut" else ()
+    file = closes_file(tmp_path, "EURUSD.csv", "close")
+    file.write_text(file.read_text().replace("Date,", "datetime,"))
+    assert run(command, file, *output) == 2 and "modelfactory bars" in capsys.readouterr().err
+    if command == "check":
+        assert run(command, export.parent) == 2 and "modelfactory bars" in capsys.readouterr().err

@@ -36,7 +36,7 @@ from modelfactory.data.pipeline import (
 from modelfactory.data.readers import OHLCV, check_bars
 from modelfactory.data.splits import SplitsError
 from modelfactory.runs.export import export_run
-from modelfactory.runs.follow import Follower, follow_file
+from modelfactory.runs.follow import Follower, _is_bar, follow_file
 from modelfactory.runs.predict import predict_run, prediction_warnings
 
 pytestmark = pytest.mark.slow
@@ -441,6 +441,9 @@ def test_the_command_predicts_raw_bars_and_follows_a_pipe(runs, batches, tmp_pat
     table.drop(columns="symbol").to_csv(tmp_path / "new.csv", index=False)
     assert call("predict", run, tmp_path / "new.csv", "--symbol", "A", "--output", tmp_path / "p.parquet") == 0
     assert_equal(pd.read_parquet(tmp_path / "p.parquet"), batches["nearest"], n=20)
+    assert call("predict", run, tmp_path / "ne?.csv", "--symbol", "A", "--output", tmp_path / "new_p.csv") == 0
+    text = pd.read_csv(tmp_path / "new_p.csv")
+    assert np.allclose(text.p_up, pd.read_parquet(tmp_path / "p.parquet").p_up, rtol=0, atol=1e-6)
     pipe = tmp_path / "pipe.csv"
     os.mkfifo(pipe)
     for out in (None, tmp_path / "p.jsonl", tmp_path / "p.csv", tmp_path / "p.csv"):
@@ -456,6 +459,13 @@ def test_the_command_predicts_raw_bars_and_follows_a_pipe(runs, batches, tmp_pat
     assert_equal(live, batches["nearest"], n=20)
     assert call("predict", run, tmp_path / "none.csv", "--follow") == 2
     assert call("predict", run, pipe, "--follow", "--output", tmp_path / "p.parquet") == 2
+
+
+def test_a_line_of_closes_is_a_bar_and_a_header_is_not():
+    for line in ("2024-03-01,1.1", '"2024-03-01","1.1"', "A,2024-03-01 10:00,5", "1709251200;1,1", "01.03.2024;1,1"):
+        assert _is_bar(line + "\n"), line
+    for line in ("Date,Close", "Date,600000,600001", "time,NAV", "", "A,B,C", "20240301 report"):
+        assert not _is_bar(line + "\n"), line
 
 
 def test_the_command_ends_cleanly_after_ctrl_c(runs, tmp_path, capsys, monkeypatch):

@@ -506,7 +506,7 @@ def test_warnings_on_prices_and_classes_reach_check_run_grid_and_comparison(tmp_
     for name in ("train", "val", "test"):
         set_close(data, name, spoil)
     parameters = parameters | dict(dataset={})
-    expected = ("in one bar", "f1 3,870 at A", "features are constant in train: f2", "class -1 is")
+    expected = ("in one bar", "f1 3,870 at A", "1 feature is constant in train: f2", "class -1 is")
     with pytest.raises(SystemExit) as end:
         main(["check", str(data)])
     printed = capsys.readouterr().out

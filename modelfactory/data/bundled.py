@@ -55,11 +55,13 @@ def resolve_data(
     data: str | Path,  # a folder, or the name of a bundled data set
 ) -> Path:
     "Folder of the splits; builds a bundled data set if needed. Raises `MissingFile`, which suggests similar names."
-    from modelfactory.data.splits import MissingFile
+    from modelfactory.data.splits import BARS_HINT, MissingFile
 
     if str(data) not in BUNDLED:
         if Path(data).is_dir():
             return Path(data)
+        if Path(data).is_file():
+            raise MissingFile(f"{data}: found a file, expected a folder of splits{BARS_HINT}")
         raise MissingFile(
             f"{data}: no such folder, and no bundled data set of that name: {did_you_mean(data, BUNDLED)}"
         )

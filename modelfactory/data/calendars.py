@@ -275,8 +275,8 @@ def _roll_times(rolls, datetimes):
     "Rolls in the time zone and unit of the bars."
     try:
         times = pd.DatetimeIndex(pd.to_datetime([str(roll) for roll in rolls], format="ISO8601"))
-    except (ValueError, TypeError) as e:
-        raise CalendarError(f"rolls: {' '.join(str(e).split())[:150]}; expected times such as '2024-03-15'") from None
+    except (ValueError, TypeError):
+        raise CalendarError(f"rolls: found {str(rolls)[:150]}, expected times such as '2024-03-15'") from None
     if datetimes.tz is not None:
         times = times.tz_localize(datetimes.tz) if times.tz is None else times.tz_convert(datetimes.tz)
     elif times.tz is not None:

@@ -476,6 +476,8 @@ def _require_columns(missing, has_symbol, roles, table):
     hints = ["'volume': None sets it to 0"] if "volume" in missing else []
     if {*missing} >= {"open", "high", "low"} and "close" in roles:
         hints.append("bars with closes alone: read_bars(..., ohlc_from_close=True)")
+    elif {*missing} >= {"open", "high", "low", "close"}:
+        hints.append("closes alone, or a column of closes per symbol: read_bars(..., ohlc_from_close=True)")
     parts = [
         f"bars: no column {', '.join(map(repr, names))}",
         f"found {', '.join(map(str, table.columns[:20]))}",

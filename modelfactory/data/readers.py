@@ -236,12 +236,17 @@ def _read_text(
 
 # %% ../../nbs/data/03_readers.ipynb #48443d13
 def _as_utf8(raw):
-    "The bytes without byte order mark, in UTF-8; MetaTrader writes UTF-16."
+    "The bytes without byte order mark, in UTF-8; MetaTrader writes UTF-16, and old programs Windows-1252."
     if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raw = raw.decode("utf-16").encode()
     elif raw[1:2] == raw[3:4] == b"\0":
         raw = raw.decode("utf-16-le").encode()
-    return raw.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n")
+    raw = raw.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n")
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        raw = raw.decode("cp1252", "replace").encode()
+    return raw
 
 # %% ../../nbs/data/03_readers.ipynb #a1402b25
 def _first_rows(raw, n=1 << 16):

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from .fold_data import parse_length
 from .folds import FoldsError
 from modelfactory.data.splits import (
+    BARS_HINT,
     NO_LABEL,
     SPLIT_ORDER,
     BadDatetime,
@@ -295,7 +296,7 @@ def read_labelled(
     tables = [_stack(group, notes) for group in parts.values()]
     table = tables[0] if len(tables) == 1 else _join_horizons(tables)
     if not any(re.fullmatch(r"label_h\d+", name) for name in table.table.column_names):
-        raise MissingColumn(f"{table.file}: no label column, expected label_h<bars> such as label_h5")
+        raise MissingColumn(f"{table.file}: no label column, expected label_h<bars> such as label_h5{BARS_HINT}")
     scaler = _find_scaler(data, groups, notes)
     if stored := (scaler or {}).get("fitted_on"):
         zone = table.keys["datetime"].dt.tz

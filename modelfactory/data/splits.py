@@ -35,16 +35,16 @@ from modelfactory.data.calendars import (
 from .uniqueness import average_uniqueness, effective_samples
 
 # %% auto #0
-__all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'FIRST_YEAR', 'EPOCH_HINT', 'NO_TARGET', 'RAW_PRICES',
-           'COLUMN_CHUNK', 'NO_LABEL', 'MISSING_TEXT', 'LABEL_TOLERANCE', 'DAY_NS', 'WEEK_NS', 'MIN_BLOCKS',
-           'RARE_CLASS_SHARE', 'CONSTANT_CALL_SHARE', 'SplitsError', 'MissingFile', 'UnreadableFile', 'MissingColumn',
-           'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer', 'SplitOverlap', 'MissingClass',
-           'UnknownHorizon', 'SplitsWarning', 'column_roles', 'with_keys', 'parquet_parts', 'split_path',
-           'present_splits', 'split_files', 'symbol_text', 'Split', 'file_order', 'read_split', 'read_columns',
-           'read_table', 'bars_between', 'bar_numbers', 'label_bars', 'labels_crossing', 'check_order', 'label_reach',
-           'timestamps_per_bar', 'effective_blocks', 'split_blocks', 'split_effective_samples', 'excluded_by_reason',
-           'SplitsReport', 'Splits', 'read_splits', 'fill_nan', 'fill_warnings', 'constant_call_warnings',
-           'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
+__all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'BARS_HINT', 'FIRST_YEAR', 'EPOCH_HINT', 'NO_TARGET',
+           'RAW_PRICES', 'COLUMN_CHUNK', 'NO_LABEL', 'MISSING_TEXT', 'LABEL_TOLERANCE', 'DAY_NS', 'WEEK_NS',
+           'MIN_BLOCKS', 'RARE_CLASS_SHARE', 'CONSTANT_CALL_SHARE', 'SplitsError', 'MissingFile', 'UnreadableFile',
+           'MissingColumn', 'EmptySplit', 'DuplicateRow', 'BadDatetime', 'BadValue', 'FeatureSetsDiffer',
+           'SplitOverlap', 'MissingClass', 'UnknownHorizon', 'SplitsWarning', 'column_roles', 'with_keys',
+           'parquet_parts', 'split_path', 'present_splits', 'split_files', 'symbol_text', 'Split', 'file_order',
+           'read_split', 'read_columns', 'read_table', 'bars_between', 'bar_numbers', 'label_bars', 'labels_crossing',
+           'check_order', 'label_reach', 'timestamps_per_bar', 'effective_blocks', 'split_blocks',
+           'split_effective_samples', 'excluded_by_reason', 'SplitsReport', 'Splits', 'read_splits', 'fill_nan',
+           'fill_warnings', 'constant_call_warnings', 'block_warnings', 'check_splits', 'read_scaler', 'fingerprint']
 
 # %% ../../nbs/data/00_splits.ipynb #a7406d6b
 class SplitsError(ValueError):
@@ -443,6 +443,9 @@ def split_files(
     return files
 
 
+BARS_HINT = "; raw bars become splits with bars_to_splits (modelfactory bars FILE --output DIR)"
+
+
 def _folder_hint(folder, split):
     "Message text for a missing split: the subfolders that contain it, or the contents of the folder."
     if not folder.is_dir():
@@ -450,7 +453,8 @@ def _folder_hint(folder, split):
     entries = sorted(entry.name for entry in folder.iterdir())
     if below := [name for name in entries if (folder / name).is_dir() and split_path(folder / name, split)]:
         return f"; there are splits in {', '.join(below[:5])}: name one of these folders, such as {folder / below[0]}"
-    return f"; the folder holds {', '.join(entries[:5]) or 'nothing'}{' ...' * (len(entries) > 5)}"
+    held = f"; the folder holds {', '.join(entries[:5]) or 'nothing'}{' ...' * (len(entries) > 5)}"
+    return held + BARS_HINT * any(name.lower().endswith((".csv", ".txt", ".zip", ".parquet")) for name in entries)
 
 # %% ../../nbs/data/00_splits.ipynb #de74c2f3
 FIRST_YEAR = 1971  # an earlier time usually means that seconds or milliseconds were read as nanoseconds
@@ -1356,7 +1360,9 @@ def _data_warnings(read, classes, fills):
     constant = [name for name, low, high in zip(train.features, lowest, highest, strict=True) if low == high]
     sentences += [text for h in train.labels for text in _rare_class_warnings(train, h, classes)]
     if constant:
-        sentences.append(f"{len(constant)} features are constant in train: {', '.join(constant[:5])}")
+        verb = "feature is" if len(constant) == 1 else "features are"
+        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
+        sentences.append(f"{len(constant)} {verb} constant in train: {', '.join(constant[:5])}{more}")
     return sentences + fill_warnings(fills)
 
 

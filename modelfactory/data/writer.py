@@ -310,7 +310,7 @@ def _check_target(out: Path | str, overwrite: bool) -> Path:
     if not out.exists():
         return out
     if not overwrite:
-        raise BarsError(f"{out}: exists; choose another folder or set overwrite=True")
+        raise BarsError(f"{out}: exists; choose another folder, or set overwrite=True (--overwrite)")
     if not out.is_dir() or any(out.iterdir()) and not (out / "train_scaled.parquet").is_file():
         raise BarsError(f"{out}: holds no splits, so it is not overwritten; choose another folder")
     return out

@@ -323,11 +323,12 @@ POLL_SECONDS = 0.2  # time between two looks at a file that has not grown
 
 def _is_bar(line):
     "Whether a line of text is a bar, not a header."
-    n = 0
-    for field in re.split(r"[,;\t]", line):
+    n, fields = 0, [field.strip(' "\r\n') for field in re.split(r"[,;\t]", line)]
+    for field in fields:
         with contextlib.suppress(ValueError):
             n += math.isfinite(float(field))
-    return n >= 4
+    has_time = any(re.match(r"\d{1,4}([-./])\d\d?\1\d|\d{8,}", field) for field in fields)
+    return n >= 4 or n > 0 and has_time  # a line of a file of closes has one price
 
 
 def check_source(

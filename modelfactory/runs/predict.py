@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,7 +174,8 @@ def _is_raw(run, model, data):
     "Whether data are raw bars; raises `PipelineError` if they are and the run has no pipeline."
     if isinstance(data, (str, Path)):
         folder = _folder_of_splits(data)
-        if not (folder or Path(data).exists()) or folder and any(split_path(folder, s) for s in SPLIT_ORDER):
+        is_there = folder or Path(data).exists() or glob.has_magic(str(data))
+        if not is_there or folder and any(split_path(folder, s) for s in SPLIT_ORDER):
             return False
     names = column_names(data)
     if names is not None and set(names) & set(model.feature_columns):

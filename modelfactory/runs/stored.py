@@ -102,7 +102,9 @@ def _stored_manifest(folder):
     try:
         values = read_json(file, MAX_MANIFEST_BYTES, links=False)
     except FileNotFoundError:
-        raise RunError(f"{folder}: not a finished run (no {MANIFEST_FILE}); runs are listed by `list_runs`") from None
+        raise RunError(
+            f"{folder}: not a finished run (no {MANIFEST_FILE}); runs are listed by `list_runs` (modelfactory runs)"
+        ) from None
     except (OSError, FileError) as e:
         reason = str(e).removeprefix(f"{file}: ")
         raise RunError(f"{file}: not readable ({reason}); remove the folder or copy the run again") from None
