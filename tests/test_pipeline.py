@@ -36,7 +36,7 @@ from modelfactory.data.pipeline import (
 from modelfactory.data.readers import OHLCV, check_bars
 from modelfactory.data.splits import SplitsError
 from modelfactory.runs.export import export_run
-from modelfactory.runs.follow import Follower, _is_bar, follow_file
+from modelfactory.runs.follow import Follower, _is_bar, follow_file, new_lines
 from modelfactory.runs.predict import predict_run, prediction_warnings
 
 pytestmark = pytest.mark.slow
@@ -617,6 +617,18 @@ def test_a_pause_after_the_stored_bars_is_named(runs):
     assert any(
         "pause after the last stored bar: A 0 days" in text for text in prediction_warnings(runs["gru"].predict(late))
     )
+
+
+def test_a_file_as_standard_input_ends_with_its_last_line(tmp_path):
+    (tmp_path / "bars.csv").write_text("a\nb")
+    saved, opened = os.dup(0), os.open(tmp_path / "bars.csv", os.O_RDONLY)
+    try:
+        os.dup2(opened, 0)
+        assert list(new_lines("-", wait=lambda: pytest.fail("waits for a line"))) == [["a\n"], ["b\n"]]
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        os.close(opened)
 
 
 def test_the_command_writes_a_csv_as_text(runs, batches, tmp_path):

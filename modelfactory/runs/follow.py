@@ -343,7 +343,7 @@ def new_lines(
     source: Path | str,  # file, named pipe, or - for standard input
     wait: Callable[[], Any] = lambda: time.sleep(POLL_SECONDS),  # called when a file has no new line
 ) -> Iterator[list[str]]:  # complete lines with their line breaks, as they arrive; for a file without end
-    "Yields the lines of a file, then those that are added to it. A pipe ends when its writer closes it."
+    "Yields the lines of a file, then those that are added to it. Standard input and pipes end with their last line."
     check_source(source)
     file, pending = _open_text(source), b""
     try:
@@ -352,7 +352,7 @@ def new_lines(
                 lines, pending = _complete_lines(pending + chunk)
                 if lines:
                     yield lines
-            elif not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            elif str(source) == "-" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 break
             elif _was_replaced(file, source):
                 file.close()
