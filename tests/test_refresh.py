@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from modelfactory.runs.examples import train_example
 from modelfactory.runs.predict import predict_run
 from modelfactory.runs.refresh import (
     KEYS,
+    challenger_parameters,
     challengers,
     compare_challenger,
     extend_splits,
@@ -346,3 +348,12 @@ def test_a_bar_that_was_not_over_is_replaced_and_errors_leave_nothing(tmp_path, 
         update_live(load_run(train_example(task | dict(seed=2), tmp_path / "runs2")), scaled)
     with pytest.raises(SplitsError, match="the run has no pipeline.json"):
         update_live(made[0], new)
+
+
+def test_a_challenger_keeps_the_calendar_and_the_rolls_of_its_parent():
+    data = dict(gap=1, nan=None, classes=[-1, 0, 1], prices=None, calendar="XNYS", rolls=["2024-03-15"], exclude=["x"])
+    run = SimpleNamespace(config=dict(model="svm", data=data, config={}), horizon=5, seed=1)
+    dataset = challenger_parameters(run, "extended")["dataset"]
+    assert dataset == {key: value for key, value in data.items() if key != "exclude"}
+    del data["calendar"], data["rolls"]
+    assert set(challenger_parameters(run, "extended")["dataset"]) == {"gap", "nan", "classes", "prices"}

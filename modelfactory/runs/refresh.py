@@ -384,7 +384,9 @@ def challenger_parameters(
 ) -> dict:  # parameters of train.ipynb
     "Parameters that train the model of a run again on other splits."
     c = run.config
-    dataset = {key: c["data"][key] for key in ("gap", "nan", "classes", "prices")}
+    dataset = {
+        key: c["data"][key] for key in ("gap", "nan", "classes", "prices", "calendar", "rolls") if key in c["data"]
+    }
     task = dict(model=c["model"], horizon=run.horizon, data=str(folder), seed=run.seed)
     return task | dict(preset=None, config=c["config"], dataset=dataset)
 
