@@ -35,6 +35,23 @@ __all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'E
            'parse_set', 'train', 'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score',
            'refresh', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
+# %% ../nbs/cli.ipynb #fcc26303
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        import modelfactory
+
+        print(modelfactory.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
 # %% ../nbs/cli.ipynb #9214fafa
 @app.command()
 def models(
