@@ -1,6 +1,8 @@
 "A small market and models of a few lines: runs for tests of how runs are executed, at half the cost of others."
 
+import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ import pandas as pd
 from modelfactory.data.bundled import resolve_data
 from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
 from modelfactory.data.writer import write_splits
+from modelfactory.models.registry import ModelRegistry
 
 ROWS = (300, 150, 150)  # bars of each symbol in train, val and test
 
@@ -24,6 +27,19 @@ def quick_models(folder):
 
     A process registers the models of a file once, and each test forgets them when it ends, hence the copy."""
     return str(shutil.copy(Path(__file__).with_name("quick_models.py"), folder))
+
+
+@contextmanager
+def quick_plugin(folder):
+    "The models `nearest` and `faulty` are registered while the context lasts: for fixtures of a whole module."
+    models = dict(ModelRegistry._models)
+    os.environ["MODELFACTORY_PLUGINS"] = quick_models(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("MODELFACTORY_PLUGINS", None)
+        ModelRegistry._models.clear()
+        ModelRegistry._models.update(models)
 
 
 def small_splits(folder):

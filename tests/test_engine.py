@@ -271,8 +271,8 @@ def test_a_kernel_imports_only_from_folders_of_pythonpath_and_does_not_report_it
     code = f"from modelfactory.runs.engine import execute_notebook; {call}"
     path = [str(tmp_path)] * is_on_path + [os.environ.get("PYTHONPATH", str(ROOT))]
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join(path))
-    options = dict(cwd=tmp_path, env=environment, timeout=PATIENCE, capture_output=True, text=True)
-    done = subprocess.run([sys.executable, "-P", "-c", code], **options)
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], timeout=PATIENCE, **options)
     assert done.returncode == 0
     assert "another error" in done.stderr and "KeyboardInterrupt" not in done.stderr
 

@@ -304,8 +304,8 @@ def predict_guarded(bundle, source, output, package=False):
     assert ("modelfactory" in names) != package and "mlflow" in names
     script = GUARD.format(forbidden=names, argv=argv, folder=str(bundle))
     environment = os.environ | dict(PYTHONPATH=str(ROOT) if package else "")
-    options = dict(cwd=output.parent, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", script], **options)
+    options = dict(cwd=output.parent, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", script], timeout=PATIENCE, **options)
 
 
 def raw_bars(n, seed=0):

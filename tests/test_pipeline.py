@@ -12,12 +12,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import PATIENCE
 from fabricate import fitted_run
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from quick import small_splits
-from quick_models import Nearest  # noqa: F401  registers the model `nearest`
+from quick import quick_plugin, small_splits
 
 from modelfactory import bars_to_splits, load_run
 from modelfactory.cli import main
@@ -77,10 +77,11 @@ def runs(folder, tmp_path_factory):
     small = dict(max_epochs=1, sequence_length=12, hidden_size=8)
     tasks = {kind: dict(model=kind, horizon=5, data=str(folder), preset=None) for kind in KINDS}
     tasks["gru"] |= dict(config=small)
-    return {
-        kind: fitted_run(tmp_path_factory.mktemp("runs"), task, scored=kind == "nearest")
-        for kind, task in tasks.items()
-    }
+    with quick_plugin(tmp_path_factory.mktemp("models")):
+        yield {
+            kind: fitted_run(tmp_path_factory.mktemp("runs"), task, scored=kind == "nearest")
+            for kind, task in tasks.items()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +452,7 @@ def test_the_command_predicts_raw_bars_and_follows_a_pipe(runs, batches, tmp_pat
         writer.start()
         capsys.readouterr()
         assert call("predict", run, pipe, "--follow", *([] if out is None else ["--output", out])) == 0
-        writer.join()
+        writer.join(PATIENCE)
         printed = capsys.readouterr()
     assert printed.err == "" and len(pd.read_csv(tmp_path / "p.csv")) == 40
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]

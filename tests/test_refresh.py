@@ -1,6 +1,5 @@
 "The live record of a run, its drift test, its challenger, and the comparison of both."
 
-import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 from forks import Forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quick import quick_models
+from quick import quick_plugin
 
 from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
 from modelfactory.data.splits import NO_LABEL, BadDatetime, MissingColumn, SplitsError
@@ -115,14 +114,12 @@ def test_no_drift_test_without_enough_blocks_or_closed_labels():
 def made(tmp_path_factory):
     "A run of a small market, and the bars after its validation split."
     folder = tmp_path_factory.mktemp("refresh")
-    os.environ["MODELFACTORY_PLUGINS"] = quick_models(folder)
     table = market_table(simulate_market(MARKET), (H,))
     extra = tuple(c for c in table if c.startswith("pub_"))
     data = write_splits(table, folder / "data", (H,), extra_features=extra)
     task = dict(model="nearest", horizon=H, data=str(data), config={}, dataset={}, seed=1)
-    run = train_example(task, folder / "runs")
-    yield run, pd.read_parquet(data / "test_scaled.parquet")
-    del os.environ["MODELFACTORY_PLUGINS"]
+    with quick_plugin(folder):
+        yield train_example(task, folder / "runs"), pd.read_parquet(data / "test_scaled.parquet")
 
 
 @pytest.fixture

@@ -131,15 +131,16 @@ def write_record(
 def _write_pipeline(trainer, folder):
     """Copies the pipeline of the data and writes the last bars of each symbol; nothing if the data have no pipeline.
 
-    A damaged pipeline, or features that are not registered in this process, must not cost a fitted model."""
+    A damaged pipeline, features that are not registered in this process, or data that were moved must not cost a
+    fitted model."""
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.pipeline import LAST_BARS_FILE, last_bars_of_splits, read_pipeline
     from modelfactory.data.splits import SplitsError
 
     if trainer.frames is not None:
         return
-    data = resolve_data(trainer.config.data.data)
-    with contextlib.suppress(SplitsError):
+    with contextlib.suppress(SplitsError, OSError):
+        data = resolve_data(trainer.config.data.data)
         if (pipeline := read_pipeline(data)) is None:
             return
         pipeline.write(folder)
