@@ -56,8 +56,8 @@ def timestamp_losses(
 
 def _recent_shares(shares, start, delay):
     "For each timestamp, the weighted mean of the class shares that ends `delay` timestamps before it."
-    known = np.vstack([np.tile(start, (delay + 1, 1)), shares])[: len(shares) + 1]
-    return pd.DataFrame(known).ewm(halflife=HALF_LIFE * delay, adjust=False).mean().to_numpy()[1:]
+    delayed = np.vstack([np.tile(start, (delay + 1, 1)), shares])[: len(shares) + 1]
+    return pd.DataFrame(delayed).ewm(halflife=HALF_LIFE * delay, adjust=False).mean().to_numpy()[1:]
 
 # %% ../../nbs/evaluation/12_drift.ipynb #ee5d115d
 def cusum(

@@ -400,9 +400,9 @@ def information_ratio(
     "Mean of the coefficient over its standard deviation, with interval and p-value; NaN with too few values."
     code, rows = _time_blocks(pairing), pairing.rows
     series = _block_values(pairing.by_time, pairing.weight, code)
-    found = dict(value=_mean_over_sd(series), ci_low=np.nan, ci_high=np.nan, p_shift=np.nan)
-    if np.isnan(found["value"]) or not sampling.n_boot:
-        return found
+    ratio = dict(value=_mean_over_sd(series), ci_low=np.nan, ci_high=np.nan, p_shift=np.nan)
+    if np.isnan(ratio["value"]) or not sampling.n_boot:
+        return ratio
     n, length = len(series), 1.0
     if rows.across:
         length = block_length(rows.stamp, rows.symbol, pairing.bars, pairing.by_time)
@@ -411,7 +411,7 @@ def information_ratio(
     draws = safe_ratio(mean - pairing.bias, np.sqrt(np.maximum(square - mean**2, 0) * n / (n - 1)))
     ends = percentile_interval(dict(v=draws), n / length, sampling.level)
     p = _ratio_p_shift(pairing, code, n_shifts, sampling)
-    return found | dict(ci_low=ends["v_ci_low"], ci_high=ends["v_ci_high"], p_shift=p)
+    return ratio | dict(ci_low=ends["v_ci_low"], ci_high=ends["v_ci_high"], p_shift=p)
 
 
 def _ratio_p_shift(pairing, code, n_shifts, sampling):
@@ -551,9 +551,9 @@ def information_table(
         rows = scored_bars(table, prices, horizon, classes)
         rows = rows.select(np.isfinite(rows.forward_returns(horizon)))
         pairings = dict(rank_ic=coefficient(rows, horizon), ic=coefficient(rows, horizon, ranks=False))
-        found = estimates(pairings | dict(top_minus_bottom=quantile_spread(rows, horizon)), sampling)
+        estimated = estimates(pairings | dict(top_minus_bottom=quantile_spread(rows, horizon)), sampling)
         ends = dict(value="", ci_low="_ci_low", ci_high="_ci_high", p_shift="_p_shift")
-        parts[model] = {f"{name}{end}": row[k] for name, row in found.iterrows() for k, end in ends.items()}
+        parts[model] = {f"{name}{end}": row[k] for name, row in estimated.iterrows() for k, end in ends.items()}
     if not parts:
         raise EvaluationError(f"no column ends in {ending!r}, expected the probabilities of each model")
     return pd.DataFrame(parts).T.rename_axis("model").sort_values("rank_ic", ascending=False)
