@@ -293,13 +293,12 @@ def bars(
 
     import pandas as pd
 
-    from modelfactory.configuration import ConfigError, read_yaml
+    from modelfactory.configuration import read_yaml
     from modelfactory.data.calendars import check_sessions
     from modelfactory.data.splits import SplitsWarning
-    from modelfactory.data.writer import bars_to_splits
+    from modelfactory.data.writer import bars_to_splits, check_target
 
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output}: exists; choose another folder or pass --overwrite")
+    check_target(output, overwrite)  # before the files are read
     table = _read_bars(files, symbol, columns, tz=tz, unit=unit, adjust=adjust, ohlc_from_close=closes)
     times = {s: pd.DatetimeIndex(of_symbol) for s, of_symbol in table.groupby("symbol", sort=False)["datetime"]}
     outside = check_sessions(calendar, times, "bars") if calendar else []

@@ -30,7 +30,6 @@ from modelfactory.data.pipeline import (
     join_bars,
     last_bars,
     make_pipeline,
-    needed_bars,
     read_pipeline,
 )
 from modelfactory.data.readers import OHLCV, check_bars
@@ -215,7 +214,7 @@ def test_any_cut_of_raw_bars_equals_the_batch(runs, batches, kind, cut, stop, sy
     number = BARS.groupby("symbol").cumcount()
     part = BARS[(number >= cut) & (number < stop) & BARS.symbol.isin(symbols)]
     run = runs[kind]
-    n_bars, by_day = needed_bars(run.pipeline)
+    n_bars, by_day = run.pipeline.needs
     if stop - cut < n_bars + 60:
         return
     assert by_day
@@ -228,7 +227,7 @@ def test_any_cut_of_raw_bars_equals_the_batch(runs, batches, kind, cut, stop, sy
 
 def test_history_that_is_too_short_is_an_error_that_says_how_many_bars(runs):
     run = runs["nearest"]
-    n = needed_bars(run.pipeline)[0] + 1
+    n = run.pipeline.needs[0] + 1
     with pytest.raises(PipelineError, match=f"A has 100 new bars, but a prediction needs {n:,} bars"):
         run.predict(BARS.query("symbol == 'A'").head(100))
     few = check_bars(BARS.query("symbol == 'A'")[:900])
@@ -351,7 +350,7 @@ def test_a_stream_without_stored_bars_waits_for_its_history(runs, batches):
     follower, table = Follower(runs["gru"]), BARS.query("symbol == 'A'")
     follower._stored = {}
     frames = [follower.push(table[:500]), *(follower.push(table[i : i + 20]) for i in range(500, 800, 20))]
-    n = needed_bars(runs["gru"].pipeline)[0] + 11
+    n = runs["gru"].pipeline.needs[0] + 11
     assert "A: no prediction yet" in follower.notes[0] and len(follower.notes) == 1
     live = pd.concat([frame for frame in frames if len(frame)])
     assert_equal(live, batches["gru"])

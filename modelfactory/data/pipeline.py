@@ -22,7 +22,7 @@ import modelfactory
 from ..configuration import HTMLConfig, PositiveInt, build_config
 from .features import FEATURE_WARMUP, bar_features, feature_table, settled_rows
 from .labels import barrier_widths, triple_barrier
-from .plausibility import large_moves, moves_text
+from .plausibility import join_first, large_moves, moves_text
 from .readers import OHLCV, BarsError, check_bars, nanoseconds, read_bars, symbol_spans
 from .splits import NO_LABEL, SplitsError, present_splits, read_columns, split_files
 from ..files import FileError, PrintableError, read_json, replace_text
@@ -30,7 +30,7 @@ from ..files import FileError, PrintableError, read_json, replace_text
 # %% auto #0
 __all__ = ['PIPELINE_FILE', 'PIPELINE_VERSION', 'RESAMPLE_OPTIONS', 'READ_OPTIONS', 'MAX_PIPELINE_BYTES', 'LAST_BARS_FILE',
            'MAX_LAST_BARS', 'PRICE_TOLERANCE', 'PipelineError', 'Pipeline', 'join_to_longer', 'late_start',
-           'read_pipeline', 'bar_interval', 'make_pipeline', 'needed_bars', 'complete_rows', 'last_bars',
+           'read_pipeline', 'bar_interval', 'make_pipeline', 'complete_rows', 'predictable_rows', 'last_bars',
            'last_bars_of_splits', 'join_bars', 'grown_bar', 'grown_text', 'joint_notes', 'break_reason']
 
 # %% ../../nbs/data/20_pipeline.ipynb #f1683380
@@ -86,7 +86,9 @@ class Pipeline(HTMLConfig):
 
     @cached_property
     def needs(self) -> tuple[int, list[str]]:
-        "As `needed_bars`; computed once, because a table of features for each new bar would be slow."
+        """Number of bars that a row needs, itself included, and the features that need the day from its start.
+
+        Computed once, because a table of features for each new bar would be slow."""
         table = self.feature_rows()
         n_bars, by_day = int(table.loc[self.names, "bars"].max()), list(table.index[table["day"].astype(bool)])
         times = pd.date_range("2000", periods=n_bars + 2 * FEATURE_WARMUP, freq="6h")
@@ -176,7 +178,7 @@ class Pipeline(HTMLConfig):
 # %% ../../nbs/data/20_pipeline.ipynb #65e4f9a9
 def join_to_longer(
     bars: pd.DataFrame,  # as returned by `read_bars`
-    resample: str | dict | None,  # rule or arguments of `resample_bars`; None: the bars are returned unchanged
+    resample: dict | None,  # arguments of `resample_bars`; None: the bars are returned unchanged
     **options: Any,  # other arguments of `resample_bars`
 ) -> pd.DataFrame:
     "Bars resampled by `resample_bars`."
@@ -184,8 +186,7 @@ def join_to_longer(
         return bars
     from modelfactory.data.resample import resample_bars
 
-    arguments = dict(resample) if isinstance(resample, dict) else dict(rule=str(resample))
-    return resample_bars(bars, arguments.pop("rule"), **arguments, **options)
+    return resample_bars(bars, **resample, **options)
 
 
 def late_start(
@@ -285,6 +286,13 @@ def bar_interval(
     return float(lengths[counts.argmax()] / 1e9) if len(lengths) else 0.0
 
 
+def _roll_texts(rolls):
+    "Times of rolls as text, in a list or by symbol; None if there are none."
+    if isinstance(rolls, Mapping):
+        return {symbol: list(map(str, times)) for symbol, times in rolls.items()}
+    return None if rolls is None else list(map(str, rolls))
+
+
 def make_pipeline(
     bars: pd.DataFrame,  # as returned by `check_bars`
     scaler: dict[str, tuple[float, float]],  # feature -> centre and scale, in column order
@@ -293,9 +301,6 @@ def make_pipeline(
     **fields: Any,  # other fields of `Pipeline`
 ) -> Pipeline:
     "The pipeline of splits that are made from `bars`."
-    texts = {
-        s: list(map(str, times)) for s, times in (rolls if isinstance(rolls, Mapping) else {"": rolls or ()}).items()
-    }
     times, zone = nanoseconds(bars), bars["datetime"].dt.tz
     steps = {bars["symbol"].iloc[lo]: np.diff(times[lo:hi]) for lo, hi in symbol_spans(bars)}
     return Pipeline(
@@ -304,24 +309,17 @@ def make_pipeline(
         symbols={symbol: float(step.max(initial=0) / 1e9) for symbol, step in steps.items()},
         interval=bar_interval(bars),
         time_zone=None if zone is None else pa.lib.tzinfo_to_string(zone),
-        rolls=None if rolls is None else texts if isinstance(rolls, Mapping) else texts[""],
+        rolls=_roll_texts(rolls),
         **fields,
     )
 
 # %% ../../nbs/data/20_pipeline.ipynb #ee26bc58
-def needed_bars(
-    pipeline: Pipeline,
-) -> tuple[int, list[str]]:
-    "Number of bars that a row needs, itself included, and the features that need the day from its start."
-    return pipeline.needs
-
-
 def complete_rows(
     pipeline: Pipeline,
     bars: pd.DataFrame,  # as returned by `Pipeline.read`
 ) -> np.ndarray:  # (rows,) mask
     "Rows whose features equal those computed from a longer history, to 1e-6."
-    n_bars, by_day = needed_bars(pipeline)
+    n_bars, by_day = pipeline.needs
     day, complete = pd.DatetimeIndex(bars["datetime"]).normalize(), np.zeros(len(bars), bool)
     spans = symbol_spans(bars)
     for lo, hi in spans:
@@ -330,14 +328,24 @@ def complete_rows(
             complete[lo:hi] &= day[lo:hi] > day[lo]  # the first day may be incomplete
     if pipeline.compares_symbols:  # a row also needs the other symbols at its time
         times = nanoseconds(bars)
-        known = [lo for lo, _ in spans if bars["symbol"].iloc[lo] in pipeline.symbols]
+        in_splits = [(lo, hi) for lo, hi in spans if bars["symbol"].iloc[lo] in pipeline.symbols]
         firsts = [
-            times[lo + complete[lo:hi].argmax()] if complete[lo:hi].any() else times.max() + 1
-            for lo, hi in spans
-            if lo in known
+            times[lo + complete[lo:hi].argmax()] if complete[lo:hi].any() else times.max() + 1 for lo, hi in in_splits
         ]
         complete &= times >= max(firsts, default=0)
     return complete
+
+
+def predictable_rows(
+    pipeline: Pipeline,
+    bars: pd.DataFrame,  # as returned by `join_bars`
+    is_new: np.ndarray,  # (rows,) mask of the new bars
+    n_context: int,  # rows that the first prediction needs before its row
+) -> np.ndarray:  # (rows,) mask
+    "Complete rows among the new bars and the context before them."
+    groups = pd.Series(is_new).groupby(bars["symbol"].to_numpy(), sort=False)
+    first_new = (groups.transform("size") - groups.transform("sum")).to_numpy()
+    return complete_rows(pipeline, bars) & (groups.cumcount().to_numpy() >= first_new - n_context)
 
 
 def last_bars(
@@ -346,7 +354,7 @@ def last_bars(
     n_rows: int,  # number of complete rows at the end of each symbol; 0 counts as 1
 ) -> tuple[pd.DataFrame, bool]:  # the last bars; whether every symbol has enough
     "The bars of each symbol that are needed to compute its last `n_rows` rows."
-    n_rows, (n_bars, by_day) = max(n_rows, 1), needed_bars(pipeline)
+    n_rows, (n_bars, by_day) = max(n_rows, 1), pipeline.needs
     day, keep, whole = pd.DatetimeIndex(bars["datetime"]).normalize(), np.zeros(len(bars), bool), True
     spans, times = symbol_spans(bars), nanoseconds(bars)
     earliest = times.max(initial=0)
@@ -449,8 +457,7 @@ def joint_notes(
             pauses.append(f"{symbol} {pause}")
     texts = [*grown[:3], *([f"so do those of {len(grown) - 3} more symbols"] if len(grown) > 3 else [])]
     if pauses:
-        more = f" and {len(pauses) - 3} more" if len(pauses) > 3 else ""
-        texts.append(f"pause after the last stored bar: {', '.join(pauses[:3])}{more}; no bar may be missing in it")
+        texts.append(f"pause after the last stored bar: {join_first(pauses)}; no bar may be missing in it")
     return [*texts, *moves_text(moves)]
 
 

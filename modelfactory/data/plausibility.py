@@ -5,7 +5,7 @@
 # %% ../../nbs/data/01_plausibility.ipynb #4cbbc486
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['STALE_BARS', 'STALE_BAND', 'ZERO_MOVES', 'MIN_JUMP', 'JUMP_SIGMAS', 'SPLIT_RATIOS', 'MAX_NAMED', 'FAR_FEATURE_IQR',
-           'IQR_ROWS', 'price_warnings', 'moves_text', 'large_moves', 'feature_warnings', 'split_warnings']
+           'IQR_ROWS', 'price_warnings', 'join_first', 'moves_text', 'large_moves', 'feature_warnings',
+           'split_warnings']
 
 # %% ../../nbs/data/01_plausibility.ipynb #63a71e45
 STALE_BARS = 100  # number of consecutive bars over which the close is checked for movement
@@ -43,9 +44,13 @@ def price_warnings(
     return [f"{where}: {sentence}" for sentence in sentences]
 
 
-def _join_first(texts):
-    "The first `MAX_NAMED` texts, and the number of remaining texts."
-    return ", ".join(texts[:MAX_NAMED]) + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")
+def join_first(
+    names: Iterable,  # texts, or values that are shown as text
+    most: int = MAX_NAMED,  # largest number of names that are shown
+) -> str:
+    "The first names, separated by commas, and the number of remaining names."
+    texts = list(map(str, names))
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 # %% ../../nbs/data/01_plausibility.ipynb #4f2b3cee
 def _zero_move_warnings(bars, moves):
@@ -56,7 +61,7 @@ def _zero_move_warnings(bars, moves):
     first = bars.groupby("symbol", sort=False)["datetime"].min()
     if len(stale):
         texts = [f"{symbol} {row['mean']:.0%} of its bars (from {first[symbol]})" for symbol, row in stale.iterrows()]
-        yield f"close mostly equals the previous close: {_join_first(texts)}; check for stale prices or a wrong column"
+        yield f"close mostly equals the previous close: {join_first(texts)}; check for stale prices or a wrong column"
 
 
 def _stale_warnings(bars, close):
@@ -75,7 +80,7 @@ def _stale_warnings(bars, close):
         texts = [f"{bars['symbol'][i]} (from {bars['datetime'][i - STALE_BARS + 1]})" for i in at]
         yield (
             f"close stays within {STALE_BAND:.1%} for {STALE_BARS} bars or more, while the bars have a wider "
-            f"range: {_join_first(texts)}: check that this column is the close"
+            f"range: {join_first(texts)}: check that this column is the close"
         )
 
 # %% ../../nbs/data/01_plausibility.ipynb #5177808f
@@ -95,7 +100,7 @@ def moves_text(
 ) -> list[str]:  # one sentence, or none
     "The sentence about large moves."
     fix = "adjust for share splits, mark rolls of contracts, or check these bars"
-    return [f"close has large moves in one bar: {_join_first(texts)}: {fix}"] if texts else []
+    return [f"close has large moves in one bar: {join_first(texts)}: {fix}"] if texts else []
 
 
 def large_moves(
@@ -143,7 +148,7 @@ def feature_warnings(
     if not texts:
         return []
     far = f"features lie more than {FAR_FEATURE_IQR:,} interquartile ranges from their median in train"
-    return [f"{far}: {_join_first(texts)}: check their scaling"]
+    return [f"{far}: {join_first(texts)}: check their scaling"]
 
 
 def split_warnings(

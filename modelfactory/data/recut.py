@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from .fold_data import parse_length
 from .folds import FoldsError
+from .plausibility import join_first
 from modelfactory.data.splits import (
     BARS_HINT,
     NO_LABEL,
@@ -41,7 +43,14 @@ from modelfactory.data.splits import (
     read_table,
     split_path,
 )
-from .writer import labels_crossing_split, publish_folder, scale_column, split_at, split_by_time
+from modelfactory.data.writer import (
+    check_target,
+    labels_crossing_split,
+    publish_folder,
+    scale_column,
+    split_at,
+    split_by_time,
+)
 from ..files import read_json
 
 # %% auto #0
@@ -90,10 +99,7 @@ def _folder_tables(folder):
     return f"{len(files)} files of one table: {_listed(f.name for f in files)}", {f.name: f for f in files}
 
 # %% ../../nbs/data/19_recut.ipynb #66daf03d
-def _listed(names, most=5):
-    "Names, separated by commas, at most `most` of them."
-    names = list(map(str, names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+_listed = partial(join_first, most=5)
 
 
 def _no_table_text(folder):
@@ -686,11 +692,7 @@ def _check_output(data, output, overwrite):
         source = Path(data).resolve()
         if output == source or output in source.parents or source in output.parents:
             raise SplitsError(f"{output}: overlaps with {source}; choose another folder")
-    if output.exists() and not overwrite:
-        raise SplitsError(f"{output}: exists; choose another folder, or set overwrite=True (--overwrite)")
-    if output.exists() and not (output.is_dir() and (split_path(output, "train") or not any(output.iterdir()))):
-        raise SplitsError(f"{output}: holds no splits, so it is not overwritten; choose another folder")
-    return output
+    return check_target(output, overwrite)
 
 # %% ../../nbs/data/19_recut.ipynb #d00a84df
 def _purge(table, keys, split, horizon, embargo, max_bars):

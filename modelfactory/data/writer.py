@@ -49,8 +49,8 @@ from modelfactory.data.splits import (
 )
 
 # %% auto #0
-__all__ = ['SPLITS', 'split_at', 'split_by_time', 'labels_crossing_split', 'scale_column', 'write_splits', 'publish_folder',
-           'bars_to_splits']
+__all__ = ['SPLITS', 'split_at', 'split_by_time', 'labels_crossing_split', 'scale_column', 'write_splits', 'check_target',
+           'publish_folder', 'bars_to_splits']
 
 # %% ../../nbs/data/06_writer.ipynb #f6686229
 SPLITS = ("train", "val", "test")
@@ -235,7 +235,7 @@ def write_splits(
     A `split` column in the table overrides `shares`. All files are written to a temporary folder, which is then renamed
     to `out`. After an error (`SplitsError`), no new files remain.
     """
-    out, groups = _check_target(out, overwrite), feature_table()["group"].to_dict()
+    out, groups = check_target(out, overwrite), feature_table()["group"].to_dict()
     _write_and_check(table, out, horizons, shares, embargo, scale, extra_features, groups)
     return out
 
@@ -304,7 +304,10 @@ def _write_files(folder, table, names, matrix, horizons, scaler):
     (folder / "feature_scaler.json").write_text(json.dumps(scaler, indent=1))
 
 # %% ../../nbs/data/06_writer.ipynb #57153ce8
-def _check_target(out: Path | str, overwrite: bool) -> Path:
+def check_target(
+    out: Path | str,  # folder to create
+    overwrite: bool,  # whether existing splits may be replaced
+) -> Path:
     "Absolute path of the target; raises `BarsError` if the target must not be overwritten."
     out = Path(out).absolute()
     if not out.exists():
@@ -359,7 +362,7 @@ def bars_to_splits(
     After an error (`SplitsError`), no new files remain. A warning (`SplitsWarning`) reports implausible prices, or a
     horizon for which val or test is too short to support a claim of skill.
     """
-    out, barriers = _check_target(out, overwrite), barriers or {}
+    out, barriers = check_target(out, overwrite), barriers or {}
     _check_horizons(horizons)
     if unexpected := set(barriers) - set(horizons):
         raise BarsError(f"barriers: horizon {min(unexpected)} is not among {horizons}; add it to horizons or remove it")
@@ -368,7 +371,7 @@ def bars_to_splits(
     widths = {int(h): barrier_widths(h, *barriers.get(h, ())) for h in horizons}
     if resample is not None:
         origin["resample"] = dict(resample) if isinstance(resample, dict) else dict(rule=str(resample))
-        bars = join_to_longer(bars, resample)
+        bars = join_to_longer(bars, origin["resample"])
     bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
     table = _bars_table(bars, widths, features, exclude, rolls)
     if starts is not None:

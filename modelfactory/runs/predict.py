@@ -24,11 +24,11 @@ from modelfactory.data.pipeline import (
     Pipeline,
     PipelineError,
     bar_interval,
-    complete_rows,
     join_bars,
     joint_notes,
-    needed_bars,
+    predictable_rows,
 )
+from ..data.plausibility import join_first
 from modelfactory.data.splits import (
     SPLIT_ORDER,
     BadValue,
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from modelfactory.runs.stored import StoredRun
 
 # %% auto #0
-__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'raw_bars_pipeline', 'needs_text', 'unknown_symbol_text',
-           'adapts_sets', 'earlier_parts', 'prediction_warnings']
+__all__ = ['OUT_OF_RANGE_SHARE', 'predict_run', 'column_names', 'is_raw_table', 'raw_bars_pipeline', 'needs_text',
+           'unknown_symbol_text', 'adapts_sets', 'earlier_parts', 'prediction_warnings']
 
 # %% ../../nbs/runs/12_predict.ipynb #ef2f02aa
 def _predicted_rows(bars, own, seq_len, gap, ahead):
@@ -177,6 +177,15 @@ def _is_raw(run, model, data):
         is_there = folder or Path(data).exists() or glob.has_magic(str(data))
         if not is_there or folder and any(split_path(folder, s) for s in SPLIT_ORDER):
             return False
+    return is_raw_table(run, model, data)
+
+
+def is_raw_table(
+    run: StoredRun,
+    model: BaseModel,  # model of the run
+    data: object,  # new bars that are not a folder of splits
+) -> bool:
+    "Whether bars have none of the features of a model; raises `PipelineError` if the run then has no pipeline."
     names = column_names(data)
     if names is not None and set(names) & set(model.feature_columns):
         return False
@@ -234,9 +243,7 @@ def _raw_rows(run, model, data, context_rows, symbol):
     pipeline = raw_bars_pipeline(run, model)
     new = pipeline.read(data, symbol)
     bars, is_new, reasons = join_bars(pipeline, run.last_bars, new)
-    groups = pd.Series(is_new).groupby(bars["symbol"].to_numpy(), sort=False)
-    first_new = (groups.transform("size") - groups.transform("sum")).to_numpy()
-    keep = complete_rows(pipeline, bars) & (groups.cumcount().to_numpy() >= first_new - context_rows)
+    keep = predictable_rows(pipeline, bars, is_new, context_rows)
     table = pipeline.transform(bars)
     if adapts_sets(model):
         table = pd.concat([table, pipeline.label(bars).iloc[:, 2:]], axis=1)
@@ -253,17 +260,17 @@ def needs_text(
     context_rows: int,  # rows before a predicted bar
 ) -> str:
     "The number of bars that a prediction needs, in words."
-    n_bars, by_day = needed_bars(pipeline)
+    n_bars, by_day = pipeline.needs
     days = f", the first of them with its day from the start ({', '.join(by_day[:3])})" if by_day else ""
     return f"a prediction needs {n_bars + context_rows:,} bars of its symbol, itself included{days}"
 
 
 def unknown_symbol_text(
     symbol: str,
-    known: Collection[str],  # symbols of the splits
+    symbols: Collection[str],  # symbols of the splits
 ) -> str:
     "Says that a symbol is not in the splits, and how bars get another symbol."
-    listed = ", ".join(list(known)[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+    listed = join_first(symbols, 5)
     return f"{symbol} is not a symbol of the splits ({listed}); pass symbol= (--symbol) if it is one of them"
 
 
@@ -432,9 +439,11 @@ def prediction_warnings(
 
 
 def _sets_text(frame):
-    n, known = int(frame.abstain.sum()), frame.attrs.get("n_known")
+    n, n_known = int(frame.abstain.sum()), frame.attrs.get("n_known")
     sets = f"the prediction sets hold {frame.set_size.mean():.2f} classes on average, {n:,} of {len(frame):,} abstain"
-    return sets if known is None else f"{sets}; they are adapted to {known:,} known label{'' if known == 1 else 's'}"
+    if n_known is None:
+        return sets
+    return f"{sets}; they are adapted to {n_known:,} known label{'' if n_known == 1 else 's'}"
 
 
 def _skipped_text(skipped):

@@ -45,7 +45,7 @@ from .attempt import change_manifest, run_identity
 from .engine import Outcome
 from .executors import LOCKS_FOLDER, Job, run_job
 from .grid import make_trainer
-from .predict import column_names, predict_run, raw_bars_pipeline
+from .predict import column_names, is_raw_table, predict_run
 from .run import Run, list_runs, load_run
 from .run_folder import RunError, write_json
 from .stored import RunList, check_data
@@ -126,7 +126,7 @@ def _context_rows(run):
 # %% ../../nbs/runs/23_refresh.ipynb #435f53ca
 def _features_of_raw(run, stored, data):
     "Raw bars since the training, and the frame of features and labels that the run's pipeline makes of them."
-    from modelfactory.data.pipeline import complete_rows, join_bars, join_to_longer, needed_bars
+    from modelfactory.data.pipeline import complete_rows, join_bars, join_to_longer
 
     new = run.pipeline.read(data, resample=False)
     if stored is not None:
@@ -138,7 +138,7 @@ def _features_of_raw(run, stored, data):
     bars, is_new, reasons = join_bars(run.pipeline, run.last_bars, bars)
     complete = complete_rows(run.pipeline, bars)
     if not complete.any():
-        n = needed_bars(run.pipeline)[0]
+        n = run.pipeline.needs[0]
         unused = [f"; {s}: the stored last bars are not used: {reason}" for s, reason in reasons.items()]
         raise RunError(f"bars: a prediction needs {n:,} bars of its symbol; pass earlier bars{''.join(unused[:3])}")
     for symbol, reason in reasons.items():
@@ -151,13 +151,7 @@ def _features_of_raw(run, stored, data):
 
 def _is_raw(run, data):
     "Whether new data are raw bars for the pipeline of a run."
-    if _folder_of_splits(data) is not None:
-        return False
-    names = column_names(data)
-    has_features = names is not None and bool(set(names) & set(run.cached_model.feature_columns))
-    if run.pipeline is None and not has_features and {"open", "close"} <= {name.lower() for name in names or ()}:
-        raw_bars_pipeline(run, run.cached_model)  # says why the run takes no raw bars
-    return run.pipeline is not None and not has_features
+    return _folder_of_splits(data) is None and is_raw_table(run, run.cached_model, data)
 
 # %% ../../nbs/runs/23_refresh.ipynb #4723d887
 def _write_table(frame, file):

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 import modelfactory
-from ..data.pipeline import Pipeline, complete_rows, join_bars, joint_notes, needed_bars
+from ..data.pipeline import Pipeline, join_bars, joint_notes, predictable_rows
 
 # %% auto #0
 __all__ = ['REPLACED', 'BUNDLED_PACKAGE', 'bundle_windows', 'fill_missing', 'check_bundle', 'bundle_pipeline', 'predict_bundle',
@@ -113,11 +113,9 @@ def _raw_rows(folder, contract, source, symbol):
     new = pipeline.read(source, symbol)
     stored = pd.read_parquet(file) if file.is_file() else None
     bars, is_new, reasons = join_bars(pipeline, stored, new)
-    groups = pd.Series(is_new).groupby(bars["symbol"].to_numpy(), sort=False)
-    first_new = (groups.transform("size") - groups.transform("sum")).to_numpy()
-    keep = complete_rows(pipeline, bars) & (groups.cumcount().to_numpy() >= first_new - n_context)
+    keep = predictable_rows(pipeline, bars, is_new, n_context)
     if not keep.any():
-        n = needed_bars(pipeline)[0] + n_context
+        n = pipeline.needs[0] + n_context
         unused = "".join(f"; {s}: the stored last bars are not used: {reason}" for s, reason in reasons.items())
         raise ValueError(
             f"bars: found {len(new):,}, but a prediction needs {n:,} of its symbol; pass earlier bars{unused}"
