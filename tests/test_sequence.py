@@ -12,9 +12,9 @@ import torch
 from conftest import finish, until
 from forks import Forks
 
+from modelfactory.models.batches import Batches, standardise_windows
 from modelfactory.models.conformance import window_task
 from modelfactory.models.registry import ModelRegistry
-from modelfactory.models.sequence import Batches, standardise_windows
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

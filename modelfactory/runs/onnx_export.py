@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.base import BaseModel, expected_shape, probability_columns
+from ..models.batches import CLIP_SIGMA
 from ..models.boosting.catboost import CatBoostModel
 from ..models.boosting.lightgbm import LightGBMModel
 from ..models.boosting.xgboost import XGBoostModel
@@ -29,9 +30,10 @@ from ..models.ensemble.meta_labelling import MetaLabellingModel
 from ..models.ensemble.stacking import StackingModel
 from ..models.foundation.timesfm import TimesFMModel
 from ..models.registry import ModelRegistry
-from ..models.sequence import CLIP_SIGMA, NetworkModel, functional_module, isolated_torch_state
+from ..models.sequence import NetworkModel, functional_module
 from ..models.tabular import SklearnModel
 from ..models.timeseries.informer import InformerModel
+from ..models.training_loop import isolated_torch_state
 from .run import Run
 from .run_folder import RunError
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...configuration import NonNegativeInt, PositiveFloat, PositiveInt, settings
 from ..base import check_metadata, check_X, check_y, raise_on_nan, to_output
+from ..batches import Batches, as_windows, standardise_windows, used_rows
 from ..persistence import load_header, read_header, save_header
 from modelfactory.models.pretrained import (
     RowCache,
@@ -25,17 +26,8 @@ from modelfactory.models.pretrained import (
     resolve_pinned,
 )
 from ..registry import ModelRegistry
-from modelfactory.models.sequence import (
-    Batches,
-    SequenceClassifier,
-    SequenceConfig,
-    as_windows,
-    functional_module,
-    isolated_torch_state,
-    pick_device,
-    standardise_windows,
-    used_rows,
-)
+from ..sequence import SequenceClassifier, SequenceConfig, functional_module
+from ..training_loop import isolated_torch_state, pick_device
 from ...progress import Progress
 
 if TYPE_CHECKING:
