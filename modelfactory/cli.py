@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import re
 import sys
@@ -24,16 +25,15 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Train any model family on labelled market bars and compare the results.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 # %% auto #0
-__all__ = ['app', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder', 'Seed',
-           'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor', 'dataset_keys',
-           'check', 'parse_barriers', 'parse_duration', 'bars', 'purge', 'recut', 'selftest', 'parse_pairs',
-           'parse_set', 'train', 'experiment', 'status', 'runs', 'compare', 'rescore', 'tune', 'track', 'final_score',
-           'refresh', 'demo', 'predict', 'export_bundle', 'new', 'main']
+__all__ = ['app', 'AsJson', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder',
+           'Seed', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor',
+           'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars', 'purge', 'recut', 'selftest',
+           'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show', 'clean', 'compare', 'rescore',
+           'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #fcc26303
 def _print_version(is_asked: bool) -> None:
@@ -53,9 +53,18 @@ def _options(
     pass
 
 # %% ../nbs/cli.ipynb #9214fafa
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _print_rows(rows, as_json, text):
+    "Prints plain values as JSON, with null for NaN, or else the text."
+    print(json.dumps(json.loads(json.dumps(rows, default=str), parse_constant=lambda _: None)) if as_json else text)
+
+
 @app.command()
 def models(
     family: Annotated[str | None, typer.Option(help="list only this family")] = None,
+    as_json: AsJson = False,
 ) -> None:
     "List all models.\n\nExample: modelfactory models --family boosting"
     from modelfactory.configuration import ConfigError, did_you_mean
@@ -65,19 +74,21 @@ def models(
     families = {m["family"] for m in listed}
     if family and family not in families:
         raise ConfigError(f"--family {family!r}: {did_you_mean(family, families)}")
+    listed = [m for m in listed if family in (None, m["family"])]
+    lines = []
     for m in listed:
-        if family in (None, m["family"]):
-            about = m["summary"] if m["available"] else "unavailable: " + m["reason"]
-            print(f"{m['name']:22} {m['family']:12} {about}")
+        about = m["summary"] if m["available"] else "unavailable: " + m["reason"]
+        lines.append(f"{m['name']:22} {m['family']:12} {about}")
+    _print_rows(listed, as_json, "\n".join(lines))
 
 # %% ../nbs/cli.ipynb #9efd9f66
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     "Report what is installed on this machine, what is missing and how to fix it.\n\nExample: modelfactory doctor"
     from modelfactory.runs.environment import check_environment
 
     environment = check_environment()
-    print(environment)
+    _print_rows([vars(finding) for finding in environment], as_json, environment)
     if not environment.ok:
         raise typer.Exit(1)
 
@@ -572,6 +583,10 @@ def experiment(
     compare_: Annotated[
         bool, typer.Option("--compare", help="write the comparison of all finished runs after the grid")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the grid and its data, list what would run, and train nothing")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the outcomes as JSON")] = False,
 ) -> None:
     """Run a grid of models and horizons; finished runs are skipped.
 
@@ -583,8 +598,14 @@ def experiment(
     from modelfactory.runs.grid import run_grid
 
     config = _grid_config(grid, data, models, horizons, seeds, walk_forward)
+    if dry_run:
+        from modelfactory.runs import manage
+
+        plan = manage.dry_run(config, output)
+        _print_rows(plan.to_dict(), as_json, plan)
+        return
     result = run_grid(config, output, workers, timeout, force, memory, engine, address)
-    print(result)
+    _print_rows(result.to_frame().to_dict("records"), as_json, result)
     if compare_:
         compare(output, False, [])
     if not result.ok:
@@ -600,42 +621,88 @@ def status(
     horizons: GridHorizons = None,
     seeds: GridSeeds = None,
     walk_forward: WalkForward = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the state of each run of a grid: done, running, failed or waiting. Give it the options of the experiment.
 
     Example: modelfactory status demo"""
     from modelfactory.runs.grid import grid_status
 
-    print(grid_status(_grid_config(grid, data, models, horizons, seeds, walk_forward), output))
+    state = grid_status(_grid_config(grid, data, models, horizons, seeds, walk_forward), output)
+    _print_rows(list(state), as_json, state)
 
 # %% ../nbs/cli.ipynb #ad6452f4
 @app.command()
 def runs(
     folder: Annotated[Path | None, typer.Argument(help="runs folder; default: from settings.ini")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List finished runs with their main metrics and scoring status, and list folders that cannot be read.
 
     Example: modelfactory runs"""
     from modelfactory.runs.run import list_runs
 
-    print(list_runs(folder))
+    listed = list_runs(folder)
+    rows = dict(runs=listed.to_frame().to_dict("records"), unread=listed.unread)
+    _print_rows(rows, as_json, listed)
+
+# %% ../nbs/cli.ipynb #eb6f9f90
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a finished run: its verdict, its metrics with intervals beside a baseline, and what it was trained on.
+
+    Example: modelfactory show runs/xgboost_h5_…"""
+    from modelfactory.runs.manage import show_run
+
+    summary = show_run(run)
+    _print_rows(summary.to_dict(), as_json, summary)
+
+
+@app.command()
+def clean(
+    folder: Annotated[Path | None, typer.Argument(help="runs folder; default: from settings.ini")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be removed, and remove nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove failed and interrupted attempts; finished runs and attempts of live processes stay.
+
+    Example: modelfactory clean --dry-run"""
+    from modelfactory.runs.manage import clean_runs
+
+    removed = clean_runs(folder, dry_run)
+    lines = [f"{row['folder']}  {row['kind']}  {row['bytes'] / 1e6:.1f} MB" for row in removed]
+    n, verb = len(removed), "would be removed" if dry_run else "removed"
+    _print_rows(removed, as_json, "\n".join([*lines, f"{n or 'no'} attempt{'s' * (n != 1)} {verb}"]))
 
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()
 def compare(
     runs: Annotated[Path | None, typer.Argument(help="runs folder; default: from settings.ini")] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="print the comparison as JSON instead of writing a page")
-    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON instead of writing a page")] = False,
     data: Annotated[list[str] | None, typer.Option(help="NAME=DIR: new folder of a moved data set")] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="folders of two runs: print what differs in config, data, code and metrics"),
+    ] = None,
 ) -> None:
-    "Compare all finished runs and write JSON, a notebook, Markdown and HTML.\n\nExample: modelfactory compare runs"
+    """Compare all finished runs and write JSON, a notebook, Markdown and HTML; or print what differs between two runs.
+
+    Example: modelfactory compare runs"""
     from modelfactory.configuration import settings
     from modelfactory.runs.compare import COMPARISON_FILE, write_comparison
     from modelfactory.runs.compare import compare as compare_runs
     from modelfactory.runs.comparison import read_comparison
     from modelfactory.runs.sentences import summary_sentences
 
+    if diff:
+        from modelfactory.runs.manage import diff_runs
+
+        difference = diff_runs(*diff)
+        _print_rows(difference.to_dict(), json_, difference)
+        return
     runs = runs or settings().runs
     moved = parse_pairs(data or [], "--data")
     if json_:
@@ -763,6 +830,7 @@ def track(
 def final_score(
     runs: Annotated[list[Path], typer.Argument(help="folders of the chosen runs")],
     data: Annotated[str | None, typer.Option(help="new folder of the data of these runs, if it was moved")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score the chosen runs on the test split and record that the test set was used.
 
@@ -770,8 +838,9 @@ def final_score(
     from modelfactory.runs.final import final_scores
     from modelfactory.training.test_set import test_set_uses
 
-    print(final_scores(runs, data).round(4).to_string(index=False))
-    for folder in dict.fromkeys(r.resolve().parent for r in runs):
+    scores = final_scores(runs, data)
+    _print_rows(scores.to_dict("records"), as_json, scores.round(4).to_string(index=False))
+    for folder in [] if as_json else dict.fromkeys(r.resolve().parent for r in runs):
         print(*test_set_uses(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #8230c33b
