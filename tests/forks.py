@@ -115,6 +115,13 @@ class Forks:
         pid = int(started.read_text())
         return Fork(pid, output, folder / f"{pid}.status", job["args"])
 
+    def run(self, words, timeout, **options):
+        "Executes the words `python -c CODE ARGUMENTS` as `subprocess.run` does; standard error holds all output."
+        _, _, code, *args = words
+        fork = self(code, *args)
+        text, _ = fork.communicate(timeout)
+        return subprocess.CompletedProcess(words, fork.returncode, text, text)
+
     def close(self):
         self._server.stdin.close()
         self._server.wait(PATIENCE)

@@ -4,15 +4,20 @@
 the installed package, and coverage counts its lines."""
 
 import ast
+import atexit
 import contextlib
 import importlib
 import io
 import json
 import re
+from functools import cache
 from pathlib import Path
+from subprocess import TimeoutExpired
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from forks import Forks
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +36,23 @@ def example_cells(file):
             yield source
 
 
+@cache
+def libraries_imported():
+    "Forks of an interpreter that has imported libraries, but nothing of the package."
+    forks = Forks("import numpy, pandas, pyarrow.parquet, safetensors.torch, torch")
+    atexit.register(forks.close)
+    return forks
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT / "nbs")))
 def test_notebook(file, monkeypatch):
+    """Executes the cells of a notebook in the namespace of its module.
+
+    `check_model` loads each model in a new interpreter (test_models.py, test_check.py); here, in a fork of one."""
     monkeypatch.chdir(file.parent)
+    if file.parent.parent.name == "models":
+        run = SimpleNamespace(run=libraries_imported().run, TimeoutExpired=TimeoutExpired)
+        monkeypatch.setattr("modelfactory.models.conformance.subprocess", run)
     name = re.search(r"#\|\s*default_exp\s+([\w.]+)", file.read_text())[1]
     namespace = dict(vars(importlib.import_module(f"modelfactory.{name}"))) | dict(__name__="__main__")
     with contextlib.redirect_stdout(io.StringIO()):
