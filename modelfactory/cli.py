@@ -46,11 +46,15 @@ def _print_version(is_asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    if "TORCHELASTIC_RUN_ID" in os.environ and context.invoked_subcommand != "train":
+        from modelfactory.configuration import ConfigError
+
+        raise ConfigError(f"torchrun can start `train`, not `{context.invoked_subcommand}`")
 
 # %% ../nbs/cli.ipynb #9214fafa
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -506,13 +510,17 @@ def train(
 ) -> None:
     """Train one model for one horizon by executing train.ipynb.
 
+    With `torchrun --nproc-per-node 2 -m modelfactory train ...`, two processes fit one network together.
+
     Example: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4"""
-    from modelfactory.configuration import settings
+    from modelfactory.configuration import ConfigError, settings
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.splits import split_files
+    from modelfactory.models.distributed import launched_rank
     from modelfactory.models.errors import ModelUnavailable
     from modelfactory.models.registry import ModelRegistry
+    from modelfactory.models.sequence import SequenceClassifier
     from modelfactory.runs.engine import run_notebook
     from modelfactory.runs.grid import make_trainer
 
@@ -521,10 +529,16 @@ def train(
     trainer = make_trainer(parameters)
     if reason := ModelRegistry.reason(model, trainer.model_config):
         raise ModelUnavailable(f"{model}: {reason}")
+    rank, n_processes = launched_rank()
+    if n_processes > 1 and not issubclass(ModelRegistry.get(model), SequenceClassifier):
+        raise ConfigError(f"{model}: torchrun started {n_processes} processes, but only networks can use more than one")
     trainer.prepare_data()
     split_files(resolve_data(parameters["data"]), ("train", "val", *["test"] * test))
     splits = {name: ds.split for name, ds in trainer.datasets.items()}
     audit(splits, tuple(_split_commas(allow))).raise_if_leaky()
+    if rank > 0:
+        trainer.train()  # together with the kernel of the first process, which publishes the run
+        return
     outcome = run_notebook(parameters | dict(evaluate_test=test), output)
     if outcome.status != "ok":
         _print_error(f"{outcome.status}: {outcome.reason} (see {outcome.path})")

@@ -13,7 +13,7 @@ from modelfactory.cli import app
 from modelfactory.runs.examples import train_example
 from modelfactory.runs.manage import clean_runs, diff_runs, dry_run, run_title, show_run
 from modelfactory.runs.run import load_run
-from modelfactory.runs.run_folder import FAILED_FOLDER, PARTIAL_FOLDER, start_attempt
+from modelfactory.runs.run_folder import CHECKPOINT_PREFIX, FAILED_FOLDER, PARTIAL_FOLDER, start_attempt
 
 TEXT, NUMBER, WHOLE = dict(type="string"), dict(type=["number", "null"]), dict(type="integer")
 
@@ -159,10 +159,12 @@ def test_clean_keeps_finished_runs_and_live_attempts(runs, tmp_path):
     live = start_attempt(folder, dict(model="nearest", horizon=5))
     dead = shutil.copytree(live, live.with_name("nearest_h5_dead"))
     (dead / "pid").write_text("999999999 0.0")
+    fit = live.with_name(f"{CHECKPOINT_PREFIX}0123_4567")
+    fit.mkdir()
     would = clean_runs(folder, dry_run=True)
     assert dead.is_dir() and [row["kind"] for row in would] == ["failed", "interrupted"]
     assert clean_runs(folder) == would and clean_runs(folder) == []
-    assert live.is_dir() and not dead.exists() and len(list(folder.glob("nearest*"))) == 2
+    assert live.is_dir() and fit.is_dir() and not dead.exists() and len(list(folder.glob("nearest*"))) == 2
     assert not list((folder / FAILED_FOLDER).iterdir()) and (folder / PARTIAL_FOLDER).is_dir()
 
 

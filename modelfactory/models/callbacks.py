@@ -24,8 +24,10 @@ __all__ = ['Callback', 'run_callbacks', 'ShowProgress', 'EarlyStopping', 'Progre
 class Callback:
     "Base class of callbacks: a subclass overrides the methods it needs."
 
-    def on_fit_start(self, model: BaseModel, n_rounds: int) -> None:
-        "Called before the first of at most `n_rounds` rounds or epochs."
+    def on_fit_start(self, model: BaseModel, n_rounds: int) -> bool | None:
+        """Called before the first of at most `n_rounds` rounds or epochs.
+
+        A true return value says that a resumed fit was complete; networks then train no further epoch."""
 
     def on_epoch_end(self, model: BaseModel, epoch: int, logs: dict[str, float]) -> bool | None:
         "Called after round `epoch` (counted from 0) with its losses; a true return value stops the fit."
@@ -80,10 +82,15 @@ class EarlyStopping(Callback):
 
     def on_fit_start(self, model, n_rounds):
         self.losses = _latest_losses(model)
+        return self._has_waited()
 
     def on_epoch_end(self, model, epoch, logs):
         self.losses.append(_or_inf(logs["val_loss"]))
-        return epoch - self.losses.index(min(self.losses)) >= self.patience
+        return self._has_waited()
+
+    def _has_waited(self):
+        "Whether the best loss is `patience` rounds old; a resumed fit may have stopped before."
+        return bool(self.losses) and len(self.losses) - 1 - self.losses.index(min(self.losses)) >= self.patience
 
 # %% ../../nbs/models/03_callbacks.ipynb #9f4c5042
 class ProgressFile(Callback):
@@ -121,8 +128,10 @@ class Checkpoint(Callback):
         every: int = 50,  # rounds or epochs between checkpoints
         best: bool = False,  # save only if the validation loss is the lowest so far
         resume: bool = False,  # continue from the latest checkpoint, if any
+        max_share: float | None = None,  # maximum share of the fit's time; a checkpoint that would exceed it is skipped
     ):
         self.folder, self.every, self.best, self.resume = Path(folder), every, best, resume
+        self.max_share = max_share
 
     def latest(self) -> Path | None:
         "Returns the folder of the latest checkpoint, or None if there is no checkpoint."
@@ -136,11 +145,20 @@ class Checkpoint(Callback):
                 )
             model.resume(last)
         self.losses = _latest_losses(model)
+        self.start, self.seconds, self.longest = time.monotonic(), 0.0, 0.0  # start; total and longest time of writing
 
     def on_epoch_end(self, model, epoch, logs):
         self.losses.append(_or_inf(logs.get("val_loss", 0.0)))
         if (epoch + 1) % self.every or (self.best and self.losses[-1] > min(self.losses)):
             return
+        before = time.monotonic()
+        if self.max_share is None or self.seconds + self.longest <= self.max_share * (before - self.start):
+            self._write(model, epoch)
+            seconds = time.monotonic() - before
+            self.seconds, self.longest = self.seconds + seconds, max(self.longest, seconds)
+
+    def _write(self, model, epoch):
+        "Saves the model, then removes older checkpoints."
         older, partial = list(self.folder.glob("round_*")), self.folder / f".{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -30,6 +30,7 @@ from modelfactory.models.base import (
 )
 from .batches import Batches, as_windows, feature_mean_std, standardise_windows, used_rows
 from .callbacks import EarlyStopping, run_callbacks
+from .distributed import join_processes, on_first_process
 from .errors import DivergedError, NotFittedError
 from .persistence import HEADER_FILE, checkpoint_errors, load_header, save_header
 from modelfactory.models.training_loop import (
@@ -40,6 +41,8 @@ from modelfactory.models.training_loop import (
     pick_device,
     predict_logits,
     read_training,
+    seed_torch,
+    steps_per_epoch,
     trainable_state_dict,
     weighted_loss,
     write_training,
@@ -95,10 +98,8 @@ class NetworkModel(BaseModel):
 
     def build(self) -> None:
         "Creates the network on its device; the seed determines the initial weights."
-        import torch
-
-        torch.manual_seed(self.config.random_seed)
         self.device = pick_device(self.config.device)
+        seed_torch(self.config.random_seed, self.device)
         T, F = self.config.sequence_length, len(self.feature_columns)
         with without_module(ADDRESS_GRAMMAR):  # the backbone may import neuralforecast
             net = self.backbone(T, F, len(self.classes), self.config)
@@ -131,7 +132,7 @@ class NetworkModel(BaseModel):
             return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
         with isolated_torch_state(self.config):
             logits = predict_logits(self.net, self.batches(X), self.config.batch_size)
-        return to_output(logits.double().softmax(1).cpu().numpy(), metadata, self.classes)
+        return to_output(logits.cpu().double().softmax(1).numpy(), metadata, self.classes)
 
     def save(self, path):
         from safetensors.torch import save_file
@@ -178,6 +179,7 @@ class SequenceClassifier(NetworkModel):
         weights_val = training_weights(self, codes_val, metadata_val)
         check_two_classes(self, codes)
         self.mean, self.scale = feature_mean_std(as_windows(X_train))
+        join_processes(pick_device(self.config.device))
         with isolated_torch_state(self.config):
             self.build()
             train = (self.batches(X_train), *self._on_device(codes, weights))
@@ -193,13 +195,16 @@ class SequenceClassifier(NetworkModel):
     def _run_training(self, train, val):
         "Trains on `train` with early stopping on `val`, two tuples (batches, codes, weights); returns the history."
         c = self.config
-        self.training = t = Training(self.net, c, c.max_epochs * -(-len(train[0]) // c.batch_size), self.loss)
+        self.training = t = Training(self.net, c, c.max_epochs * steps_per_epoch(len(train[0]), c), self.loss)
         config = json.loads(json.dumps(asdict(c)))
         self.key = dict(config=config, features=self.feature_columns, data=_checksum(train, val))
         callbacks = [*self.callbacks, *([EarlyStopping(c.patience)] if c.early_stopping else [])]
         try:
-            run_callbacks(self, "on_fit_start", c.max_epochs, to=callbacks)
-            self._run_epochs(t, train, val, callbacks)
+            is_complete = on_first_process(run_callbacks, self, "on_fit_start", c.max_epochs, to=callbacks)
+            t.distribute()
+            if not is_complete:
+                self._run_epochs(t, train, val, callbacks)
+            self.fitted = True
         finally:
             self.training = None
         losses = np.asarray(t.losses["val_loss"])
@@ -209,7 +214,7 @@ class SequenceClassifier(NetworkModel):
         if keep_best:
             load_trainable_state_dict(self.net, t.best)
         history = t.losses | dict(best_round=int(np.nanargmin(losses)) if keep_best else len(losses) - 1)
-        run_callbacks(self, "on_fit_end", history, to=callbacks)
+        on_first_process(run_callbacks, self, "on_fit_end", history, to=callbacks)
         return history
 
     def _run_epochs(self, t, train, val, callbacks):
@@ -219,15 +224,20 @@ class SequenceClassifier(NetworkModel):
         """
         for number in range(len(t.losses["val_loss"]), self.config.max_epochs):
             train_loss = t.epoch(number, *train)
-            val_loss = float(weighted_loss(predict_logits(t.run, val[0], self.config.batch_size), *val[1:]))
+            val_loss = on_first_process(self._validate, t, *val) if np.isfinite(train_loss) else np.nan
             t.record(train_loss, val_loss)
             if not np.isfinite([train_loss, t.losses["val_loss"][-1]]).all() and t.has_diverged:
                 if t.best is None:
-                    raise DivergedError(divergence_message(self, number + 1))
+                    raise DivergedError(divergence_message(self, number + 1) + t.divergence_hint)
                 break
             self.fitted = True
-            if run_callbacks(self, "on_epoch_end", number, {k: v[-1] for k, v in t.losses.items()}, to=callbacks):
+            logs = {k: v[-1] for k, v in t.losses.items()}
+            if on_first_process(run_callbacks, self, "on_epoch_end", number, logs, to=callbacks):
                 break
+
+    def _validate(self, t, batches, codes, weights):
+        "Returns the cross entropy on the validation windows."
+        return float(weighted_loss(predict_logits(t.run, batches, self.config.batch_size, t.precision), codes, weights))
 
     def resume(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Interval
 from ..configuration import NonNegativeInt, PositiveFloat, PositiveInt, settings
 from .base import ModelConfig
 from .batches import Batches, epoch_order
+from .distributed import on_first_process, sum_over_processes, world
 from .persistence import CheckpointError, checkpoint_errors
 from .tabular import n_threads
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 # %% auto #0
-__all__ = ['SequenceConfig', 'tune_malloc', 'isolated_torch_state', 'pick_device', 'weighted_loss', 'forward_logits',
-           'predict_logits', 'trainable_state_dict', 'load_trainable_state_dict', 'Training', 'write_training',
-           'read_training']
+__all__ = ['SequenceConfig', 'tune_malloc', 'isolated_torch_state', 'seed_torch', 'pick_device', 'pick_precision',
+           'weighted_loss', 'forward_logits', 'predict_logits', 'trainable_state_dict', 'load_trainable_state_dict',
+           'parameter_groups', 'steps_per_epoch', 'split_batch', 'Training', 'write_training', 'read_training']
 
 # %% ../../nbs/models/08_training_loop.ipynb #1bc0c6e8
 @dataclass
@@ -39,15 +40,18 @@ class SequenceConfig(ModelConfig):
 
     sequence_length: PositiveInt = field(default_factory=lambda: settings().sequence_length)  # rows in a window
     max_epochs: PositiveInt = 30  # maximum number of passes over the training rows
-    batch_size: PositiveInt = 256  # number of windows per optimiser step
+    batch_size: PositiveInt = 256  # number of windows in a batch
+    accumulate: PositiveInt = 1  # number of batches whose mean gradient makes an optimiser step
     learning_rate: PositiveFloat = 1e-3  # maximum learning rate of the one-cycle schedule
     warmup_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.3  # share of the cycle in which the learning rate rises
-    weight_decay: Annotated[float, Ge(0)] = 1e-2  # weight decay of AdamW
+    weight_decay: Annotated[float, Ge(0)] = 1e-2  # weight decay of AdamW, applied to matrices and kernels only
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1  # share of activations set to 0 during training
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # share of the target given evenly to all classes
     max_grad_norm: Annotated[float, Gt(0)] = 1.0  # maximum norm of the gradient; larger gradients are scaled down
     patience: PositiveInt = 6  # epochs without a lower validation loss before stopping
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    checkpoint_every: NonNegativeInt = 1  # epochs between the checkpoints of a run, see `Checkpoint`; 0: none
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CUDA GPU if there is one, else the CPU
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the network during the fit, see `pick_precision`
     threads: NonNegativeInt = 0  # number of CPU threads; 0: OMP_NUM_THREADS if set, else all cores
     compile: bool = False  # compile the network with torch.compile
 
@@ -64,28 +68,70 @@ def tune_malloc() -> None:
 
 @contextmanager
 def isolated_torch_state(config: SequenceConfig) -> Iterator[None]:
-    "Sets the number of threads from the config; restores the caller's thread count and random state on exit."
+    """Sets the number of threads from the config; restores the caller's thread count and random state on exit.
+
+    The random state is that of the CPU and, if the config selects CUDA, of the current card."""
     import torch
 
     n_threads_before = torch.get_num_threads()
     tune_malloc()
     torch.set_num_threads(n_threads(config))
-    with torch.random.fork_rng():
+    cards = [torch.cuda.current_device()] if pick_device(config.device) == "cuda" else []
+    with torch.random.fork_rng(cards, device_type="cuda"):
         try:
             yield
         finally:
             torch.set_num_threads(n_threads_before)
 
 
-def pick_device(
-    requested: str,  # auto, cpu or cuda
-) -> str:
-    "Returns cpu or cuda; raises `ValueError` if cuda is requested and torch finds no GPU."
+def seed_torch(
+    seed: int,
+    device: str,  # cpu, cuda or mps
+) -> None:
+    "Seeds the generator of the CPU and that of the current device; those of other devices keep their state."
     import torch
 
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch finds no GPU; set device to auto or cpu")
-    return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.default_generator.manual_seed(seed)
+    if device != "cpu":
+        getattr(torch, device).manual_seed(seed)
+
+# %% ../../nbs/models/08_training_loop.ipynb #34141d7f
+def pick_device(
+    requested: str,  # auto, cpu, cuda or mps
+) -> str:  # cpu, cuda or mps
+    "Returns the device of a fit; raises `ValueError` if torch does not find the requested GPU."
+    import torch
+
+    for device, is_available in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available)):
+        if requested == device and not is_available():
+            raise ValueError(f"device is {device}, but torch finds no GPU; set device to auto or cpu")
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return requested
+
+# %% ../../nbs/models/08_training_loop.ipynb #f52da116
+def pick_precision(
+    requested: str,  # auto, bf16, fp16 or fp32
+    device: str,  # cpu, cuda or mps
+) -> str:  # bf16, fp16 or fp32
+    """Returns the precision in which a network is trained.
+
+    auto: on a CUDA GPU bf16 if the card computes it natively and fp16 otherwise; on other devices fp32. Raises
+    `ValueError` if the device does not support the requested precision."""
+    import torch
+
+    is_native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if requested == "auto":
+        return "fp32" if device != "cuda" else "bf16" if is_native else "fp16"
+    supported = dict(
+        cpu=("bf16", "fp32"), mps=("fp32",), cuda=("bf16", "fp16", "fp32") if is_native else ("fp16", "fp32")
+    )
+    if requested not in supported[device]:
+        raise ValueError(
+            f"precision is {requested}, but a fit on this {device} device can only use "
+            f"{' or '.join(supported[device])}; set precision to auto"
+        )
+    return requested
 
 # %% ../../nbs/models/08_training_loop.ipynb #af817f63
 def weighted_loss(
@@ -105,11 +151,14 @@ def weighted_loss(
 def forward_logits(
     net: Module,
     x: Tensor,  # (B, T, F) standardised
+    precision: str = "fp32",  # bf16, fp16 or fp32
 ) -> Tensor:  # (B, n_classes)
-    "Returns the logits of a batch, computed in bfloat16 on a GPU."
+    "Returns the logits of a batch, computed in the given precision."
     import torch
 
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+    if precision == "fp32":
+        return net(x)
+    with torch.autocast(x.device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[precision]):
         return net(x)
 
 
@@ -117,6 +166,7 @@ def predict_logits(
     net: Module,
     batches: Batches,
     batch_size: int,  # maximum number of windows in a batch
+    precision: str = "fp32",  # as for `forward_logits`
 ) -> Tensor:  # (n, n_classes) float32
     "Returns the logits of all windows in order, computed without gradients or dropout."
     import torch
@@ -124,7 +174,7 @@ def predict_logits(
     net.eval()
     parts = np.array_split(np.arange(len(batches)), -(-len(batches) // batch_size))
     with torch.no_grad():
-        return torch.cat([forward_logits(net, batches.take(idx)).float() for idx in parts])
+        return torch.cat([forward_logits(net, batches.take(idx), precision).float() for idx in parts])
 
 # %% ../../nbs/models/08_training_loop.ipynb #576fbbf4
 def trainable_state_dict(net: Module) -> dict[str, Tensor]:  # name -> tensor on the CPU
@@ -148,6 +198,50 @@ def load_trainable_state_dict(
     if mismatched:
         raise ValueError(f"{len(mismatched)} tensors are missing or unknown; the first is {mismatched[0]}")
 
+# %% ../../nbs/models/08_training_loop.ipynb #df43476e
+def parameter_groups(
+    net: Module,
+    weight_decay: float,  # weight decay of the matrices and kernels
+) -> list[dict]:  # two groups for an optimiser: with and without weight decay
+    """Splits the trainable parameters by whether weight decay applies to them.
+
+    It does not apply to vectors (biases, scales), to normalisation layers, to embeddings and to learned positions."""
+    exempt = {id(p) for module in net.modules() if _is_norm_or_embedding(module) for p in module.parameters(False)}
+    groups: dict[bool, list] = {True: [], False: []}
+    for name, p in net.named_parameters():
+        is_matrix = sum(size > 1 for size in p.shape) > 1
+        if p.requires_grad:
+            groups[is_matrix and id(p) not in exempt and "position" not in name].append(p)
+    return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
+
+
+def _is_norm_or_embedding(module):
+    "Whether a module is a normalisation layer or an embedding."
+    from torch import nn
+
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "Norm" in type(module).__name__
+
+# %% ../../nbs/models/08_training_loop.ipynb #89851b30
+def steps_per_epoch(
+    n: int,  # training windows
+    config: SequenceConfig,
+) -> int:
+    "Returns the number of optimiser steps in an epoch."
+    return -(-n // (config.batch_size * config.accumulate))
+
+
+def split_batch(
+    idx: np.ndarray,  # (b,) positions of the windows of an optimiser step
+    accumulate: int,  # parts for each process
+    rank: int = 0,  # of this process
+    size: int = 1,  # number of processes
+) -> list[tuple[np.ndarray, float]]:  # positions of windows, and the weight of their mean loss
+    """Returns the parts of a batch for one process; all processes get the same number of parts.
+
+    A process without a window in a part sees the first window with weight 0."""
+    parts = np.array_split(idx, min(accumulate, -(-len(idx) // size)) * size)[rank::size]
+    return [(part, size * len(part) / len(idx)) if len(part) else (idx[:1], 0.0) for part in parts]
+
 # %% ../../nbs/models/08_training_loop.ipynb #b0419125
 class Training:
     "The state of a fit; `epoch` trains for one epoch, `record` keeps the best weights."
@@ -163,11 +257,40 @@ class Training:
 
         self.net, self.config, self.losses, self.best = net, config, dict(train_loss=[], val_loss=[]), None
         self.loss = loss or partial(weighted_loss, smoothing=config.label_smoothing)
+        self.device = next(net.parameters()).device.type
+        self.precision = pick_precision(config.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.precision == "fp16")
         self.run = torch.compile(net) if config.compile else net
-        self.optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.parallel = self.run  # `distribute` replaces it
+        self.part = 1.0, True  # weight of the next batch in its optimiser step, and whether it is the last one of it
+        self.diverged_at: str | None = None  # step after which the loss was not finite, in words
+        self.optimiser = torch.optim.AdamW(parameter_groups(net, config.weight_decay), lr=config.learning_rate)
         n = max(n_steps, 4)  # OneCycleLR divides by zero if a phase is shorter than 1.5 steps
         warmup = min(max(config.warmup_fraction, 1.5 / n), 1 - 1.5 / n)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, config.learning_rate, n, pct_start=warmup)
+
+    def state_dict(self) -> dict:  # of the optimiser, the schedule and the gradient scaler
+        "Returns the state of everything but the network."
+        return {k: getattr(self, k).state_dict() for k in ("optimiser", "schedule", "scaler")}
+
+    def load_state_dict(
+        self,
+        state: dict,  # from `state_dict`
+    ) -> None:
+        "Sets the state of everything but the network."
+        for name, values in state.items():
+            getattr(self, name).load_state_dict(values)
+
+    def distribute(self) -> None:
+        "Gives the state of the first process to all processes; from then on, gradients are averaged over them."
+        import torch
+
+        if world()[1] == 1:
+            return
+        self.losses, self.best, state = on_first_process(lambda: (self.losses, self.best, self.state_dict()))
+        self.load_state_dict(state)
+        cards = [torch.cuda.current_device()] if self.device == "cuda" else None
+        self.parallel = torch.nn.parallel.DistributedDataParallel(self.run, device_ids=cards)
 
     def step(
         self,
@@ -175,15 +298,23 @@ class Training:
         y: Tensor,  # (b,) class codes
         w: Tensor | None = None,  # (b,) sample weights
     ) -> Tensor:  # scalar loss
-        "Makes one optimiser step on a batch."
+        "Adds the gradient of a batch and makes an optimiser step if the batch is the last one of that step."
         import torch
 
-        self.optimiser.zero_grad(set_to_none=True)
-        loss = self.loss(forward_logits(self.run, x), y, w)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm)
-        self.optimiser.step()
-        self.schedule.step()
+        share, is_last = self.part
+        waits = not is_last and self.parallel is not self.run
+        with self.parallel.no_sync() if waits else nullcontext():
+            loss = self.loss(forward_logits(self.parallel, x, self.precision), y, w)
+            self.scaler.scale(loss if share == 1 else loss * share).backward()
+        if is_last:
+            self.scaler.unscale_(self.optimiser)
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm)
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            if self.scaler.get_scale() >= scale:  # else the gradients overflowed and the step was skipped
+                self.schedule.step()
+            self.optimiser.zero_grad(set_to_none=True)
         return loss.detach()
 
     def epoch(
@@ -192,17 +323,27 @@ class Training:
         batches: Batches,
         y: Tensor,  # (n,) class codes
         w: Tensor | None = None,  # (n,) sample weights
-    ) -> float:  # mean loss
+    ) -> float:  # mean loss; not finite if the epoch ended because of such a loss
         "Trains on every window once; the order and the random state depend only on the seed and the epoch number."
         import torch
 
-        c, total = self.config, 0.0
-        torch.manual_seed(c.random_seed + 7919 * (number + 1))
+        c, (rank, size), total = self.config, world(), 0.0
+        check_every = 1 if self.device == "cpu" and size == 1 else 32
+        seed_torch(c.random_seed + 7919 * (number + 1) + 104_729 * rank, self.device)
         self.net.train()
-        for idx in epoch_order(len(batches), c.batch_size, c.random_seed, number):
-            rows = torch.as_tensor(idx, device=y.device)
-            total += self.step(batches.take(idx), y[rows], None if w is None else w[rows]) * len(idx)
-        return float(total) / len(batches)
+        self.optimiser.zero_grad(set_to_none=True)
+        order = epoch_order(len(batches), c.batch_size * c.accumulate, c.random_seed, number)
+        for i, windows in enumerate(order, 1):
+            parts = split_batch(windows, c.accumulate, rank, size)
+            for j, (idx, share) in enumerate(parts, 1):
+                rows = torch.as_tensor(idx, device=y.device)
+                self.part = share, j == len(parts)
+                loss = self.step(batches.take(idx), y[rows], None if w is None else w[rows])
+                total += loss * (share * len(windows) / size)
+            if i % check_every == 0 and not sum_over_processes(total).isfinite():
+                self.diverged_at = f"step {i} of {len(order)}"
+                break
+        return float(sum_over_processes(total)) / len(batches)
 
     def record(self, train_loss: float, val_loss: float) -> None:
         "Appends the losses of an epoch; copies the weights if the validation loss is finite and the lowest so far."
@@ -213,8 +354,15 @@ class Training:
 
     @property
     def has_diverged(self) -> bool:
-        "Whether a weight of the network is NaN or infinite; further epochs cannot repair this."
-        return not all(p.isfinite().all() for p in self.net.parameters())
+        "Whether a loss or a weight of the network is NaN or infinite; further epochs cannot repair this."
+        return self.diverged_at is not None or not all(p.isfinite().all() for p in self.net.parameters())
+
+    @property
+    def divergence_hint(self) -> str:
+        "The end of the error message of a fit that diverged: when, and what to lower besides the learning rate."
+        half = f", or set precision to fp32 (now {self.precision})" if self.precision != "fp32" else ""
+        when = f"; it was found at {self.diverged_at}" if self.diverged_at else ""
+        return f" or max_grad_norm (now {self.config.max_grad_norm:g}){half}{when}"
 
 # %% ../../nbs/models/08_training_loop.ipynb #b18ad4a0
 def write_training(
@@ -225,13 +373,14 @@ def write_training(
     "Writes `training.safetensors` and `training.json`."
     from safetensors.torch import save_file
 
-    opt = t.optimiser.state_dict()
+    rest = t.state_dict()
+    opt = rest.pop("optimiser")
     moments = {f"moments.{i}.{k}": v for i, s in opt["state"].items() for k, v in s.items()}
     net = {f"net.{k}": v for k, v in trainable_state_dict(t.net).items()}
     best = {f"best.{k}": v for k, v in (t.best or {}).items()}
     moments = {k: v.cpu().contiguous() for k, v in moments.items()}
     save_file(net | best | moments, folder / "training.safetensors")
-    state = dict(key=key, losses=t.losses, groups=opt["param_groups"], schedule=t.schedule.state_dict())
+    state = dict(key=key, losses=t.losses, groups=opt["param_groups"], rest=rest)
     (folder / "training.json").write_text(json.dumps(state))
 
 # %% ../../nbs/models/08_training_loop.ipynb #497746ad
@@ -252,10 +401,11 @@ def read_training(
         )
     with checkpoint_errors(folder / "training.safetensors", "the state of a fit") as file:
         parts = _by_part(load_file(file))
-    moments = {int(i): v for i, v in _by_part(parts["moments"]).items()}
+        if parts["net"].keys() != trainable_state_dict(t.net).keys():
+            raise ValueError("tensors are missing or unknown")
+        moments = {int(i): v for i, v in _by_part(parts["moments"]).items()}
     load_trainable_state_dict(t.net, parts["net"])
-    t.optimiser.load_state_dict(dict(state=moments, param_groups=stored["groups"]))
-    t.schedule.load_state_dict(stored["schedule"])
+    t.load_state_dict(stored["rest"] | dict(optimiser=dict(state=moments, param_groups=stored["groups"])))
     t.losses, t.best = stored["losses"], parts.get("best")
 
 

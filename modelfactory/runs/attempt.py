@@ -15,15 +15,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from ..configuration import settings
 from ..files import FileError, check_inner_name, check_tree, read_json
 from ..models.base import PredictionOutput, probability_columns
+from ..models.callbacks import Checkpoint
 from ..models.code import code_version
 from ..models.conformal import set_columns, set_names
-from ..models.persistence import file_hash, library_version
+from ..models.persistence import CheckpointError, file_hash, library_version
 from ..models.registry import ModelRegistry
 from .migrate import SCHEMA_VERSION
-from .run_folder import FEATURES_FILE, RESULT_FILE, RunError, write_json, write_manifest
+from modelfactory.runs.run_folder import (
+    CHECKPOINT_PREFIX,
+    FEATURES_FILE,
+    PARTIAL_FOLDER,
+    RESULT_FILE,
+    RunError,
+    working_folder,
+    write_json,
+    write_manifest,
+)
 from .stored import StoredRun, open_run
 from ..training.test_set import runs_folder
 
@@ -34,9 +46,9 @@ if TYPE_CHECKING:
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
-__all__ = ['run_identity', 'prediction_frame', 'stored_output', 'write_run', 'write_record', 'git_commit', 'prediction_file',
-           'score_files', 'write_scores', 'folder_hashes', 'publish', 'publish_fitted', 'add_predictions', 'add_scores',
-           'change_manifest', 'close_attempt']
+__all__ = ['CHECKPOINT_SHARE', 'run_identity', 'prediction_frame', 'stored_output', 'write_run', 'write_record', 'git_commit',
+           'prediction_file', 'score_files', 'write_scores', 'RunCheckpoint', 'checkpoint_fit', 'folder_hashes',
+           'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'change_manifest', 'close_attempt']
 
 # %% ../../nbs/runs/02_attempt.ipynb #49a67090
 def run_identity(
@@ -253,6 +265,69 @@ def _library_versions(model):
     libraries = ("modelfactory", "numpy", "pandas", "pyarrow", *model.requires)
     return dict(python=sys.version.split()[0], **{lib: library_version(lib) for lib in libraries})
 
+# %% ../../nbs/runs/02_attempt.ipynb #94a1c167
+CHECKPOINT_SHARE = 0.02  # maximum share of the time of a fit that is spent on checkpoints
+
+
+class RunCheckpoint(Checkpoint):
+    "Writes checkpoints of a network's fit in a runs folder and goes on from those of a killed attempt."
+
+    def __init__(
+        self,
+        runs: Path,  # the runs folder
+        identity: str,  # identity of the future run
+    ):
+        super().__init__(working_folder(runs, PARTIAL_FOLDER), resume=True, max_share=CHECKPOINT_SHARE)
+        self.partial, self.identity = self.folder, identity
+        self.lock = FileLock(Path(runs) / ".locks" / f"fit_{identity}")
+
+    def on_fit_start(self, model, n_rounds):
+        is_network = hasattr(model, "resume")
+        self.every = model.config.checkpoint_every if is_network else 0
+        if not self.every or not self._has_lock():
+            self.every = 0
+            return
+        fit = hashlib.blake2b(json.dumps(model.key, sort_keys=True).encode(), digest_size=4).hexdigest()
+        self.folder = self.partial / f"{CHECKPOINT_PREFIX}{self.identity}_{fit}"  # a run may have several fits
+        try:
+            super().on_fit_start(model, n_rounds)
+        except CheckpointError as e:
+            print(f"{model.name}: starts again, because its checkpoint cannot be read: {e}")
+            shutil.rmtree(self.folder, ignore_errors=True)
+            super().on_fit_start(model, n_rounds)
+        if self.losses:
+            print(f"{model.name}: goes on after epoch {len(self.losses)} of at most {n_rounds}")
+
+    def on_epoch_end(self, model, epoch, logs):
+        try:
+            if self.every:
+                super().on_epoch_end(model, epoch, logs)
+        except Exception as e:  # such as a full disk, which must not cost the fit
+            print(f"{model.name}: no further checkpoints, because one cannot be written: {e}")
+            self.every = 0
+
+    def _has_lock(self):
+        "Whether this process alone writes the checkpoints of the run; it keeps the lock until it ends."
+        Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout):
+            self.lock.acquire(timeout=0)
+        return self.lock.is_locked
+
+
+def checkpoint_fit(
+    trainer: Trainer,  # trainer before the fit
+    attempt: Path | None = None,  # folder of the attempt; None: the runs folder of the settings is used
+) -> None:
+    "Makes the fit of a network write checkpoints and go on from those of a killed attempt with the same identity."
+    runs = settings().runs if attempt is None else runs_folder(attempt)
+    identity = run_identity(json.loads(json.dumps(trainer.resolved_config())), trainer.fingerprint())
+    trainer.callbacks.append(RunCheckpoint(runs, identity))
+
+
+def _remove_checkpoints(runs, identity):
+    for folder in working_folder(runs, PARTIAL_FOLDER).glob(f"{CHECKPOINT_PREFIX}{identity}_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../../nbs/runs/02_attempt.ipynb #0dc9ca2f
 def folder_hashes(
     folder: Path,
@@ -284,7 +359,9 @@ def publish(
     scored = score_files("val")["metrics"] in files
     values = dict(schema=SCHEMA_VERSION, status="ok", name=attempt.name, created=created, grid=grid or None)
     write_manifest(attempt, values | result | dict(scored=scored, files=files), own=True)
-    return attempt.rename(Path(runs) / attempt.name)
+    run = attempt.rename(Path(runs) / attempt.name)
+    _remove_checkpoints(runs, result.get("identity"))
+    return run
 
 # %% ../../nbs/runs/02_attempt.ipynb #3684858e
 def publish_fitted(

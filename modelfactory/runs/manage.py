@@ -19,7 +19,14 @@ from ..files import printable
 from ..progress import duration
 from .grid import GridConfig, GridStatus, grid_config, grid_status, plan_grid
 from .run import Run, list_runs, load_run
-from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, is_alive, list_attempts, working_folder
+from modelfactory.runs.run_folder import (
+    CHECKPOINT_PREFIX,
+    FAILED_FOLDER,
+    PARTIAL_FOLDER,
+    is_alive,
+    list_attempts,
+    working_folder,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -211,12 +218,12 @@ def clean_runs(
     runs: Path | str | None = None,  # None: the runs folder of the settings
     dry_run: bool = False,  # list what would be removed, and remove nothing
 ) -> list[dict]:  # one dict for each attempt, with the keys folder, kind (failed or interrupted) and bytes
-    "Removes the attempts that failed or whose process has ended; finished runs and live attempts stay."
+    "Removes the attempts that failed or whose process has ended; runs, live attempts and checkpoints of fits stay."
     runs = Path(runs or settings().runs)
     removed = []
     for kind, name in (("failed", FAILED_FOLDER), ("interrupted", PARTIAL_FOLDER)):
         for attempt in list_attempts(working_folder(runs, name)):
-            if kind == "interrupted" and is_alive(attempt):
+            if attempt.name.startswith(CHECKPOINT_PREFIX) or (kind == "interrupted" and is_alive(attempt)):
                 continue
             size = sum(f.stat().st_size for f in attempt.rglob("*") if f.is_file() and not f.is_symlink())
             removed.append(dict(folder=f"{name}/{attempt.name}", kind=kind, bytes=size))

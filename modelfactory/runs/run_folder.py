@@ -23,9 +23,10 @@ from ..models.registry import check_name
 
 # %% auto #0
 __all__ = ['MANIFEST_FILE', 'RESULT_FILE', 'FEATURES_FILE', 'PARTIAL_FOLDER', 'FAILED_FOLDER', 'STAGED_FOLDER', 'REPLACED_FOLDER',
-           'UNSCORED', 'STALE_SECONDS', 'OWNER_MARK', 'RunError', 'RunConfigError', 'name_prefix', 'start_attempt',
-           'write_pid', 'working_folder', 'list_attempts', 'clear_partial', 'is_alive', 'write_json', 'user_key',
-           'owner_mark', 'write_manifest', 'replace_run', 'finish_swaps']
+           'UNSCORED', 'CHECKPOINT_PREFIX', 'CHECKPOINT_DAYS', 'STALE_SECONDS', 'OWNER_MARK', 'RunError',
+           'RunConfigError', 'name_prefix', 'start_attempt', 'write_pid', 'working_folder', 'list_attempts',
+           'clear_partial', 'is_alive', 'write_json', 'user_key', 'owner_mark', 'write_manifest', 'replace_run',
+           'finish_swaps']
 
 # %% ../../nbs/runs/00_run_folder.ipynb #bdc1e8f8
 class RunError(PrintableError):
@@ -39,7 +40,7 @@ class RunConfigError(RunError, ConfigError):
 MANIFEST_FILE = "manifest.json"
 RESULT_FILE = "result.json"  # result of an attempt; copied into the manifest on publication
 FEATURES_FILE = "features.json"  # distribution of each feature in the training split
-PARTIAL_FOLDER = ".partial"  # attempts in progress
+PARTIAL_FOLDER = ".partial"  # attempts in progress, and checkpoints of killed attempts
 FAILED_FOLDER = ".failed"  # attempts that failed
 STAGED_FOLDER = ".rescored"  # complete rescored runs that are about to replace published runs
 REPLACED_FOLDER = ".replaced"  # old runs that are being replaced
@@ -99,14 +100,28 @@ def list_attempts(
     return sorted(folder.glob("*"), key=lambda attempt: attempt.name[-22:])  # start time and random number
 
 
+CHECKPOINT_PREFIX = ".fit_"  # first part of the names of folders with checkpoints of a fit, see `runs.attempt`
+CHECKPOINT_DAYS = 14  # days without a change after which checkpoints are removed
+
+
 def clear_partial(
     runs: Path,  # the runs folder
-) -> list[str]:  # names of the removed attempts
-    "Removes the folders of attempts whose process has ended."
-    dead = [a for a in working_folder(runs, PARTIAL_FOLDER).glob("*") if not is_alive(a)]
+) -> list[str]:  # names of the removed folders
+    "Removes the folders of attempts whose process has ended, and checkpoints that are `CHECKPOINT_DAYS` old."
+    dead = [a for a in working_folder(runs, PARTIAL_FOLDER).glob("*") if not (is_alive(a) or _is_recent_fit(a))]
     for a in dead:
         shutil.rmtree(a, ignore_errors=True)
     return [a.name for a in dead]
+
+
+def _is_recent_fit(folder):
+    "Whether a folder holds checkpoints from which the next attempt of the same run may go on."
+    with contextlib.suppress(OSError):
+        return (
+            folder.name.startswith(CHECKPOINT_PREFIX)
+            and time.time() - folder.stat().st_mtime < CHECKPOINT_DAYS * 86_400
+        )
+    return False
 
 
 # An attempt on another machine counts as dead after this many seconds without an update of `pid`.
