@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {kind: tiny_checkpoint(kind, folder / kind) for kind in ("timesfm", "gpt2", "bert")}
+    return {kind: tiny_checkpoint(kind, folder / kind) for kind in ("timesfm", "timesfm25", "chronos2", "gpt2", "bert")}
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +90,21 @@ def test_a_subset_keeps_its_history_and_an_array_without_history_is_an_error():
 # TimesFM on windows with the raw close
 
 
-def timesfm(checkpoint, ds, **config):
+def timesfm(checkpoint, ds, name="timesfm", **config):
     fixed = dict(sequence_length=1, context_length=64, cache=False, device="cpu", max_epochs=2)
-    model = ModelRegistry.create("timesfm", dict(checkpoint=str(checkpoint)) | fixed | config, 5, ds.feature_columns)
+    model = ModelRegistry.create(name, dict(checkpoint=str(checkpoint)) | fixed | config, 5, ds.feature_columns)
     model.fit(ds.X, ds.y, ds.X, ds.y, ds.metadata, ds.metadata)
     return model
 
 
-@pytest.mark.parametrize("mode", ["zero_shot", "probe", "finetune"])
-def test_a_prediction_depends_on_the_bars_of_its_symbol_only(checkpoints, mode, tmp_path):
+MODES = [("timesfm", mode) for mode in ("zero_shot", "probe", "finetune")]
+MODES += [("timesfm25", "zero_shot"), ("timesfm25", "finetune"), ("chronos2", "probe")]
+
+
+@pytest.mark.parametrize("name, mode", MODES)
+def test_a_prediction_depends_on_the_bars_of_its_symbol_only(checkpoints, name, mode, tmp_path):
     ds = TimeSeriesDataset(read_split(market()), 5)
-    model = timesfm(checkpoints["timesfm"], ds, mode=mode)
+    model = timesfm(checkpoints[name], ds, name, mode=mode)
     p = model.predict(ds.X, ds.metadata).probabilities
     pick = np.random.default_rng(0).permutation(len(ds))[:40]
     assert np.abs(model.predict(ds.X.subset(pick), ds.metadata.iloc[pick]).probabilities - p[pick]).max() < 1e-5
@@ -144,11 +148,12 @@ def test_barriers_from_config_from_file_or_estimated(checkpoints, tmp_path):
         timesfm(checkpoints["timesfm"], bare, mode="zero_shot", barrier_up=1.0, barrier_down=1.0)
 
 
-def test_finetune_saves_the_trained_layers_only(checkpoints, tmp_path):
+@pytest.mark.parametrize("name", ["timesfm", "timesfm25"])
+def test_finetune_saves_the_trained_layers_only(checkpoints, name, tmp_path):
     from safetensors.torch import load_file
 
     ds = TimeSeriesDataset(read_split(market()), 5)
-    timesfm(checkpoints["timesfm"], ds, mode="finetune", unfrozen=1).save(tmp_path)
+    timesfm(checkpoints[name], ds, name, mode="finetune", unfrozen=1).save(tmp_path)
     names = set(load_file(tmp_path / "network.safetensors"))
     assert any("layers.1" in n for n in names) and not any("layers.0" in n or "input_ff" in n for n in names)
 
@@ -205,7 +210,7 @@ def test_checkpoints_are_read_from_the_folder_in_HF_HOME(checkpoints, tmp_path, 
     (refs := snapshot.parents[1] / "refs").mkdir()
     (refs / "main").write_text("abc")
     available = {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")}
-    assert available == dict(timesfm=True, timellm=False)
+    assert available == dict(timesfm=True, timesfm25=False, chronos2=False, timellm=False)
     ds = TimeSeriesDataset(read_split(market()), 5)
     config = dict(sequence_length=1, context_length=64, cache=False)
     model = ModelRegistry.create("timesfm", config, 5, ds.feature_columns)

@@ -59,6 +59,8 @@ NO_GRAPH = dict(
     informer="aten::randint",
     meta_labelling="second model predicts only the rows that have a side",
     timesfm="closing prices, which are not features",
+    timesfm25="closing prices, which are not features",
+    chronos2="closing prices, which are not features",
 )
 
 
@@ -94,7 +96,7 @@ def test_a_registered_model_is_exported_and_equal_or_on_the_list_of_those_that_c
     kind = ModelRegistry.get(name)
     length = min(kind.Config().sequence_length, 12)
     task = planted_task(150, F=3, seq_len=length)
-    checkpoint = dict(timellm="gpt2", timesfm="timesfm").get(name)
+    checkpoint = dict(timellm="gpt2", timesfm="timesfm", timesfm25="timesfm25", chronos2="chronos2").get(name)
     config = dict(checkpoint=str(tiny_checkpoint(checkpoint, tmp_path / "checkpoint"))) if checkpoint else {}
     model = ModelRegistry.create(name, config_of(name) | config | dict(sequence_length=length), 5, task.features)
     if name in NO_GRAPH:

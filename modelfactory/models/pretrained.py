@@ -174,7 +174,7 @@ def load_pretrained(
 
 # %% ../../nbs/models/09_pretrained.ipynb #46a16e5e
 def tiny_checkpoint(
-    kind: Literal["timesfm", "gpt2", "bert", "llama"],
+    kind: Literal["timesfm", "timesfm25", "chronos2", "gpt2", "bert", "llama"],
     folder: Path,  # created
     **config: object,  # config values that override the tiny defaults
 ) -> Path:  # the folder
@@ -185,11 +185,13 @@ def tiny_checkpoint(
     small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     small_timesfm = small | dict(head_dim=16, patch_length=8, context_length=64, horizon_length=32)
     words = {}
-    if kind != "timesfm":
+    if kind in ("gpt2", "bert", "llama"):
         words = dict(vocab_size=len(_train_tokenizer(folder)), max_position_embeddings=256)
     small_gpt2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=words.get("vocab_size"))
     make = dict(
         timesfm=lambda: TimesFmModelForPrediction(TimesFmConfig(**small_timesfm | config)),
+        timesfm25=lambda: _tiny_timesfm25(small_timesfm | config),
+        chronos2=lambda: _tiny_chronos2(config),
         gpt2=lambda: AutoModel.from_config(GPT2Config(**small_gpt2 | config)),
         bert=lambda: AutoModel.from_config(BertConfig(**small | words | config)),
         llama=lambda: AutoModel.from_config(LlamaConfig(**small | words | config)),
@@ -198,6 +200,22 @@ def tiny_checkpoint(
         torch.manual_seed(0)
         make[kind]().save_pretrained(folder)
     return Path(folder)
+
+
+def _tiny_timesfm25(config):
+    from transformers import TimesFm2_5Config, TimesFm2_5ModelForPrediction
+
+    sizes = dict(num_key_value_heads=2, output_quantile_len=32)
+    return TimesFm2_5ModelForPrediction(TimesFm2_5Config(**sizes | config))
+
+
+def _tiny_chronos2(config):
+    from chronos.chronos2 import Chronos2CoreConfig, Chronos2Model
+
+    sizes = dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0)
+    patches = dict(input_patch_size=8, output_patch_size=8, input_patch_stride=8, max_output_patches=4)
+    forecasts = dict(context_length=64, quantiles=[0.1, 0.5, 0.9], use_reg_token=True, use_arcsinh=True)
+    return Chronos2Model(Chronos2CoreConfig(**sizes | config, chronos_config=patches | forecasts))
 
 
 def _train_tokenizer(folder):

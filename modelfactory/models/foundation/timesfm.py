@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -39,28 +40,42 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['MAX_CONTEXT', 'PATCH_POINTS', 'ATR_ROWS', 'TimesFMConfig', 'forecast_context', 'encode', 'read_quantiles',
-           'TimesFMEncoder', 'barrier_score', 'volatility_scale', 'estimate_width', 'window_atr', 'phase_1_widths',
-           'BarrierDistances', 'ContextBatches', 'finetuned_forward', 'TimesFMModel', 'pretrain']
+__all__ = ['MAX_CONTEXT', 'PATCH_POINTS', 'ATR_ROWS', 'ProbeConfig', 'ForecasterConfig', 'TimesFMConfig', 'forecast_context',
+           'encode', 'read_quantiles', 'TimesFMEncoder', 'barrier_score', 'volatility_scale', 'estimate_width',
+           'window_atr', 'phase_1_widths', 'BarrierDistances', 'ContextBatches', 'finetuned_forward', 'TimesFMModel',
+           'pretrain']
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #0a39e80c
 @dataclass
-class TimesFMConfig(SequenceConfig):
-    "Parameters of TimesFM; the training parameters apply only to the mode `finetune`."
+class ProbeConfig(SequenceConfig):
+    "Parameters of a model that probes a pretrained forecaster."
 
-    checkpoint: str = "google/timesfm-2.0-500m-pytorch"  # id on the Hugging Face hub, or a local folder
+    checkpoint: str = ""  # id on the Hugging Face hub, or a local folder
     revision: str = "main"  # branch, tag or commit on the Hugging Face hub
-    mode: Literal["zero_shot", "probe", "finetune"] = "probe"  # use forecasts, use states, or train the last layers
     series: str = "close"  # raw column (its logarithm is the context) or feature (its window is the context)
     context_length: PositiveInt = 512  # bars of context
-    frequency: Literal[0, 1, 2] = 0  # 0: up to daily bars, 1: weekly or monthly bars, 2: quarterly or yearly bars
+    C: PositiveFloat = 0.01  # inverse strength of the penalty on the logistic head
+    forecast_batch: NonNegativeInt = 0  # windows per forward pass; 0: as many as memory allows
+    cache: bool = True  # cache embeddings on disk
+
+
+@dataclass
+class ForecasterConfig(ProbeConfig):
+    "Parameters of TimesFM 2.0 and 2.5; the training parameters apply only to the mode `finetune`."
+
+    mode: Literal["zero_shot", "probe", "finetune"] = "probe"  # use forecasts, use states, or train the last layers
     barrier_up: PositiveFloat | None = None  # distance above the close in ATR(14); None: barrier_folder or estimated
     barrier_down: PositiveFloat | None = None  # distance below the close in ATR(14); None: as for barrier_up
     barrier_folder: str | None = None  # folder with Phase 1's files {SYMBOL}_ga_h{H}_best.json
-    C: PositiveFloat = 0.01  # inverse strength of the penalty on the head in the modes `zero_shot` and `probe`
     unfrozen: PositiveInt = 2  # number of layers that `finetune` trains, counted from the last
-    forecast_batch: NonNegativeInt = 0  # windows per forward pass; 0: as many as memory allows
-    cache: bool = True  # cache embeddings on disk
+
+
+@dataclass
+class TimesFMConfig(ForecasterConfig):
+    "Parameters of TimesFM 2.0."
+
+    checkpoint: str = "google/timesfm-2.0-500m-pytorch"  # id on the Hugging Face hub, or a local folder
+    frequency: Literal[0, 1, 2] = 0  # 0: up to daily bars, 1: weekly or monthly bars, 2: quarterly or yearly bars
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #bdd80ea0
 MAX_CONTEXT = 2048  # maximum context of the pretrained network, in points
@@ -144,35 +159,62 @@ class TimesFMEncoder:
 
     Raises `CheckpointError` if the checkpoint differs from the revision and hashes in `pretrained`."""
 
+    max_context = MAX_CONTEXT  # points
+
     def __init__(
         self,
-        config: TimesFMConfig,
+        config: ProbeConfig,
         features: list,  # F names
         pretrained: dict | None = None,  # revision and hashes of the expected checkpoint; None: any checkpoint
     ):
-        from transformers import TimesFmModelForPrediction
-
         folder, self.pretrained = resolve_pinned(config, pretrained)
         self.config, self.features, self.device = config, features, pick_device(config.device)
-        self.timesfm = load_pretrained(TimesFmModelForPrediction, folder, context_length=MAX_CONTEXT).to(self.device)
-        assert self.timesfm.context_len == MAX_CONTEXT, (
-            f"{config.checkpoint}: context of {self.timesfm.context_len}, expected {MAX_CONTEXT}"
+        self.timesfm = self.load(folder).to(self.device)
+        most = config.sequence_length if config.series in features else self.max_context
+        self.length = -(-min(config.context_length, most, self.max_context) // self.patch) * self.patch
+
+    def load(self, folder: Path) -> nn.Module:
+        "Returns the frozen network; sets `encode`, `read_quantiles` and `variant`, on which cached states depend."
+        from transformers import TimesFmModelForPrediction
+
+        self.encode, self.read_quantiles = partial(encode, frequency=self.config.frequency), read_quantiles
+        self.variant = self.config.frequency
+        model = load_pretrained(TimesFmModelForPrediction, folder, context_length=MAX_CONTEXT)
+        assert model.context_len == MAX_CONTEXT, (
+            f"{self.config.checkpoint}: context of {model.context_len}, expected {MAX_CONTEXT}"
         )
-        patch = self.timesfm.config.patch_length
-        most = config.sequence_length if config.series in features else MAX_CONTEXT
-        self.length = -(-min(config.context_length, most, MAX_CONTEXT) // patch) * patch
+        return model
+
+    @property
+    def patch(self) -> int:
+        "Number of points in a patch."
+        return self.timesfm.config.patch_length
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        "The layers of the decoder."
+        return self.timesfm.decoder.layers
+
+    @property
+    def width(self) -> int:
+        "Number of values that `states` returns for a context."
+        return self.timesfm.config.hidden_size + 2
 
     def contexts(self, windows: Windows) -> Windows:  # (n, length, 2)
         "The contexts of the given windows."
         return forecast_context(windows, self.config.series, self.features, self.length)
 
-    def states(self, past: Windows) -> np.ndarray:  # (n, D + 2)
+    def bytes_per_row(self) -> int:
+        "Memory of a forward pass for one context, in bytes."
+        net = self.timesfm.config
+        return 4 * (self.length // self.patch) * (8 * net.hidden_size + 2 * net.intermediate_size)
+
+    def states(self, past: Windows) -> np.ndarray:  # (n, width)
         "Last state, location and scale of every context; computed only once if the cache is on."
-        net, c = self.timesfm.config, self.config
-        bytes_per_row = 4 * (self.length // net.patch_length) * (8 * net.hidden_size + 2 * net.intermediate_size)
+        c, bytes_per_row = self.config, self.bytes_per_row()
         batch_size = c.forecast_batch or batch_size_for_memory(bytes_per_row, self.device)
-        cache = RowCache(self._cache_folder(past) if c.cache else None, net.hidden_size + 2)
-        bar = Progress(len(np.unique(past.ends)), "timesfm")
+        cache = RowCache(self._cache_folder(past) if c.cache else None, self.width)
+        bar = Progress(len(np.unique(past.ends)), c.model_name)
         states = cache.get(
             past.ends,
             lambda rows: self._encode_rows(past, rows, batch_size),
@@ -189,28 +231,28 @@ class TimesFMEncoder:
         n_batches = -(-len(rows) // batch_size)
         with torch.no_grad():
             states = [
-                encode(self.timesfm, batches.take(idx), self.config.frequency).cpu().numpy()
+                self.encode(self.timesfm, batches.take(idx)).cpu().numpy()
                 for idx in np.array_split(np.arange(len(rows)), n_batches)
             ]
         return np.concatenate(states)
 
     def _cache_folder(self, past):
         key = hashlib.blake2b(past.base.tobytes(), digest_size=12)
-        key.update(json.dumps([self.pretrained["sha256"], self.length, self.config.frequency]).encode())
+        key.update(json.dumps([self.pretrained["sha256"], self.length, self.variant]).encode())
         return settings().cache / "timesfm" / key.hexdigest()
 
     def quantiles(
         self,
         past: Windows,  # n contexts
-        states: np.ndarray,  # (n, D + 2)
+        states: np.ndarray,  # (n, width)
         horizon: int,  # bars
     ) -> np.ndarray:  # (n, Q)
         "Quantile forecasts as changes from the last value of the context."
         import torch
 
         with torch.no_grad():
-            forecast = read_quantiles(self.timesfm, torch.from_numpy(states).to(self.device), horizon).cpu().numpy()
-        return forecast.astype(np.float64) - past.base[past.ends, :1]
+            forecast = self.read_quantiles(self.timesfm, torch.from_numpy(states).to(self.device), horizon)
+        return forecast.cpu().numpy().astype(np.float64) - past.base[past.ends, :1]
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #c569d998
 def barrier_score(
@@ -298,7 +340,7 @@ class BarrierDistances:
 
     def __init__(
         self,
-        config: TimesFMConfig,
+        config: ForecasterConfig,
         horizon: int,  # bars
         widths: list | None = None,  # estimated widths [up, down] of a fitted model
     ):
@@ -376,7 +418,7 @@ def finetuned_forward(
     import torch
 
     context, last = x.split([2 * net.length, x.shape[1] - 2 * net.length], 1)
-    state = encode(net.timesfm, context.view(len(x), net.length, 2), net.frequency)[:, :-2]
+    state = net.encode(net.timesfm, context.view(len(x), net.length, 2))[:, :-2]
     return net.head(net.dropout(torch.cat([net.norm(state), last], 1)))
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #269377b9
@@ -385,6 +427,7 @@ class TimesFMModel(SequenceClassifier):
     "Pretrained TimesFM 2.0 on the log close: uses its forecast or its embedding, or trains its last layers."
 
     Config, requires = TimesFMConfig, ("torch", "safetensors", "transformers", "sklearn", "skops")
+    Encoder = TimesFMEncoder
     uses_full_window = False  # the model uses a longer context of one series and the features of the last bar
     pretrained, widths = None, None  # revision and hashes of the checkpoint; estimated barrier widths
 
@@ -401,7 +444,7 @@ class TimesFMModel(SequenceClassifier):
 
     def read(self):
         "Loads the checkpoint; sets `reader`, `pretrained` and `device`."
-        self.reader = TimesFMEncoder(self.config, self.feature_columns, self.pretrained)
+        self.reader = self.Encoder(self.config, self.feature_columns, self.pretrained)
         self.pretrained, self.device = self.reader.pretrained, self.reader.device
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
@@ -454,8 +497,7 @@ class TimesFMModel(SequenceClassifier):
         if c.mode == "zero_shot":
             columns = ["down", "up"]
         else:
-            hidden_size = self.reader.timesfm.config.hidden_size
-            columns = [f"timesfm_{i}" for i in range(hidden_size)] + self.feature_columns
+            columns = [f"{self.name}_{i}" for i in range(self.reader.width - 2)] + self.feature_columns
         shared = ("C", "classes", "class_weight", "sample_weight", "random_seed")
         config = {key: getattr(c, key) for key in shared}
         return ModelRegistry.create("logistic_regression", config, self.horizon, columns)
@@ -465,9 +507,9 @@ class TimesFMModel(SequenceClassifier):
 
         self.read()
         model, D = self.reader.timesfm, self.reader.timesfm.config.hidden_size
-        if c.unfrozen > len(model.decoder.layers):
-            raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has only {len(model.decoder.layers)} layers")
-        for layer in model.decoder.layers[-c.unfrozen :]:
+        if c.unfrozen > len(self.reader.layers):
+            raise ValueError(f"unfrozen={c.unfrozen}: the checkpoint has only {len(self.reader.layers)} layers")
+        for layer in self.reader.layers[-c.unfrozen :]:
             layer.requires_grad_(True)
         return functional_module(
             finetuned_forward,
@@ -476,7 +518,7 @@ class TimesFMModel(SequenceClassifier):
             dropout=nn.Dropout(c.dropout),
             head=nn.Linear(D + F, n_classes),
             length=self.reader.length,
-            frequency=c.frequency,
+            encode=self.reader.encode,
         )
 
     def batches(self, X):
@@ -512,7 +554,7 @@ class TimesFMModel(SequenceClassifier):
             return None
         importance = self.head.feature_importance()
         by_feature = {f: importance[f] for f in self.feature_columns}
-        by_feature |= {"timesfm": 1 - sum(by_feature.values())}
+        by_feature |= {self.name: 1 - sum(by_feature.values())}
         return dict(sorted(by_feature.items(), key=lambda kv: -kv[1]))
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f224ed15
