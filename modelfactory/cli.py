@@ -476,6 +476,8 @@ def _parameters(model, horizon, data, preset, config, pairs, seed, dataset):
 
     keys = (read_yaml(config) if config else {}) | parse_set(pairs)
     dataset_pairs = {k.removeprefix("dataset."): keys.pop(k) for k in list(keys) if k.startswith("dataset.")}
+    for key in [k for k in keys if k.startswith("params.")]:
+        keys["params"] = (keys.get("params") or {}) | {key.removeprefix("params."): keys.pop(key)}
     return dict(
         model=model,
         horizon=horizon,

@@ -106,6 +106,8 @@ def build_config(
 
 def _first_problem(e):
     first = e.errors(include_url=False)[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):  # raised by a check of the dataclass itself
+        return str(own)
     key = ".".join(map(str, first["loc"])) or "value"
     if first["type"] == "missing":
         return f"{key} is missing"

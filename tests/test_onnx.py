@@ -54,6 +54,7 @@ SIZES = dict(
     random_forest=dict(n_estimators=20),
     average=dict(members=dict(logistic_regression={}, xgboost=dict(n_rounds=5), lightgbm=dict(n_rounds=5))),
     stacking=dict(members=dict(logistic_regression={}, random_forest=dict(n_estimators=5)), n_folds=2),
+    selection=dict(members=dict(logistic_regression={}, random_forest=dict(n_estimators=5)), n_folds=2),
 )
 NO_GRAPH = dict(
     informer="aten::randint",
@@ -170,6 +171,39 @@ def test_calibration_is_part_of_the_graph_and_wrappers_are_not(name, config, tmp
     if config.get("calibration"):
         assert abs(model.calibration.temperature - 1) > 0.01
     assert difference(model, task, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("window", ["last", "flat", "summary"])
+@pytest.mark.parametrize("name", ["logistic_regression", "random_forest", "xgboost", "lightgbm", "catboost"])
+def test_the_columns_of_a_window_are_part_of_the_graph(name, window, tmp_path):
+    task = planted_task(150, F=3, seq_len=4)
+    model = ModelRegistry.create(name, config_of(name) | dict(sequence_length=4, window=window), 5, task.features)
+    assert difference(fit(model, task), task, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["xgboost", "lightgbm", "catboost"])
+@pytest.mark.parametrize("classes", [(-1, 0, 1), (0, 1)])
+def test_monotone_constraints_are_part_of_the_graph(name, classes, tmp_path):
+    task = planted_task(150, F=3, classes=classes)
+    config = config_of(name) | dict(classes=classes, monotone={task.features[0]: 1})
+    assert difference(fit(ModelRegistry.create(name, config, 5, task.features), task), task, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["average", "stacking", "selection"])
+def test_members_read_their_own_windows(name, tmp_path):
+    task = planted_task(150, F=3, seq_len=6)
+    tree = dict(model="random_forest", n_estimators=5)
+    members = dict(long=tree | dict(sequence_length=6), short=tree | dict(sequence_length=2), last=tree)
+    config = dict(members=members) | (dict(n_folds=2) if name != "average" else {})
+    assert difference(fit(ModelRegistry.create(name, config, 5, task.features), task), task, tmp_path) < 1e-6
+
+
+def test_category_codes_have_no_graph():
+    task = planted_task(150, F=3)
+    task.X[:, 2] = task.X_val[:, 2] = 1
+    config = config_of("xgboost") | dict(categorical=(task.features[2],))
+    with pytest.raises(OnnxError, match="xgboost: no ONNX graph for category codes"):
+        onnx_model(fit(ModelRegistry.create("xgboost", config, 5, task.features), task))
 
 
 def test_an_operator_that_onnx_lacks_is_named_in_one_line():

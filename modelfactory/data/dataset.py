@@ -445,16 +445,17 @@ class DatasetConfig(HTMLConfig):
     folds: FoldConfig | None = None  # fold of train and val to use; None: train and val as in the files
     calendar: str | None = None  # exchange whose sessions are used, such as XNYS; None: estimated from the bars
     rolls: tuple[str, ...] = ()  # times at which contracts roll, in quotes; also read from the column roll_event
+    categorical: tuple[str, ...] = ()  # symbol, hour or columns whose category codes become features, `<name>_code`
 
     @property
     def reading(self) -> dict:
         "The arguments of `read_splits` that the config decides."
-        keys = ("features", "exclude", "nan", "classes", "calendar", "rolls")
+        keys = ("features", "exclude", "nan", "classes", "calendar", "rolls", "categorical")
         return {key: getattr(self, key) for key in keys}
 
     def stored(self) -> dict:
-        "All keys as plain data; an unset calendar and unset rolls are left out, as in runs stored before they existed."
-        return {k: v for k, v in asdict(self).items() if v or k not in ("calendar", "rolls")}
+        "All keys as plain data; an unset calendar, rolls and categories are left out, as in runs made before them."
+        return {k: v for k, v in asdict(self).items() if v or k not in ("calendar", "rolls", "categorical")}
 
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02
 def load_datasets(

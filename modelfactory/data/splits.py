@@ -32,6 +32,7 @@ from modelfactory.data.calendars import (
     mark_rolls,
     session_bars_between,
 )
+from .categories import KEY_CATEGORIES, category_codes, category_text, code_names, fit_categories
 from .uniqueness import average_uniqueness, effective_samples
 
 # %% auto #0
@@ -803,19 +804,24 @@ def read_split(
     features: list[str] | None = None,  # F columns in this order; None selects them by `column_roles`
     classes: tuple[int, ...] = (-1, 0, 1),  # valid label values; all others are treated as missing
     nan: str | None = None,  # None: NaN raises `BadValue`
+    categories: Mapping[str, list[str]] | None = None,  # feature of codes -> categories, as in `SplitsReport`
 ) -> Split:
     "Reads one split into one float32 matrix without fitting anything; raises `SplitsError`."
     reader, file = _open_source(source, name)
-    return _read_from(reader, file, name, horizons, features, classes, nan)
+    return _read_from(reader, file, name, horizons, features, classes, nan, categories or {})
 
 
-def _read_from(reader, file, name, horizons, features, classes, nan):
+def _read_from(reader, file, name, horizons, features, classes, nan, categories):
     horizons = _check_columns(reader.schema, horizons, file)
     if features is None:
         features = _feature_names(column_roles(reader.schema))
-    _check_features(reader.schema, features, file)
+    sources = [feature.removesuffix("_code") for feature in features if feature in categories]
+    if absent := [s for s in sources if s not in (*KEY_CATEGORIES, *reader.schema.names)]:
+        raise MissingColumn(f"{file}: no column {absent[0]!r}, whose category codes are a feature; add it")
+    if not sources or set(features) - set(categories):
+        _check_features(reader.schema, [f for f in features if f not in categories], file)
     try:
-        return _build_split(reader, file, name, horizons, list(features), classes, nan)
+        return _build_split(reader, file, name, horizons, list(features), classes, nan, categories)
     except (pa.ArrowException, OSError) as e:
         raise UnreadableFile(f"{file}: cannot be read to the end ({_first_line(e)}); write it again") from None
 
@@ -844,7 +850,7 @@ def _may_be_number(field):
     return _is_numeric(field) or pa.types.is_null(field.type)
 
 # %% ../../nbs/data/00_splits.ipynb #0bb9ecbc
-def _build_split(reader, file, name, horizons, features, classes, nan):
+def _build_split(reader, file, name, horizons, features, classes, nan, categories):
     "Builds a `Split` from an opened source."
     optional = [c for h in horizons for c in (f"bars_to_hit_h{h}", f"sample_weight_h{h}")] + [
         *RAW_PRICES,
@@ -870,7 +876,12 @@ def _build_split(reader, file, name, horizons, features, classes, nan):
         return {h: numbers(column) for h, column in columns.items() if column in small.column_names}
 
     labels = {h: _parse_labels(small[f"label_h{h}"], f"label_h{h}", classes, file) for h in horizons}
-    matrix = _read_matrix(reader, features, small.num_rows, order)
+    matrix = _read_matrix(reader, [f for f in features if f not in categories], small.num_rows, order)
+    if coded := [f for f in features if f in categories]:
+        values = {f: _category_values(reader, f.removesuffix("_code"), file) for f in coded}
+        codes_of = {f: pick(category_codes(values[f], categories[f])) for f in coded}
+        plain = iter(matrix.T)
+        matrix = np.column_stack([codes_of[f] if f in codes_of else next(plain) for f in features])
     split = Split(
         name,
         file,
@@ -888,6 +899,14 @@ def _build_split(reader, file, name, horizons, features, classes, nan):
     )
     _check_finite(split, nan)
     return split
+
+
+def _category_values(reader, name, file):
+    "The values (N,) of `symbol`, `hour` or a column, as text in file order; None where one is missing."
+    if name == "hour":
+        return category_text(_parse_datetimes(reader.read(columns=["datetime"])["datetime"], file).dt.hour)
+    column = reader.read(columns=[name])[name]
+    return symbol_text(column, file).astype(object) if name == "symbol" else category_text(column.to_pandas())
 
 
 def _read_rolls(table, numbers):
@@ -1125,6 +1144,7 @@ class SplitsReport:
     roles: pd.DataFrame  # column, role, reason
     warnings: list  # sentences
     fills: dict = field(default_factory=dict)  # feature -> value that replaces NaN, fitted on the first split
+    categories: dict = field(default_factory=dict)  # feature of codes -> values with the codes 1, 2, ... in train
 
     @property
     def excluded(self) -> pd.DataFrame:  # column, role, reason
@@ -1144,6 +1164,7 @@ class SplitsReport:
             n_features=int((self.roles.role == "feature").sum()),
             warnings=self.warnings,
             fills=self.fills,
+            **(dict(categories=self.categories) if self.categories else {}),
         )
 
     def _parts(self):
@@ -1189,6 +1210,7 @@ def read_splits(
     classes: tuple[int, ...] = (-1, 0, 1),  # valid label values; all others are treated as missing
     calendar: str | None = None,  # exchange whose sessions are used, such as XNYS; None: estimated from the bars
     rolls: tuple[str, ...] = (),  # times at which contracts roll, in addition to the column `roll_event`
+    categorical: tuple[str, ...] = (),  # symbol, hour or columns whose category codes become features, `<name>_code`
 ) -> Splits:
     """Reads and checks splits; raises `SplitsError` with the file, the column, the first bad row and the fix.
 
@@ -1199,13 +1221,22 @@ def read_splits(
     readers = {name: _open_source(source, name) for name, source in files.items()}
     first, file = readers[splits[0]]
     _check_columns(first.schema, horizons, file)
-    roles = column_roles(first.schema, features, exclude)
+    coded = tuple(name for name in categorical if name not in KEY_CATEGORIES)
+    _check_categorical(first.schema, categorical, column_roles(first.schema, features, exclude))
+    roles = column_roles(first.schema, tuple(f for f in features if f not in coded), (*exclude, *coded))
+    roles.loc[roles.column.isin(coded), "reason"] = "its category codes are a feature"
     names = _feature_names(roles)
     for reader, other in readers.values():
-        other_roles = column_roles(reader.schema, features, exclude)
+        if absent := [name for name in coded if name not in reader.schema.names]:
+            raise MissingColumn(f"{other}: no column {absent[0]!r}, which is named in categorical=; add it")
+        other_roles = column_roles(reader.schema, tuple(f for f in features if f not in coded), (*exclude, *coded))
         _check_same_features(names, (file, first.schema), other_roles, other, reader.schema)
+    categories = {
+        code: fit_categories(_category_values(first, name, file))
+        for code, name in zip(code_names(categorical), categorical, strict=True)
+    }
     read = {
-        name: _read_from(reader, source, name, horizons, names, classes, nan or "keep")
+        name: _read_from(reader, source, name, horizons, [*names, *categories], classes, nan or "keep", categories)
         for name, (reader, source) in readers.items()
     }
     if nan is None:
@@ -1217,8 +1248,35 @@ def read_splits(
         for late in splits[i + 1 :]:
             _check_no_overlap(read[early], read[late])
     report = _build_report(read, roles, classes, fills)
-    report.warnings += warnings
+    report.warnings += warnings + _unknown_categories(read, categories)
+    report.categories = categories
     return Splits(read, report)
+
+
+def _check_categorical(schema, categorical, roles):
+    "Raises `SplitsError` if a column cannot be coded."
+    role = dict(zip(roles.column, roles.role, strict=True))
+    for name, code in zip(categorical, code_names(categorical), strict=True):
+        if name not in KEY_CATEGORIES and name not in role:
+            raise MissingColumn(f"categorical: no column {name!r}, {did_you_mean(name, [*KEY_CATEGORIES, *role])}")
+        if name not in KEY_CATEGORIES and role[name] not in ("feature", "other", "bookkeeping", "excluded"):
+            raise SplitsError(f"categorical: {name!r} is a {role[name]} column, expected symbol, hour or a feature")
+        if code in role or categorical.count(name) > 1:
+            raise SplitsError(f"categorical: {code!r} would occur twice; rename the column, or name {name!r} once")
+
+
+def _unknown_categories(read, categories):
+    "A sentence for each split and feature of codes with unknown values."
+    sentences = []
+    for split in read.values():
+        for code in categories:
+            n = int((split.matrix[:, split.features.index(code)] == 0).sum())
+            if n:
+                name, share = code.removesuffix("_code"), _percent_text(n / len(split))
+                sentences.append(
+                    f"{split.name}: {name}: {n:,} rows ({share}) have no value that train has; their code is 0"
+                )
+    return sentences
 
 
 def _with_rolls(split, rolls):

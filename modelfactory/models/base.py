@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from annotated_types import Interval, Len
 
-from ..configuration import ConfigError, HTMLConfig, NonNegativeInt, PositiveInt, build_config
+from ..configuration import ConfigError, HTMLConfig, NonNegativeInt, PositiveInt, build_config, did_you_mean
 from .errors import DivergedError
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ConformalConfig', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output', 'BaseModel',
-           'expected_shape', 'check_X', 'check_y', 'check_two_classes', 'raise_on_nan', 'divergence_message',
-           'check_history', 'check_metadata', 'check_weights', 'training_weights', 'row_weights', 'column_weights']
+           'expected_shape', 'check_X', 'check_y', 'present_codes', 'check_two_classes', 'raise_on_nan',
+           'divergence_message', 'check_history', 'check_metadata', 'check_weights', 'training_weights', 'row_weights',
+           'column_weights']
 
 # %% ../../nbs/models/00_base.ipynb #0b158247
 @dataclass
@@ -56,6 +57,7 @@ class ModelConfig(HTMLConfig):
     )
     stop_share: Annotated[float, Interval(gt=0, lt=1)] = 0.15  # share of training timestamps that train_tail holds out
     classes: Annotated[tuple[int, ...], Len(2)] = (-1, 0, 1)  # label values, in the order of the probability columns
+    categorical: tuple[str, ...] = ()  # feature columns of category codes: whole numbers as floats, 0 for unknown
     class_weight: Literal["balanced"] | None = None  # weight each class by its inverse training frequency
     sample_weight: Literal["column", "uniqueness"] | None = None  # weight each row by a column or label uniqueness
     calibration: Literal["temperature", "isotonic"] | None = None  # calibrate probabilities on the last training rows
@@ -151,6 +153,9 @@ class BaseModel(ABC):
         check_weights(self, vars(self.config))
         self.horizon, self.feature_columns = self.config.horizon, list(feature_columns)
         self.classes = self.config.classes
+        if unknown := [name for name in self.config.categorical if name not in self.feature_columns]:
+            hint = did_you_mean(unknown[0], self.feature_columns)
+            raise ConfigError(f"{self.name}: categorical: {unknown[0]!r} is not a feature, {hint}")
         self.callbacks: list = []  # list of `Callback`, not imported here: that would add its module to the code hash
         self.fitted = False
 
@@ -243,6 +248,18 @@ def check_y(
     if (codes < 0).any():
         raise ValueError(f"{model.name}: y holds {y[codes < 0][0]}, expected one of {tuple(model.classes)}")
     return codes
+
+# %% ../../nbs/models/00_base.ipynb #519c2284
+def present_codes(
+    model: BaseModel,
+    name: str,  # feature of category codes
+    values: np.ndarray,  # (n,) its values in the training rows
+) -> list[int]:
+    "Returns the category codes that occur, ascending and without 0; raises `ValueError` if one is no whole number."
+    codes = np.unique(values)
+    if (bad := codes[~((codes >= 0) & (codes == np.floor(codes)))]).size:
+        raise ValueError(f"{model.name}: {name}: found {bad[0]:g}, expected category codes: 0, 1, 2, ...")
+    return [int(code) for code in codes if code]
 
 # %% ../../nbs/models/00_base.ipynb #b100079f
 def check_two_classes(

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..configuration import ConfigError, build_config
+from ..configuration import ConfigError, build_config, did_you_mean
 from modelfactory.models.base import (
     BaseModel,
     ModelConfig,
@@ -22,11 +22,11 @@ from modelfactory.models.base import (
     check_y,
     to_output,
 )
-from .calibration import label_spans, part_rows, purged_holdout
+from .calibration import label_spans, metadata_rows, part_rows, purged_holdout
 from .errors import NotFittedError
 from .params import resolve_config
 from .persistence import load_header, save_header
-from .registry import ModelRegistry
+from .registry import ModelRegistry, check_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['SHARED_KEYS', 'purged_blocks', 'cross_val_predict', 'EnsembleConfig', 'CompositeModel', 'EnsembleModel',
-           'member_configs']
+__all__ = ['SHARED_KEYS', 'purged_blocks', 'cut_windows', 'fold_rows', 'cross_val_predict', 'EnsembleConfig', 'shared_overrides',
+           'Member', 'expand_members', 'CompositeModel', 'EnsembleModel', 'member_configs', 'member_config']
 
 # %% ../../nbs/models/11_ensemble_base.ipynb #d3155b06
 def purged_blocks(
@@ -52,31 +52,54 @@ def purged_blocks(
         folds.append((np.flatnonzero(is_train), np.flatnonzero(is_test)))
     return folds
 
+# %% ../../nbs/models/11_ensemble_base.ipynb #7e0b4adc
+def cut_windows(
+    X: Windows | np.ndarray,  # (n, T, F) or (n, F)
+    length: int,  # rows per window, at most T
+) -> Windows | np.ndarray:  # (n, length, F), or (n, F) for one row
+    "Returns the last rows of each window; the rows of `Windows` are not copied."
+    if hasattr(X, "ends"):
+        return X if X.seq_len == length else type(X)(X.base, X.ends, length, X.history)
+    X = np.asarray(X)
+    if X.ndim == 2 or length == X.shape[1]:
+        return X
+    return np.ascontiguousarray(X[:, -1] if length == 1 else X[:, -length:])
+
+
+def fold_rows(
+    metadata: pd.DataFrame,  # n rows
+    number: int,  # number of the fold, from 1
+    n_folds: int,  # number of folds
+) -> tuple[np.ndarray, np.ndarray]:  # positions of the rows to fit on, and of the rows for early stopping
+    "Returns the rows of one fold: a member for a fold is fitted on the other blocks and stops early on its own block."
+    return purged_blocks(metadata, n_folds)[number - 1]
+
 # %% ../../nbs/models/11_ensemble_base.ipynb #55f563fb
 def cross_val_predict(
     name: str,  # registered name of the model
     config: dict,  # resolved config of the model
     horizon: int,  # label horizon, in bars
     feature_columns: list[str],  # names of the F features
-    X: Windows | np.ndarray,  # (n, T, F) or (n, F) float32
+    X: Windows | np.ndarray,  # (n, T, F) or (n, F) float32; T may be longer than the model's window
     y: np.ndarray,  # (n,) class values
     metadata: pd.DataFrame,  # n rows with columns datetime, symbol and horizon
     n_folds: int = 5,  # number of blocks
+    fold: tuple[int, int] | None = None,  # number and count of the member's own folds, as in `fold_rows`
 ) -> np.ndarray:  # (n, K) probabilities
     """Returns out-of-fold predictions: no training label of the model that predicts a row overlaps the row's label.
 
-    Early stopping uses the last 15% of a fold's training timestamps.
+    Early stopping uses the last 15% of a fold's training timestamps, or the block of the member's own fold.
     """
     y, probabilities = np.asarray(y), None
     for train_rows, test_rows in purged_blocks(metadata, n_folds):
-        fit_part, stop_part = purged_holdout(metadata.iloc[train_rows].reset_index(drop=True), 0.15)
+        part = metadata_rows(metadata, train_rows)
+        fit_part, stop_part = purged_holdout(part, 0.15) if fold is None else fold_rows(part, *fold)
         fit_rows, stop_rows = train_rows[fit_part], train_rows[stop_part]
         model = ModelRegistry.create(name, config, horizon, feature_columns)
-        meta_fit, meta_stop, meta_test = (
-            metadata.iloc[rows].reset_index(drop=True) for rows in (fit_rows, stop_rows, test_rows)
-        )
-        model.fit(*part_rows(X, y, fit_rows), *part_rows(X, y, stop_rows), meta_fit, meta_stop)
-        p = model.predict(part_rows(X, y, test_rows)[0], meta_test).probabilities
+        windows = cut_windows(X, model.config.sequence_length)
+        meta_fit, meta_stop, meta_test = (metadata_rows(metadata, rows) for rows in (fit_rows, stop_rows, test_rows))
+        model.fit(*part_rows(windows, y, fit_rows), *part_rows(windows, y, stop_rows), meta_fit, meta_stop)
+        p = model.predict(part_rows(windows, y, test_rows)[0], meta_test).probabilities
         if probabilities is None:
             probabilities = np.empty((len(y), p.shape[1]), np.float32)
         probabilities[test_rows] = p
@@ -87,28 +110,89 @@ def _default_members():
     return {"logistic_regression": {}, "lightgbm": {}, "random_forest": {}}
 
 
+# keys of an ensemble that hold for all members, if their value is not the default
+SHARED_KEYS = ("sequence_length", "class_weight", "sample_weight", "early_stopping", "patience")
+
+
 @dataclass
 class EnsembleConfig(ModelConfig):
     "Config keys of every ensemble."
 
-    members: dict[str, dict] = field(default_factory=_default_members)  # name of a member -> overrides of its config
+    members: dict[str, dict | None] = field(
+        default_factory=_default_members
+    )  # member -> overrides; also model, seeds, folds
     member_preset: str | None = None  # name of a preset in the YAML of each member
+    shared: dict = field(default_factory=dict)  # config keys of all members; a member's own overrides win
+
+    def __post_init__(self):
+        configs = member_configs(self)
+        windows = {label: configs[names[0]]["sequence_length"] for label, names in _labels(self.members).items()}
+        self.members = {label: {**(m or {}), "sequence_length": windows[label]} for label, m in self.members.items()}
+        self.sequence_length = max(self.sequence_length, *windows.values())
 
 
-# config keys of the ensemble that apply to all members
-SHARED_KEYS = (
-    "sequence_length",
-    "random_seed",
-    "classes",
-    "class_weight",
-    "sample_weight",
-    "early_stopping",
-    "patience",
-)
+def shared_overrides(
+    config: ModelConfig,  # of an ensemble
+) -> dict:
+    "Returns the config keys that an ensemble sets for all its members."
+    defaults = ModelConfig()
+    own = {key: getattr(config, key) for key in SHARED_KEYS if getattr(config, key) != getattr(defaults, key)}
+    return own | getattr(config, "shared", {})
+
+# %% ../../nbs/models/11_ensemble_base.ipynb #b9ee7005
+@dataclass
+class Member:
+    "One member of an ensemble."
+
+    model: str  # registered name
+    overrides: dict  # overrides of its config
+    fold: tuple[int, int] | None = None  # number and count of its folds; None: all training rows
+
+
+def expand_members(
+    members: dict[str, dict | None],  # as in `EnsembleConfig`
+) -> dict[str, Member]:
+    "Returns one member for each seed and fold; raises `ConfigError` on a value that is not possible."
+    expanded = {}
+    for label, spec in members.items():
+        overrides = dict(spec or {})
+        model, seeds, folds = (overrides.pop(key, None) for key in ("model", "seeds", "folds"))
+        seeds, folds = _checked(label, "seeds", seeds), _checked(label, "folds", folds)
+        for seed in seeds or [None]:
+            for fold in range(1, (folds or 1) + 1):
+                name = label + (f"_s{seed}" if seeds else "") + (f"_f{fold}" if folds else "")
+                own = overrides if seed is None else overrides | dict(random_seed=seed)
+                if name in expanded:
+                    raise ConfigError(f"members: two members have the name {name}; rename one of them")
+                expanded[check_name(name)] = Member(model or label, own, (fold, folds) if folds else None)
+    return expanded
+
+
+def _labels(members):
+    "The names of the expanded members of each label."
+    return {label: list(expand_members({label: spec})) for label, spec in members.items()}
+
+
+def _checked(label, key, value):
+    "The seeds or the number of folds of a member; raises `ConfigError`."
+    if value is None:
+        return None
+    if key == "folds":
+        is_valid, expected = isinstance(value, int) and 2 <= value <= 100, "a number from 2 to 100"
+    else:
+        is_list = isinstance(value, (list, tuple)) and 0 < len(value) == len({*map(str, value)})
+        is_valid = is_list and all(isinstance(s, int) and s >= 0 for s in value)
+        expected = "a list of different whole numbers"
+    if not is_valid or isinstance(value, bool):
+        raise ConfigError(f"members: {label}: {key} = {value!r}, expected {expected}")
+    return value
 
 # %% ../../nbs/models/11_ensemble_base.ipynb #83b9d1a1
 class CompositeModel(BaseModel):
-    "A model that is made of other registered models, its members."
+    """A model that is made of other registered models, its members.
+
+    A model whose config does not have the key `members` overrides `member_specs` and `resolved_members`.
+    """
 
     Config = EnsembleConfig
     supported_weights = ("column", "uniqueness")
@@ -120,8 +204,8 @@ class CompositeModel(BaseModel):
     @classmethod
     def member_specs(cls, config: dict) -> dict[str, tuple[str, dict]]:  # member -> registered name, config overrides
         "Returns the members that a config names; missing keys have their default values."
-        members = (vars(cls.Config()) | config)["members"]
-        return {name: (name, overrides or {}) for name, overrides in members.items()}
+        members = expand_members(config.get("members", _default_members()))
+        return {name: (member.model, member.overrides) for name, member in members.items()}
 
     @classmethod
     def resolved_members(cls, config: ModelConfig) -> dict[str, dict]:  # member -> resolved config
@@ -140,6 +224,11 @@ class CompositeModel(BaseModel):
     @classmethod
     def stops_early(cls, config):
         return any(model.stops_early(member_config) for model, member_config in _resolved_members(cls, config))
+
+    def member_fold(self, name: str) -> tuple[int, int] | None:
+        "Returns the number and count of a member's folds; None if it is fitted on all training rows."
+        members = getattr(self.config, "members", {})
+        return expand_members(members)[name].fold if members else None
 
     def member(self, name: str) -> BaseModel:
         "Returns a new, unfitted member."
@@ -187,19 +276,70 @@ class EnsembleModel(CompositeModel):
         codes = check_y(self, y_train, len(check_X(self, X_train)))
         check_y(self, y_val, len(check_X(self, X_val)))
         check_two_classes(self, codes)
+        self.members = {}
         self.fit_weights(X_train, np.asarray(y_train), codes, metadata_train)
-        for name in self.configs:
+        for name in self.used_members:
             self.members[name] = self.member(name)
-            self.members[name].fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
+            self._fit_member(name, X_train, np.asarray(y_train), X_val, y_val, metadata_train, metadata_val)
         self.fitted = True
         return {}
+
+    def _fit_member(self, name, X_train, y_train, X_val, y_val, metadata_train, metadata_val):
+        "Fits one member on the training rows, or on those of its fold."
+        member, fold = self.members[name], self.member_fold(name)
+        X_train, X_val = (cut_windows(X, member.config.sequence_length) for X in (X_train, X_val))
+        if fold is None:
+            return member.fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
+        if metadata_train is None:
+            raise ValueError(f"{self.name}: folds in time need metadata_train with datetime, symbol, horizon")
+        rows = fold_rows(metadata_train, *fold)
+        parts = [part for r in rows for part in part_rows(X_train, y_train, r)]
+        return member.fit(*parts, *(metadata_rows(metadata_train, r) for r in rows))
+
+    def out_of_fold(
+        self,
+        X: Windows | np.ndarray,  # training rows, as in `fit`
+        y: np.ndarray,  # (n,) class values
+        metadata: pd.DataFrame | None,  # metadata of the training rows
+        n_folds: int,  # number of time blocks
+    ) -> dict[str, np.ndarray]:  # member -> (n, K) probabilities
+        "Returns the out-of-fold predictions of all members, for `fit_weights`."
+        if metadata is None:
+            raise ValueError(f"{self.name}: folds in time need metadata_train with datetime, symbol, horizon")
+        specs = self.member_specs(vars(self.config))
+        task = self.horizon, self.feature_columns, X, y, metadata, n_folds
+        return {
+            name: cross_val_predict(specs[name][0], config, *task, self.member_fold(name))
+            for name, config in self.configs.items()
+        }
+
+    @property
+    def used_members(self) -> list[str]:
+        "Returns the names of the members that are fitted on all training rows, saved and loaded."
+        return list(self.configs)
 
     def predict(self, X, metadata):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: predict before fit or load")
         check_metadata(self, metadata, len(check_X(self, X)))
-        members = {name: m.predict(X, metadata).probabilities.astype(float) for name, m in self.members.items()}
+        members = {}
+        for name, member in self.members.items():
+            windows = cut_windows(X, member.config.sequence_length)
+            members[name] = member.predict(windows, metadata).probabilities.astype(float)
         return to_output(self.combine(members), metadata, self.classes)
+
+    def load(self, path):
+        load_header(self, path)
+        self.configs, self.members = self.resolved_members(self.config), {}
+        self.load_weights(Path(path))
+        for name in self.used_members:
+            self.load_member(name, Path(path))
+
+    def load_weights(
+        self,
+        path: Path,  # folder of this model
+    ) -> None:
+        "Reads what `fit_weights` computed; called before the members are loaded."
 
     @property
     def member_weights(self) -> dict[str, float]:
@@ -225,14 +365,29 @@ class EnsembleModel(CompositeModel):
 def member_configs(config: EnsembleConfig) -> dict[str, dict]:  # name -> resolved config
     "Returns the resolved config of each member; raises `ConfigError` if there are no members or one is an ensemble."
     if not config.members:
-        raise ConfigError(f"{config.model_name}: members is empty, expected at least one model")
-    if nested := [n for n in config.members if issubclass(ModelRegistry.get(n), EnsembleModel)]:
-        raise ConfigError(f"{config.model_name}: member {nested[0]} is an ensemble; list its members instead")
-    shared = {k: getattr(config, k) for k in SHARED_KEYS}
-    return {
-        name: resolve_config(name, config.horizon, config.member_preset, overrides or {}, **shared)
-        for name, overrides in config.members.items()
-    }
+        raise ConfigError("members is empty, expected at least one model")
+    members = expand_members(config.members)
+    if nested := [n for n, m in members.items() if issubclass(ModelRegistry.get(m.model), EnsembleModel)]:
+        raise ConfigError(f"member {nested[0]} is an ensemble; list its members instead")
+    return {name: member_config(config, member.model, member.overrides) for name, member in members.items()}
+
+
+def member_config(
+    config: ModelConfig,  # of the ensemble
+    model: str,  # registered name of the member
+    overrides: dict,  # the member's own
+    **decided: object,  # further keys that the ensemble decides
+) -> dict:
+    "Returns the resolved config of one member; raises `ConfigError`."
+    shared = shared_overrides(config)
+    keys = {f.name for f in fields(ModelRegistry.get(model).Config)}
+    if unknown := [key for key in shared if key not in keys]:
+        hint = did_you_mean(unknown[0], keys)
+        raise ConfigError(f"shared: {model} has no key {unknown[0]!r}, {hint}; set it in the overrides of the members")
+    task = {key: getattr(config, key) for key in ("classes", "categorical")} | decided
+    shared = dict(random_seed=config.random_seed) | shared
+    shared = {key: value for key, value in shared.items() if key not in decided}
+    return resolve_config(model, config.horizon, config.member_preset, shared, overrides, **task)
 
 
 def _resolved_members(ensemble, config):

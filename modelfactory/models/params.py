@@ -35,6 +35,7 @@ TASK_KEYS = dict(
     horizon="--horizon (`horizons` in a grid)",
     random_seed="--seed (`seeds` in a grid)",
     classes="--classes (`dataset: {classes: ...}` in a grid)",
+    categorical="--set dataset.categorical=[...] (`dataset: {categorical: ...}` in a grid)",
 )
 
 # %% ../../nbs/models/04_params.ipynb #4321acc5
@@ -104,7 +105,8 @@ def resolve_config(
     merged = params.config | params.presets.get(preset, {})
     for values in overrides:
         _check_not_decided(values, decided, model)
-        merged |= values
+        params = {key: merged.get(key, {}) | values[key] for key in ("params",) if isinstance(values.get(key), dict)}
+        merged |= values | params
     config = asdict(build_config(model.Config, merged | decided, model.name))
     check_weights(model, config)
     return config

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import zlib
 from abc import abstractmethod
@@ -24,6 +25,7 @@ from modelfactory.models.base import (
     check_X,
     check_y,
     divergence_message,
+    present_codes,
     raise_on_nan,
     to_output,
     training_weights,
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['functional_module', 'last_and_mean', 'NetworkModel', 'SequenceClassifier']
+__all__ = ['functional_module', 'last_and_mean', 'embedding_size', 'code_scale', 'embed_codes', 'NetworkModel',
+           'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #d4e7b061
 def functional_module(
@@ -83,6 +86,54 @@ def last_and_mean(
 
     return torch.cat([states[:, -1], states.mean(1)], 1)
 
+# %% ../../nbs/models/08_sequence.ipynb #ab31f68a
+def embedding_size(
+    n: int,  # number of different codes
+) -> int:
+    "Returns 1.6 n^0.56, at most 16: the rule of fastai's tabular models, with a lower limit."
+    return min(16, round(1.6 * n**0.56))
+
+
+def code_scale(
+    largest: int,  # largest code
+) -> float:
+    "Returns the smallest power of two, at least 1, by which all codes divided are at most 8."
+    return float(2 ** max(0, math.ceil(math.log2(max(largest, 1) / 8))))
+
+
+def embed_codes(
+    net: Module,  # the backbone, for the other features followed by the embeddings
+    columns: list[tuple[int, list[int]]],  # position of each feature of codes, and its codes in the training rows
+    n_features: int,  # F
+) -> Module:  # maps inputs (B, T, F) to the outputs of the backbone
+    "Returns a network that replaces codes by their embeddings."
+    import torch
+    from torch import nn
+
+    rows, embeddings, scales = [], nn.ModuleList(), [code_scale(max(codes, default=0)) for _, codes in columns]
+    for _, codes in columns:
+        row = torch.zeros(max(codes, default=0) + 2, dtype=torch.long)  # the last entry is for larger codes
+        row[codes] = torch.arange(1, len(codes) + 1)
+        rows.append(row)
+        embeddings.append(nn.Embedding(len(codes) + 1, embedding_size(len(codes) + 1), padding_idx=0))
+    positions = [j for j, _ in columns]
+    other = torch.tensor([j for j in range(n_features) if j not in positions], dtype=torch.long)
+    tables = {f"rows{i}": row for i, row in enumerate(rows)}
+    plain = dict(positions=positions, scales=scales)
+    return functional_module(_embedded, net=net, embeddings=embeddings, other=other, **tables, **plain)
+
+
+def _embedded(self, x):
+    "The outputs of the backbone for inputs (B, T, F) with codes."
+    import torch
+
+    parts = [x[..., self.other]]
+    for i, (j, scale) in enumerate(zip(self.positions, self.scales, strict=True)):
+        row = getattr(self, f"rows{i}")
+        code = (x[..., j] * scale).round().long().clamp(0, len(row) - 1)
+        parts.append(self.embeddings[i](row[code]))
+    return self.net(torch.cat(parts, -1))
+
 # %% ../../nbs/models/08_sequence.ipynb #0ec0f75e
 class NetworkModel(BaseModel):
     "A model that classifies windows with a torch network; subclasses implement `backbone` and `fit`."
@@ -91,6 +142,7 @@ class NetworkModel(BaseModel):
     supported_weights = ("column", "uniqueness")
     training = None  # a `Training` while `fit` runs
     uses_full_window = True  # whether the logits depend on every step of the window and every feature
+    codes: dict[str, list[int]] = {}  # feature of category codes -> codes in the training rows, without 0
 
     @abstractmethod
     def backbone(self, T: int, F: int, n_classes: int, c: SequenceConfig) -> Module:
@@ -100,10 +152,28 @@ class NetworkModel(BaseModel):
         "Creates the network on its device; the seed determines the initial weights."
         self.device = pick_device(self.config.device)
         seed_torch(self.config.random_seed, self.device)
-        T, F = self.config.sequence_length, len(self.feature_columns)
+        T, F = self.config.sequence_length, len(self.backbone_columns)
         with without_module(ADDRESS_GRAMMAR):  # the backbone may import neuralforecast
             net = self.backbone(T, F, len(self.classes), self.config)
+        if self.codes:
+            columns = [(self.feature_columns.index(name), codes) for name, codes in self.codes.items()]
+            net = embed_codes(net, columns, len(self.feature_columns))
         self.net = net.to(self.device)
+
+    @property
+    def backbone_columns(self) -> list[str]:
+        "Names of the backbone's inputs: the features, of which those of codes are replaced by embeddings at the end."
+        names = [name for name in self.feature_columns if name not in self.codes]
+        sizes = {name: embedding_size(len(codes) + 1) for name, codes in self.codes.items()}
+        return names + [f"{name}[{i}]" for name, size in sizes.items() for i in range(size)]
+
+    def fit_codes(self, windows: Windows) -> None:
+        "Finds the category codes in the training rows; sets their `mean` and `scale`. Raises `ValueError`."
+        self.codes, rows = {}, used_rows(windows) if self.config.categorical else None
+        for name in self.config.categorical:
+            j = self.feature_columns.index(name)
+            self.codes[name] = codes = present_codes(self, name, windows.base[rows, j])
+            self.mean[j], self.scale[j] = 0, code_scale(max(codes, default=0))
 
     def n_parameters(self) -> int:
         "Returns the number of trainable parameters of the network."
@@ -139,7 +209,8 @@ class NetworkModel(BaseModel):
 
         if not self.fitted:
             raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
-        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), facts=self.get_extra_state())
+        state = dict(facts=self.get_extra_state()) | (dict(codes=self.codes) if self.codes else {})
+        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), **state)
         save_file(trainable_state_dict(self.net), Path(path) / "network.safetensors")
         if self.training:
             write_training(self.training, Path(path), self.key)
@@ -152,6 +223,7 @@ class NetworkModel(BaseModel):
             F = len(self.feature_columns)
             self.mean, self.scale = (np.asarray(header[k], np.float32).reshape(F) for k in ("mean", "scale"))
             self.set_extra_state(header["facts"])
+            self.codes = {name: [int(code) for code in codes] for name, codes in header.get("codes", {}).items()}
         with isolated_torch_state(self.config):
             self.build()
         with checkpoint_errors(Path(path) / "network.safetensors", "the weights of this network") as file:
@@ -179,6 +251,7 @@ class SequenceClassifier(NetworkModel):
         weights_val = training_weights(self, codes_val, metadata_val)
         check_two_classes(self, codes)
         self.mean, self.scale = feature_mean_std(as_windows(X_train))
+        self.fit_codes(as_windows(X_train))
         join_processes(pick_device(self.config.device))
         with isolated_torch_state(self.config):
             self.build()

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import types
+import warnings
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from ..configuration import NonNegativeInt
+from ..configuration import ConfigError, NonNegativeInt, build_config, did_you_mean
 from ..imports import TORCH_ARRAYS, without_module
 from modelfactory.models.base import (
     BaseModel,
@@ -23,19 +25,21 @@ from modelfactory.models.base import (
     check_two_classes,
     check_X,
     check_y,
+    present_codes,
     raise_on_nan,
     to_output,
     training_weights,
 )
 from .errors import NotFittedError
-from .persistence import load_header, save_header
+from .persistence import HEADER_FILE, checkpoint_errors, load_header, save_header
 
 if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['ROWS_PER_LEAF', 'TabularConfig', 'n_threads', 'FlatRows', 'leaf_size', 'flatten_windows', 'TabularModel',
-           'import_skops', 'SklearnModel']
+__all__ = ['SUMMARY', 'SUMMARY_CELLS', 'ROWS_PER_LEAF', 'LARGE_TABLE_MIB', 'MANY_COLUMNS', 'TabularConfig', 'n_threads',
+           'summarise_windows', 'TableColumns', 'window_columns', 'FlatRows', 'leaf_size', 'flatten_windows',
+           'last_values', 'TabularModel', 'import_skops', 'SklearnModel']
 
 # %% ../../nbs/models/05_tabular.ipynb #6a83adb7
 @dataclass
@@ -43,6 +47,39 @@ class TabularConfig(ModelConfig):
     "Config keys of every tabular model."
 
     threads: NonNegativeInt = 0  # number of threads; 0: OMP_NUM_THREADS if set, else all cores
+    window: Literal["last", "flat", "summary"] = "flat"  # columns of a window: last row, all rows, or statistics
+    monotone: dict[str, Literal[1, -1]] = field(default_factory=dict)  # feature -> 1 rising, -1 falling; boosting only
+    params: dict[str, Any] = field(default_factory=dict)  # further parameters of the library, under its own names
+
+    KEYS: ClassVar[tuple[str, ...]] = ()  # config keys that are parameters of the library, with the library's name
+    RESERVED: ClassVar[dict[str, str]] = {}  # parameter of the library that the kit sets -> what to use instead
+
+    def library_names(self) -> Iterable[str]:
+        "Returns the names of the library's parameters; called only if `params` is set."
+        return ()
+
+    def __post_init__(self):
+        named = {key: value for key, value in self.params.items() if key in self.KEYS}
+        self.params = {key: value for key, value in self.params.items() if key not in named}
+        for key, value in named.items():
+            setattr(self, key, getattr(build_config(type(self), {key: value}, "params"), key))
+        _check_params(self)
+
+# %% ../../nbs/models/05_tabular.ipynb #4fc676c0
+def _check_params(config):
+    "Raises `ConfigError` on a parameter that the kit sets itself, or that the library does not have."
+    reserved = {key: f"the key {key}" for key in (f.name for f in fields(config))} | config.RESERVED
+    for name in config.params:
+        if name in reserved:
+            raise ConfigError(f"params: {name} is not passed to the library; use {reserved[name]}")
+    try:
+        names = {*config.library_names(), *config.KEYS} if config.params else set()
+    except ImportError:  # the model is unavailable, and `ModelRegistry.reason` says so
+        return
+    for name in config.params:
+        if name not in names:
+            hint = did_you_mean(name, names) if names else "this model passes no parameters"
+            raise ConfigError(f"params: the library has no parameter {name!r}; {hint}")
 
 
 def n_threads(config: TabularConfig) -> int:
@@ -50,11 +87,85 @@ def n_threads(config: TabularConfig) -> int:
     return config.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count()
 
 # %% ../../nbs/models/05_tabular.ipynb #09cbf9ec
+SUMMARY = ("last", "mean", "std", "min", "max", "slope")  # statistics of a feature over a window
+SUMMARY_CELLS = 1 << 17  # number of values that are summarised at a time; they fit into the cache of a CPU
+
+
+def summarise_windows(
+    X: Windows | np.ndarray,  # (n, T, F)
+) -> np.ndarray:  # (n, F, 6) float32, in the order of `SUMMARY`
+    "Returns the statistics of each feature over each window."
+    n, T, F = np.shape(X)
+    out, step = np.empty((n, F, len(SUMMARY)), np.float32), max(1, SUMMARY_CELLS // (T * F))
+    for i in range(0, n, step):
+        out[i : i + step] = _statistics(np.asarray(X[i : i + step]))
+    return out
+
+# %% ../../nbs/models/05_tabular.ipynb #c29e80e6
+def _statistics(x):
+    "The statistics (n, F, 6) of windows (n, T, F); windows with NaN are computed apart, at about five times the cost."
+    T, d = x.shape[1], x.astype(np.float64)
+    t, mean = np.arange(T) - (T - 1) / 2, d.sum(1) / T
+    d -= mean[:, None]
+    std = np.sqrt(np.einsum("ntf,ntf->nf", d, d) / T)
+    slope = np.einsum("t,ntf->nf", t, d) / max((t**2).sum(), 1)
+    out = np.stack([x[:, -1], mean, std, x.min(1), x.max(1), slope], -1)
+    missing = np.isnan(x).any((1, 2))
+    out[missing] = _statistics_without_nan(x[missing].astype(np.float64))
+    return out
+
+
+@np.errstate(invalid="ignore", divide="ignore")  # a window without values: 0 / 0 is NaN
+def _statistics_without_nan(x):
+    "The statistics (n, F, 6) of the values that are not NaN."
+    T, has_value = x.shape[1], ~np.isnan(x)
+    count, filled = has_value.sum(1), np.where(has_value, x, 0)
+    mean = filled.sum(1) / count
+    centred = np.where(has_value, x - mean[:, None], 0)
+    t = np.arange(T)[:, None] * has_value
+    t = np.where(has_value, t - (t.sum(1) / count)[:, None], 0)
+    slope = (t * centred).sum(1) / np.where(count > 1, (t**2).sum(1), count)  # 0 for a single value
+    low, high = (np.where(has_value, x, limit) for limit in (np.inf, -np.inf))
+    statistics = x[:, -1], mean, np.sqrt((centred**2).sum(1) / count), low.min(1), high.max(1), slope
+    return np.where(count[..., None] > 0, np.stack(statistics, -1), np.nan)
+
+# %% ../../nbs/models/05_tabular.ipynb #f5fcb863
+@dataclass
+class TableColumns:
+    "The columns that a tabular model makes of a window."
+
+    names: list[str]  # such as rsi, rsi[-2] (two rows before the last), rsi_slope or symbol_code=3
+    feature: np.ndarray  # (C,) position of the feature
+    lag: np.ndarray  # (C,) rows before the last row of the window; -1: the column depends on all rows
+    statistic: list[str]  # name in `SUMMARY`, or value
+
+    def __len__(self):
+        return len(self.names)
+
+
+def window_columns(
+    features: list[str],  # names of the numeric features
+    position: list[int],  # their positions in X
+    T: int,  # rows in a window
+    window: str,  # last, flat or summary
+) -> TableColumns:
+    "Returns the columns of the numeric features."
+    n = len(features)
+    if T == 1 or window == "last":
+        return TableColumns(list(features), np.array(position, int), np.zeros(n, int), ["value"] * n)
+    if window == "flat":
+        lags = range(T - 1, -1, -1)
+        names = [f"{name}[-{lag}]" if lag else name for lag in lags for name in features]
+        return TableColumns(names, np.tile(np.array(position, int), T), np.repeat(lags, n), ["value"] * n * T)
+    names, lag = [f"{name}_{statistic}" for name in features for statistic in SUMMARY], [0, *[-1] * (len(SUMMARY) - 1)]
+    return TableColumns(names, np.repeat(np.array(position, int), len(SUMMARY)), np.tile(lag, n), list(SUMMARY) * n)
+
+# %% ../../nbs/models/05_tabular.ipynb #37bc5871
 @dataclass
 class FlatRows:
     "`n` flat rows with class codes and weights, in the form that a library takes."
 
-    X: np.ndarray  # (n, T*F) float32
+    X: np.ndarray  # (n, C) float32, in the order of `TabularModel.columns`
     y: np.ndarray  # (n,) int64 class codes
     weight: np.ndarray | None  # (n,) float32 with mean 1; None if rows have no weights
 
@@ -80,6 +191,16 @@ def flatten_windows(
     X = np.asarray(X)
     return X.reshape(len(X), -1)
 
+
+def last_values(
+    X: Windows | np.ndarray,  # (n, T, F) or (n, F)
+) -> np.ndarray:  # (n, F)
+    "Returns the last row of each window, without gathering the windows."
+    if hasattr(X, "ends"):
+        return X.base[X.ends]
+    X = np.asarray(X)
+    return X if X.ndim == 2 else X[:, -1]
+
 # %% ../../nbs/models/05_tabular.ipynb #c1680f0d
 class TabularModel(BaseModel):
     "A model whose input is flat rows; subclasses implement `fit_rows`, `predict_rows`, `write` and `read`."
@@ -87,6 +208,19 @@ class TabularModel(BaseModel):
     Config = TabularConfig
     supported_weights = ("column", "uniqueness")
     rows_at_once = 65_536  # number of rows per chunk in `predict`
+    one_hot = False  # whether category codes become one column per code
+    supports_monotone = False  # whether the config key `monotone` has an effect
+
+    def __init__(self, config, horizon, feature_columns):
+        super().__init__(config, horizon, feature_columns)
+        self.codes: dict[str, list[int]] = {}  # categorical feature -> codes in the training rows, without 0
+        if self.config.monotone and not self.supports_monotone:
+            raise ConfigError(f"{self.name}: monotone works for boosted trees only: xgboost, lightgbm and catboost")
+        for name in self.config.monotone:
+            if name not in self.feature_columns or name in self.config.categorical:
+                numeric = [f for f in self.feature_columns if f not in self.config.categorical]
+                hint = did_you_mean(name, numeric)
+                raise ConfigError(f"{self.name}: monotone: {name!r} is not a numeric feature, {hint}")
 
     @abstractmethod
     def fit_rows(self, train: FlatRows, val: FlatRows) -> dict:
@@ -104,7 +238,23 @@ class TabularModel(BaseModel):
     def read(self, folder: Path) -> None:
         "Reads the file that `write` wrote; called after the config has been loaded."
 
+    @property
+    def columns(self) -> TableColumns:
+        "The columns of the table that the library gets; those of category codes come last, and are known after `fit`."
+        position = {name: j for j, name in enumerate(self.feature_columns) if name not in self.config.categorical}
+        c = window_columns(list(position), list(position.values()), self.config.sequence_length, self.config.window)
+        for name in self.config.categorical:
+            names = [f"{name}={code}" for code in self.codes.get(name, ())] if self.one_hot else [name]
+            c.names += names
+            c.feature = np.r_[c.feature, [self.feature_columns.index(name)] * len(names)].astype(int)
+            c.lag, c.statistic = np.r_[c.lag, [0] * len(names)].astype(int), c.statistic + ["code"] * len(names)
+        return c
+
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
+        check_y(self, y_train, len(check_X(self, X_train)))
+        last, names = last_values(X_train), self.config.categorical
+        self.codes = {name: present_codes(self, name, last[:, self.feature_columns.index(name)]) for name in names}
+        _warn_if_large(self, len(X_train))
         train = self._rows(X_train, y_train, metadata_train)
         check_two_classes(self, train.y)
         history = self.fit_rows(train, self._rows(X_val, y_val, metadata_val))
@@ -117,37 +267,91 @@ class TabularModel(BaseModel):
         return FlatRows(self._flat(X), codes, training_weights(self, codes, metadata))
 
     def _flat(self, X):
-        "Returns flat rows; raises `ValueError` if they hold NaN and the model does not accept NaN."
-        flat = flatten_windows(X)
+        "Returns the table (n, C); raises `ValueError` if it holds NaN and the model does not accept NaN."
+        flat = self._numeric(X)
         if not self.accepts_nan and not np.isfinite(flat.sum(dtype=np.float64)) and np.isnan(flat).any():
             raise_on_nan(self)
-        return flat
+        if not self.config.categorical:
+            return flat
+        last = last_values(X)
+        codes = [_code_columns(self, name, last[:, self.feature_columns.index(name)]) for name in self.codes]
+        return np.column_stack([flat, *codes]).astype(np.float32)
+
+    def _numeric(self, X):
+        "Returns the columns of the numeric features (n, C)."
+        keep = [j for j, name in enumerate(self.feature_columns) if name not in self.config.categorical]
+        is_all, T = len(keep) == len(self.feature_columns), self.config.sequence_length
+        if T == 1 or self.config.window == "last":
+            return last_values(X) if is_all else last_values(X)[:, keep]
+        if self.config.window == "flat":
+            return flatten_windows(X if is_all else np.asarray(X)[:, :, keep])
+        summary = summarise_windows(X)
+        return (summary if is_all else summary[:, keep]).reshape(len(summary), -1)
 
     def predict(self, X, metadata):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: predict before fit or load")
         n = len(check_X(self, X))
         check_metadata(self, metadata, n)
-        parts = [self.predict_rows(self._flat(X[i : i + self.rows_at_once])) for i in range(0, n, self.rows_at_once)]
+        slices = [slice(i, i + self.rows_at_once) for i in range(0, n, self.rows_at_once)]
+        chunks = (X.subset(s) if hasattr(X, "subset") else X[s] for s in slices)
+        parts = [self.predict_rows(self._flat(chunk)) for chunk in chunks]
         probabilities = np.concatenate(parts) if parts else np.empty((0, len(self.classes)))
         return to_output(probabilities, metadata, self.classes)
 
     def save(self, path):
-        save_header(self, path)
+        save_header(self, path, **(dict(codes=self.codes) if self.codes else {}))
         self.write(Path(path))
 
     def load(self, path):
-        load_header(self, path)
+        header = load_header(self, path)
+        with checkpoint_errors(Path(path) / HEADER_FILE, "the header of a tabular model"):
+            self.codes = {name: [int(code) for code in header["codes"][name]] for name in self.config.categorical}
         self.read(Path(path))
 
     def by_feature(
         self,
-        values: np.ndarray,  # (T*F,) importances
+        values: np.ndarray,  # (C,) importances
     ) -> dict[str, float]:  # feature name -> importance, largest first
-        "Adds up the importances of each feature over the rows of the window; scales the results to sum to 1."
-        total = np.asarray(values, float).reshape(-1, len(self.feature_columns)).sum(0)
+        "Adds up the importances of each feature over its columns; scales the results to sum to 1."
+        total = np.bincount(self.columns.feature, np.asarray(values, float), len(self.feature_columns))
         shares = total / total.sum() if total.sum() else total
         return {self.feature_columns[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable")}
+
+    def by_window(
+        self,
+        values: np.ndarray,  # (..., C) contributions of the columns
+    ) -> np.ndarray:  # (..., T, F); the sum over T and F is the sum over the columns
+        "Adds up contributions by row and feature; a statistic of the whole window is divided equally among its rows."
+        T, columns = self.config.sequence_length, self.columns
+        out = np.zeros((*np.shape(values)[:-1], T, len(self.feature_columns)))
+        for j, (feature, lag) in enumerate(zip(columns.feature, columns.lag, strict=True)):
+            if lag < 0:
+                out[..., feature] += values[..., j, None] / T
+            else:
+                out[..., T - 1 - lag, feature] += values[..., j]
+        return out
+
+# %% ../../nbs/models/05_tabular.ipynb #fd5630dd
+LARGE_TABLE_MIB, MANY_COLUMNS = 1024, 1000  # a fit warns if flat windows take more memory, or more columns than rows
+
+
+def _warn_if_large(model, n):
+    "Warns of a table of flat windows larger than `LARGE_TABLE_MIB`, or with `MANY_COLUMNS` and no more rows."
+    T, F, C = model.config.sequence_length, len(model.feature_columns), len(model.columns)
+    mib = n * C * 4 / 2**20
+    if T > 1 and model.config.window == "flat" and (C >= max(n, MANY_COLUMNS) or mib > LARGE_TABLE_MIB):
+        warnings.warn(
+            f"{model.name}: window: flat makes {C:,} columns of {T} rows x {F} features: {mib:,.1f} MiB for {n:,} "
+            f"rows, {n / C:.2f} rows a column; window: summary makes {len(SUMMARY) * F:,} columns, window: last {F:,}",
+            stacklevel=3,
+        )
+
+
+def _code_columns(model, name, values):
+    "The columns of one categorical feature: the codes (n, 1), or an indicator of each code (n, codes)."
+    codes = np.array(model.codes[name], np.float32)
+    return values[:, None] == codes if model.one_hot else np.where(np.isin(values, codes), values, 0)[:, None]
 
 # %% ../../nbs/models/05_tabular.ipynb #32612fe1
 def import_skops() -> types.ModuleType:

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ..data.categories import category_codes, category_text
 from ..data.dataset import RawColumns, Windows
 from ..data.features import last_features
 from modelfactory.data.pipeline import (
@@ -119,7 +120,8 @@ class Follower:
                 "cannot be predicted one by one; call predict with the bars of all symbols"
             )
         self.gap, self.length = data["gap"], self.model.history_length(vars(self.model.config))
-        self.columns = [self.pipeline.names.index(name) for name in self.model.feature_columns]
+        self.categories = self.run.report.get("categories", {})
+        self.columns = [self.pipeline.names.index(f) for f in self.model.feature_columns if f not in self.categories]
         fills = {} if data["nan"] == "keep" else self.run.report["fills"]
         self.fills = np.array(
             [0.0 if data["nan"] == "zero" else fills.get(f, np.nan) for f in self.model.feature_columns]
@@ -246,7 +248,9 @@ class Follower:
         complete = complete_rows(self.pipeline, state.bars)[-n:]
         if complete.any():
             features = last_features(state.bars, self.pipeline.features, n)[self.pipeline.names]
-            rows = self.pipeline.scale(features.to_numpy(np.float32))[:, self.columns]
+            rows = self._with_codes(
+                self.pipeline.scale(features.to_numpy(np.float32))[:, self.columns], state.bars[-n:]
+            )
             state.add(np.where(np.isnan(rows), self.fills, rows).astype(np.float32), complete, self.length)
         n_windows = 0 if state.rows is None else len(state.rows) - self.length + 1
         if n_windows < 1 and not state.is_waiting:
@@ -254,6 +258,16 @@ class Follower:
             self.notes.append(f"{symbol}: no prediction yet, because {needs_text(self.pipeline, self.length - 1)}")
         state.bars = last_bars(self.pipeline, state.bars, n_new)[0]
         return max(0, min(int(complete[n - n_new :].sum()), n_windows))
+
+    def _with_codes(self, rows, bars):
+        "The features of the model: scaled features, and the category codes of the symbol and the hour."
+        if not self.categories:
+            return rows
+        values = dict(symbol_code=bars["symbol"].astype(object), hour_code=category_text(bars["datetime"].dt.hour))
+        plain, names = iter(rows.T), self.model.feature_columns
+        return np.column_stack(
+            [category_codes(values[f], self.categories[f]) if f in self.categories else next(plain) for f in names]
+        )
 
     def _adapt(self, output):
         "Prediction sets adapted to the labels of the stored predictions."

@@ -21,12 +21,14 @@ import pandas as pd
 
 from ..models.base import BaseModel, expected_shape, probability_columns
 from ..models.batches import CLIP_SIGMA
+from ..models.boosted import BoostedModel
 from ..models.boosting.catboost import CatBoostModel
 from ..models.boosting.lightgbm import LightGBMModel
 from ..models.boosting.xgboost import XGBoostModel
 from ..models.calibration import CalibratedModel, WrappedModel
 from ..models.ensemble.average import AverageModel
 from ..models.ensemble.meta_labelling import MetaLabellingModel
+from ..models.ensemble.selection import SelectionModel
 from ..models.ensemble.stacking import StackingModel
 from ..models.foundation.timesfm import TimesFMModel
 from ..models.registry import ModelRegistry
@@ -83,27 +85,72 @@ def _joined(
     constants: dict[str, np.ndarray],  # float32 arrays that the head reads
     n_classes: int,
 ) -> GraphProto:
-    "One graph whose parts read the same features; the head computes the probabilities from those of the parts."
+    "One graph whose parts read the last rows of the same windows; the head computes the probabilities from theirs."
     from onnx import compose, helper, numpy_helper, parser
 
     nodes, arrays = [], [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in constants.items()]
+    shapes = [[d.dim_value for d in part.input[0].type.tensor_type.shape.dim] for part in parts]
+    shape = max(shapes, key=lambda s: (len(s), s[1]))
     for i, part in enumerate(parts):
         names = compose.add_prefix_graph(part, f"part{i}_")
-        nodes.append(helper.make_node("Identity", ["features"], [f"part{i}_features"]))
+        rows = range(shape[1])[-shapes[i][1] :] if len(shapes[i]) == 3 else shape[1] - 1  # the last rows of a window
+        if shapes[i] == shape:
+            nodes.append(helper.make_node("Identity", ["features"], [f"part{i}_features"]))
+        else:
+            arrays.append(numpy_helper.from_array(np.array(rows), f"part{i}_of_window"))
+            nodes.append(helper.make_node("Gather", ["features", f"part{i}_of_window"], [f"part{i}_features"], axis=1))
         nodes += [*names.node, helper.make_node("Identity", [f"part{i}_probabilities"], [f"p{i}"])]
         arrays += names.initializer
     inputs = ", ".join(f"float[N,K] p{i}" for i in range(len(parts)))
     nodes += parser.parse_graph(f"head ({inputs}) => (float[N,K] probabilities) {{ {head} }}").node
-    shape = [d.dim_value for d in parts[0].input[0].type.tensor_type.shape.dim]
     return _graph(nodes, shape, n_classes, arrays)
 
 # %% ../../nbs/runs/24_onnx.ipynb #8f978581
 def _tabular(model, nodes, initializers=()):
-    "A graph for the nodes of a tabular model, which read flat `rows` (batch, T*F)."
-    from onnx import helper
+    "A graph for the nodes of a tabular model, which read the `rows` (batch, C) of its table."
+    from onnx import numpy_helper, parser
 
-    flatten = helper.make_node("Flatten", ["features"], ["rows"], axis=1)
-    return _graph([flatten, *nodes], expected_shape(model), len(model.classes), initializers)
+    T = model.config.sequence_length
+    window = model.config.window if T > 1 else "flat"
+    t = np.arange(T) - (T - 1) / 2
+    constants = dict(
+        flat={},
+        last=dict(last_row=np.array(T - 1)),
+        summary=dict(
+            last_row=np.array(T - 1), time=np.array([1]), stack=np.array([2]), slopes=t[:, None] / max((t**2).sum(), 1)
+        ),
+    )[window]
+    text = f"table (float[N,T,F] features) => (float[N,C] rows) {{ {_TABLES[window]} }}"
+    arrays = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    table = parser.parse_graph(text).node
+    return _graph([*table, *nodes], expected_shape(model), len(model.classes), [*arrays, *initializers])
+
+
+# nodes from `features` to the `rows` of a tabular model; statistics are computed in float64, as in `summarise_windows`
+_TABLES = dict(
+    flat="rows = Flatten<axis=1>(features)",
+    last="rows = Gather<axis=1>(features, last_row)",
+    summary="""
+        x = Cast<to=11>(features)
+        mean_row = ReduceMean<keepdims=1>(x, time)
+        centred = Sub(x, mean_row)
+        squares = Mul(centred, centred)
+        variance = ReduceMean<keepdims=0>(squares, time)
+        weighted = Mul(centred, slopes)
+        s0 = Gather<axis=1>(x, last_row)
+        s1 = Squeeze(mean_row, time)
+        s2 = Sqrt(variance)
+        s3 = ReduceMin<keepdims=0>(x, time)
+        s4 = ReduceMax<keepdims=0>(x, time)
+        s5 = ReduceSum<keepdims=0>(weighted, time)
+        """
+    + " ".join(f"c{i} = Unsqueeze(s{i}, stack)" for i in range(6))
+    + """
+        statistics = Concat<axis=2>(c0, c1, c2, c3, c4, c5)
+        doubles = Flatten<axis=1>(statistics)
+        rows = Cast<to=1>(doubles)
+        """,
+)
 
 
 def _in_class_order(graph, model, codes):
@@ -119,7 +166,7 @@ def _sklearn(model):
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType
 
-    estimator, width = model.fitted_estimator, int(np.prod(expected_shape(model)[1:]))
+    estimator, width = model.fitted_estimator, len(model.columns)
     options = {id(estimator): {"zipmap": False}}
     inputs = [("rows", FloatTensorType([None, width]))]
     part = to_onnx(estimator, initial_types=inputs, options=options, target_opset=OPSETS).graph
@@ -138,6 +185,7 @@ def _tree_nodes(
     trees: list[list[tuple]],  # rows (left, right, feature, threshold or leaf value, missing goes left); left -1: leaf
     mode: str,  # BRANCH_LT or BRANCH_LEQ: comparison after which a row goes left
     base_values: list[float],  # (K,) added to the sums of the leaves
+    is_binary: bool = False,  # whether all trees belong to class 1, and class 0 has the raw score 0
 ) -> list[NodeProto]:
     "The softmax of the summed leaves of gradient boosted trees; tree i belongs to class i % K."
     index = np.array([(i, j) for i, tree in enumerate(trees) for j in range(len(tree))])
@@ -156,7 +204,7 @@ def _tree_nodes(
         nodes_missing_value_tracks_true=(~leaf & missing_left.astype(bool)).astype(int).tolist(),
         target_treeids=index[leaf, 0].tolist(),
         target_nodeids=index[leaf, 1].tolist(),
-        target_ids=(index[leaf, 0] % len(base_values)).tolist(),
+        target_ids=np.where(is_binary, 1, index[leaf, 0] % len(base_values)).tolist(),
         target_weights=value[leaf].tolist(),
     )
 
@@ -176,7 +224,9 @@ def _xgboost(model):
     base_values = np.resize(json.loads(learner["learner_model_param"]["base_score"]), len(model.classes)).tolist()
     keys = "left_children", "right_children", "split_indices", "split_conditions", "default_left"
     trees = [list(zip(*(t[k] for k in keys), strict=True)) for t in learner["gradient_booster"]["model"]["trees"]]
-    return _tabular(model, _tree_nodes(trees, "BRANCH_LT", base_values))
+    if model.is_binary:
+        base_values = [0.0, float(np.log(base_values[0] / (1 - base_values[0])))]
+    return _tabular(model, _tree_nodes(trees, "BRANCH_LT", base_values, model.is_binary))
 
 
 def _lightgbm(model):
@@ -196,7 +246,7 @@ def _lightgbm(model):
     for tree in model.booster.dump_model()["tree_info"]:
         trees.append([])
         add(tree["tree_structure"], trees[-1])
-    return _tabular(model, _tree_nodes(trees, "BRANCH_LEQ", [0.0] * len(model.classes)))
+    return _tabular(model, _tree_nodes(trees, "BRANCH_LEQ", [0.0] * len(model.classes), model.is_binary))
 
 
 def _catboost(model):
@@ -209,6 +259,9 @@ def _catboost(model):
     (node,) = (node for node in nodes if node.op_type == "TreeEnsembleClassifier")
     values = {a.name.replace("class_", "target_"): onnx.helper.get_attribute_value(a) for a in node.attribute}
     trees = {name: value for name, value in values.items() if name.startswith(("nodes_", "target_"))}
+    if model.is_binary:
+        halves = [weight / 2 for weight in trees["target_weights"]]  # a leaf w is stored as -w and w
+        return _tabular(model, _softmax_of_trees([0.0, 0.0], **trees | dict(target_weights=halves)))
     codes = json.loads(model.booster.get_metadata()["class_params"])["class_to_label"]  # those in train
     return _in_class_order(_tabular(model, _softmax_of_trees([0.0] * len(codes), **trees)), model, codes)
 
@@ -303,6 +356,27 @@ def _calibrated(model):
     return _joined([model_graph(model.model)], head, constants, len(model.classes))
 
 
+def _monotone(model):
+    "The classes of a model with monotone constraints, from the graphs of its thresholds, as in `class_shares`."
+    if any(isinstance(part, float) for part in model.parts):
+        raise OnnxError(f"{model.name}: train has one side of a threshold only; export it without ONNX")
+    n = len(model.parts)
+    head = [f"a{i} = MatMul(p{i}, above) m{i} = {f'Min(m{i - 1}, a{i})' if i else 'Identity(a0)'}" for i in range(n)]
+    head += ["q0 = Sub(one, m0)", *(f"q{i} = Sub(m{i - 1}, m{i})" for i in range(1, n))]
+    head.append(f"probabilities = Concat<axis=1>({', '.join(f'q{i}' for i in range(n))}, m{n - 1})")
+    constants = dict(above=[[0], [1]], one=[[1]])
+    return _joined([model_graph(part) for part in model.parts], " ".join(head), constants, len(model.classes))
+
+
+def _selection(model):
+    members = [model_graph(member) for member in model.members.values()]
+    weights = [model.member_weights[name] for name in model.members]
+    head = [f"c{i} = Mul(p{i}, weight{i})" for i in range(len(members))]
+    head.append(f"probabilities = Sum({', '.join(f'c{i}' for i in range(len(members)))})")
+    constants = {f"weight{i}": [weight] for i, weight in enumerate(weights)}
+    return _joined(members, " ".join(head), constants, len(model.classes))
+
+
 def _average(model):
     members = [model_graph(member) for member in model.members.values()]
     names = ", ".join(f"p{i}" for i in range(len(members)))
@@ -323,6 +397,7 @@ CONVERTERS: dict[type, tuple[str, Callable]] = {
     WrappedModel: ("the wrapped model", lambda model: model_graph(model.model)),
     AverageModel: ("all members in one graph", _average),
     StackingModel: ("all members in one graph", _stacking),
+    SelectionModel: ("the chosen members in one graph", _selection),
     SklearnModel: ("skl2onnx", _sklearn),
     XGBoostModel: ("tree node from XGBoost's JSON", _xgboost),
     LightGBMModel: ("tree node from LightGBM's dump", _lightgbm),
@@ -360,7 +435,12 @@ def model_graph(
     if not path:
         reason = why_not or f"expected {', '.join(kind.__name__ for kind in CONVERTERS)} or a subclass"
         raise OnnxError(f"{model.name}: {type(model).__name__} has no ONNX graph: {reason}; export it without ONNX")
+    if model.config.categorical:
+        codes = ", ".join(model.config.categorical)
+        raise OnnxError(f"{model.name}: no ONNX graph for category codes ({codes}); export it without ONNX")
     convert = next(convert for kind, (_, convert) in CONVERTERS.items() if isinstance(model, kind))
+    if isinstance(model, BoostedModel) and model.has_parts:
+        convert = _monotone
     try:
         with _quiet():
             return convert(model)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.bundled import BUNDLED, resolve_data
+from ..data.categories import KEY_CATEGORIES, code_names
 from ..data.dataset import RawColumns, Windows, last_rows, prepend_context, sample_rows
 from ..data.explore import population_stability_index
 from modelfactory.data.pipeline import (
@@ -144,7 +145,8 @@ def _table_rows(run, model, data, split, context_rows):
     bars = _read_bars(run, model, data, split, nan)
     drift = _drift(run, bars)  # before NaN values are filled
     _fill_nan(bars, fills, nan)
-    return bars, drift, *prepend_context(bars, _context(folder, bars, context_rows, fills, nan))
+    context = _context(folder, bars, context_rows, fills, nan, run.report.get("categories"))
+    return bars, drift, *prepend_context(bars, context)
 
 
 def _drift(run, bars):
@@ -204,7 +206,8 @@ def raw_bars_pipeline(
             f"{run.path.name}: found raw bars, but the run has no pipeline.json, because bars_to_splits did not make "
             f"its features; pass bars with its {len(model.feature_columns)} features, or train on new splits"
         )
-    if missing := [name for name in model.feature_columns if name not in run.pipeline.scaler]:
+    made = (*run.pipeline.scaler, *code_names(KEY_CATEGORIES))
+    if missing := [name for name in model.feature_columns if name not in made]:
         listed = ", ".join(missing[:5])
         raise PipelineError(
             f"{run.path.name}: {len(missing)} features are not made from bars: {listed}; pass bars with all features"
@@ -320,8 +323,9 @@ def _read_bars(run, model, data, split, nan):
     "Reads the bars, with their labels if the model adapts its sets to them."
     if adapts_sets(model):
         with contextlib.suppress(MissingColumn):
-            return read_split(data, split, (run.horizon,), model.feature_columns, model.classes, nan)
-    return read_split(data, split, (), model.feature_columns, nan=nan)
+            options = model.feature_columns, model.classes, nan, run.report.get("categories")
+            return read_split(data, split, (run.horizon,), *options)
+    return read_split(data, split, (), model.feature_columns, nan=nan, categories=run.report.get("categories"))
 
 
 def _known_labels(bars, own, rows, n, horizon, gap):
@@ -384,14 +388,14 @@ def _folder_of_splits(data):
     return None if is_parts else folder
 
 
-def _context(folder, bars, n, fills, nan):
+def _context(folder, bars, n, fills, nan, categories):
     "The last `n` rows of each symbol in the earlier splits of a folder; None if there are no such rows."
     earlier, context = [], None
     for name in reversed(SPLIT_ORDER[: SPLIT_ORDER.index(bars.name)] if folder is not None and n else ()):
         file = split_path(folder, name)
         if file is None:
             continue
-        split = read_split(file, name, (), bars.features, nan=nan)
+        split = read_split(file, name, (), bars.features, nan=nan, categories=categories)
         _fill_nan(split, fills, nan)
         earlier.insert(0, split)
         context = last_rows(earlier, bars.symbols, n)

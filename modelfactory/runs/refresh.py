@@ -93,6 +93,11 @@ def _split_frame(split: Split, horizon: int, source: object):
 def _read_new(run, data, split):
     "New bars as a frame of `_split_frame`; raises `SplitsError` or `RunError`."
     folder, config = _folder_of_splits(data), run.config["data"]
+    if config.get("categorical"):
+        raise RunError(
+            f"{run.path.name}: found category codes ({', '.join(config['categorical'])}), which a refresh cannot "
+            "extend; make new splits and train on them"
+        )
     sources = [data]
     if folder is not None:
         sources = list(split_files(folder, ("val", split) if split == "test" else (split,)).values())

@@ -25,6 +25,7 @@ from modelfactory.configuration import (
     settings,
 )
 from ..data.bundled import absolute_paths, resolve_data
+from ..data.categories import code_names
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.fold_data import fill_features, fold_datasets, scored_rows
 from ..data.prices import check_dataset_prices
@@ -127,7 +128,8 @@ class Trainer:
         self.baseline_metrics: dict[str, dict[str, dict]] = {}
         self.folds: list[FoldDatasets] = []
         c = self.config
-        fixed = dict(random_seed=c.seed, classes=c.data.classes, **_fold_rules(c.data.folds, c.config))
+        fixed = dict(random_seed=c.seed, classes=c.data.classes, categorical=code_names(c.data.categorical))
+        fixed |= _fold_rules(c.data.folds, c.config)
         self.model_config = resolve_config(c.model, c.horizon, c.preset, c.config, **fixed)
 
     def __repr__(self):

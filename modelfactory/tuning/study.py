@@ -21,6 +21,7 @@ import pandas as pd
 import modelfactory
 from ..configuration import ConfigError, did_you_mean, read_yaml
 from ..data.bundled import resolve_data
+from ..data.categories import code_names
 from ..data.dataset import TimeSeriesDataset, read_prices
 from ..data.folds import Folds, take_samples, walk_forward
 from ..data.splits import read_splits
@@ -365,7 +366,14 @@ class OptunaModelTuner:
         "The resolved configuration of a trial."
         c = self.config
         return resolve_config(
-            c.model, c.horizon, c.preset, c.config, params, random_seed=c.seed, classes=c.data.classes
+            c.model,
+            c.horizon,
+            c.preset,
+            c.config,
+            params,
+            random_seed=c.seed,
+            classes=c.data.classes,
+            categorical=code_names(c.data.categorical),
         )
 
     def study(self) -> Study:

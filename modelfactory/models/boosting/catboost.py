@@ -5,13 +5,18 @@
 # %% ../../../nbs/models/boosting/catboost.ipynb #4c06f359
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
 
 from ...configuration import Fraction, PositiveFloat, PositiveInt
+from ..boosted import BoostedModel
 from ..callbacks import run_callbacks
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, TabularModel, n_threads
+from ..tabular import TabularConfig, n_threads
 
 # %% auto #0
 __all__ = ['CatBoostConfig', 'CatBoostModel']
@@ -30,29 +35,63 @@ class CatBoostConfig(TabularConfig):
     border_count: PositiveInt = 128  # number of histogram borders per feature
     patience: PositiveInt = 30  # training stops after this many rounds without a lower validation loss
 
+    KEYS: ClassVar = ("learning_rate", "depth", "l2_leaf_reg", "subsample", "rsm", "border_count")
+    RESERVED: ClassVar = dict(
+        eta="learning_rate",
+        max_depth="depth",
+        reg_lambda="l2_leaf_reg",
+        colsample_bylevel="rsm",
+        max_bin="border_count",
+        **dict.fromkeys(("iterations", "n_estimators", "num_boost_round", "num_trees"), "n_rounds"),
+        **dict.fromkeys(("early_stopping_rounds", "od_wait", "od_type", "od_pval", "use_best_model"), "patience"),
+        **dict.fromkeys(("loss_function", "objective", "classes_count", "class_names"), "classes"),
+        **dict.fromkeys(("class_weights", "auto_class_weights", "scale_pos_weight"), "class_weight"),
+        random_state="random_seed",
+        thread_count="threads",
+        eval_metric="early_stopping (the metric is log loss)",
+        cat_features="categorical",
+        monotone_constraints="monotone",
+        callback="the argument callbacks of Trainer",
+        **dict.fromkeys(("verbose", "silent", "logging_level"), "modelfactory -v"),
+        **dict.fromkeys(("allow_writing_files", "train_dir", "save_snapshot"), "the files of the run"),
+    )
+
+    def library_names(self):
+        from catboost import CatBoostClassifier
+
+        return set(inspect.signature(CatBoostClassifier.__init__).parameters) - {"self"}
+
 # %% ../../../nbs/models/boosting/catboost.ipynb #8a335e46
-_LIBRARY_KEYS = ("learning_rate", "depth", "l2_leaf_reg", "subsample", "rsm", "border_count")
-
-
 @ModelRegistry.register("catboost", family="boosting")
-class CatBoostModel(TabularModel):
+class CatBoostModel(BoostedModel):
     "Gradient boosted symmetric trees with early stopping on validation log loss."
 
-    Config, requires, accepts_nan = CatBoostConfig, ("catboost",), True
+    Config, requires = CatBoostConfig, ("catboost",)
 
     def parameters(self) -> dict:
         "Parameters passed to the library's estimator."
         c = self.config
-        return {key: getattr(c, key) for key in _LIBRARY_KEYS} | dict(
+        task: dict = dict(loss_function="MultiClass", classes_count=len(c.classes))
+        if self.is_binary:
+            task = dict(loss_function="Logloss", monotone_constraints=self.constraints)
+        fixed = dict(
             iterations=c.n_rounds,
-            loss_function="MultiClass",
-            classes_count=len(c.classes),
             bootstrap_type="Bernoulli",
             random_seed=c.random_seed,
             thread_count=n_threads(c),
             allow_writing_files=False,
             verbose=False,
         )
+        return {key: getattr(c, key) for key in c.KEYS} | task | fixed | c.params
+
+    def _table(self, X):
+        "The rows as CatBoost takes them: category codes must be whole numbers, which one float matrix cannot hold."
+        if not (codes := self.code_positions):
+            return X
+        import pandas as pd
+
+        table = pd.DataFrame(X, columns=[str(j) for j in range(X.shape[1])])
+        return table.astype({str(j): np.int32 for j in codes})
 
     def fit_rows(self, train, val):
         from catboost import CatBoostClassifier, Pool
@@ -66,23 +105,23 @@ class CatBoostModel(TabularModel):
         run_callbacks(self, "on_fit_start", c.n_rounds)
         self.booster = CatBoostClassifier(**self.parameters())
         self.booster.fit(
-            Pool(train.X, train.y, weight=train.weight),
-            eval_set=Pool(val.X, val.y, weight=val.weight),
+            Pool(self._table(train.X), train.y, self.code_positions or None, weight=train.weight),
+            eval_set=Pool(self._table(val.X), val.y, self.code_positions or None, weight=val.weight),
             use_best_model=c.early_stopping,
             callbacks=[_Adapter(self)],
             **stop,
         )
         losses = self.booster.evals_result_
         history = dict(
-            train_loss=losses["learn"]["MultiClass"],
-            val_loss=losses["validation"]["MultiClass"],
+            train_loss=next(iter(losses["learn"].values())),
+            val_loss=next(iter(losses["validation"].values())),
             best_round=self.booster.tree_count_ - 1,
         )
         run_callbacks(self, "on_fit_end", history)
         return history
 
     def predict_rows(self, X):
-        return self.booster.predict_proba(X, thread_count=n_threads(self.config))
+        return self.booster.predict_proba(self._table(X), thread_count=n_threads(self.config))
 
     def write(self, folder):
         self.booster.save_model(folder / "model.cbm")
@@ -94,6 +133,8 @@ class CatBoostModel(TabularModel):
             self.booster = CatBoostClassifier().load_model(file)
 
     def feature_importance(self):
+        if self.parts:
+            return self.mean_importance()
         return self.by_feature(self.booster.get_feature_importance())
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #3d07649c
@@ -107,5 +148,5 @@ class _Adapter:
         logs = {}
         for split, key in (("train", "learn"), ("val", "validation")):
             if key in info.metrics:
-                logs[f"{split}_loss"] = info.metrics[key]["MultiClass"][-1]
+                logs[f"{split}_loss"] = next(iter(info.metrics[key].values()))[-1]
         return not run_callbacks(self.model, "on_epoch_end", info.iteration - 1, logs)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ...configuration import Fraction, PositiveFloat, PositiveInt
+import numpy as np
+
+from ...configuration import ConfigError, Fraction, PositiveFloat, PositiveInt
+from ..boosted import BoostedModel
 from ..callbacks import run_callbacks
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, TabularModel, leaf_size, n_threads
+from ..tabular import TabularConfig, leaf_size, n_threads
 
 # %% auto #0
 __all__ = ['LightGBMConfig', 'LightGBMModel']
@@ -32,31 +36,53 @@ class LightGBMConfig(TabularConfig):
     max_bin: PositiveInt = 255  # maximum number of histogram bins per feature
     patience: PositiveInt = 30  # training stops after this many rounds without a lower validation loss
 
-# %% ../../../nbs/models/boosting/lightgbm.ipynb #9bb199d9
-_LIBRARY_KEYS = (
-    "learning_rate",
-    "num_leaves",
-    "min_data_in_leaf",
-    "bagging_fraction",
-    "feature_fraction",
-    "lambda_l2",
-    "max_bin",
+    KEYS: ClassVar = (
+        "learning_rate",
+        "num_leaves",
+        "min_data_in_leaf",
+        "bagging_fraction",
+        "feature_fraction",
+        "lambda_l2",
+        "max_bin",
+    )
+
+    def library_names(self):
+        from lightgbm.basic import _ConfigAliases
+
+        names = _ConfigAliases._get_all_param_aliases()
+        for name, key in (_SET_BY_KIT | {name: name for name in self.KEYS}).items():
+            for alias in self.params.keys() & {*names[name]}:
+                raise ConfigError(f"params: {alias} is not passed to the library; use the key {key}")
+        return {alias for aliases in names.values() for alias in aliases}
+
+
+# parameter of LightGBM that the kit sets -> config key
+_SET_BY_KIT = dict(
+    objective="classes",
+    num_class="classes",
+    metric="early_stopping (the metric is log loss)",
+    num_iterations="n_rounds",
+    early_stopping_round="patience",
+    seed="random_seed",
+    num_threads="threads",
+    monotone_constraints="monotone",
+    categorical_feature="categorical",
 )
 
-
+# %% ../../../nbs/models/boosting/lightgbm.ipynb #9bb199d9
 @ModelRegistry.register("lightgbm", family="boosting")
-class LightGBMModel(TabularModel):
+class LightGBMModel(BoostedModel):
     "Gradient boosted trees that grow leaf by leaf, with early stopping on validation log loss."
 
-    Config, requires, accepts_nan = LightGBMConfig, ("lightgbm",), True
+    Config, requires = LightGBMConfig, ("lightgbm",)
 
     def parameters(self) -> dict:
         "Parameters passed to the library's `train` function."
         c = self.config
-        return {key: getattr(c, key) for key in _LIBRARY_KEYS} | dict(
-            objective="multiclass",
-            num_class=len(c.classes),
-            metric="multi_logloss",
+        task: dict = dict(objective="multiclass", num_class=len(c.classes), metric="multi_logloss")
+        if self.is_binary:
+            task = dict(objective="binary", metric="binary_logloss", monotone_constraints=self.constraints)
+        fixed = dict(
             bagging_freq=1,
             seed=c.random_seed,
             num_threads=n_threads(c),
@@ -64,6 +90,7 @@ class LightGBMModel(TabularModel):
             force_row_wise=True,
             verbosity=-1,
         )
+        return {key: getattr(c, key) for key in c.KEYS} | task | fixed | c.params
 
     def fit_rows(self, train, val):
         import lightgbm as lgb
@@ -72,7 +99,10 @@ class LightGBMModel(TabularModel):
         leaf = dict(min_data_in_leaf=leaf_size(self, "min_data_in_leaf", len(train.X)))
         parameters = self.parameters() | leaf
         run_callbacks(self, "on_fit_start", c.n_rounds)
-        train_set = lgb.Dataset(train.X, train.y, weight=train.weight, params=parameters)
+        codes = self.code_positions
+        train_set = lgb.Dataset(
+            train.X, train.y, weight=train.weight, params=parameters, categorical_feature=codes or "auto"
+        )
         val_set = lgb.Dataset(val.X, val.y, weight=val.weight, reference=train_set)
         stop = [lgb.early_stopping(c.patience, verbose=False)] if c.early_stopping else []
         self.booster = lgb.train(
@@ -84,13 +114,14 @@ class LightGBMModel(TabularModel):
             callbacks=[lgb.record_evaluation(losses), _adapter(self), *stop],
         )
         best = self.booster.best_iteration if c.early_stopping else c.n_rounds
-        history = {f"{k}_loss": v["multi_logloss"] for k, v in losses.items()}
+        history = {f"{k}_loss": next(iter(v.values())) for k, v in losses.items()}
         history |= dict(best_round=max(1, best) - 1) | leaf
         run_callbacks(self, "on_fit_end", history)
         return history
 
     def predict_rows(self, X):
-        return self.booster.predict(X, num_threads=n_threads(self.config))
+        p = self.booster.predict(X, num_threads=n_threads(self.config))
+        return np.column_stack([1 - p, p]) if self.is_binary else p
 
     def write(self, folder):
         self.booster.save_model(folder / "model.txt")
@@ -105,6 +136,8 @@ class LightGBMModel(TabularModel):
             self.booster = lgb.Booster(model_str=text)
 
     def feature_importance(self):
+        if self.parts:
+            return self.mean_importance()
         return self.by_feature(self.booster.feature_importance("gain"))
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #2079ce5c

@@ -5,13 +5,18 @@
 # %% ../../../nbs/models/boosting/xgboost.ipynb #23abe6ba
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
 
 from ...configuration import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from ..boosted import BoostedModel
 from ..callbacks import run_callbacks
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, TabularModel, leaf_size, n_threads
+from ..tabular import TabularConfig, leaf_size, n_threads
 
 # %% auto #0
 __all__ = ['XGBoostConfig', 'XGBoostModel']
@@ -32,36 +37,75 @@ class XGBoostConfig(TabularConfig):
     device: str = "cpu"  # cpu or cuda
     patience: NonNegativeInt = 30  # training stops after this many rounds without a lower validation loss
 
+    KEYS: ClassVar = (
+        "learning_rate",
+        "max_depth",
+        "min_child_weight",
+        "subsample",
+        "colsample_bytree",
+        "reg_lambda",
+        "max_bin",
+        "device",
+    )
+    RESERVED: ClassVar = dict(
+        eta="learning_rate",
+        min_split_loss="gamma",
+        alpha="reg_alpha",
+        num_class="classes",
+        objective="classes",
+        eval_metric="early_stopping (the metric is log loss)",
+        n_estimators="n_rounds",
+        early_stopping_rounds="patience",
+        seed="random_seed",
+        random_state="random_seed",
+        nthread="threads",
+        n_jobs="threads",
+        tree_method="xgboost's hist, which is always used",
+        monotone_constraints="monotone",
+        feature_types="categorical",
+        enable_categorical="categorical",
+        missing="NaN for missing values",
+    ) | {"lambda": "reg_lambda"}
+
+    def library_names(self):
+        import xgboost as xgb
+
+        booster = xgb.train(dict(booster="dart", tree_method="hist"), xgb.DMatrix([[0.0], [1.0]], [0, 1]), 1)
+        return _parameter_names(json.loads(booster.save_config())) | {"verbosity"}
+
+
+def _parameter_names(config):
+    "Names in the parts `..._param` of XGBoost's own configuration."
+    parts = [(key, part) for key, part in config.items() if isinstance(part, dict)]
+    deeper = [_parameter_names(part) for _, part in parts]
+    return set().union(*deeper, *(part for key, part in parts if key.endswith("_param")))
+
 # %% ../../../nbs/models/boosting/xgboost.ipynb #f6e9fbf0
-_LIBRARY_KEYS = (
-    "learning_rate",
-    "max_depth",
-    "min_child_weight",
-    "subsample",
-    "colsample_bytree",
-    "reg_lambda",
-    "max_bin",
-    "device",
-)
-
-
 @ModelRegistry.register("xgboost", family="boosting")
-class XGBoostModel(TabularModel):
+class XGBoostModel(BoostedModel):
     "Gradient boosted trees on histograms, with early stopping on validation log loss."
 
-    Config, requires, accepts_nan = XGBoostConfig, ("xgboost",), True
+    Config, requires = XGBoostConfig, ("xgboost",)
 
     def parameters(self) -> dict:
         "Parameters passed to the library's `train` function."
         c = self.config
-        return {key: getattr(c, key) for key in _LIBRARY_KEYS} | dict(
-            objective="multi:softprob",
-            num_class=len(c.classes),
-            eval_metric="mlogloss",
-            tree_method="hist",
-            seed=c.random_seed,
-            nthread=n_threads(c),
-        )
+        task: dict = dict(objective="multi:softprob", num_class=len(c.classes), eval_metric="mlogloss")
+        if self.is_binary:
+            task = dict(
+                objective="binary:logistic", eval_metric="logloss", monotone_constraints=tuple(self.constraints)
+            )
+        fixed = dict(tree_method="hist", seed=c.random_seed, nthread=n_threads(c))
+        return {key: getattr(c, key) for key in c.KEYS} | task | fixed | c.params
+
+    def _matrix(self, rows, **binning):
+        "The rows in bins, with the types of their columns."
+        import xgboost as xgb
+
+        if codes := self.code_positions:
+            types = np.where(np.isin(np.arange(rows.X.shape[1]), codes), "c", "q").tolist()
+            binning |= dict(feature_types=types, enable_categorical=True)
+        return xgb.QuantileDMatrix(rows.X, rows.y, weight=rows.weight, **binning)
 
     def fit_rows(self, train, val):
         import xgboost as xgb
@@ -70,8 +114,8 @@ class XGBoostModel(TabularModel):
         leaf = dict(min_child_weight=leaf_size(self, "min_child_weight", len(train.X)))
         run_callbacks(self, "on_fit_start", c.n_rounds)
         binning = dict(max_bin=c.max_bin, nthread=n_threads(c))
-        train_set = xgb.QuantileDMatrix(train.X, train.y, weight=train.weight, **binning)
-        val_set = xgb.QuantileDMatrix(val.X, val.y, weight=val.weight, ref=train_set, **binning)
+        train_set = self._matrix(train, **binning)
+        val_set = self._matrix(val, ref=train_set, **binning)
         stop = [xgb.callback.EarlyStopping(rounds=c.patience, save_best=True)] if c.early_stopping else []
         self.booster = xgb.train(
             self.parameters() | leaf,
@@ -82,13 +126,14 @@ class XGBoostModel(TabularModel):
             verbose_eval=False,
             callbacks=[_adapter(self), *stop],
         )
-        history = {f"{k}_loss": v["mlogloss"] for k, v in losses.items()}
+        history = {f"{k}_loss": next(iter(v.values())) for k, v in losses.items()}
         history |= dict(best_round=self.booster.num_boosted_rounds() - 1) | leaf
         run_callbacks(self, "on_fit_end", history)
         return history
 
     def predict_rows(self, X):
-        return self.booster.inplace_predict(X)
+        p = self.booster.inplace_predict(X)
+        return np.column_stack([1 - p, p]) if self.is_binary else p
 
     def write(self, folder):
         self.booster.save_model(folder / "model.ubj")
@@ -100,6 +145,8 @@ class XGBoostModel(TabularModel):
             self.booster = xgb.Booster({"nthread": n_threads(self.config)}, model_file=file)
 
     def feature_importance(self):
+        if self.parts:
+            return self.mean_importance()
         gain = self.booster.get_score(importance_type="total_gain")
         return self.by_feature([gain.get(f"f{i}", 0.0) for i in range(self.booster.num_features())])
 
@@ -110,7 +157,7 @@ def _adapter(model):
     class Adapter(xgb.callback.TrainingCallback):
         def after_iteration(self, booster, epoch, evals_log):
             model.booster, model.fitted = booster, True
-            logs = {f"{k}_loss": v["mlogloss"][-1] for k, v in evals_log.items()}
+            logs = {f"{k}_loss": next(iter(v.values()))[-1] for k, v in evals_log.items()}
             return run_callbacks(model, "on_epoch_end", epoch, logs)
 
     return Adapter()

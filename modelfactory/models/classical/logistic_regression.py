@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,12 +25,20 @@ class LogisticRegressionConfig(TabularConfig):
     C: PositiveFloat = 0.01  # inverse strength of the L2 penalty on standardised features
     max_iter: PositiveInt = 300  # maximum number of solver iterations
 
+    KEYS: ClassVar = ("C", "max_iter")
+    RESERVED: ClassVar = dict(random_state="random_seed", n_jobs="threads")
+
+    def library_names(self):
+        from sklearn.linear_model import LogisticRegression
+
+        return LogisticRegression().get_params()
+
 # %% ../../../nbs/models/classical/logistic_regression.ipynb #9c2343ee
 @ModelRegistry.register("logistic_regression", family="classical")
 class LogisticRegressionModel(SklearnModel):
     "Multinomial logistic regression on standardised features."
 
-    Config, weight_key = LogisticRegressionConfig, "logisticregression__sample_weight"
+    Config, weight_key, one_hot = LogisticRegressionConfig, "logisticregression__sample_weight", True
 
     def estimator(self, n):
         from sklearn.linear_model import LogisticRegression
@@ -37,9 +46,8 @@ class LogisticRegressionModel(SklearnModel):
         from sklearn.preprocessing import StandardScaler
 
         c = self.config
-        return make_pipeline(
-            StandardScaler(), LogisticRegression(C=c.C, max_iter=c.max_iter, random_state=c.random_seed)
-        )
+        regression = LogisticRegression(C=c.C, max_iter=c.max_iter, random_state=c.random_seed, **c.params)
+        return make_pipeline(StandardScaler(), regression)
 
     def feature_importance(self):
         return self.by_feature(np.abs(self.fitted_estimator[-1].coef_).mean(0))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...configuration import Fraction, PositiveInt
 from ..registry import ModelRegistry
@@ -26,6 +26,14 @@ class RandomForestConfig(TabularConfig):
     max_features: Literal["sqrt", "log2"] | Fraction = "sqrt"  # candidate features tried at each split
     max_samples: Fraction = 0.7  # fraction of rows sampled for each tree
 
+    KEYS: ClassVar = ("n_estimators", "max_depth", "min_samples_leaf", "max_features", "max_samples")
+    RESERVED: ClassVar = dict(random_state="random_seed", n_jobs="threads", monotonic_cst="monotone of boosted trees")
+
+    def library_names(self):
+        from sklearn.ensemble import RandomForestClassifier
+
+        return RandomForestClassifier().get_params()
+
 # %% ../../../nbs/models/classical/random_forest.ipynb #a2e6ea6b
 @ModelRegistry.register("random_forest", family="classical")
 class RandomForestModel(SklearnModel):
@@ -37,7 +45,7 @@ class RandomForestModel(SklearnModel):
         from sklearn.ensemble import RandomForestClassifier
 
         c = self.config
-        parameters = {k: getattr(c, k) for k in ("n_estimators", "max_depth", "max_features", "max_samples")}
+        parameters = {k: getattr(c, k) for k in c.KEYS} | c.params
         parameters |= dict(min_samples_leaf=leaf_size(self, "min_samples_leaf", n))
         return RandomForestClassifier(**parameters, random_state=c.random_seed, n_jobs=n_threads(c))
 

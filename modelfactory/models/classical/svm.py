@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -30,12 +30,20 @@ class SVMConfig(TabularConfig):
     max_exact_rows: PositiveInt = 10_000  # maximum number of training rows for `exact`
     calibration_folds: PositiveInt = 3  # number of contiguous training folds used to calibrate the probabilities
 
+    KEYS: ClassVar = ("C", "gamma")
+    RESERVED: ClassVar = dict(random_state="random_seed", probability="calibration_folds", dual="exact")
+
+    def library_names(self):
+        from sklearn.svm import SVC, LinearSVC
+
+        return (SVC() if self.exact else LinearSVC()).get_params()
+
 # %% ../../../nbs/models/classical/svm.ipynb #b1efc2ab
 @ModelRegistry.register("svm", family="classical")
 class SVMModel(SklearnModel):
     "Linear (or Nystroem) support vector machine with calibrated probabilities."
 
-    Config, weight_key = SVMConfig, "calibratedclassifiercv__sample_weight"
+    Config, weight_key, one_hot = SVMConfig, "calibratedclassifiercv__sample_weight", True
     trusted = (
         "sklearn.calibration._CalibratedClassifier",
         "sklearn.calibration._SigmoidCalibration",
@@ -65,13 +73,13 @@ class SVMModel(SklearnModel):
 
         c = self.config
         if not c.exact:
-            return LinearSVC(C=c.C, dual=False, random_state=c.random_seed)
+            return LinearSVC(C=c.C, dual=False, random_state=c.random_seed, **c.params)
         if n > c.max_exact_rows:
             raise ValueError(
                 f"svm: exact=true for {n:,} rows, at most {c.max_exact_rows:,}: "
                 "its cost grows with the square of the rows; set exact: false or raise max_exact_rows"
             )
-        return SVC(C=c.C, kernel=c.kernel, gamma=c.gamma or "auto", random_state=c.random_seed)
+        return SVC(C=c.C, kernel=c.kernel, gamma=c.gamma or "auto", random_state=c.random_seed, **c.params)
 
     def feature_importance(self):
         machine = self.fitted_estimator[-1].calibrated_classifiers_[0].estimator

@@ -8,8 +8,9 @@ __all__ = ['FLAT_SHARE', 'MAX_RATIO', 'META_FILE', 'MetaLabellingConfig', 'remai
 
 # %% ../../../nbs/models/ensemble/meta_labelling.ipynb #f1348a5b
 import json
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -27,11 +28,11 @@ from modelfactory.models.base import (
     training_weights,
 )
 from ..calibration import part_rows
-from ..ensemble_base import SHARED_KEYS, CompositeModel, cross_val_predict
+from ..ensemble_base import CompositeModel, cross_val_predict, cut_windows, member_config
 from ..errors import NotFittedError
-from ..params import resolve_config
 from ..persistence import CheckpointError, checkpoint_errors, load_header
 from ..registry import ModelRegistry
+from ..tabular import last_values
 
 # %% ../../../nbs/models/ensemble/meta_labelling.ipynb #8b890c26
 @dataclass
@@ -47,6 +48,13 @@ class MetaLabellingConfig(ModelConfig):
     member_preset: str | None = None  # name of a preset in the YAML of both models
     n_folds: PositiveInt = 5  # time blocks; each block gets its sides from a first model fitted on the other blocks
     remainder: Literal["flat", "shares"] = "flat"  # classes if the side is not taken: mostly flat, or as in training
+    shared: dict = field(default_factory=dict)  # config keys of both models; the overrides of each win
+
+    def __post_init__(self):
+        windows = {role: member["sequence_length"] for role, member in _member_configs(self).items()}
+        for role, length in windows.items():
+            setattr(self, f"{role}_config", {**getattr(self, f"{role}_config"), "sequence_length": length})
+        self.sequence_length = max(self.sequence_length, *windows.values())
 
 # %% ../../../nbs/models/ensemble/meta_labelling.ipynb #5fb02147
 FLAT_SHARE = 0.99  # share of flat in the remainder, for `remainder: flat`
@@ -94,24 +102,24 @@ def sides_from_column(
     return codes[np.sign(np.asarray(values, float) - zero).astype(int) + 1]
 
 # %% ../../../nbs/models/ensemble/meta_labelling.ipynb #91650be8
-_SECONDARY_KEYS = tuple(k for k in SHARED_KEYS if k not in ("classes", "class_weight", "sample_weight"))
+def _specs(config):
+    "The registered name and the config overrides of each model."
+    specs = dict(primary=(config.primary, config.primary_config), secondary=(config.secondary, config.secondary_config))
+    return specs if config.side_column is None else dict(secondary=specs["secondary"])
 
 
-def _member_config(config, role, name, overrides):
-    "Resolved config of the first or of the second model."
-    shared = {k: getattr(config, k) for k in (SHARED_KEYS if role == "primary" else _SECONDARY_KEYS)}
-    if role == "secondary":  # its row weights are computed by `MetaLabellingModel` and passed as a column
-        has_weights = config.class_weight is not None or config.sample_weight is not None
-        shared |= dict(classes=(0, 1), class_weight=None, sample_weight="column" if has_weights else None)
-    return resolve_config(name, config.horizon, config.member_preset, overrides or {}, **shared)
-
-
-def _last_rows(X, column):
-    "Values of one feature in the last row of each window, shape (n,)."
-    if hasattr(X, "ends"):
-        return X.base[X.ends, column]
-    X = np.asarray(X)
-    return X[:, column] if X.ndim == 2 else X[:, -1, column]
+def _member_configs(config):
+    "The resolved configs of both models, or of the second one."
+    specs = _specs(config)
+    if nested := [role for role, (name, _) in specs.items() if issubclass(ModelRegistry.get(name), MetaLabellingModel)]:
+        raise ConfigError(f"{nested[0]} is meta_labelling itself; choose another model")
+    # the row weights of the second model are computed by `MetaLabellingModel` and passed as a column
+    has_weights = config.class_weight is not None or config.sample_weight is not None
+    binary = dict(classes=(0, 1), class_weight=None, sample_weight="column" if has_weights else None)
+    decided = dict(primary={}, secondary=binary)
+    return {
+        role: member_config(config, name, overrides or {}, **decided[role]) for role, (name, overrides) in specs.items()
+    }
 
 
 def _rows(metadata, rows):
@@ -142,16 +150,13 @@ class MetaLabellingModel(CompositeModel):
 
     @classmethod
     def member_specs(cls, config):
-        c = vars(cls.Config()) | config
-        specs = dict(primary=(c["primary"], c["primary_config"]), secondary=(c["secondary"], c["secondary_config"]))
-        return specs if c["side_column"] is None else dict(secondary=specs["secondary"])
+        fields = cls.Config.__dataclass_fields__.values()
+        defaults = {f.name: {} if f.default is MISSING else f.default for f in fields}
+        return _specs(SimpleNamespace(**defaults | config))
 
     @classmethod
     def resolved_members(cls, config):
-        specs = cls.member_specs(vars(config))
-        if nested := [role for role, (name, _) in specs.items() if issubclass(ModelRegistry.get(name), cls)]:
-            raise ConfigError(f"{cls.name}: {nested[0]} is {cls.name} itself; choose another model")
-        return {role: _member_config(config, role, *spec) for role, spec in specs.items()}
+        return _member_configs(config)
 
     @property
     def flat(self) -> int:
@@ -161,7 +166,7 @@ class MetaLabellingModel(CompositeModel):
     @property
     def secondary_columns(self) -> list[str]:
         "Names of the second model's features."
-        if self.config.sequence_length > 1:
+        if self.configs["secondary"]["sequence_length"] > 1:
             return self.feature_columns
         has_rule = self.config.side_column is not None
         return [*self.feature_columns, "primary_side", *([] if has_rule else ["primary_confidence"])]
@@ -180,7 +185,8 @@ class MetaLabellingModel(CompositeModel):
         self.shares = self._remainders(sides[0], codes, training_weights(self, codes, metadata_train))
         if "primary" in self.configs:
             self.members["primary"] = self.member("primary")
-            self.members["primary"].fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
+            cut = [cut_windows(X, self.configs["primary"]["sequence_length"]) for X in (X_train, X_val)]
+            self.members["primary"].fit(cut[0], y_train, cut[1], y_val, metadata_train, metadata_val)
         val = (X_val, codes_val, metadata_val, self._sides(X_val, metadata_val))
         self._fit_secondary((X_train, codes, metadata_train, sides), val)
         self.fitted = True
@@ -208,18 +214,19 @@ class MetaLabellingModel(CompositeModel):
         "Sides of new rows and their probabilities, or the sides of the rule and None."
         c = self.config
         if "primary" in self.configs:
-            return sides_from_probabilities(self.members["primary"].predict(X, metadata).probabilities, self.flat)
-        values = _last_rows(X, self.feature_columns.index(c.side_column))
+            cut = cut_windows(X, self.configs["primary"]["sequence_length"])
+            return sides_from_probabilities(self.members["primary"].predict(cut, metadata).probabilities, self.flat)
+        values = last_values(X)[:, self.feature_columns.index(c.side_column)]
         if np.isnan(values).any():
             raise_on_nan(self)
         return sides_from_column(values, c.side_zero, self.classes), None
 
     def _secondary_input(self, X, side, confidence):
         "Input of the second model for the rows of X; all rows have a side."
-        if self.config.sequence_length > 1:
-            return X
+        if (length := self.configs["secondary"]["sequence_length"]) > 1:
+            return cut_windows(X, length)
         extra = [np.asarray(self.classes)[side], *([] if confidence is None else [confidence])]
-        return np.column_stack([np.asarray(X), *extra]).astype(np.float32)
+        return np.column_stack([last_values(X), *extra]).astype(np.float32)
 
     def _secondary_rows(self, X, codes, metadata, sides):
         "X, labels and metadata of the second model: the rows with a side."

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...configuration import PositiveInt
 from ..base import training_weights
-from ..ensemble_base import EnsembleConfig, EnsembleModel, cross_val_predict
+from ..ensemble_base import EnsembleConfig, EnsembleModel
 from ..persistence import CheckpointError, checkpoint_errors
 from ..registry import ModelRegistry
 
@@ -65,12 +65,7 @@ class StackingModel(EnsembleModel):
     Config = StackingConfig
 
     def fit_weights(self, X, y, codes, metadata):
-        if metadata is None:
-            raise ValueError(f"{self.name}: folds in time need metadata_train with datetime, symbol, horizon")
-        predictions = [
-            cross_val_predict(name, config, self.horizon, self.feature_columns, X, y, metadata, self.config.n_folds)
-            for name, config in self.configs.items()
-        ]
+        predictions = list(self.out_of_fold(X, y, metadata, self.config.n_folds).values())
         row_weight = training_weights(self, codes, metadata)
         self.weights, self.biases = non_negative_weights(_log_clipped(predictions), codes, row_weight)
 
@@ -89,9 +84,8 @@ class StackingModel(EnsembleModel):
         parameters = dict(weights=self.weights.tolist(), biases=self.biases.tolist())
         (Path(path) / WEIGHTS_FILE).write_text(json.dumps(parameters))
 
-    def load(self, path):
-        super().load(path)
-        with checkpoint_errors(Path(path) / WEIGHTS_FILE, "weights of a stacking model") as file:
+    def load_weights(self, path):
+        with checkpoint_errors(path / WEIGHTS_FILE, "weights of a stacking model") as file:
             self.weights, self.biases = self._parse(json.loads(file.read_text()))
 
     def _parse(self, saved):
