@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONDONTWRITEBYTECODE :=  # each run imports the package in a new process, so its bytecode is cached
 
-.PHONY: setup demo check test soak browser lab edit hooks bench readme picture docs
+.PHONY: setup demo check test soak browser lab edit hooks bench gpu readme picture docs
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -51,6 +51,11 @@ bench: setup  # executes the benchmark notebooks in place
 	$(if $(MODELFACTORY_STOCKNET),,@echo 'SKIPPED: nbs/benchmarks/stocknet.ipynb needs MODELFACTORY_STOCKNET, a clone of yumoxu/stocknet-dataset')
 	$(BIN)/jupyter execute --inplace --timeout=3600 $(filter-out $(if $(MODELFACTORY_STOCKNET),,%/stocknet.ipynb),$(wildcard nbs/benchmarks/*.ipynb))
 	$(BIN)/nbdev-clean
+
+gpu: setup  # compares every model on CPU and GPU and measures training speed on one GPU; takes ten minutes
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/jupyter execute --inplace --timeout=1200 nbs/benchmarks/gpu.ipynb && $(BIN)/nbdev-clean --fname nbs/benchmarks/gpu.ipynb; \
+	else echo 'make gpu: torch finds no GPU, so nothing was measured'; fi
 
 readme: setup  # executes nbs/index.ipynb again and writes README.md from it
 	$(BIN)/jupyter execute --inplace nbs/index.ipynb

@@ -32,7 +32,8 @@ from .files import FileError, PrintableError, printable, read_regular
 __all__ = ['MAX_NAMES_SHOWN', 'PositiveInt', 'NonNegativeInt', 'Fraction', 'PositiveFloat', 'MAX_YAML_BYTES', 'MAX_YAML_NODES',
            'PACKAGE_ROOT', 'RUN_NAME_PATTERN', 'HARMLESS_VALUES', 'ConfigError', 'SettingsError', 'did_you_mean',
            'build_config', 'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingSettings',
-           'TradingRules', 'Settings', 'refused_settings', 'settings', 'plugin_files', 'params_folder']
+           'TradingRules', 'Settings', 'refused_settings', 'settings', 'plugin_files', 'params_folder',
+           'matrix_settings']
 
 # %% ../nbs/00_configuration.ipynb #198bfcc1
 class ConfigError(PrintableError):
@@ -252,6 +253,8 @@ class _TaskSettings:
     data: Path = Path("data/splits/scaled")  # folder with the Phase 1 splits
     bundled: Path = Path("data/bundled")  # folder with the bundled data sets
     cache: Path = Path("data/cache")  # folder with cached embeddings of pretrained models
+    scratch: Path = Path("data/cache/scratch")  # folder for feature matrices that are mapped from files
+    memory_share: Fraction = 0.25  # share of memory above which a feature matrix is mapped from a file; 1: never
     params: Path = Path("params")  # folder that contains models/*.yaml and grids/*.yaml
     runs: Path = Path("runs")  # folder with finished runs
     notebooks: Path = Path("nbs")  # folder that contains train.ipynb, compare.ipynb and study.ipynb
@@ -410,3 +413,13 @@ def params_folder() -> Path:
     "Returns `settings().params` without checking the other settings."
     _, root, values = _raw_settings()
     return root / values.get("params", Settings.params)
+
+
+def matrix_settings() -> tuple[float, Path]:
+    "Returns `memory_share` and `scratch` without checking the other settings, because the check takes 10 MB."
+    _, root, values = _raw_settings()
+    share = values.get("memory_share", Settings.memory_share)
+    with suppress(ValueError):
+        if 0 <= float(share) <= 1:
+            return float(share), root / values.get("scratch", Settings.scratch)
+    return settings().memory_share, settings().scratch

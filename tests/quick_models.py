@@ -58,6 +58,9 @@ class Faulty(Nearest):
                 kept.append(np.ones(4_000_000))
                 time.sleep(0.02)
         if fault == "kill kernel":
+            if flag:
+                with open(flag, "w") as f:
+                    f.write(os.environ["CUDA_VISIBLE_DEVICES"])
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "children":
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)

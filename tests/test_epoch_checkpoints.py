@@ -185,3 +185,15 @@ def test_old_checkpoints_are_removed(tmp_path):
         folder.mkdir(parents=True)
         os.utime(folder, (time.time() - days * 86_400,) * 2)
     assert clear_partial(tmp_path) == [old.name] and new.is_dir()
+
+
+@pytest.mark.parametrize("model", ["catboost", "average"])
+def test_models_without_epochs_are_fitted_as_without_checkpoints(tmp_path, model):
+    "CatBoost refuses a callback that saves the model during the fit, alone and as a member of an ensemble."
+    members = dict(config=dict(members=dict(catboost=dict(n_rounds=2)))) if model == "average" else {}
+    rounds = {} if members else dict(config=dict(n_rounds=2))
+    trainer = Trainer(dict(model=model, horizon=5, data=str(small_splits(tmp_path / "data"))) | members | rounds)
+    trainer.prepare_data()
+    checkpoint_fit(trainer, tmp_path / PARTIAL_FOLDER / "attempt")
+    trainer.train()
+    assert trainer.model.fitted and checkpoints(tmp_path) == []

@@ -17,6 +17,7 @@ import pandas as pd
 from annotated_types import Interval
 
 from ..configuration import HTMLConfig, NonNegativeInt, PositiveInt
+from .matrix import new_matrix
 from modelfactory.data.splits import (
     NO_TARGET,
     SPLIT_ORDER,
@@ -46,7 +47,7 @@ class Windows:
 
     def __init__(
         self,
-        base: np.ndarray,  # (N, F) float32 features, ordered by symbol, then by time
+        base: np.ndarray,  # (N, F) float32 features, by symbol, then by time; in memory or mapped from a file
         ends: np.ndarray,  # (n,) last row of each window, inclusive
         seq_len: int,  # rows per window
         history: RawColumns | None = None,  # raw columns for the rows of `base`
@@ -247,7 +248,7 @@ def merge_rows(
     places: Sequence[np.ndarray],  # from `merge_order`
 ) -> np.ndarray:  # (N, ...) of the type of the last part
     "Rows of several parts in one array."
-    merged = np.empty((sum(map(len, places)), *values[-1].shape[1:]), values[-1].dtype)
+    merged = new_matrix((sum(map(len, places)), *values[-1].shape[1:]), values[-1].dtype)
     for place, part in zip(places, values, strict=True):
         merged[place] = part
     return merged

@@ -33,6 +33,7 @@ from modelfactory.data.calendars import (
     session_bars_between,
 )
 from .categories import KEY_CATEGORIES, category_codes, category_text, code_names, fit_categories
+from .matrix import new_matrix
 from .uniqueness import average_uniqueness, effective_samples
 
 # %% auto #0
@@ -625,7 +626,7 @@ COLUMN_CHUNK = 8  # columns read at a time; a smaller number saves memory, a lar
 @np.errstate(over="ignore")  # values too large for float32 become infinity, which `_check_finite` reports
 def _read_matrix(source, columns, n, order):
     "Float32 matrix (n, len(columns)) with its rows in `order`."
-    matrix = np.empty((n, len(columns)), np.float32)
+    matrix = new_matrix((n, len(columns)))
     rows = np.empty((COLUMN_CHUNK, n), np.float32)
     for j in range(0, len(columns), COLUMN_CHUNK):
         part = source.read(columns=columns[j : j + COLUMN_CHUNK])

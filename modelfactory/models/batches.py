@@ -9,15 +9,44 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.matrix import new_matrix
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['CLIP_SIGMA', 'Batches', 'epoch_order', 'used_rows', 'as_windows', 'feature_mean_std', 'standardise_windows']
+__all__ = ['GPU_SHARE', 'CLIP_SIGMA', 'CHUNK_VALUES', 'fits_device', 'upload', 'Batches', 'epoch_order', 'used_rows',
+           'as_windows', 'has_nan', 'feature_mean_std', 'standardise_windows']
 
 # %% ../../nbs/models/08_batches.ipynb #76c5e1ad
+GPU_SHARE = 0.5  # largest share of the free GPU memory that a base matrix may take
+
+
+def fits_device(
+    n_bytes: int,  # size of a base matrix
+    device: str,  # cpu, cuda or another device of torch
+) -> bool:
+    "Whether a matrix may be copied to a device: always, except to a GPU with too little free memory."
+    import torch
+
+    return not device.startswith("cuda") or n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def upload(
+    array: np.ndarray | Tensor,
+    device: str,
+) -> Tensor:
+    "Copies an array to a device; a copy to a CUDA GPU is made from pinned memory and does not wait for the GPU."
+    import torch
+
+    tensor = torch.as_tensor(array)
+    if not device.startswith("cuda"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # a tensor that is pinned already is not copied
+
+# %% ../../nbs/models/08_batches.ipynb #ad8e7416
 class Batches:
     "Windows as (b, T, F) tensors on `device`; on a CPU each batch overwrites the previous one."
 
@@ -30,12 +59,12 @@ class Batches:
         import torch
 
         self.windows, self.device, self.shape = windows, device, (windows.seq_len, windows.base.shape[1])
-        if device == "cpu":
+        self.is_on_device = device != "cpu" and fits_device(windows.base.nbytes, device)
+        if self.is_on_device:
+            arrays = windows.base, windows._steps, windows.ends
+            self.base, self.steps, self.ends = (torch.as_tensor(a, device=device) for a in arrays)
+        elif device == "cpu":
             self.buffer = np.empty((batch_size, *self.shape), np.float32)
-        else:
-            self.base, self.steps, self.ends = (
-                torch.as_tensor(a, device=device) for a in (windows.base, windows._steps, windows.ends)
-            )
 
     def __len__(self):
         return len(self.windows)
@@ -51,11 +80,15 @@ class Batches:
         "Returns the windows at `idx`."
         import torch
 
-        if self.device != "cpu":
-            return self.base[self.ends[torch.as_tensor(idx, device=self.device)][:, None] + self.steps]
-        out = self.buffer[: len(idx)]
+        if self.is_on_device:
+            return self.base[self.ends[upload(idx, self.device)][:, None] + self.steps]
+        if self.device == "cpu":
+            batch = torch.from_numpy(self.buffer[: len(idx)])
+        else:
+            batch = torch.empty((len(idx), *self.shape), pin_memory=True)
+        out = batch.numpy()
         self.windows.take(idx, out[:, 0] if self.shape[0] == 1 else out)
-        return torch.from_numpy(out)
+        return batch if self.device == "cpu" else upload(batch, self.device)
 
 # %% ../../nbs/models/08_batches.ipynb #e6de3a02
 def epoch_order(
@@ -71,12 +104,18 @@ def epoch_order(
 # %% ../../nbs/models/08_batches.ipynb #d052d100
 def used_rows(
     windows: Windows,
-) -> np.ndarray:  # (N,) bool, one value for each row of the base matrix
-    "Returns a mask of the rows that at least one window contains."
-    change = np.zeros(len(windows.base) + 1, np.int64)
-    np.add.at(change, windows.ends - windows.seq_len + 1, 1)
-    np.add.at(change, windows.ends + 1, -1)
-    return np.cumsum(change)[:-1] > 0
+) -> np.ndarray:  # (m,) row numbers of the base matrix, ascending
+    "Returns the rows that at least one window contains, in a time that depends only on the number of windows and rows."
+    return _rows_and_ends(windows)[0]
+
+
+def _rows_and_ends(windows):
+    "The rows that windows contain, and the position of each window's last row among them."
+    ends, of_window = np.unique(windows.ends, return_inverse=True)
+    n_new = np.minimum(np.diff(ends, prepend=ends[:1] - windows.seq_len), windows.seq_len)  # rows a window adds
+    stops = np.cumsum(n_new)
+    rows = np.arange(n_new.sum()) + np.repeat(ends + 1 - stops, n_new)
+    return rows, (stops - 1)[of_window]
 
 # %% ../../nbs/models/08_batches.ipynb #67ee4a0d
 def as_windows(
@@ -93,14 +132,32 @@ def as_windows(
 
 # %% ../../nbs/models/08_batches.ipynb #694f8696
 CLIP_SIGMA = 10.0  # clipping limit of standardised features, in standard deviations
+CHUNK_VALUES = 1 << 18  # values that are read and standardised at a time: 1 MB, which fits in a CPU's cache
 
 
+def _chunks(base, rows):
+    "Yields `base[rows]` in order, at most `CHUNK_VALUES` values at a time; a chunk may be a view."
+    step = max(1, CHUNK_VALUES // base.shape[1])
+    for i in range(0, len(rows), step):
+        part = rows[i : i + step]
+        is_contiguous = part[-1] - part[0] + 1 == len(part)
+        yield base[part[0] : part[-1] + 1] if is_contiguous else base[part]
+
+
+def has_nan(
+    windows: Windows,
+) -> bool:
+    "Whether a window contains NaN."
+    return any(np.isnan(chunk).any() for chunk in _chunks(windows.base, used_rows(windows)))
+
+# %% ../../nbs/models/08_batches.ipynb #077b95dd
 def feature_mean_std(
     windows: Windows,
 ) -> tuple[np.ndarray, np.ndarray]:  # (F,) mean and standard deviation, float32
     "Returns each feature's mean and standard deviation over the windows' rows; the latter is 1 for constant features."
-    rows = windows.base[used_rows(windows)]
-    mean, std = rows.mean(0, np.float64), rows.std(0, dtype=np.float64)
+    base, rows = windows.base, used_rows(windows)
+    mean = sum(chunk.sum(0, np.float64) for chunk in _chunks(base, rows)) / len(rows)
+    std = np.sqrt(sum(np.square(chunk - mean).sum(0) for chunk in _chunks(base, rows)) / len(rows))
     return mean.astype(np.float32), np.where(std > 1e-7 * abs(mean), std, 1).astype(np.float32)
 
 
@@ -109,9 +166,14 @@ def standardise_windows(
     mean: np.ndarray,  # (F,) float32
     scale: np.ndarray,  # (F,) float32
 ) -> Windows:
-    "Returns windows over a standardised and clipped copy of the base matrix."
+    "Returns windows over a standardised and clipped copy of the rows that the windows contain."
     from modelfactory.data.dataset import Windows
 
-    base = windows.base - mean
-    base /= scale
-    return Windows(np.clip(base, -CLIP_SIGMA, CLIP_SIGMA, out=base), windows.ends, windows.seq_len)
+    rows, ends = _rows_and_ends(windows)
+    base, i = new_matrix((len(rows), windows.base.shape[1])), 0
+    for chunk in _chunks(windows.base, rows):
+        out = np.subtract(chunk, mean, out=base[i : i + len(chunk)])
+        out /= scale
+        np.clip(out, -CLIP_SIGMA, CLIP_SIGMA, out=out)
+        i += len(chunk)
+    return Windows(base, ends, windows.seq_len)

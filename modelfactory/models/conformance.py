@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from modelfactory.models.sequence import NetworkModel
 
 # %% auto #0
-__all__ = ['CHECKS', 'NETWORK_CHECKS', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECONDS', 'STOP_MARGIN', 'SampleTask', 'planted_task',
-           'ConformanceError', 'register_check', 'register_network_check', 'ModelFixture', 'require',
+__all__ = ['CHECKS', 'NETWORK_CHECKS', 'LONG_MATRIX', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECONDS', 'STOP_MARGIN', 'SampleTask',
+           'planted_task', 'ConformanceError', 'register_check', 'register_network_check', 'ModelFixture', 'require',
            'output_shape_and_types', 'empty_input', 'plain_history', 'row_independence', 'repeated_prediction',
-           'seed_reproducibility', 'windows_equal_arrays', 'unfitted_errors', 'shape_errors', 'config_errors',
-           'nan_policy', 'predict_in_new_process', 'saves_data_only', 'loads_in_new_process', 'load_restores_state',
-           'feature_mismatch_errors', 'class_counts', 'feature_counts', 'window_lengths', 'learns_planted_signal',
-           'no_skill_on_noise', 'weights_change_fit', 'window_task', 'input_gradient', 'uses_every_step_and_feature',
-           'learns_levels_trends_order', 'ConformanceReport', 'check_model']
+           'seed_reproducibility', 'windows_equal_arrays', 'single_window_cost', 'unfitted_errors', 'shape_errors',
+           'config_errors', 'nan_policy', 'predict_in_new_process', 'saves_data_only', 'loads_in_new_process',
+           'load_restores_state', 'feature_mismatch_errors', 'class_counts', 'feature_counts', 'window_lengths',
+           'learns_planted_signal', 'no_skill_on_noise', 'weights_change_fit', 'window_task', 'input_gradient',
+           'uses_every_step_and_feature', 'learns_levels_trends_order', 'ConformanceReport', 'check_model']
 
 # %% ../../nbs/models/06_conformance.ipynb #9dec540d
 @dataclass
@@ -268,6 +268,52 @@ def windows_equal_arrays(fixture: ModelFixture) -> None:
     p_array, p_windows = fixture.probabilities(fixture.task.X_val[:]), fixture.probabilities(fixture.task.X_val)
     require(
         np.array_equal(p_array, p_windows), "an array and `Windows` with the same values give different predictions"
+    )
+
+# %% ../../nbs/models/06_conformance.ipynb #a1f0432a
+class _CountedRows(np.ndarray):
+    "A matrix that records the number of rows in each read of it or of its views."
+
+    def __array_finalize__(self, parent):
+        self.reads = getattr(parent, "reads", [])
+
+    def _plain(self, x):
+        if not isinstance(x, _CountedRows):
+            return x
+        self.reads.append(len(x) if x.ndim else 1)
+        return x.view(np.ndarray)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kw):
+        return getattr(ufunc, method)(*map(self._plain, inputs), **kw)
+
+    def __array_function__(self, f, types, args, kw):
+        if f is np.take:
+            return np.take(self[args[1]], np.arange(np.size(args[1])), *args[2:], **kw)
+        return f(*map(self._plain, args), **kw)
+
+    def __getitem__(self, i):
+        part = super().__getitem__(i)
+        return self._plain(part) if isinstance(i, (np.ndarray, list)) else part
+
+# %% ../../nbs/models/06_conformance.ipynb #f7e0c1d4
+LONG_MATRIX = 10_000  # rows
+
+
+@register_check
+def single_window_cost(fixture: ModelFixture) -> None:
+    "A prediction for one window reads the rows of this window, not the whole matrix that holds them"
+    rows = np.reshape(fixture.task.X_val[:1], (fixture.seq_len, -1))
+    base, end = np.zeros((LONG_MATRIX, rows.shape[1]), np.float32), LONG_MATRIX // 2
+    base[end + 1 - len(rows) : end + 1] = rows
+    window, counted = Windows(base, np.array([end]), len(rows)), base.view(_CountedRows)
+    window.base = counted
+    p, n_read = fixture.probabilities(window), sum(counted.reads)
+    require(
+        np.abs(p - fixture.probabilities()[:1]).max() < 1e-5, "the rows around a window change the prediction for it"
+    )
+    require(
+        n_read <= LONG_MATRIX // 10,
+        f"a window of {len(rows)} rows reads {n_read:,} rows of a matrix of {LONG_MATRIX:,}; read `Windows` by `take`",
     )
 
 # %% ../../nbs/models/06_conformance.ipynb #500c75e7

@@ -30,7 +30,7 @@ from modelfactory.models.base import (
     to_output,
     training_weights,
 )
-from .batches import Batches, as_windows, feature_mean_std, standardise_windows, used_rows
+from .batches import Batches, as_windows, feature_mean_std, has_nan, standardise_windows, used_rows
 from .callbacks import EarlyStopping, run_callbacks
 from .distributed import join_processes, on_first_process
 from .errors import DivergedError, NotFittedError
@@ -188,10 +188,10 @@ class NetworkModel(BaseModel):
 
     def batches(self, X: Windows | np.ndarray) -> Batches:
         "Returns standardised windows on the device; raises `ValueError` if they hold NaN."
-        windows = as_windows(X)
-        if not np.isfinite(windows.base.sum(dtype=np.float64)) and np.isnan(windows.base[used_rows(windows)]).any():
+        windows = standardise_windows(as_windows(X), self.mean, self.scale)
+        if np.isnan(windows.base.sum()) and has_nan(as_windows(X)):
             raise_on_nan(self)
-        return Batches(standardise_windows(windows, self.mean, self.scale), self.device, self.config.batch_size)
+        return Batches(windows, self.device, self.config.batch_size)
 
     def predict(self, X, metadata):
         if not self.fitted:

@@ -272,6 +272,8 @@ CHECKPOINT_SHARE = 0.02  # maximum share of the time of a fit that is spent on c
 class RunCheckpoint(Checkpoint):
     "Writes checkpoints of a network's fit in a runs folder and goes on from those of a killed attempt."
 
+    networks_only = True
+
     def __init__(
         self,
         runs: Path,  # the runs folder

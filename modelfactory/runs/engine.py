@@ -227,8 +227,9 @@ class Limits:
     "Limits on the resources of a run; None means no limit unless stated otherwise."
 
     seconds: float | None = None  # wall-clock time
-    memory_gb: float | None = None  # total resident memory of all processes of the run, in GB
+    memory_gb: float | None = None  # total resident memory of all processes of the run, without mapped files, in GB
     threads: int | None = None  # threads of numerical libraries such as BLAS; None: OMP_NUM_THREADS or all cores
+    gpus: tuple[str, ...] | None = None  # GPUs that the run may use, by UUID or number; (): none; None: all
 
 
 NO_LIMITS = Limits()
@@ -241,7 +242,7 @@ def run_environment(
     limits: Limits,
     name: str,  # name of the run
 ) -> dict:  # environment variable -> value
-    "The environment of a run: the current environment plus thread count, memory allocators and the run's name."
+    "The environment of a run: the current environment plus thread count, GPUs, memory allocators and the run's name."
     threads = str(limits.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     allocators = dict(ARROW_DEFAULT_MEMORY_POOL="system", MALLOC_MMAP_THRESHOLD_="131072")
     fixed = dict(
@@ -251,13 +252,15 @@ def run_environment(
         PYDEVD_DISABLE_FILE_VALIDATION="1",
         MPLBACKEND="agg",
     )
+    if limits.gpus is not None:
+        fixed |= dict(CUDA_VISIBLE_DEVICES=",".join(limits.gpus))
     return allocators | os.environ | fixed | {RUN_ENV_VAR: name}
 
 # %% ../../nbs/runs/03_engine.ipynb #d0c74b5c
 def rss_gb(
     pid: int,  # process ID
 ) -> float:  # GB
-    "Resident memory of a process and all its descendants; 0 if the process has ended."
+    "Resident memory, without pages of files, of a process and all its descendants; 0 if the process has ended."
     import psutil
 
     total = 0
@@ -265,7 +268,8 @@ def rss_gb(
         process = psutil.Process(pid)
         for p in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
-                total += p.memory_info().rss
+                memory = p.memory_info()
+                total += memory.rss - getattr(memory, "shared", 0)  # `shared` is known on Linux only
     return total / 1e9
 
 # %% ../../nbs/runs/03_engine.ipynb #be59b561

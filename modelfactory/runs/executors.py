@@ -14,14 +14,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ..configuration import ConfigError, settings
 from ..imports import ADDRESS_GRAMMAR, without_module
+from ..models.devices import visible_gpus
 from ..models.errors import ModelUnavailable
 from ..models.params import read_params
 from .engine import NO_LIMITS, Limits, Outcome, run_notebook, run_outcome
@@ -29,8 +31,8 @@ from .run import Run, load_run
 from .run_folder import MANIFEST_FILE, RunError, name_prefix
 
 # %% auto #0
-__all__ = ['LOCKS_FOLDER', 'MAX_RAY_STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'LocalEngine', 'RayEngine',
-           'make_engine']
+__all__ = ['LOCKS_FOLDER', 'MAX_RAY_STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'requested_gpus', 'GPUShares',
+           'LocalEngine', 'RayEngine', 'make_engine']
 
 # %% ../../nbs/runs/04_executors.ipynb #cc3e7d1b
 @dataclass
@@ -115,6 +117,58 @@ def _lock(job, runs, stop):
     finally:
         lock.release()
 
+# %% ../../nbs/runs/04_executors.ipynb #7487d62c
+def requested_gpus(
+    job: Job,
+    n_gpus: int,  # GPUs of the machine
+) -> Fraction:
+    "Number of GPUs that a run takes, 0 if it runs on the CPU; raises `ConfigError` if there are not enough."
+    model, config = job.parameters["model"], (job.resolved_config or {}).get("config", job.parameters.get("config"))
+    where, device = f"params/models/{model}.yaml: resources: gpus", (config or {}).get("device", "auto")
+    gpus = read_params(model).resources.get("gpus", 0)
+    is_number = isinstance(gpus, (int, float)) and not isinstance(gpus, bool)
+    if not is_number or not 0 <= gpus < math.inf or (gpus > 1 and gpus % 1):
+        raise ConfigError(f"{where} = {gpus!r}: expected 0, a part of a GPU such as 0.5, or a whole number")
+    if device == "cuda":
+        gpus = gpus or 1
+        if not n_gpus:
+            raise ConfigError(f"{model}: device is cuda, but no GPU is visible; set device to auto or cpu")
+    if device == "cpu" or not n_gpus:
+        return Fraction(0)
+    if gpus > n_gpus:
+        raise ConfigError(f"{where} = {gpus}: more than the {n_gpus} of one machine; set gpus to at most {n_gpus}")
+    return Fraction(str(gpus))
+
+# %% ../../nbs/runs/04_executors.ipynb #cc0ffb99
+class GPUShares:
+    "The free part of each GPU of this machine."
+
+    def __init__(
+        self,
+        names: tuple[str, ...],  # as in `CUDA_VISIBLE_DEVICES`
+    ):
+        self.free = dict.fromkeys(names, Fraction(1))
+
+    def take(
+        self,
+        n: Fraction,  # 0, a part of a GPU, or a whole number of GPUs
+    ) -> tuple[str, ...] | None:  # names of GPUs; None: not enough of them are free
+        "Takes GPUs, if they are free."
+        free = sorted((name for name in self.free if self.free[name] >= min(n, 1)), key=self.free.__getitem__)
+        names = tuple(free[: math.ceil(n)])
+        if len(names) < n:
+            return None
+        self._add(names, -min(n, Fraction(1)))
+        return names
+
+    def give_back(self, names: tuple[str, ...], n: Fraction) -> None:
+        "Frees GPUs that were taken with the same `n`."
+        self._add(names, min(n, Fraction(1)))
+
+    def _add(self, names, share):
+        for name in names:
+            self.free[name] += share
+
 # %% ../../nbs/runs/04_executors.ipynb #34128478
 class LocalEngine:
     "Trains runs on this machine."
@@ -126,18 +180,62 @@ class LocalEngine:
     ):
         if address:
             raise ConfigError(f"engine local: found address {address!r}, expected none; use engine ray")
-        self.pool, self.stop = ThreadPoolExecutor(workers), threading.Event()
-        self.threads = max(1, (os.cpu_count() or 1) // workers)
+        self.workers, self.threads = workers, max(1, (os.cpu_count() or 1) // workers)
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.names = visible_gpus()
+        self.gpus = GPUShares(self.names)
+        self.queue: list[tuple] = []  # (future, number of GPUs, limits, arguments of `run_job`)
+        self.running: set[threading.Thread] = set()
 
     def submit(self, job: Job, runs: Path, limits: Limits, force: bool = False) -> Future:  # result: an `Outcome`
-        "Queues a job, which starts as soon as a worker is free."
+        "Queues a job, which starts as soon as a worker and its GPUs are free."
+        future: Future = Future()
         limits = replace(limits, threads=limits.threads or int(os.environ.get("OMP_NUM_THREADS") or self.threads))
-        return self.pool.submit(run_job, job, runs, limits, self.stop, force)
+        try:
+            n_gpus = requested_gpus(job, len(self.names))
+        except ConfigError as e:
+            future.set_result(Outcome(job.title, "failed", str(e)))
+            return future
+        with self.lock:
+            self.queue.append((future, n_gpus, limits, (job, runs, force)))
+            self._start_runs()
+        return future
+
+    def _start_runs(self):
+        "Starts those queued runs, in order, for which a worker and their GPUs are free."
+        for entry in list(self.queue):
+            if len(self.running) >= self.workers:
+                return
+            names = self.gpus.take(entry[1])
+            if names is not None:
+                self.queue.remove(entry)
+                entry[0].set_running_or_notify_cancel()
+                thread = threading.Thread(target=self._run, args=(names, *entry))
+                self.running.add(thread)
+                thread.start()
+
+    def _run(self, names, future, n_gpus, limits, arguments):
+        "Trains a run on the given GPUs, frees them and starts other runs."
+        job, runs, force = arguments
+        if self.names:
+            limits = replace(limits, gpus=names)
+        outcome = run_job(job, runs, limits, self.stop, force)
+        with self.lock:
+            self.gpus.give_back(names, n_gpus)
+            self.running.discard(threading.current_thread())
+            self._start_runs()
+        future.set_result(outcome)
 
     def end(self) -> None:
         "Ends running jobs within seconds and cancels queued jobs."
         self.stop.set()
-        self.pool.shutdown(cancel_futures=True)
+        with self.lock:
+            for future, *_ in self.queue:
+                future.cancel()
+            self.queue.clear()
+            running = list(self.running)
+        for thread in running:
+            thread.join()
 
 # %% ../../nbs/runs/04_executors.ipynb #869f8ea9
 class RayEngine:
@@ -159,13 +257,20 @@ class RayEngine:
 
     def submit(self, job: Job, runs: Path, limits: Limits, force: bool = False) -> Future:  # result: an `Outcome`
         "Queues a job, which starts as soon as a machine has the resources for it."
-        requested, cluster = read_params(job.parameters["model"]).resources, self.ray.cluster_resources()
-        cpus, gpus = requested.get("cpus", 1), requested.get("gpus", 0) if cluster.get("GPU") else 0
-        cpus = min(cpus, cluster.get("CPU", cpus))
+        machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        n_gpus = max((int(machine.get("GPU", 0)) for machine in machines), default=0)
+        try:
+            gpus = requested_gpus(job, n_gpus)
+        except ConfigError as e:
+            failed: Future = Future()
+            failed.set_result(Outcome(job.title, "failed", str(e)))
+            return failed
+        cpus = read_params(job.parameters["model"]).resources.get("cpus", 1)
+        cpus = min(cpus, max((machine.get("CPU", cpus) for machine in machines), default=cpus))
         limits = replace(limits, threads=limits.threads or max(1, math.floor(cpus)))
         environment = {k: v for k, v in os.environ.items() if k.startswith(("MODELFACTORY_", "HF_"))}
-        task = self.task.options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
-        ref = task.remote(str(settings().root), environment, job, Path(runs).resolve(), limits, force)
+        task = self.task.options(num_cpus=cpus, num_gpus=float(gpus), max_retries=3)
+        ref = task.remote(str(settings().root), environment, job, Path(runs).resolve(), limits, force, n_gpus > 0)
         self.refs.append(ref)
         return ref.future()
 
@@ -176,10 +281,12 @@ class RayEngine:
         self.ray.shutdown()
 
 
-def _run_on_worker(root, environment, job, runs, limits, force):
-    "Trains a run in a worker process, with the settings folder and the environment of the caller."
+def _run_on_worker(root, environment, job, runs, limits, force, has_gpus):
+    "Trains a run in a worker process, on its GPUs, with the settings folder and the environment of the caller."
     os.chdir(root)
     os.environ.update(environment)
+    if has_gpus:
+        limits = replace(limits, gpus=tuple(map(str, _ray().get_gpu_ids())))
     return run_job(job, runs, limits, None, force)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from ...configuration import Fraction, PositiveFloat, PositiveInt
 from ..boosted import BoostedModel
 from ..callbacks import run_callbacks
+from ..devices import Device, library_device
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
 from ..tabular import TabularConfig, n_threads
@@ -31,8 +32,9 @@ class CatBoostConfig(TabularConfig):
     depth: PositiveInt = 6  # depth of each tree
     l2_leaf_reg: float = 3.0  # L2 penalty on leaf values
     subsample: Fraction = 0.8  # fraction of rows sampled for each tree
-    rsm: Fraction = 0.5  # fraction of features sampled for each split
+    rsm: Fraction = 0.5  # fraction of features sampled for each split; CatBoost does not sample features on a GPU
     border_count: PositiveInt = 128  # number of histogram borders per feature
+    device: Device = "cpu"  # where trees are grown: auto, cpu or cuda
     patience: PositiveInt = 30  # training stops after this many rounds without a lower validation loss
 
     KEYS: ClassVar = ("learning_rate", "depth", "l2_leaf_reg", "subsample", "rsm", "border_count")
@@ -47,6 +49,8 @@ class CatBoostConfig(TabularConfig):
         **dict.fromkeys(("loss_function", "objective", "classes_count", "class_names"), "classes"),
         **dict.fromkeys(("class_weights", "auto_class_weights", "scale_pos_weight"), "class_weight"),
         random_state="random_seed",
+        task_type="device",
+        devices="device",
         thread_count="threads",
         eval_metric="early_stopping (the metric is log loss)",
         cat_features="categorical",
@@ -82,7 +86,11 @@ class CatBoostModel(BoostedModel):
             allow_writing_files=False,
             verbose=False,
         )
-        return {key: getattr(c, key) for key in c.KEYS} | task | fixed | c.params
+        values = {key: getattr(c, key) for key in c.KEYS} | task | fixed
+        if library_device(c.device, self.name, _build_problem) == "cuda":
+            values |= dict(task_type="GPU", devices="0")
+            del values["rsm"]
+        return values | c.params
 
     def _table(self, X):
         "The rows as CatBoost takes them: category codes must be whole numbers, which one float matrix cannot hold."
@@ -98,18 +106,19 @@ class CatBoostModel(BoostedModel):
 
         from modelfactory.models.callbacks import Checkpoint
 
-        if any(isinstance(cb, Checkpoint) for cb in self.callbacks):
+        if any(isinstance(cb, Checkpoint) and not cb.networks_only for cb in self.callbacks):
             raise ValueError("catboost: Checkpoint: catboost cannot save a model during the fit; remove the callback")
-        c = self.config
-        stop = dict(early_stopping_rounds=c.patience) if c.early_stopping else {}
+        c, parameters = self.config, self.parameters()
+        options = dict(early_stopping_rounds=c.patience) if c.early_stopping else {}
+        if "task_type" not in parameters:
+            options["callbacks"] = [_Adapter(self)]
         run_callbacks(self, "on_fit_start", c.n_rounds)
-        self.booster = CatBoostClassifier(**self.parameters())
+        self.booster = CatBoostClassifier(**parameters)
         self.booster.fit(
             Pool(self._table(train.X), train.y, self.code_positions or None, weight=train.weight),
             eval_set=Pool(self._table(val.X), val.y, self.code_positions or None, weight=val.weight),
             use_best_model=c.early_stopping,
-            callbacks=[_Adapter(self)],
-            **stop,
+            **options,
         )
         losses = self.booster.evals_result_
         history = dict(
@@ -138,6 +147,13 @@ class CatBoostModel(BoostedModel):
         return self.by_feature(self.booster.get_feature_importance())
 
 # %% ../../../nbs/models/boosting/catboost.ipynb #3d07649c
+def _build_problem():
+    "Why the installed library cannot use a GPU; empty if it can."
+    from catboost.utils import get_gpu_device_count
+
+    return "" if get_gpu_device_count() else "the installed catboost finds no GPU that it can use"
+
+
 class _Adapter:
     "Passes the losses of each round to the model's callbacks."
 

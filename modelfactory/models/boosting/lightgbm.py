@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from ...configuration import ConfigError, Fraction, PositiveFloat, PositiveInt
 from ..boosted import BoostedModel
 from ..callbacks import run_callbacks
+from ..devices import Device, library_device
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
 from ..tabular import TabularConfig, leaf_size, n_threads
@@ -34,6 +36,7 @@ class LightGBMConfig(TabularConfig):
     feature_fraction: Fraction = 0.8  # fraction of features sampled for each tree
     lambda_l2: float = 1.0  # L2 penalty on leaf values
     max_bin: PositiveInt = 255  # maximum number of histogram bins per feature
+    device: Device = "cpu"  # where trees are grown: auto, cpu or cuda
     patience: PositiveInt = 30  # training stops after this many rounds without a lower validation loss
 
     KEYS: ClassVar = (
@@ -65,6 +68,7 @@ _SET_BY_KIT = dict(
     early_stopping_round="patience",
     seed="random_seed",
     num_threads="threads",
+    device_type="device",
     monotone_constraints="monotone",
     categorical_feature="categorical",
 )
@@ -88,6 +92,7 @@ class LightGBMModel(BoostedModel):
             num_threads=n_threads(c),
             deterministic=True,
             force_row_wise=True,
+            device_type=library_device(c.device, self.name, _build_problem),
             verbosity=-1,
         )
         return {key: getattr(c, key) for key in c.KEYS} | task | fixed | c.params
@@ -149,6 +154,20 @@ def _is_complete(text):
     return sum(map(int, sizes[1].split())) == text.find("\nend of trees\n") - text.find("\nTree=0\n")
 
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #ea47558b
+@cache
+def _build_problem():
+    "Why the installed library cannot use a GPU; empty if it can. Grows a tree, because LightGBM has no build info."
+    import lightgbm as lgb
+    import numpy as np
+
+    smallest = dict(device_type="cuda", num_leaves=2, min_data_in_leaf=1, min_data_in_bin=1, verbosity=-1)
+    try:
+        lgb.train(smallest, lgb.Dataset(np.eye(8), np.arange(8)), 1)
+    except lgb.basic.LightGBMError as e:
+        return f"the installed lightgbm cannot use it ({str(e).splitlines()[0].rstrip('.')})"
+    return ""
+
+
 def _adapter(model):
     from lightgbm.callback import EarlyStopException
 

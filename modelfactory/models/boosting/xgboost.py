@@ -14,6 +14,7 @@ import numpy as np
 from ...configuration import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from ..boosted import BoostedModel
 from ..callbacks import run_callbacks
+from ..devices import Device, library_device
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
 from ..tabular import TabularConfig, leaf_size, n_threads
@@ -34,7 +35,7 @@ class XGBoostConfig(TabularConfig):
     colsample_bytree: Fraction = 0.8  # fraction of features sampled for each tree
     reg_lambda: float = 1.0  # L2 penalty on leaf values
     max_bin: PositiveInt = 256  # maximum number of histogram bins per feature
-    device: str = "cpu"  # cpu or cuda
+    device: Device = "cpu"  # where trees are grown: auto, cpu or cuda
     patience: NonNegativeInt = 30  # training stops after this many rounds without a lower validation loss
 
     KEYS: ClassVar = (
@@ -45,7 +46,6 @@ class XGBoostConfig(TabularConfig):
         "colsample_bytree",
         "reg_lambda",
         "max_bin",
-        "device",
     )
     RESERVED: ClassVar = dict(
         eta="learning_rate",
@@ -60,6 +60,7 @@ class XGBoostConfig(TabularConfig):
         random_state="random_seed",
         nthread="threads",
         n_jobs="threads",
+        device="device",
         tree_method="xgboost's hist, which is always used",
         monotone_constraints="monotone",
         feature_types="categorical",
@@ -95,7 +96,8 @@ class XGBoostModel(BoostedModel):
             task = dict(
                 objective="binary:logistic", eval_metric="logloss", monotone_constraints=tuple(self.constraints)
             )
-        fixed = dict(tree_method="hist", seed=c.random_seed, nthread=n_threads(c))
+        device = library_device(c.device, self.name, _build_problem)
+        fixed = dict(tree_method="hist", device=device, seed=c.random_seed, nthread=n_threads(c))
         return {key: getattr(c, key) for key in c.KEYS} | task | fixed | c.params
 
     def _matrix(self, rows, **binning):
@@ -126,6 +128,7 @@ class XGBoostModel(BoostedModel):
             verbose_eval=False,
             callbacks=[_adapter(self), *stop],
         )
+        self.booster.set_param(dict(device="cpu"))
         history = {f"{k}_loss": next(iter(v.values())) for k, v in losses.items()}
         history |= dict(best_round=self.booster.num_boosted_rounds() - 1) | leaf
         run_callbacks(self, "on_fit_end", history)
@@ -151,6 +154,13 @@ class XGBoostModel(BoostedModel):
         return self.by_feature([gain.get(f"f{i}", 0.0) for i in range(self.booster.num_features())])
 
 # %% ../../../nbs/models/boosting/xgboost.ipynb #abeb2315
+def _build_problem():
+    "Why the installed library cannot use a GPU; empty if it can."
+    import xgboost as xgb
+
+    return "" if xgb.build_info().get("USE_CUDA") else "the installed xgboost was built without CUDA"
+
+
 def _adapter(model):
     import xgboost as xgb
 
