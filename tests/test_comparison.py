@@ -25,7 +25,14 @@ from modelfactory.runs.report import (
 )
 from modelfactory.runs.run import list_runs, load_run
 from modelfactory.runs.run_folder import RunError
-from modelfactory.runs.sentences import comparison_notes, conclusion, describe, summary_sentences, task_notes
+from modelfactory.runs.sentences import (
+    comparison_notes,
+    conclusion,
+    control_sentences,
+    describe,
+    summary_sentences,
+    task_notes,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +53,8 @@ TASK_KEYS = {
     "models",
     "baselines",
     "why",
+    "controls",
+    "groups",
 }
 MODEL_KEYS = {
     "model",
@@ -53,6 +62,7 @@ MODEL_KEYS = {
     "seeds",
     "runs",
     "folds",
+    "epochs",
     "n_samples",
     "direction_significant",
     "directional_skill",
@@ -401,6 +411,76 @@ def test_the_conclusion_of_each_kind_of_data(models):
     no_claim = ("differs significantly", "is better than", "not tested")
     assert any(text in sentences[2] for text in no_claim) != skilled
     assert ("at 2 horizons" in sentences[2]) == (models not in ("nothing", "undirected"))
+
+
+def a_task_with_controls(beaten, models=("dlinear", "logistic_regression"), missing=()):
+    "A task with networks; `beaten` holds the controls that each network beats."
+    tests = [dict(model=m, control=c, difference=0.1, p=0.2, beats=c in beaten[m]) for m in beaten for c in models]
+    controls = dict(models=list(models), missing=list(missing), networks=list(beaten), tests=tests if models else None)
+    return a_task(MODELS["two"], controls=controls)
+
+
+BOTH = ("dlinear", "logistic_regression")
+
+
+@pytest.mark.parametrize(
+    "task, text",
+    [
+        (a_task_with_controls({}), None),
+        (a_task_with_controls({}, (), BOTH), None),
+        (
+            a_task_with_controls(dict(gru=()), (), BOTH),
+            "no control was trained; train dlinear and logistic_regression to test whether gru beats a linear model.",
+        ),
+        (a_task_with_controls(dict(gru=(), tcn=()), (), BOTH), "test whether the 2 networks beat a linear model."),
+        (
+            a_task_with_controls(dict(gru=()), ("dlinear",), ("logistic_regression",)),
+            "gru does not significantly beat dlinear (paired test of log loss); the control logistic_regression was",
+        ),
+        (a_task_with_controls(dict(gru=BOTH)), "gru significantly beats dlinear and logistic_regression (paired"),
+        (a_task_with_controls(dict(gru=BOTH, tcn=BOTH)), "each of 2 networks significantly beats dlinear and logistic"),
+        (
+            a_task_with_controls(dict(gru=BOTH, tcn=())),
+            "1 of 2 networks does not significantly beat dlinear or logistic_regression "
+            "(paired test of log loss, corrected for 4 comparisons): tcn.",
+        ),
+        (
+            a_task_with_controls(dict(gru=(), tcn=(), mlp=BOTH)),
+            "2 of 3 networks do not significantly beat dlinear or l",
+        ),
+        (
+            a_task_with_controls(dict(gru=(), tcn=("dlinear",), mlp=(), lstm=BOTH)),
+            "3 of 4 networks do not significantly beat both dlinear and logistic_regression (paired test of log loss, "
+            "corrected for 8 comparisons): gru and mlp do not significantly beat dlinear or logistic_regression; "
+            "tcn does not significantly beat logistic_regression.",
+        ),
+    ],
+)
+def test_networks_that_do_not_beat_the_controls_are_named(task, text):
+    sentences = checked(control_sentences(task))
+    assert len(sentences) == (text is not None) and all(text in s for s in sentences)
+
+
+def test_networks_are_tested_against_the_controls_that_ran(tmp_path):
+    table = bars(n=600)
+    skills = dict(dlinear=0.2, gru=1.0, tcn=0.2, lightgbm=1.0)
+    for model, skill in skills.items():
+        make_run(tmp_path, model, table, skill=skill)
+    result = comparison(tmp_path)
+    controls, (sentence,) = result["tasks"][0]["controls"], control_sentences(result["tasks"][0])
+    assert controls["models"] == ["dlinear"] and controls["missing"] == ["logistic_regression"]
+    assert {t["model"]: t["beats"] for t in controls["tests"]} == dict(gru=True, tcn=False)
+    assert "1 of 2 networks does not significantly beat dlinear" in sentence and sentence in summary_sentences(result)
+    groups = result["tasks"][0]["groups"]
+    assert {frozenset(g) for g in groups} == {frozenset(("gru", "lightgbm")), frozenset(("dlinear", "tcn"))}
+
+
+def test_networks_are_not_tested_on_too_few_rows(tmp_path):
+    for model in ("dlinear", "gru"):
+        make_run(tmp_path, model, bars(n=60), n_boot=0)
+    (task,) = comparison(tmp_path)["tasks"]
+    assert task["groups"] is None and task["controls"]["tests"] is None
+    assert "of the controls is not tested: too few rows" in checked(control_sentences(task))[0]
 
 
 def test_notes_on_a_task():

@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 __all__ = ['LABELLED_ROW', 'MIN_DAYS', 'SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_max',
            'deflated_sharpe', 'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models',
            'row_losses', 'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar',
-           'holm_adjust', 'paired_tests', 'mean_differences', 'paired_differences', 'class_differences',
-           'plot_differences', 'direction_gains', 'most_probable', 'information_gains', 'prior_gains',
-           'significance_summary', 'log_loss_p_value', 'profit_claims', 'critical_difference', 'Ranks', 'rank_models',
-           'plot_ranks', 'cliques', 'plot_critical_difference']
+           'holm_adjust', 'paired_tests', 'control_tests', 'mean_differences', 'indistinct_groups',
+           'paired_differences', 'class_differences', 'plot_differences', 'direction_gains', 'most_probable',
+           'information_gains', 'prior_gains', 'significance_summary', 'log_loss_p_value', 'profit_claims',
+           'critical_difference', 'Ranks', 'rank_models', 'plot_ranks', 'cliques', 'plot_critical_difference']
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e9206335
 class SignificanceError(ValueError):
@@ -484,6 +484,23 @@ def paired_tests(
     table = table.assign(p_mcnemar_holm=holm_adjust(table.p_mcnemar)).sort_values("log_loss")
     return table.rename_axis(index="model", columns=f"against {against}")
 
+# %% ../../nbs/evaluation/06_significance.ipynb #f144aa66
+def control_tests(
+    frame: pd.DataFrame,  # stacked table
+    horizon: int,  # label horizon in bars
+    networks: list[str],  # models to test
+    controls: list[str],  # models that they have to beat
+    classes: tuple = (-1, 0, 1),
+    alpha: float = 0.05,  # probability of a false claim that a network beats a control
+) -> pd.DataFrame:  # one row per pair: model, control, difference, p (Holm), beats
+    "Tests whether each network has a lower log loss than each control (Diebold-Mariano, Holm's correction)."
+    losses, pairs = row_losses(frame, "log_loss", classes), [(m, c) for m in networks for c in controls]
+    differences = np.stack([losses[m] - losses[c] for m, c in pairs], 1)
+    _, p = diebold_mariano(*timestamp_sums(frame, differences, horizon))
+    table = pd.DataFrame(pairs, columns=["model", "control"])
+    table = table.assign(difference=differences.mean(0), p=holm_adjust(p))
+    return table.assign(beats=(table.difference < 0) & (table.p <= alpha))
+
 # %% ../../nbs/evaluation/06_significance.ipynb #f69d5cdc
 def mean_differences(
     losses: pd.DataFrame,  # (n, models) loss of each row
@@ -499,8 +516,6 @@ def mean_differences(
     Columns: `value`, `difference`, `low`, `high`, and `not_worse` (whether the interval contains 0).
     Raises `SignificanceError` if there is only one model or the data span at most two label overlaps.
     """
-    from scipy.special import ndtr, stdtrit
-
     if losses.shape[1] < 2:
         raise SignificanceError("1 model, expected at least 2 to compare")
     sums, overlap = timestamp_sums(frame, losses, horizon)
@@ -510,23 +525,49 @@ def mean_differences(
         )
     rows, value, names = len(losses), losses.mean(), list(losses)
     best = int((value * (metric_sign(metric) or 1)).to_numpy().argmax())
-    i, j = np.triu_indices(len(names), 1)
-    critical = _max_normal_quantile(sums, i, j, overlap, level, n_draws, seed)
-    _, error, freedom = _mean_tests(sums - sums[:, [best]], overlap)
-    half_width = error * len(sums) / rows * stdtrit(freedom, ndtr(critical))
+    critical = _max_normal_quantile(sums, overlap, level, n_draws, seed)
+    half_width = _half_widths(sums, best, overlap, critical) / rows
     table = pd.DataFrame(dict(value=value, difference=value - value.iloc[best]), index=pd.Index(names, name="model"))
     table = table.assign(low=table.difference - half_width, high=table.difference + half_width)
     table = table.assign(not_worse=(table.low <= 0) & (table.high >= 0))
     return table.sort_values("value", ascending=metric_sign(metric) < 0, kind="stable")
 
 # %% ../../nbs/evaluation/06_significance.ipynb #40f22615
-def _max_normal_quantile(sums, i, j, overlap, level, n_draws, seed):
-    "Quantile of the largest absolute value of normal variables, correlated like differences between columns i and j."
+def _max_normal_quantile(sums, overlap, level, n_draws, seed):
+    "Quantile of the largest absolute value of normal variables, correlated like all differences of two columns."
+    i, j = np.triu_indices(sums.shape[1], 1)
     transforms = cosine_transforms(sums, max_frequencies(len(sums), overlap))
     drawn = np.random.default_rng(seed).standard_normal((n_draws, len(transforms))) @ transforms
     spread = np.sqrt(((transforms[:, i] - transforms[:, j]) ** 2).sum(0))
     largest = np.abs((drawn[:, i] - drawn[:, j]) / np.where(spread > 0, spread, np.inf)).max(1)
     return np.quantile(largest, level)
+
+
+def _half_widths(sums, k, overlap, critical):
+    "Half-widths of the joint intervals for the differences of the columns' totals from column `k`."
+    from scipy.special import ndtr, stdtrit
+
+    _, error, freedom = _mean_tests(sums - sums[:, [k]], overlap)
+    return error * len(sums) * stdtrit(freedom, ndtr(critical))
+
+# %% ../../nbs/evaluation/06_significance.ipynb #9aeb3754
+def indistinct_groups(
+    losses: pd.DataFrame,  # (n, models) loss of each row
+    frame: pd.DataFrame,  # n rows with the columns datetime and symbol
+    horizon: int,  # label horizon in bars
+    level: float = 0.95,  # joint coverage of the intervals of all pairs
+    n_draws: int = 1000,  # number of normal draws for the critical value
+    seed: int = 42,
+) -> list[list[str]]:  # models of each group, best first; groups of one model are left out
+    "Largest groups of models with adjacent mean losses in which no pair differs significantly."
+    losses = losses[losses.mean().sort_values(kind="stable").index]
+    sums, overlap = timestamp_sums(frame, losses, horizon)
+    critical, totals = _max_normal_quantile(sums, overlap, level, n_draws, seed), sums.sum(0)
+    M = len(totals)
+    differs = [abs(totals - totals[k]) > _half_widths(sums, k, overlap, critical) for k in range(M)]
+    ends = [next((j for j in range(i + 1, M) if np.any(differs[j][i:j])), M) for i in range(M)]
+    groups = [(i, end) for i, end in enumerate(ends) if end > i + 1 and (i == 0 or ends[i - 1] < end)]
+    return [list(losses.columns[i:end]) for i, end in groups]
 
 # %% ../../nbs/evaluation/06_significance.ipynb #c6caffc0
 def paired_differences(

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from modelfactory.runs.task import Task
 
 # %% auto #0
-__all__ = ['FAMILY_STYLE', 'family_style', 'plot_forest', 'null_score', 'prediction_correlations', 'error_overlap',
-           'plot_agreement', 'null_band', 'plot_equities', 'plot_reliabilities', 'plot_time_against_score']
+__all__ = ['FAMILY_STYLE', 'family_style', 'plot_forest', 'null_score', 'plot_benchmark', 'prediction_correlations',
+           'error_overlap', 'plot_agreement', 'null_band', 'plot_equities', 'plot_reliabilities',
+           'plot_time_against_score']
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #62339603
 _FAMILIES = ("boosting", "timeseries", "classical", "foundation", "neural", "ensemble", "baseline")
@@ -79,6 +80,7 @@ def null_score(
 
 
 def _plot_scores(ax, rows, metric, title):
+    rows = rows[rows[metric].notna() | (rows.family != "baseline")]
     rows = rows.sort_values(metric, ascending=metric_sign(metric) > 0, na_position="first")
     models = rows[rows.family != "baseline"]
     for y, (_, r) in enumerate(rows.iterrows()):
@@ -96,6 +98,102 @@ def _plot_scores(ax, rows, metric, title):
     ax.set_title(title, fontsize=9)
     ax.set_xlabel(metric.replace("_", " "), fontsize=9)
     ax.tick_params(axis="x", labelsize=9)
+
+# %% ../../nbs/figures/02_model_comparison.ipynb #0f0f5bbb
+def plot_benchmark(
+    result: dict,  # result of `comparison`
+    data: str,  # name of a data set
+    note: str = "",  # line above the legend, for example on presets and early stopping
+) -> Figure:  # one panel per horizon
+    """Log loss of each model with its spread over seeds, the known optimum, and groups that cannot be told apart.
+
+    Raises `ValueError` if no run used the data set."""
+    from matplotlib import pyplot as plt
+
+    tasks = [t for t in result["tasks"] if t["data"] == data]
+    if not tasks:
+        names = ", ".join(sorted({t["data"] for t in result["tasks"]}))
+        raise ValueError(f"no run on {data!r}, expected one of the compared data sets: {names}")
+    n = max(len(t["models"]) for t in tasks)
+    size = dict(figsize=(6.4 * len(tasks), 0.27 * n + 1.7), dpi=100, facecolor="white", layout="constrained")
+    fig, axes = plt.subplots(1, len(tasks), squeeze=False, **size)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        _plot_seeds(ax, task["models"])
+        _plot_bounds(ax, task)
+        _plot_groups(ax, [m["model"] for m in task["models"]], task.get("groups") or [])
+        ax.set_title(f"{data}, horizon {task['horizon']}", fontsize=9, pad=18)
+    families = dict.fromkeys(m["family"] for t in tasks for m in t["models"])
+    handles = [plt.Line2D([], [], ls="", label=f, **family_style(f)) for f in families]
+    look = dict(frameon=False, fontsize=8, title=note or None, title_fontsize=8, loc="outside lower center")
+    fig.legend(handles=[*handles, *_seed_handles()], ncols=5, **look)
+    draw_plain_text(fig)
+    return fig
+
+# %% ../../nbs/figures/02_model_comparison.ipynb #a53df7dc
+def _plot_seeds(ax, models):
+    "One row per model, the first one on top."
+    for y, m in zip(range(len(models))[::-1], models, strict=True):
+        color = family_style(m["family"])["color"]
+        ax.plot([m.get(f"log_loss_ci_{end}", math.nan) for end in ("low", "high")], [y, y], color=color, lw=0.9)
+        if len(m["seeds"]) > 1:
+            ax.plot(
+                [m["log_loss_min"], m["log_loss_max"]], [y, y], color=color, lw=6, alpha=0.35, solid_capstyle="butt"
+            )
+            ax.plot(m["averaged"]["log_loss"], y, "D", ms=5.5, mfc="white", mec=color)
+        ax.plot(m["log_loss"], y, ms=4, **family_style(m["family"]))
+    ax.set_yticks(range(len(models))[::-1], map(_model_label, models), fontsize=8)
+    ax.set_ylim(-0.6, len(models) - 0.4)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _model_label(m):
+    "Name of a model with the number of its epochs or boosting rounds, such as `gru, 8–12 epochs`."
+    epochs = [n for n in m.get("epochs", []) if n]
+    if not epochs:
+        return m["model"]
+    span = "–".join(map(str, dict.fromkeys((min(epochs), max(epochs)))))
+    return f"{m['model']}, {span} {'rounds' if m['family'] == 'boosting' else 'epochs'}"
+
+
+def _seed_handles():
+    from matplotlib import pyplot as plt
+
+    grey = dict(color="#555555")
+    return [
+        plt.Line2D([], [], marker="o", ms=4, lw=0.9, label="mean over seeds, 95% interval", **grey),
+        plt.Line2D([], [], lw=6, alpha=0.35, label="lowest to highest seed", **grey),
+        plt.Line2D([], [], ls="", marker="D", mfc="white", label="averaged probabilities", **grey),
+        plt.Line2D([], [], lw=1.5, color="black", label="bracket: not significantly different"),
+    ]
+
+# %% ../../nbs/figures/02_model_comparison.ipynb #9ccb98e8
+def _plot_bounds(ax, task):
+    "Lines at the Bayes optimum, if it is known, and at the class shares, if a model is near them; the axis names both."
+    prior = next((b["log_loss"] for b in task["baselines"] if b["model"] == "prior"), None)
+    ax.set_xlabel("log loss" if prior is None else f"log loss (training class shares: {prior:.3f})", fontsize=9)
+    if task["ceiling"]:
+        optimum = task["ceiling"]["log_loss"]["ceiling"]
+        ax.axvline(optimum, color="black", lw=0.9)
+        place = dict(xycoords=("data", "axes fraction"), textcoords="offset points", ha="left")
+        ax.annotate(f"Bayes optimum {optimum:.3f}", (optimum, 1), (-2, 3), fontsize=8, **place)
+    limits = ax.get_xlim()
+    if prior is not None and prior < limits[1]:
+        ax.axvline(prior, color="black", ls="--", lw=0.9)
+
+
+def _plot_groups(ax, models, groups):
+    "A bracket beside each group, in the first column that is free; the group of the best model is shaded."
+    columns: list[int] = []  # last row of the lowest bracket in each column
+    for group in groups:
+        first, last = models.index(group[0]), models.index(group[-1])
+        column = next((c for c, end in enumerate(columns) if end < first), len(columns))
+        columns[column : column + 1] = [last]
+        x, ends = 1.015 + 0.02 * column, [len(models) - 1 - first + 0.3, len(models) - 1 - last - 0.3]
+        style = dict(transform=ax.get_yaxis_transform(), clip_on=False, color="black", lw=1.5)
+        ax.plot([x - 0.008, x, x, x - 0.008], [ends[0], *ends, ends[1]], **style)
+        if first == 0:
+            ax.axhspan(*ends, color="#0072B2", alpha=0.07, lw=0)
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #5cb0b22e
 def prediction_correlations(

@@ -22,6 +22,7 @@ from ..evaluation.permutation import shuffled_direction_confusion
 from ..files import FileError, printable, read_json
 from ..models.base import probability_columns
 from ..models.registry import UnknownModel
+from .controls import control_entry
 from .fold_comparison import fold_entry
 from .rescore import score_with_data, score_without_data, scoring_trainer
 from .run import list_runs
@@ -182,6 +183,15 @@ def _direction_figures(claim):
     )
 
 
+def _n_epochs(run):
+    "Number of epochs or boosting rounds of a fit; None if the model has neither."
+    try:
+        losses = run.history.get("val_loss")
+    except RunError:
+        return None
+    return len(losses) if isinstance(losses, list) else None
+
+
 def _model_entry(task, model, metrics, tests):
     runs, claimed = task.models[model], _direction_figures(tests["claims"][model])
     values = seed_statistics([metrics[r.path.name] for r in runs])
@@ -191,7 +201,7 @@ def _model_entry(task, model, metrics, tests):
     else:
         averaged, values = None, values | claimed
     about = dict(model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs])
-    about |= dict(folds=len(runs[-1].manifest.get("stitched") or [None]))
+    about |= dict(folds=len(runs[-1].manifest.get("stitched") or [None]), epochs=[_n_epochs(r) for r in runs])
     return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
 
 # %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
@@ -253,6 +263,7 @@ def _task_entry(task, trials):
         entry["fraction_of_ceiling"] = _fractions(entry, ceiling, "ceiling")
         entry["fraction_of_one_row_policy"] = _fractions(entry, ceiling, "one_row_policy")
     about = dict(data=task.data, horizon=task.horizon, classes=list(task.classes), n_left_out=task.n_left_out)
+    about |= control_entry(task, tests["n_blocks"])
     scores = dict(
         ceiling=ceiling,
         variance=_variance(task, metrics),

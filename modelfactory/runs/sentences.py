@@ -11,8 +11,8 @@ from .run_folder import UNSCORED
 
 # %% auto #0
 __all__ = ['BENCHMARK_LABELS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe', 'constant_call_text',
-           'no_skill_text', 'claim_figures', 'conclusion', 'fold_sentences', 'number_text', 'comparison_notes',
-           'task_notes', 'summary_sentences']
+           'no_skill_text', 'claim_figures', 'control_sentences', 'conclusion', 'fold_sentences', 'number_text',
+           'comparison_notes', 'task_notes', 'summary_sentences']
 
 # %% ../../nbs/runs/07_sentences.ipynb #8f29b4b5
 def describe(
@@ -147,6 +147,50 @@ def _profit_sentence(task):
     benchmarks = _listed(not_beaten, "or") if not_beaten else f"{all_benchmarks} at once"
     subject = f"{owner} is not" if len(models) == 1 else "no model's net profit is"
     return f"{subject} significantly better than that of {benchmarks}{details}."
+
+# %% ../../nbs/runs/07_sentences.ipynb #c2edbd41
+def control_sentences(
+    task: dict,  # one task from the result of `comparison`
+) -> list[str]:  # one sentence; none without a network, or from a file of an earlier version
+    "Which networks do not have a significantly better log loss than the controls."
+    controls = task.get("controls")
+    if not controls or not controls["networks"]:
+        return []
+    head = f"{task['data']}, horizon {task['horizon']}: "
+    if not controls["models"]:
+        n, advice = len(controls["networks"]), f"train {_listed(controls['missing'], 'and')} to test"
+        network = f"{controls['networks'][0]} beats" if n == 1 else f"the {n} networks beat"
+        return [f"{head}no control was trained; {advice} whether {network} a linear model."]
+    if controls["tests"] is None:
+        return [head + _not_tested(task, "log_loss", "the log loss of networks against that of the controls")]
+    missing = "".join(f"; the control {name} was not trained" for name in controls["missing"])
+    return [f"{head}{_control_sentence(controls)}{missing}."]
+
+
+def _control_sentence(controls):
+    "A clause on the networks that do not beat all controls; those that fail on the same controls are named together."
+    names, networks, n_tests = controls["models"], controls["networks"], len(controls["tests"])
+    corrected = "" if n_tests == 1 else f", corrected for {n_tests} comparisons"
+    details = f"(paired test of log loss{corrected})"
+    by_controls: dict[tuple, list[str]] = {}
+    for network in networks:
+        not_beaten = (t["control"] for t in controls["tests"] if t["model"] == network and not t["beats"])
+        by_controls.setdefault(tuple(not_beaten), []).append(network)
+    failing = {failed: by_controls[failed] for failed in by_controls if failed}
+    if not failing:
+        subject = networks[0] if len(networks) == 1 else f"each of {len(networks)} networks"
+        return f"{subject} significantly beats {_listed(names, 'and')} {details}"
+
+    def clause(subject, n, controls):
+        return f"{subject} {'does' if n == 1 else 'do'} not significantly beat {controls}"
+
+    clauses = [clause(_listed(m, "and"), len(m), _listed(c, "or")) for c, m in failing.items()]
+    if len(networks) == 1:
+        return f"{clauses[0]} {details}"
+    all_alike, n = [*failing] == [tuple(names)], sum(map(len, failing.values()))
+    whole = _listed(names, "or") if all_alike else f"both {_listed(names, 'and')}"
+    text = _listed(failing[tuple(names)], "and") if all_alike else "; ".join(clauses)
+    return f"{clause(f'{n} of {len(networks)} networks', n, whole)} {details}: {text}"
 
 # %% ../../nbs/runs/07_sentences.ipynb #ea59b81d
 # Smallest gap between ceiling and null score that counts as a signal; rounding of tied probabilities can cause
@@ -432,9 +476,13 @@ def _seed_note(task):
     return [f"{head}; another seed may change the ranking."]
 
 
+def _claims(task):
+    return [*describe(task), *control_sentences(task), *fold_sentences(task)]
+
+
 def summary_sentences(
     result: dict,  # of `comparison`
 ) -> list[str]:
     "All sentences of the comparison page: conclusion, claims of each task, notes, uses of the test set."
-    claims = [sentence for task in result["tasks"] for sentence in [*describe(task), *fold_sentences(task)]]
+    claims = [sentence for task in result["tasks"] for sentence in _claims(task)]
     return [*conclusion(result), *claims, *comparison_notes(result), *result["test_set_uses"]]
