@@ -33,7 +33,7 @@ __all__ = ['app', 'AsJson', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'P
            'Seed', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor',
            'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars', 'purge', 'recut', 'selftest',
            'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show', 'clean', 'compare', 'rescore',
-           'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'export_bundle', 'new', 'main']
+           'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'explain', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #fcc26303
 def _print_version(is_asked: bool) -> None:
@@ -509,6 +509,7 @@ def train(
     calendar: Exchange = None,
     output: RunsFolder = None,
     test: Annotated[bool, typer.Option(help="also score the test split")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="add the page of explanations to the run")] = False,
 ) -> None:
     """Train one model for one horizon by executing train.ipynb.
 
@@ -541,7 +542,7 @@ def train(
     if rank > 0:
         trainer.train()  # together with the kernel of the first process, which publishes the run
         return
-    outcome = run_notebook(parameters | dict(evaluate_test=test), output)
+    outcome = run_notebook(parameters | dict(evaluate_test=test, explain=explain), output)
     if outcome.status != "ok":
         _print_error(f"{outcome.status}: {outcome.reason} (see {outcome.path})")
         raise typer.Exit(1)
@@ -921,6 +922,9 @@ def predict(
     follow: Annotated[
         bool, typer.Option("--follow", help="predict each raw bar that is added to DATA (- is standard input)")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="add the five features with the largest contributions to each prediction")
+    ] = False,
 ) -> None:
     """Predict new bars with a finished run or a bundle; the bars need no labels.
 
@@ -929,17 +933,24 @@ def predict(
 
     Example: modelfactory predict runs/xgboost_h5_… new_bars.csv --ahead --output p.parquet
     Example: modelfactory predict runs/xgboost_h5_… EURUSD.csv --follow"""
+    if follow and explain:
+        raise typer.BadParameter("--explain explains a table of predictions; leave out --follow")
     if follow:
         _follow(run, data, output, symbol)
         return
     from modelfactory.runs.predict import predict_run, prediction_warnings
 
-    frame, output = predict_run(run, data, split, ahead, symbol), output or Path("predictions.parquet")
+    frame = predict_run(run, data, split, ahead, symbol, explain=5 if explain else 0)
+    output = output or Path("predictions.parquet")
     temporary = output.with_name(f".{output.name}.partial")
     write = frame.to_csv if output.suffix.lower() == ".csv" else frame.to_parquet
     write(temporary, index=False)
     temporary.replace(output)
     print(*prediction_warnings(frame), f"see {output}", sep="\n")
+    if explain:
+        from modelfactory.runs.contributions import prediction_sentences
+
+        print(f"contributions: {frame.attrs['explained']}", *prediction_sentences(frame), sep="\n")
 
 
 def _follow(run, data, output, symbol):
@@ -955,6 +966,36 @@ def _follow(run, data, output, symbol):
         out = sys.stdout if output is None else stack.enter_context(open(output, "a"))
         stack.enter_context(contextlib.suppress(KeyboardInterrupt, BrokenPipeError))
         write_predictions(follow_file(follower, data, _print_error), out, kind)
+
+# %% ../nbs/cli.ipynb #7dceacc1
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    by: Annotated[str, typer.Option(help="feature, lag, 'feature x lag' or cluster")] = "feature",
+    method: Annotated[str, typer.Option(help="auto, contributions or permutation")] = "auto",
+    split: Annotated[str, typer.Option(help="split to explain; a use of test is recorded")] = "val",
+    features: Annotated[str | None, typer.Option(help="names of features, separated by commas; default: all")] = None,
+    rows: Annotated[int | None, typer.Option(help="maximum number of rows; default: 5000, or 2000", min=1)] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="only say what the explanation would cost")] = False,
+    add: Annotated[bool, typer.Option("--add", help="add the page of explanations to the run")] = False,
+    output: Annotated[Path | None, typer.Option(help=".csv file to write the table to", dir_okay=False)] = None,
+) -> None:
+    """Show which features and lags the predictions of a run depend on, with intervals; the cost is printed first.
+
+    Example: modelfactory explain runs/xgboost_h5_… --by cluster --method permutation --output explanation.csv"""
+    from modelfactory.runs import explain as explanations
+
+    options = dict(split=split, features=_split_commas(features) or None, max_rows=rows)
+    if cost:
+        print(explanations.explain_cost(run, by=by, method=method, **options))
+        return
+    if add:
+        print(*explanations.add_explanation(run, **options).values(), sep="\n\n")
+        return
+    explanation = explanations.explain(run, by=by, method=method, **options)
+    print(explanation)
+    if output:
+        explanation.table.to_csv(output, index=False)
 
 # %% ../nbs/cli.ipynb #95b180f2
 @app.command("export")

@@ -12,7 +12,13 @@ import modelfactory
 
 PACKAGE = ROOT / "modelfactory"
 LAYERS = ("data", "models", "evaluation", "figures", "training", "tuning", "runs", "cli")
-COMMANDS = {"selftest", "compare", "rescore", "main"}  # a command of `cli` has the name of the function that it calls
+COMMANDS = {
+    "selftest",
+    "compare",
+    "rescore",
+    "explain",
+    "main",
+}  # a command of `cli` has the name of the function that it calls
 
 
 def module_name(file, package=PACKAGE):

@@ -122,6 +122,10 @@ class BoostedModel(TabularModel):
             if not isinstance(part, float):
                 part.load(Path(path) / f"threshold{k}")
 
+    def contributions(self, X):
+        "As in `TabularModel`; None if the model consists of binary models, which have no common raw score."
+        return None if self.has_parts else super().contributions(X)
+
     def mean_importance(self) -> dict[str, float]:
         "The mean importance of each feature over the binary models, largest first."
         parts = [part.feature_importance() for part in self.parts if not isinstance(part, float)]

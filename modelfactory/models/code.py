@@ -65,6 +65,7 @@ UNHASHED_MODULES = (
     "modelfactory.configuration",  # covered by the resolved config
     "modelfactory.builtin",
     "modelfactory.progress",
+    "modelfactory.models.explain",
 )
 
 

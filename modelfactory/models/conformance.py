@@ -23,7 +23,8 @@ from ..configuration import ConfigError
 from ..data.dataset import Windows
 from .base import BaseModel, PredictionOutput
 from .callbacks import Callback
-from .errors import FeatureMismatch, NotFittedError
+from .errors import FeatureMismatch, ModelUnavailable, NotFittedError
+from .explain import Contributions
 from .loading import load_model
 from .params import read_params
 from .persistence import find_unsafe_files
@@ -40,7 +41,8 @@ __all__ = ['CHECKS', 'NETWORK_CHECKS', 'LONG_MATRIX', 'NEW_PROCESS_SCRIPT', 'NEW
            'config_errors', 'nan_policy', 'predict_in_new_process', 'saves_data_only', 'loads_in_new_process',
            'load_restores_state', 'feature_mismatch_errors', 'class_counts', 'feature_counts', 'window_lengths',
            'learns_planted_signal', 'no_skill_on_noise', 'weights_change_fit', 'window_task', 'input_gradient',
-           'uses_every_step_and_feature', 'learns_levels_trends_order', 'ConformanceReport', 'check_model']
+           'uses_every_step_and_feature', 'learns_levels_trends_order', 'explains_predictions', 'ConformanceReport',
+           'check_model']
 
 # %% ../../nbs/models/06_conformance.ipynb #9dec540d
 @dataclass
@@ -641,6 +643,37 @@ def learns_levels_trends_order(fixture: ModelFixture) -> None:
         if not accuracy > required:
             problems.append(f"{kind}: accuracy {accuracy:.2f}, expected above {required}")
     require(not problems, "; ".join(problems))
+
+# %% ../../nbs/models/06_conformance.ipynb #d5a47410
+@register_check
+def explains_predictions(fixture: ModelFixture) -> str | None:
+    "Feature importances sum to 1 and put the planted feature first; contributions add up to the score (to 1e-2)"
+    importance = fixture.model.feature_importance() or {}
+    require(bool(importance), "feature_importance() returns None, expected an importance for each feature")
+    total, first = sum(importance.values()), max(fixture.task.features, key=lambda name: importance.get(name, 0.0))
+    require(abs(total - 1) < 1e-6, f"the importances sum to {total:.4f}, expected 1")
+    require(first == fixture.task.features[0], f"{first} is the most important feature, expected the planted one")
+    method = getattr(fixture.model, "contributions", None)
+    X = fixture.task.X_val if method is None else fixture.task.X_val[:32]
+    try:
+        parts = method(X) if method else None
+    except ModelUnavailable as e:
+        return f"contributions not checked: {e}"
+    if parts is not None:
+        _check_contributions(fixture, Contributions(*parts), X)
+    return None
+
+
+def _check_contributions(fixture, parts, X):
+    "Checks the shape of contributions, and that they add up to the raw score of the model without calibration."
+    shape = (len(X), 3, fixture.seq_len, len(fixture.task.features))
+    require(parts.values.shape == shape, f"contributions have shape {parts.values.shape}, expected {shape}")
+    scores, model = parts.scores, getattr(fixture.model, "model", fixture.model)
+    if parts.unit not in ("log-odds", "probability"):
+        return
+    p = np.exp(scores - scores.max(1, keepdims=True)) if parts.unit == "log-odds" else scores
+    error = np.abs(p / p.sum(1, keepdims=True) - fixture.probabilities(X, model)).max()
+    require(error < 1e-2, f"contributions do not add up: the probabilities differ by {error:.4f}")
 
 # %% ../../nbs/models/06_conformance.ipynb #61e6934a
 class ConformanceReport(list):

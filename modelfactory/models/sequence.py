@@ -34,6 +34,14 @@ from .batches import Batches, as_windows, feature_mean_std, has_nan, standardise
 from .callbacks import EarlyStopping, run_callbacks
 from .distributed import join_processes, on_first_process
 from .errors import DivergedError, NotFittedError
+from modelfactory.models.explain import (
+    IMPORTANCE_WINDOWS,
+    Contributions,
+    as_shares,
+    gradient_importance,
+    integrated_gradients,
+    spread_rows,
+)
 from .persistence import HEADER_FILE, checkpoint_errors, load_header, save_header
 from modelfactory.models.training_loop import (
     SequenceConfig,
@@ -141,8 +149,11 @@ class NetworkModel(BaseModel):
     Config, requires = SequenceConfig, ("torch", "safetensors")
     supported_weights = ("column", "uniqueness")
     training = None  # a `Training` while `fit` runs
+    importance: dict[str, float] | None = None  # importance of each feature, once it was computed or loaded
+    sample: Tensor | None = None  # network inputs of some training windows, for `importance`
     uses_full_window = True  # whether the logits depend on every step of the window and every feature
     codes: dict[str, list[int]] = {}  # feature of category codes -> codes in the training rows, without 0
+    is_continuous = True  # whether the logits are continuous in the window, as integrated gradients need
 
     @abstractmethod
     def backbone(self, T: int, F: int, n_classes: int, c: SequenceConfig) -> Module:
@@ -204,13 +215,52 @@ class NetworkModel(BaseModel):
             logits = predict_logits(self.net, self.batches(X), self.config.batch_size)
         return to_output(logits.cpu().double().softmax(1).numpy(), metadata, self.classes)
 
+    def importance_of(
+        self,
+        attributions: np.ndarray,  # of the shape of `sample`
+    ) -> dict[str, float]:  # feature -> importance, not negative
+        "Adds up the attributions of each feature over the window; returns their mean absolute values."
+        return dict(zip(self.feature_columns, np.abs(attributions.sum(1)).mean(0), strict=True))
+
+    def feature_importance(self):
+        "Returns `gradient_importance` by feature; None for a model of a version that stored no importance."
+        if self.sample is None or self.importance is not None:
+            return self.importance
+        with isolated_torch_state(self.config):
+            attributions = gradient_importance(self.net, self.sample.to(self.device), len(self.classes))
+        importance = self.importance_of(attributions.reshape(self.sample.shape))
+        shares = as_shares(list(importance), np.array(list(importance.values())))
+        if self.training is None:
+            self.importance = shares
+        return shares
+
+    def contributions(
+        self,
+        X: Windows | np.ndarray,  # (n, T, F) or (n, F) float32
+        steps: int = 32,  # points of the numerical integral
+        output: int = 0,  # first column of the network's output to explain; other horizons have other columns
+    ) -> Contributions | None:  # None for a network that is not continuous, or whose input is not the window
+        "Returns integrated gradients of the logits; they add up to the logits, up to the error of the integral."
+        if not (self.uses_full_window and self.is_continuous):
+            return None
+        batches, columns = self.batches(check_X(self, X)), list(range(output, output + len(self.classes)))
+        self.net.eval()
+        with isolated_torch_state(self.config):
+            parts = [
+                integrated_gradients(self.net, batches.take(idx), columns, steps)
+                for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // self.config.batch_size))
+            ]
+        values, base = np.concatenate([values for values, _ in parts]), parts[0][1]
+        return Contributions(values, np.tile(base, (len(values), 1)))
+
     def save(self, path):
         from safetensors.torch import save_file
 
         if not self.fitted:
             raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         state = dict(facts=self.get_extra_state()) | (dict(codes=self.codes) if self.codes else {})
-        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), **state)
+        values = dict(mean=self.mean.tolist(), scale=self.scale.tolist(), importance=self.feature_importance())
+        save_header(self, path, **values, **state)
         save_file(trainable_state_dict(self.net), Path(path) / "network.safetensors")
         if self.training:
             write_training(self.training, Path(path), self.key)
@@ -224,6 +274,7 @@ class NetworkModel(BaseModel):
             self.mean, self.scale = (np.asarray(header[k], np.float32).reshape(F) for k in ("mean", "scale"))
             self.set_extra_state(header["facts"])
             self.codes = {name: [int(code) for code in codes] for name, codes in header.get("codes", {}).items()}
+            self.importance, self.sample = header.get("importance"), None
         with isolated_torch_state(self.config):
             self.build()
         with checkpoint_errors(Path(path) / "network.safetensors", "the weights of this network") as file:
@@ -257,6 +308,8 @@ class SequenceClassifier(NetworkModel):
             self.build()
             train = (self.batches(X_train), *self._on_device(codes, weights))
             val = (self.batches(X_val), *self._on_device(codes_val, weights_val))
+            sample = train[0].take(spread_rows(len(codes), min(IMPORTANCE_WINDOWS, self.config.batch_size)))
+            self.importance, self.sample = None, sample.to("cpu", copy=True)
             return self._run_training(train, val)
 
     def _on_device(self, *arrays):

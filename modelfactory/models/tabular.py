@@ -31,6 +31,7 @@ from modelfactory.models.base import (
     training_weights,
 )
 from .errors import NotFittedError
+from .explain import IMPORTANCE_ROWS, Contributions, as_shares, probability_change, spread_rows
 from .persistence import HEADER_FILE, checkpoint_errors, load_header, save_header
 
 if TYPE_CHECKING:
@@ -210,6 +211,9 @@ class TabularModel(BaseModel):
     rows_at_once = 65_536  # number of rows per chunk in `predict`
     one_hot = False  # whether category codes become one column per code
     supports_monotone = False  # whether the config key `monotone` has an effect
+    score_unit = "log-odds"  # unit of the raw score that `row_contributions` splits
+    importance: dict[str, float] | None = None  # stored importance of a model that computes none of its own
+    sample: np.ndarray | None = None  # (m, P) validation rows for `importance`
 
     def __init__(self, config, horizon, feature_columns):
         super().__init__(config, horizon, feature_columns)
@@ -257,8 +261,9 @@ class TabularModel(BaseModel):
         _warn_if_large(self, len(X_train))
         train = self._rows(X_train, y_train, metadata_train)
         check_two_classes(self, train.y)
-        history = self.fit_rows(train, self._rows(X_val, y_val, metadata_val))
-        self.fitted = True
+        val = self._rows(X_val, y_val, metadata_val)
+        history = self.fit_rows(train, val)
+        self.fitted, self.importance, self.sample = True, None, val.X[spread_rows(len(val.X), IMPORTANCE_ROWS)]
         return history
 
     def _rows(self, X, y, metadata):
@@ -300,14 +305,45 @@ class TabularModel(BaseModel):
         return to_output(probabilities, metadata, self.classes)
 
     def save(self, path):
-        save_header(self, path, **(dict(codes=self.codes) if self.codes else {}))
+        if self.fitted:
+            self.feature_importance()  # computes `importance` if the model has no importance of its own
+        optional = dict(codes=self.codes or None, importance=self.importance)
+        save_header(self, path, **{key: value for key, value in optional.items() if value is not None})
         self.write(Path(path))
 
     def load(self, path):
         header = load_header(self, path)
         with checkpoint_errors(Path(path) / HEADER_FILE, "the header of a tabular model"):
             self.codes = {name: [int(code) for code in header["codes"][name]] for name in self.config.categorical}
+        self.importance, self.sample = header.get("importance"), None
         self.read(Path(path))
+
+    def feature_importance(self):
+        "Returns `probability_change` on validation rows; a model with an importance of its own overrides this method."
+        if self.importance is None and self.sample is not None:
+            change = probability_change(self.predict_rows, self.sample, self.columns.feature)
+            change = np.pad(change, (0, len(self.feature_columns) - len(change)))  # features without a column
+            self.importance = as_shares(self.feature_columns, change)
+        return self.importance
+
+    def row_contributions(
+        self,
+        X: np.ndarray,  # (n, P) flat rows
+    ) -> np.ndarray | None:  # (n, K, P + 1); the last column is the base value; None: the model has no contributions
+        "Returns the contributions of each column to the raw score of each class; a subclass may override it."
+        return None
+
+    def contributions(
+        self,
+        X: Windows | np.ndarray,  # (n, T, F) or (n, F) float32
+    ) -> Contributions | None:  # None if the model has none
+        "Returns the contributions of each feature in each row of the window to the raw score of each class."
+        rows = self.row_contributions(self._flat(check_X(self, X)))
+        if rows is None:
+            return None
+        if rows.shape[1] == 1 and len(self.classes) == 2:  # one score for two classes: half of it for each
+            rows = np.concatenate([-rows, rows], 1) / 2
+        return Contributions(self.by_window(rows[..., :-1]), np.asarray(rows[..., -1], float), self.score_unit)
 
     def by_feature(
         self,
@@ -315,8 +351,7 @@ class TabularModel(BaseModel):
     ) -> dict[str, float]:  # feature name -> importance, largest first
         "Adds up the importances of each feature over its columns; scales the results to sum to 1."
         total = np.bincount(self.columns.feature, np.asarray(values, float), len(self.feature_columns))
-        shares = total / total.sum() if total.sum() else total
-        return {self.feature_columns[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable")}
+        return as_shares(self.feature_columns, total)
 
     def by_window(
         self,

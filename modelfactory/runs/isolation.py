@@ -208,7 +208,7 @@ class IsolatedModel(WrappedModel):
         reason = "an isolated model can only predict; `load_run(path).model()` reads it in this process"
         raise RunError(f"{self.checkpoint}: {reason}")
 
-    fit = save = load = feature_importance = _refuse
+    fit = save = load = feature_importance = contributions = interpretation = _refuse
 
     def __repr__(self):
         return f"{self.model!r}, in a separate process"

@@ -80,6 +80,7 @@ def predict_run(
     split: str = "test",  # split to predict if `data` is a folder of splits
     ahead: bool = False,  # also predict the next bar of each symbol
     symbol: str | None = None,  # symbol of raw bars without a column of symbols; None: from the file name
+    explain: int = 0,  # number of features with the largest contributions to each prediction, as further columns
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, sets of a conformal model, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
 
@@ -94,6 +95,7 @@ def predict_run(
     - `limits`: segment lengths, in bars, for which the run stored drift limits
     - `isolated`: whether the model ran in a separate process
     - `n_known`: number of labels to which prediction sets were adapted; None: the model has no adaptive sets
+    - `explained`: how the contributions were made, and their unit; only with `explain`
     """
     from modelfactory.runs.stored import StoredRun, open_run
 
@@ -134,7 +136,17 @@ def predict_run(
         isolated=run.isolated or not run.is_own,
         n_known=n_known,
     )
-    return frame
+    return _explained(run, frame, windows, keys, explain) if explain else frame
+
+
+def _explained(run, frame, windows, keys, top):
+    "Predictions with the columns of `prediction_contributions`."
+    from modelfactory.runs.contributions import prediction_contributions
+
+    columns, how = prediction_contributions(run, windows, keys, frame["prediction"].to_numpy(), top)
+    explained = pd.concat([frame, columns], axis=1)
+    explained.attrs = frame.attrs | dict(explained=how)
+    return explained
 
 
 def _table_rows(run, model, data, split, context_rows):

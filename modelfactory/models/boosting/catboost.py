@@ -146,6 +146,12 @@ class CatBoostModel(BoostedModel):
             return self.mean_importance()
         return self.by_feature(self.booster.get_feature_importance())
 
+    def row_contributions(self, X):
+        from catboost import Pool
+
+        pool = Pool(self._table(X), cat_features=self.code_positions or None)
+        return self.booster.get_feature_importance(pool, "ShapValues", thread_count=n_threads(self.config))
+
 # %% ../../../nbs/models/boosting/catboost.ipynb #3d07649c
 def _build_problem():
     "Why the installed library cannot use a GPU; empty if it can."

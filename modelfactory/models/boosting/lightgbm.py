@@ -145,6 +145,10 @@ class LightGBMModel(BoostedModel):
             return self.mean_importance()
         return self.by_feature(self.booster.feature_importance("gain"))
 
+    def row_contributions(self, X):
+        parts = self.booster.predict(X, pred_contrib=True, num_threads=n_threads(self.config))
+        return parts.reshape(len(X), -1, X.shape[1] + 1)
+
 # %% ../../../nbs/models/boosting/lightgbm.ipynb #2079ce5c
 def _is_complete(text):
     "Whether the trees have the length stated in the header; if not, LightGBM's parser would end the process."

@@ -153,6 +153,12 @@ class XGBoostModel(BoostedModel):
         gain = self.booster.get_score(importance_type="total_gain")
         return self.by_feature([gain.get(f"f{i}", 0.0) for i in range(self.booster.num_features())])
 
+    def row_contributions(self, X):
+        import xgboost as xgb
+
+        rows = xgb.DMatrix(X, nthread=n_threads(self.config))
+        return self.booster.predict(rows, pred_contribs=True, strict_shape=True)
+
 # %% ../../../nbs/models/boosting/xgboost.ipynb #abeb2315
 def _build_problem():
     "Why the installed library cannot use a GPU; empty if it can."

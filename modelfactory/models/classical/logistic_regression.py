@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...configuration import PositiveFloat, PositiveInt
+from ..explain import linear_contributions
 from ..registry import ModelRegistry
 from ..tabular import SklearnModel, TabularConfig
 
@@ -51,3 +52,7 @@ class LogisticRegressionModel(SklearnModel):
 
     def feature_importance(self):
         return self.by_feature(np.abs(self.fitted_estimator[-1].coef_).mean(0))
+
+    def row_contributions(self, X):
+        linear, z = self.fitted_estimator[-1], self.fitted_estimator[:-1].transform(X)
+        return linear_contributions(z, linear.coef_, linear.intercept_, linear.classes_, len(self.classes))

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from ...configuration import Fraction, PositiveInt
+from ..explain import forest_contributions
 from ..registry import ModelRegistry
 from ..tabular import SklearnModel, TabularConfig, leaf_size, n_threads
 
@@ -40,6 +43,7 @@ class RandomForestModel(SklearnModel):
     "Bagged trees of limited depth with averaged probabilities."
 
     Config, trusted = RandomForestConfig, ("sklearn.tree._tree.Tree",)
+    score_unit = "probability"
 
     def estimator(self, n):
         from sklearn.ensemble import RandomForestClassifier
@@ -55,3 +59,10 @@ class RandomForestModel(SklearnModel):
 
     def feature_importance(self):
         return self.by_feature(self.fitted_estimator.feature_importances_)
+
+    def row_contributions(self, X):
+        forest = self.fitted_estimator
+        parts = forest_contributions(forest.estimators_, X, len(forest.classes_))
+        rows = np.zeros((len(X), len(self.classes), parts.shape[2]))
+        rows[:, forest.classes_] = parts
+        return rows

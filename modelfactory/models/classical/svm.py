@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ...configuration import PositiveFloat, PositiveInt
+from ..explain import linear_contributions
 from ..registry import ModelRegistry
 from ..tabular import SklearnModel, TabularConfig
 
@@ -44,6 +45,7 @@ class SVMModel(SklearnModel):
     "Linear (or Nystroem) support vector machine with calibrated probabilities."
 
     Config, weight_key, one_hot = SVMConfig, "calibratedclassifiercv__sample_weight", True
+    score_unit = "decision value"
     trusted = (
         "sklearn.calibration._CalibratedClassifier",
         "sklearn.calibration._SigmoidCalibration",
@@ -81,8 +83,18 @@ class SVMModel(SklearnModel):
             )
         return SVC(C=c.C, kernel=c.kernel, gamma=c.gamma or "auto", random_state=c.random_seed, **c.params)
 
-    def feature_importance(self):
+    def _linear(self):
+        "The linear machine; None if the kernel is not linear."
         machine = self.fitted_estimator[-1].calibrated_classifiers_[0].estimator
-        if len(self.fitted_estimator) != 2 or not hasattr(machine, "coef_"):
+        return machine if len(self.fitted_estimator) == 2 and hasattr(machine, "coef_") else None
+
+    def feature_importance(self):
+        machine = self._linear()
+        return super().feature_importance() if machine is None else self.by_feature(np.abs(machine.coef_).mean(0))
+
+    def row_contributions(self, X):
+        machine, z = self._linear(), self.fitted_estimator[:-1].transform(X)
+        if machine is None:
             return None
-        return self.by_feature(np.abs(machine.coef_).mean(0))
+        coef = machine.coef_.toarray() if hasattr(machine.coef_, "toarray") else machine.coef_
+        return linear_contributions(z, coef, machine.intercept_, self.fitted_estimator.classes_, len(self.classes))

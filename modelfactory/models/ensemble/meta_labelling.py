@@ -296,8 +296,13 @@ class MetaLabellingModel(CompositeModel):
         return constant, shares
 
     def feature_importance(self):
-        member = self.members.get("secondary") or self.members.get("primary")
-        return member.feature_importance() if member else None
+        "Importances of the second model; what it gives to the outputs of the first one is divided as by the first one."
+        side = self.config.side_column
+        primary = {side: 1.0} if "primary" not in self.members else self.members["primary"].feature_importance() or {}
+        secondary = self.members["secondary"].feature_importance() if "secondary" in self.members else {}
+        own = {name: (secondary or {}).get(name, 0.0) for name in self.feature_columns}
+        total = {name: value + (1 - sum(own.values())) * primary.get(name, 0.0) for name, value in own.items()}
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
 
     def __repr__(self):
         c = self.config

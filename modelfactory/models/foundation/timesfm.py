@@ -550,12 +550,19 @@ class TimesFMModel(SequenceClassifier):
         self.head.load(Path(path) / "head")
 
     def feature_importance(self):
-        if self.config.mode != "probe":
-            return None
-        importance = self.head.feature_importance()
-        by_feature = {f: importance[f] for f in self.feature_columns}
+        "Returns the importance of each feature, and of the model's name: the forecast or the embedding of the price."
+        if self.config.mode == "finetune":
+            importance = super().feature_importance() or {}
+        else:
+            importance = self.head.feature_importance()
+        by_feature = {f: importance.get(f, 0.0) for f in self.feature_columns}
         by_feature |= {self.name: 1 - sum(by_feature.values())}
         return dict(sorted(by_feature.items(), key=lambda kv: -kv[1]))
+
+    def importance_of(self, attributions):
+        context, last = attributions[:, : -len(self.feature_columns)], attributions[:, -len(self.feature_columns) :]
+        by_feature = dict(zip(self.feature_columns, np.abs(last).mean(0), strict=True))
+        return by_feature | {self.name: np.abs(context.sum(1)).mean()}
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #f224ed15
 def pretrain(

@@ -90,6 +90,7 @@ class AutoformerModel(SequenceClassifier):
     "Auto-correlation over delays; the trend is subtracted and added again; linear head on flattened states."
 
     Config, requires = AutoformerConfig, ("torch", "safetensors", "neuralforecast")
+    is_continuous = False  # delays are chosen by rank, so the logits jump
 
     def backbone(self, T, F, n_classes, c):
         with neuralforecast_parts():

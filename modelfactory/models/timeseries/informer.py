@@ -113,6 +113,7 @@ class InformerModel(SequenceClassifier):
     "Sparse attention with distilling between layers; linear head on flattened states."
 
     Config, requires = InformerConfig, ("torch", "safetensors", "neuralforecast")
+    is_continuous = False  # queries are chosen by rank, so the logits jump
 
     def backbone(self, T, F, n_classes, c):
         with neuralforecast_parts():
