@@ -19,6 +19,7 @@ from ..persistence import CheckpointError
 from ..pretrained import checkpoint_unavailable_reason, freeze, load_pretrained, resolve_pinned
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module
+from ..timeseries.nhits import series_position
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['TimeLLMConfig', 'feature_patches', 'reprogram', 'encode_with_llm', 'language_model', 'sample_words', 'TimeLLMModel']
+__all__ = ['SYMBOLS', 'N_LAGS', 'TimeLLMConfig', 'statistics_text', 'top_lags', 'statistics_symbols', 'feature_patches',
+           'reprogram', 'prompt_embeddings', 'encode_with_llm', 'language_model', 'sample_words', 'TimeLLMModel']
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #c041f668
 @dataclass
@@ -38,6 +40,8 @@ class TimeLLMConfig(SequenceConfig):
     control: Literal["none", "no_llm", "random_llm"] = "none"  # no_llm: no language model; random_llm: random weights
     llm_layers: NonNegativeInt = 0  # number of layers to keep, counted from the first; 0: all
     prompt: str = ""  # description of the data, appended to the prompt
+    statistics: bool = True  # whether the prompt contains the statistics of the window
+    series: str = ""  # name of the feature whose statistics the prompt contains; empty: the first feature
     patch_length: PositiveInt = 16  # steps in a patch
     stride: PositiveInt = 8  # steps between the starts of consecutive patches
     d_model: PositiveInt = 32  # width of the patch embedding
@@ -45,6 +49,54 @@ class TimeLLMConfig(SequenceConfig):
     d_ff: PositiveInt = 128  # width of a head, and number of values kept from each language-model state
     words: PositiveInt = 2048  # maximum number of vocabulary words from which prototypes are built
     prototypes: PositiveInt = 256  # number of text prototypes
+
+# %% ../../../nbs/models/foundation/timellm.ipynb #54849358
+SYMBOLS = [*"0123456789+-", "up", "down"]  # what a slot may hold
+N_LAGS = 5  # number of lags in the prompt, as in the authors' code
+
+
+def statistics_text(
+    T: int,  # number of steps in the window
+) -> str:
+    "The part of the prompt on the window; each `{}` is a slot for one symbol."
+    number, lag = "{}{}.{}{}", "{}" * len(str(T // 2))
+    lags = ", ".join([lag] * min(N_LAGS, T // 2))
+    text = (
+        f"Input statistics: min value {number}, max value {number}, median value {number}, the trend of input is {{}}"
+    )
+    return f"{text}, top {min(N_LAGS, T // 2)} lags are: {lags}" if lags else text
+
+
+def top_lags(
+    s: torch.Tensor,  # (B, T)
+) -> torch.Tensor:  # (B, at most 5) int64, the largest autocorrelation first
+    "Lags with the largest circular autocorrelation; values that agree to four digits count as equal, short lags first."
+    import torch
+
+    T = s.shape[1]
+    z = s - s.mean(1, keepdim=True)
+    lags = torch.arange(1, T // 2 + 1, device=s.device)
+    shifted = z[:, (torch.arange(T, device=s.device) + lags[:, None]) % T]  # (B, lags, T)
+    correlation = (z[:, None] * shifted).sum(-1) / (z * z).sum(1, keepdim=True).clamp(min=1e-6)
+    return ((1e4 * correlation).round() - lags / T).topk(min(N_LAGS, T // 2))[1] + 1
+
+
+def statistics_symbols(
+    s: torch.Tensor,  # (B, T), standardised
+) -> torch.Tensor:  # (B, slots) int64, positions in `SYMBOLS`
+    "The symbols of minimum, maximum, median (the lower one), trend (from the first to the last step) and top lags."
+    import torch
+
+    T, ordered = s.shape[1], s.sort(1).values
+    values = ordered[:, [0, -1, (T - 1) // 2]]
+    size = (100 * values.abs()).round().clamp(max=999).long()
+    sign = SYMBOLS.index("+") + (values < 0).long()
+    numbers = torch.stack([sign, size // 100, size // 10 % 10, size % 10], -1).flatten(1)
+    trend = torch.where(s[:, -1:] > s[:, :1], SYMBOLS.index("up"), SYMBOLS.index("down"))
+    if T < 2:
+        return torch.cat([numbers, trend], 1)
+    lags = torch.stack([top_lags(s) // 10**i % 10 for i in reversed(range(len(str(T // 2))))], -1)
+    return torch.cat([numbers, trend, lags.flatten(1)], 1)
 
 # %% ../../../nbs/models/foundation/timellm.ipynb #613ccb40
 def feature_patches(
@@ -65,6 +117,21 @@ def reprogram(
     return net.reprogram(net.dropout(net.embed(feature_patches(net, x))), prototypes, prototypes)
 
 
+def prompt_embeddings(
+    net: nn.Module,
+    x: torch.Tensor,  # (B, T, F)
+) -> torch.Tensor:  # (B, S, d_llm)
+    "The embedded prompt of each window."
+    import torch
+
+    if net.series is None:
+        return net.prompt.expand(len(x), -1, -1)
+    n_fixed = len(net.prompt[0]) - len(SYMBOLS)
+    fixed = torch.arange(n_fixed, device=x.device).expand(len(x), -1)
+    rows = torch.cat([fixed, n_fixed + statistics_symbols(x[..., net.series])], 1)
+    return net.prompt[0][rows[:, net.order]]
+
+
 def encode_with_llm(
     net: nn.Module,
     x: torch.Tensor,  # (B, T, F)
@@ -75,7 +142,7 @@ def encode_with_llm(
     z = reprogram(net, x)
     n_patches = z.shape[1]
     if net.llm is not None:
-        tokens = torch.cat([net.prompt.expand(len(x), -1, -1), z], 1)
+        tokens = torch.cat([prompt_embeddings(net, x), z], 1)
         z = net.llm(inputs_embeds=tokens).last_hidden_state[:, -n_patches:]
     return net.head(net.dropout(net.norm(z[..., : net.d_ff].flatten(1))))
 
@@ -136,6 +203,7 @@ class TimeLLMModel(SequenceClassifier):
     def backbone(self, T, F, n_classes, c):
         with neuralforecast_parts():
             from neuralforecast.models.timellm import ReplicationPad1d, ReprogrammingLayer, TokenEmbedding
+        import torch
         from torch import nn
 
         folder, length = self.checkpoint(), min(c.patch_length, T)
@@ -144,12 +212,15 @@ class TimeLLMModel(SequenceClassifier):
             self._pin_random_weights(llm)
         table = llm.get_input_embeddings().weight
         n_patches, d_llm = (T + c.stride - length) // c.stride + 1, table.shape[1]
-        d_ff, words, prompt = min(c.d_ff, d_llm), sample_words(table, c.words), self._embedded_prompt(folder, table)
-        self._check_length(llm, len(prompt[0]) + n_patches, T)
+        d_ff, words = min(c.d_ff, d_llm), sample_words(table, c.words)
+        ids, order = self._prompt_tokens(folder, T)
+        self._check_length(llm, len(order) + n_patches, T)
         return functional_module(
             encode_with_llm,
             llm=None if c.control == "no_llm" else llm,
-            prompt=prompt,
+            prompt=table[torch.as_tensor(ids)][None].detach().clone(),
+            order=torch.as_tensor(order),
+            series=series_position(self) if c.statistics else None,
             words=words,
             length=length,
             stride=c.stride,
@@ -173,12 +244,32 @@ class TimeLLMModel(SequenceClassifier):
             )
         self.pretrained["random"] = digest
 
-    def _embedded_prompt(self, folder, table):  # -> (1, S, d_llm)
-        import torch
+    def _prompt_tokens(self, folder, T):
+        """Token ids of the prompt's text and then of `SYMBOLS`, and the order of its tokens.
+
+        Numbers in the order from the length of the text on are slots, which hold the symbols of a window.
+        """
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(self.prompt or "market").input_ids
-        return table[torch.as_tensor(ids)][None].detach().clone()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        text = self.prompt or "market"
+        ids = tokenizer(text).input_ids
+        if not self.config.statistics:
+            return ids, range(len(ids))
+
+        def bare(part):
+            return tokenizer(part, add_special_tokens=False).input_ids
+
+        special = len(ids) - len(bare(text))  # tokens before and after the text, such as [CLS] and [SEP]
+        n_last = special - next(k for k in range(special + 1) if ids[k : k + len(bare(text))] == bare(text))
+        last, parts = ids[len(ids) - n_last :], statistics_text(T).split("{}")
+        tokens = [ids[: len(ids) - n_last], *[bare(part) if part.strip() else [] for part in parts], last]
+        n_text, n_slots, order, position = sum(map(len, tokens)), len(parts) - 1, [], 0
+        for i, part in enumerate(tokens):  # the slots lie between the parts of the statistics
+            order += range(position, position + len(part))
+            position += len(part)
+            order += [n_text + i - 1] if 1 <= i <= n_slots else []
+        return [*sum(tokens, []), *[bare(symbol)[-1] for symbol in SYMBOLS]], order
 
     def _check_length(self, llm, n, T):
         most = getattr(llm.config, "max_position_embeddings", n)

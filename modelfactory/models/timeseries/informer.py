@@ -35,7 +35,7 @@ class InformerConfig(SequenceConfig):
     n_heads: Annotated[int, Ge(2)] = 8  # number of attention heads, at least two
     n_layers: PositiveInt = 3  # encoder layers
     ff_size: PositiveInt = 256  # width of the feed-forward layers
-    factor: PositiveInt = 5  # c: attention is computed for c ln T queries
+    factor: PositiveInt = 5  # c: attention is computed for c * ceil(ln T) queries
     distil: bool = True  # halve the window between layers
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #1022ee0a
@@ -61,12 +61,11 @@ def embedding(
 def check_heads(
     d: int,  # width of the state of each step
     n_heads: int,
+    key: str = "hidden_size",  # config key of the width
 ) -> None:
     "Raises `ValueError` unless the width is a multiple of the number of heads."
     if d % n_heads:
-        raise ValueError(
-            f"hidden_size {d}: expected a multiple of n_heads {n_heads}; use {(d // n_heads + 1) * n_heads}"
-        )
+        raise ValueError(f"{key} {d}: expected a multiple of n_heads {n_heads}; use {(d // n_heads + 1) * n_heads}")
 
 # %% ../../../nbs/models/timeseries/informer.ipynb #0550612e
 MIN_DISTIL_STEPS = 8  # length of the shortest window that is distilled

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from annotated_types import Ge, Interval, Len
 
-from ...configuration import PositiveInt
+from ...configuration import ConfigError, NonNegativeInt, PositiveInt, did_you_mean
 from ..registry import ModelRegistry
 from ..sequence import SequenceClassifier, SequenceConfig, functional_module
 
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['NHITSConfig', 'isolated_library_state', 'library_nhits', 'sum_forecasts', 'nhits', 'NHITSModel']
+__all__ = ['NHITSConfig', 'isolated_library_state', 'library_nhits', 'series_position', 'sum_forecasts', 'nhits', 'NHITSModel']
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #477b06fc
 @dataclass
 class NHITSConfig(SequenceConfig):
     "Parameters of N-HiTS."
 
-    steps: PositiveInt = 5  # forecast horizon of the blocks
-    n_quantiles: Annotated[int, Ge(2)] = 8  # number of quantiles forecast for each step
+    series: str = ""  # name of the feature that is the series; empty: the first feature
+    steps: NonNegativeInt = 0  # forecast horizon of the blocks; 0: the label horizon, the longest in a joint fit
+    n_quantiles: Annotated[int, Ge(2)] = 8  # number of values forecast for each step
     pooling: Annotated[tuple[PositiveInt, ...], Len(1)] = (8, 4, 1)  # pooling kernel of each block, at most the window
     downsampling: tuple[PositiveInt, ...] = (4, 2, 1)  # steps per knot in each block
     hidden_size: PositiveInt = 512  # width of the hidden layers
@@ -62,6 +63,7 @@ def isolated_library_state() -> Iterator[None]:
 def library_nhits(
     T: int,  # number of steps in the window
     F: int,  # number of features: the series and F - 1 other features
+    steps: int,  # forecast horizon
     c: NHITSConfig,
 ) -> NHITS:
     "Library model with the sizes in `c`; raises `ValueError` if `pooling` and `downsampling` differ in length."
@@ -76,7 +78,7 @@ def library_nhits(
         from neuralforecast.models import NHITS
 
         return NHITS(
-            h=c.steps,
+            h=steps,
             input_size=T,
             hist_exog_list=[f"x{j}" for j in range(1, F)] or None,
             loss=MQLoss(quantiles=[(i + 0.5) / q for i in range(q)]),
@@ -85,17 +87,26 @@ def library_nhits(
             mlp_units=c.n_layers * [[c.hidden_size, c.hidden_size]],
             n_freq_downsample=list(c.downsampling),
             n_pool_kernel_size=[min(k, T) for k in c.pooling],
-            pooling_mode="AvgPool1d",
             dropout_prob_theta=c.dropout,
             random_seed=c.random_seed,
         )
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #41b5157d
+def series_position(
+    model: SequenceClassifier,  # its config has the key `series`
+) -> int:
+    "Position of the series among the features; raises `ConfigError` if no feature has its name."
+    name, names = model.config.series, model.feature_columns
+    if name and name not in names:
+        raise ConfigError(f"{model.name}: series: {name!r} is not a feature, {did_you_mean(name, names)}")
+    return names.index(name) if name else 0
+
+
 def sum_forecasts(
     blocks: nn.ModuleList,
-    x: torch.Tensor,  # (B, T, F)
+    x: torch.Tensor,  # (B, T, F), the series first
 ) -> torch.Tensor:  # (B, steps, n_quantiles)
-    "The last value of the first feature plus the forecasts of all blocks."
+    "The last value of the series plus the forecasts of all blocks."
     y, total = x[..., 0].flip(-1), x[:, -1:, :1]
     for block in blocks:
         backcast, forecast = block(insample_y=y, hist_exog=x[..., 1:], futr_exog=None, stat_exog=None)
@@ -107,8 +118,10 @@ def nhits(
     net: nn.Module,
     x: torch.Tensor,  # (B, T, F)
 ) -> torch.Tensor:  # (B, n_classes)
-    "Logits from the normalised forecast."
-    return net.head(net.drop(net.norm(sum_forecasts(net.blocks, x).flatten(1))))
+    "Logits from the forecast."
+    if net.order[0]:
+        x = x[..., net.order]
+    return net.head(sum_forecasts(net.blocks, x).flatten(1))
 
 # %% ../../../nbs/models/timeseries/nhits.ipynb #4e18b782
 @ModelRegistry.register("nhits", family="timeseries")
@@ -120,11 +133,10 @@ class NHITSModel(SequenceClassifier):
     def backbone(self, T, F, n_classes, c):
         from torch import nn
 
-        width = c.steps * c.n_quantiles
+        steps = c.steps or int(np.max(self.horizon))
         return functional_module(
             nhits,
-            blocks=library_nhits(T, F, c).blocks,
-            norm=nn.LayerNorm(width),
-            drop=nn.Dropout(c.dropout),
-            head=nn.Linear(width, n_classes),
+            blocks=library_nhits(T, F, steps, c).blocks,
+            order=[j := series_position(self), *(k for k in range(F) if k != j)],
+            head=nn.Linear(steps * c.n_quantiles, n_classes),
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['dilations', 'TCNConfig', 'residual', 'tcn', 'TCNModel']
+__all__ = ['dilations', 'TCNConfig', 'residual', 'causal_conv', 'tcn', 'TCNModel']
 
 # %% ../../../nbs/models/timeseries/tcn.ipynb #5a6dcf77
 def dilations(
@@ -48,7 +48,23 @@ def residual(
     x: torch.Tensor,  # (B, T, C_in)
 ) -> torch.Tensor:  # (B, T, C)
     "The output of a block: two dilated causal convolutions plus a shortcut."
-    return (net.drop(net.convs(x)) + net.shortcut(x)).relu()
+    return (net.convs(x.mT).mT + net.shortcut(x)).relu()
+
+
+def causal_conv(
+    C_in: int,  # channels of the input
+    C: int,  # channels of the output
+    kernel_size: int,  # number of taps
+    dilation: int,  # steps between taps
+) -> nn.Module:  # (B, C_in, T) -> (B, C, T)
+    "A dilated causal convolution with weight normalisation, followed by a ReLU."
+    with neuralforecast_parts():
+        from neuralforecast.common._modules import CausalConv1d
+    from torch.nn.utils.parametrizations import weight_norm
+
+    layer = CausalConv1d(C_in, C, kernel_size, (kernel_size - 1) * dilation, dilation, "ReLU")
+    weight_norm(layer.conv)
+    return layer
 
 
 def tcn(
@@ -66,16 +82,15 @@ class TCNModel(SequenceClassifier):
     Config, requires = TCNConfig, ("torch", "safetensors", "neuralforecast")
 
     def backbone(self, T, F, n_classes, c):
-        with neuralforecast_parts():
-            from neuralforecast.common._modules import TemporalConvolutionEncoder
         from torch import nn
 
         def block(width, d):
+            convs = [causal_conv(w, c.hidden_size, c.kernel_size, d) for w in (width, c.hidden_size)]
+            shortcut = nn.Identity() if width == c.hidden_size else nn.Linear(width, c.hidden_size)
             return functional_module(
                 residual,
-                convs=TemporalConvolutionEncoder(width, c.hidden_size, c.kernel_size, [d, d]),
-                drop=nn.Dropout(c.dropout),
-                shortcut=nn.Identity() if width == c.hidden_size else nn.Linear(width, c.hidden_size),
+                convs=nn.Sequential(*[m for conv in convs for m in (conv, nn.Dropout(c.dropout))]),
+                shortcut=shortcut,
             )
 
         blocks = [block(c.hidden_size if i else F, d) for i, d in enumerate(dilations(T, c.kernel_size, convs=2))]
