@@ -30,10 +30,11 @@ app = typer.Typer(
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder',
-           'Seed', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models', 'doctor',
-           'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars', 'purge', 'recut', 'selftest',
-           'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show', 'clean', 'compare', 'rescore',
-           'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'explain', 'export_bundle', 'new', 'main']
+           'Seed', 'HorizonOption', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models',
+           'doctor', 'parse_horizons', 'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars', 'purge',
+           'recut', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show', 'clean',
+           'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'explain',
+           'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #fcc26303
 def _print_version(is_asked: bool) -> None:
@@ -118,6 +119,27 @@ RunsFolder = Annotated[Path | None, typer.Option(help="runs folder; default: fro
 Seed = Annotated[int | None, typer.Option(help="random seed; default: from settings.ini")]
 
 
+def _parse_horizon(text):
+    "The horizon of `--horizon`, or the horizons of a joint fit."
+    from modelfactory.configuration import ConfigError, parse_horizon
+
+    try:
+        return parse_horizon(text)
+    except ConfigError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
+HorizonOption = Annotated[
+    int,
+    typer.Option(
+        "--horizon",
+        parser=_parse_horizon,
+        metavar="TEXT",
+        help="label horizon, in bars; several, such as 5,20, for one joint fit",
+    ),
+]
+
+
 def _split_commas(text):
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
@@ -130,6 +152,21 @@ def _whole_numbers(text, option):
         return [int(part) for part in _split_commas(text)]
     except ValueError:
         raise ConfigError(f"{option} {text!r}: expected whole numbers, such as 0,1") from None
+
+
+def parse_horizons(
+    text: str | None,  # such as 5,20 for two horizons one by one, or 5+20 for a joint fit of both
+    option: str = "--horizons",  # name of the option for error messages
+) -> list[int | tuple[int, ...]]:
+    "Horizons of a comma-separated list; raises `ConfigError`, which names the option."
+    from modelfactory.configuration import ConfigError, parse_horizon
+
+    try:
+        return [parse_horizon(part) for part in _split_commas(text)]
+    except ConfigError:
+        raise ConfigError(
+            f"{option} {text!r}: expected numbers of bars, such as 5,20, or 5+20 for a joint fit of both"
+        ) from None
 
 
 def dataset_keys(
@@ -492,7 +529,7 @@ def _parameters(model, horizon, data, preset, config, pairs, seed, dataset):
 @app.command()
 def train(
     model: Annotated[str, typer.Option(help="model name, as listed by `modelfactory models`")],
-    horizon: Annotated[int, typer.Option(help="label horizon, in bars")],
+    horizon: HorizonOption,
     data: DataFolder = None,
     config: Annotated[Path | None, typer.Option(help="YAML with overrides of the model's config")] = None,
     preset: Annotated[str | None, typer.Option(help="name of a preset in the model's YAML")] = None,
@@ -511,11 +548,12 @@ def train(
     test: Annotated[bool, typer.Option(help="also score the test split")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="add the page of explanations to the run")] = False,
 ) -> None:
-    """Train one model for one horizon by executing train.ipynb.
+    """Train one model for one horizon, or for several in a joint fit, by executing train.ipynb.
 
     With `torchrun --nproc-per-node 2 -m modelfactory train ...`, two processes fit one network together.
 
-    Example: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4"""
+    Example: modelfactory train --model xgboost --horizon 5 --data planted --set max_depth=4
+    Example: modelfactory train --model gru --horizon 5,20 --data planted"""
     from modelfactory.configuration import ConfigError, settings
     from modelfactory.data.audit import audit
     from modelfactory.data.bundled import resolve_data
@@ -563,7 +601,10 @@ GridData = Annotated[
 GridModels = Annotated[
     str | None, typer.Option("--models", help="models or families instead of the grid's, comma-separated")
 ]
-GridHorizons = Annotated[str | None, typer.Option("--horizons", help="horizons instead of the grid's, such as 5,20")]
+GridHorizons = Annotated[
+    str | None,
+    typer.Option("--horizons", help="horizons instead of the grid's, such as 5,20; 5+20 is one joint fit of both"),
+]
 GridSeeds = Annotated[str | None, typer.Option("--seeds", help="seeds instead of the grid's, such as 1,2,3")]
 WalkForward = Annotated[
     int | None, typer.Option(min=1, help="number of walk-forward folds: train and score each run once per fold")
@@ -575,7 +616,7 @@ def _grid_config(grid, data, models, horizons, seeds, walk_forward):
     from modelfactory.runs.grid import grid_config
 
     changes: dict = dict(data=_split_commas(data), models=_split_commas(models))
-    changes |= dict(horizons=_whole_numbers(horizons, "--horizons"), seeds=_whole_numbers(seeds, "--seeds"))
+    changes |= dict(horizons=parse_horizons(horizons), seeds=_whole_numbers(seeds, "--seeds"))
     folds = None if walk_forward is None else dict(kind="walk_forward", n=walk_forward)
     return grid_config(grid, **{key: value or None for key, value in changes.items()}, folds=folds)
 
@@ -760,7 +801,7 @@ def rescore(
 @app.command()
 def tune(
     model: Annotated[str, typer.Option(help="model name, as listed by `modelfactory models`")],
-    horizon: Annotated[int, typer.Option(help="label horizon, in bars")],
+    horizon: HorizonOption,
     data: DataFolder = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML with overrides of the model's config; these keys are not tuned")
@@ -811,10 +852,10 @@ def tune(
 # %% ../nbs/cli.ipynb #e8ac7348
 def _execute_study_page(parameters, study):
     "Executes the notebook of a finished study and returns its path."
-    from modelfactory.configuration import settings
+    from modelfactory.configuration import horizon_text, settings
     from modelfactory.runs.engine import execute_notebook, find_notebook
 
-    page = settings().runs / f"study_{parameters['model']}_h{parameters['horizon']}.ipynb"
+    page = settings().runs / f"study_{parameters['model']}_h{horizon_text(parameters['horizon'])}.ipynb"
     temporary = page.with_name(f".{page.stem}_{os.getpid()}.ipynb")
     if storage := study.pop("storage"):
         os.environ["MODELFACTORY_STORAGE"] = storage  # not a notebook parameter, because it may contain a password
@@ -1022,11 +1063,15 @@ def new(
     name: Annotated[str, typer.Argument(help="name of the model, a lower-case word")],
     family: Annotated[str, typer.Option(help="family of the model, existing or new")],
     output: Annotated[Path, typer.Option(help="folder to write to", file_okay=False)] = Path("."),
+    kind: Annotated[str, typer.Option(help="kind of the model: tabular, or network (with its own loss)")] = "tabular",
 ) -> None:
-    "Write the notebook and YAML of a small working model.\n\nExample: modelfactory new mymodel --family myfamily"
+    """Write the notebook and YAML of a small working model.
+
+    Example: modelfactory new mymodel --family myfamily
+    Example: modelfactory new mynetwork --family myfamily --kind network"""
     from modelfactory.models.template import new_model
 
-    files = new_model(name, family, output)
+    files = new_model(name, family, output, kind)
     for file in files:
         print(f"wrote {file}")
     if files[-1].name != "settings.ini":

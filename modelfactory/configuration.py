@@ -29,11 +29,11 @@ import modelfactory
 from .files import FileError, PrintableError, printable, read_regular
 
 # %% auto #0
-__all__ = ['MAX_NAMES_SHOWN', 'PositiveInt', 'NonNegativeInt', 'Fraction', 'PositiveFloat', 'MAX_YAML_BYTES', 'MAX_YAML_NODES',
-           'PACKAGE_ROOT', 'RUN_NAME_PATTERN', 'HARMLESS_VALUES', 'ConfigError', 'SettingsError', 'did_you_mean',
-           'build_config', 'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingSettings',
-           'TradingRules', 'Settings', 'refused_settings', 'settings', 'plugin_files', 'params_folder',
-           'matrix_settings']
+__all__ = ['MAX_NAMES_SHOWN', 'PositiveInt', 'NonNegativeInt', 'Fraction', 'PositiveFloat', 'MAX_HORIZON', 'Horizon',
+           'MAX_YAML_BYTES', 'MAX_YAML_NODES', 'PACKAGE_ROOT', 'RUN_NAME_PATTERN', 'HARMLESS_VALUES', 'ConfigError',
+           'SettingsError', 'did_you_mean', 'build_config', 'parse_horizon', 'horizon_tuple', 'horizon_text',
+           'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingSettings', 'TradingRules',
+           'Settings', 'refused_settings', 'settings', 'plugin_files', 'params_folder', 'matrix_settings']
 
 # %% ../nbs/00_configuration.ipynb #198bfcc1
 class ConfigError(PrintableError):
@@ -122,6 +122,61 @@ def _short_repr(value):
     except RecursionError:
         return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+# %% ../nbs/00_configuration.ipynb #b41a02da
+MAX_HORIZON = 1_000_000  # bars
+
+
+def parse_horizon(
+    value: Any,  # a number of bars; several numbers, or text such as "5+20" or "5,20", for a joint fit
+) -> int | tuple[int, ...]:  # a number, or several ascending numbers
+    "Returns the horizon or the horizons of a task; raises `ConfigError`."
+    parts = re.split("[+,]", value) if isinstance(value, str) else value
+    parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]
+    try:
+        numbers = sorted(int(part) for part in parts if not isinstance(part, bool) and int(part) == float(part))
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    is_valid = numbers and len(numbers) == len(parts) and 1 <= numbers[0] and numbers[-1] <= MAX_HORIZON
+    if not is_valid or len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            f"horizon = {_short_repr(value)}: expected a number of bars from 1 to {MAX_HORIZON:,}, "
+            "or several different numbers for a joint fit, such as [5, 20]"
+        )
+    return tuple(numbers) if len(numbers) > 1 else numbers[0]
+
+
+class _HorizonSchema:
+    "Makes pydantic check a field with `parse_horizon`."
+
+    def __get_pydantic_core_schema__(self, source, handler):
+        from pydantic_core import PydanticCustomError, core_schema
+
+        def check(value):
+            try:
+                return parse_horizon(value)
+            except ConfigError as e:
+                raise PydanticCustomError("horizon", "{text}", dict(text=str(e).rpartition(": ")[2])) from None
+
+        return core_schema.no_info_plain_validator_function(check)
+
+
+Horizon = Annotated[int | tuple[int, ...], _HorizonSchema()]  # a horizon in bars, or the horizons of a joint fit
+
+
+def horizon_tuple(
+    horizon: int | tuple[int, ...],  # from `parse_horizon`
+) -> tuple[int, ...]:
+    "Returns the horizons of a task as a tuple, also if there is only one."
+    return horizon if isinstance(horizon, tuple) else (horizon,)
+
+
+def horizon_text(
+    horizon: int | tuple[int, ...] | list[int],  # from `parse_horizon`, or as stored in JSON
+    separator: str = "+",  # text between the horizons of a joint fit
+) -> str:
+    "Returns a horizon as text: `5`, or `5+20` for a joint fit."
+    return separator.join(map(str, horizon_tuple(tuple(horizon) if isinstance(horizon, list) else horizon)))
 
 # %% ../nbs/00_configuration.ipynb #0847e614
 def field_docs(
@@ -296,7 +351,7 @@ def _find_settings_file():
     return next((p / "settings.ini" for p in folders if _has_kit_section(p / "settings.ini")), None)
 
 # %% ../nbs/00_configuration.ipynb #89f4d3b2
-RUN_NAME_PATTERN = r"[a-z][a-z0-9_]*_h\d+_.*\d{8}_\d{6}_[0-9a-f]+"  # name of a run folder
+RUN_NAME_PATTERN = r"[a-z][a-z0-9_]*_h\d+(\+\d+)*_.*\d{8}_\d{6}_[0-9a-f]+"  # name of a run folder
 
 
 def _untrusted_reason(file):

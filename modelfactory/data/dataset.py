@@ -16,7 +16,14 @@ import numpy as np
 import pandas as pd
 from annotated_types import Interval
 
-from ..configuration import HTMLConfig, NonNegativeInt, PositiveInt
+from modelfactory.configuration import (
+    HTMLConfig,
+    NonNegativeInt,
+    PositiveInt,
+    horizon_text,
+    horizon_tuple,
+    parse_horizon,
+)
 from .matrix import new_matrix
 from modelfactory.data.splits import (
     NO_TARGET,
@@ -297,12 +304,15 @@ def _check_context(split, context):
 
 # %% ../../nbs/data/01_dataset.ipynb #ca066cc6
 class TimeSeriesDataset:
-    "Samples of one split and one horizon: windows `X`, labels `y`, and `metadata` with one row per sample."
+    """Samples of one split: windows `X`, labels `y`, and `metadata` with one row per sample.
+
+    With several horizons, a sample is a row with a label at one of them or more, y has one column for each horizon, and
+    a label that is not defined is `NO_TARGET`."""
 
     def __init__(
         self,
         split: Split,
-        horizon: int,  # label horizon in bars
+        horizon: int | Sequence[int],  # label horizon in bars; several for a joint fit
         seq_len: int = 1,  # rows per window
         gap: int = 1,  # rows from the window's last row to the labelled row
         context: Split | Sequence[Split] | None = None,  # earlier splits, in time order
@@ -310,20 +320,21 @@ class TimeSeriesDataset:
     ):
         if gap not in (0, 1) or seq_len < 1:
             raise ValueError(f"seq_len = {seq_len}, gap = {gap}: expected seq_len >= 1 and gap 0 or 1")
-        self.split, self.horizon = split, horizon
+        self.split, self.horizon = split, parse_horizon(horizon)
         self.seq_len, self.gap = seq_len, gap
         self.context_rows = max(context_rows or 0, seq_len + gap - 1)
         self.context = last_rows(context, split.symbols, self.context_rows)
         joined, own = prepend_context(split, self.context)
-        labels = split.labels[horizon]
-        defined = labels != NO_TARGET
+        labels = self._labels(split)
+        is_labelled = labels != NO_TARGET if labels.ndim == 1 else (labels != NO_TARGET).any(1)
+        defined = is_labelled
         if self.context is not None:
             defined = np.zeros(len(joined), bool)
-            defined[own] = labels != NO_TARGET
+            defined[own] = is_labelled
         positions = sample_rows(joined.codes, defined, seq_len, gap)
         if not len(positions):
             raise SplitsError(
-                f"{split.file}: no sample for horizon {horizon}: {len(split):,} rows, "
+                f"{split.file}: no sample for horizon {horizon_text(self.horizon)}: {len(split):,} rows, "
                 f"{int(defined.sum()):,} with a label; a sample needs {seq_len + gap - 1} rows of its symbol before it"
             )
         self.rows = positions if self.context is None else np.searchsorted(own, positions)  # (n,) rows in the split
@@ -331,6 +342,30 @@ class TimeSeriesDataset:
         self.y = labels[self.rows]
         self.feature_columns = list(split.features)
         self.metadata = self._metadata()
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        "The horizons in bars, in the order of the columns of `y`."
+        return horizon_tuple(self.horizon)
+
+    def _labels(self, split):
+        "Labels (N,) of the rows of a split, or (N, H) for several horizons."
+        columns = [split.labels[h] for h in self.horizons]
+        return columns[0] if len(columns) == 1 else np.stack(columns, 1)
+
+    def at(
+        self,
+        horizon: int,  # one of `horizons`
+    ) -> TimeSeriesDataset:  # over the same matrix
+        "The samples with a label at one horizon: the same as the dataset of this horizon alone."
+        if self.horizon == horizon:
+            return self
+        k = self.horizons.index(horizon)
+        idx = np.flatnonzero(self.y[:, k] != NO_TARGET)
+        part = copy(self)
+        part.horizon, part.rows, part.X, part.y = horizon, self.rows[idx], self.X.subset(idx), self.y[idx, k]
+        part.metadata = part._metadata()
+        return part
 
     def with_split(
         self,
@@ -345,27 +380,35 @@ class TimeSeriesDataset:
         name: str | None = None,  # name of the part, such as train; None: the split's name
     ) -> TimeSeriesDataset:  # m samples over the same matrix; only their labels are left in its split
         "Dataset with some of the samples, in the order of `idx`; the windows are not copied."
-        labels = np.full(len(self.split), NO_TARGET, self.y.dtype)
+        labels = np.full((len(self.split), *self.y.shape[1:]), NO_TARGET, self.y.dtype)
         labels[self.rows[idx]] = self.y[idx]
         part = copy(self)
         part.rows, part.X, part.y = self.rows[idx], self.X.subset(idx), self.y[idx]
         part.metadata = self.metadata.iloc[idx].reset_index(drop=True)
-        labels_by_horizon = self.split.labels | {self.horizon: labels}
+        columns = labels.reshape(len(labels), -1).T
+        labels_by_horizon = self.split.labels | dict(zip(self.horizons, columns, strict=True))
         part.split = replace(self.split, name=name or self.split.name, labels=labels_by_horizon)
         return part
 
     def _metadata(self):
-        "One row per sample: datetime, symbol, horizon, bar, label_bars, and optionally sample_weight and close."
-        s, rows = self.split, self.rows
+        """One row per sample: datetime, symbol, horizon, bar, label_bars, and optionally sample_weight and close.
+
+        With several horizons, `horizon` and `label_bars` are the longest, so that whatever purges rows is safe for all
+        labels; label_bars and sample_weight of each horizon have columns such as label_bars_h5."""
+        s, rows, is_joint = self.split, self.rows, len(self.horizons) > 1
+        ends = {h: label_bars(s, h)[rows] for h in self.horizons}
         columns = dict(
             datetime=s.datetimes[rows],
             symbol=pd.Index(s.symbols)[s.codes[rows]],
-            horizon=self.horizon,
+            horizon=max(self.horizons),
             bar=bar_numbers(s.codes)[rows],
-            label_bars=label_bars(s, self.horizon)[rows],
+            label_bars=np.max(list(ends.values()), axis=0),
         )
-        if self.horizon in s.weights:
-            columns["sample_weight"] = s.weights[self.horizon][rows]
+        for h in self.horizons:
+            if is_joint:
+                columns[f"label_bars_h{h}"] = ends[h]
+            if h in s.weights:
+                columns[f"sample_weight_h{h}" if is_joint else "sample_weight"] = s.weights[h][rows]
         if s.close is not None:
             columns["close"] = s.close[rows]
         return pd.DataFrame(columns)
@@ -374,13 +417,18 @@ class TimeSeriesDataset:
         return len(self.y)
 
     def __repr__(self):
-        values, counts = np.unique(self.y, return_counts=True)
-        shares = ", ".join(f"{v}: {c / len(self):.3f}" for v, c in zip(values, counts, strict=True))
+        shares = "; ".join(self._class_shares(h) for h in self.horizons)
         before = f", preceded by {len(self.context):,} rows of earlier splits" if self.context else ""
         return (
-            f"TimeSeriesDataset({self.split.name}, horizon {self.horizon}): {len(self):,} samples of "
+            f"TimeSeriesDataset({self.split.name}, horizon {horizon_text(self.horizon)}): {len(self):,} samples of "
             f"{self.X.shape[1:]}, classes {shares}, {len(self.split) - len(self):,} rows are context only{before}"
         )
+
+    def _class_shares(self, horizon):
+        "Share of each class among the labels of a horizon, in words."
+        values, counts = np.unique(self.at(horizon).y, return_counts=True)
+        about = f"horizon {horizon}: {counts.sum():,} labels, " if len(self.horizons) > 1 else ""
+        return about + ", ".join(f"{v}: {c / counts.sum():.3f}" for v, c in zip(values, counts, strict=True))
 
     def _repr_html_(self):
         return f"<p>{self!r}</p>{self.metadata.head(3).to_html(index=False, border=0)}"
@@ -461,7 +509,7 @@ class DatasetConfig(HTMLConfig):
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02
 def load_datasets(
     config: DatasetConfig,
-    horizon: int,  # label horizon in bars
+    horizon: int | Sequence[int],  # label horizon in bars; several for a joint fit
     seq_len: int = 1,  # rows per window
     splits: tuple[str, ...] = ("train", "val"),  # splits to load; the test split is read only if it is named
     data: Mapping | None = None,  # split name -> frame; replaces `config.data`
@@ -472,7 +520,7 @@ def load_datasets(
         raise SplitsError(f"splits: found {sorted(unknown)[0]!r}, expected names among {', '.join(SPLIT_ORDER)}")
     needed = SPLIT_ORDER[: 1 + max(map(SPLIT_ORDER.index, splits))]
     source = config.data if data is None else data
-    read = read_splits(source, (horizon,), needed, **config.reading)
+    read = read_splits(source, horizon_tuple(parse_horizon(horizon)), needed, **config.reading)
     earlier = {name: [read[n] for n in needed[:i]] for i, name in enumerate(needed)}
     return {
         name: TimeSeriesDataset(read[name], horizon, seq_len, config.gap, earlier[name], context_rows)

@@ -6,15 +6,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Interval, Len
 
-from ..configuration import ConfigError, HTMLConfig, NonNegativeInt, PositiveInt, build_config, did_you_mean
+from modelfactory.configuration import (
+    ConfigError,
+    Horizon,
+    HTMLConfig,
+    NonNegativeInt,
+    PositiveInt,
+    build_config,
+    did_you_mean,
+    horizon_text,
+    horizon_tuple,
+)
 from .errors import DivergedError
 
 if TYPE_CHECKING:
@@ -23,10 +34,10 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['ConformalConfig', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output', 'BaseModel',
-           'expected_shape', 'check_X', 'check_y', 'present_codes', 'check_two_classes', 'raise_on_nan',
-           'divergence_message', 'check_history', 'check_metadata', 'check_weights', 'training_weights', 'row_weights',
-           'column_weights']
+__all__ = ['ConformalConfig', 'ModelConfig', 'PredictionOutput', 'probability_columns', 'to_output', 'join_outputs',
+           'horizon_metadata', 'horizon_rows', 'joint_output', 'BaseModel', 'expected_shape', 'check_X', 'check_y',
+           'horizon_codes', 'present_codes', 'check_two_classes', 'raise_on_nan', 'divergence_message', 'check_history',
+           'check_metadata', 'check_weights', 'training_weights', 'row_weights', 'column_weights']
 
 # %% ../../nbs/models/00_base.ipynb #0b158247
 @dataclass
@@ -47,7 +58,7 @@ class ModelConfig(HTMLConfig):
 
     model_name: str = ""  # registry name, set by the model
     model_family: str = ""  # registry family, set by the model
-    horizon: PositiveInt = 5  # label horizon, in bars
+    horizon: Horizon = 5  # label horizon, in bars; several, such as [5, 20], for a joint fit
     sequence_length: PositiveInt = 1  # number of rows in a window
     random_seed: NonNegativeInt = 42  # seed for all random numbers that the model draws
     early_stopping: bool = True  # stop when the validation loss no longer falls, if the library supports it
@@ -73,8 +84,23 @@ class PredictionOutput:
     probabilities: np.ndarray  # (n, n_classes) float32, columns in class order, each row sums to 1
     timestamps: pd.DatetimeIndex  # (n,) timestamp of each labelled bar
     symbols: np.ndarray  # (n,) symbol of each labelled bar
-    horizons: np.ndarray  # (n,) label horizon, in bars
+    horizons: np.ndarray  # (n,) label horizon, in bars; a joint model gives all rows of one horizon, then of the next
     sets: np.ndarray | None = None  # (n, n_classes) bool, prediction sets of a conformal model
+
+    def subset(
+        self,
+        rows: np.ndarray,  # (m,) positions, or (n,) bool
+    ) -> PredictionOutput:
+        "Returns some of the rows."
+        arrays: dict[str, Any] = {name: a if a is None else a[rows] for name, a in vars(self).items()}
+        return PredictionOutput(**arrays)
+
+    def at(
+        self,
+        horizon: int,  # in bars
+    ) -> PredictionOutput:
+        "Returns the rows of one horizon."
+        return self.subset(self.horizons == horizon)
 
     def __len__(self):
         return len(self.predictions)
@@ -106,6 +132,48 @@ def to_output(
         metadata["symbol"].to_numpy(),
         metadata["horizon"].to_numpy(),
     )
+
+# %% ../../nbs/models/00_base.ipynb #44e1e8d0
+def join_outputs(
+    outputs: Sequence[PredictionOutput],
+) -> PredictionOutput:
+    "Returns the rows of several outputs one after the other."
+    first, *others = outputs
+    timestamps = first.timestamps.append([o.timestamps for o in others])
+    sets = None if first.sets is None else np.concatenate([o.sets for o in outputs])
+    names = ("predictions", "probabilities", "symbols", "horizons")
+    predictions, probabilities, symbols, horizons = (np.concatenate([getattr(o, k) for o in outputs]) for k in names)
+    return PredictionOutput(predictions, probabilities, timestamps, symbols, horizons, sets)
+
+
+def horizon_metadata(
+    metadata: pd.DataFrame,  # metadata of a joint task, with columns such as label_bars_h5 and sample_weight_h5
+    horizon: int,  # one of its horizons, in bars
+) -> pd.DataFrame:
+    "Returns the metadata of a joint task as those of one horizon: `horizon`, `label_bars` and `sample_weight`."
+    names = {f"{name}_h{horizon}": name for name in ("label_bars", "sample_weight")}
+    values = {name: metadata[column] for column, name in names.items() if column in metadata}
+    return metadata.assign(horizon=horizon, **values)
+
+
+def horizon_rows(
+    output: PredictionOutput,
+    horizons: tuple[int, ...],  # horizons of the model that made it
+    horizon: int,  # one of them
+) -> PredictionOutput:
+    "Returns the rows of one horizon; all rows if the model has one horizon, whatever the metadata name."
+    return output.at(horizon) if len(horizons) > 1 else output
+
+
+def joint_output(
+    probabilities: Sequence[np.ndarray],  # one array (n, n_classes) for each horizon
+    metadata: pd.DataFrame,  # n rows
+    horizons: tuple[int, ...],  # in bars
+    classes: tuple[int, ...],  # class values in column order
+) -> PredictionOutput:  # n rows for each horizon
+    "Returns the predictions of a joint model: all rows of the first horizon, then of the next."
+    pairs = zip(probabilities, horizons, strict=True)
+    return join_outputs([to_output(p, metadata.assign(horizon=h), classes) for p, h in pairs])
 
 # %% ../../nbs/models/00_base.ipynb #e6ede258
 def _with_header(save):
@@ -145,7 +213,7 @@ class BaseModel(ABC):
     def __init__(
         self,
         config: dict,  # values that override the defaults of `Config`
-        horizon: int,  # label horizon, in bars
+        horizon: int | Sequence[int],  # label horizon, in bars; several horizons for a joint fit
         feature_columns: list[str],  # names of the F features, in order
     ):
         names = dict(model_name=self.name, model_family=self.family, horizon=horizon)
@@ -158,6 +226,18 @@ class BaseModel(ABC):
             raise ConfigError(f"{self.name}: categorical: {unknown[0]!r} is not a feature, {hint}")
         self.callbacks: list = []  # list of `Callback`, not imported here: that would add its module to the code hash
         self.fitted = False
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        "The label horizons in bars; one, unless the model is joint."
+        return horizon_tuple(self.config.horizon)
+
+    @classmethod
+    def fits_jointly(cls) -> bool:
+        """Returns whether one fit of this class learns several horizons.
+
+        For other classes, `ModelRegistry.create` returns a model that holds one instance for each horizon."""
+        return False
 
     @classmethod
     def unavailable_reason(cls, config: dict) -> str:
@@ -191,12 +271,15 @@ class BaseModel(ABC):
         """Fits the model and returns the training history: lists with one loss per round, and `best_round`.
 
         X is a float32 array of shape (n, T, F) or (n, F), and y holds n class values. The metadata has the columns
-        datetime, symbol and horizon.
+        datetime, symbol and horizon. In a joint fit of H horizons, y has the shape (n, H) and holds `NO_TARGET` where a
+        label is not defined; each row has at least one label.
         """
 
     @abstractmethod
     def predict(self, X: Windows | np.ndarray, metadata: pd.DataFrame) -> PredictionOutput:
-        "Predicts each row of X; `metadata` holds the datetime, symbol and horizon of the rows."
+        """Predicts each row of X; `metadata` holds the datetime, symbol and horizon of the rows.
+
+        A joint model returns n rows for each of its horizons: all rows of the first, then of the next."""
 
     @abstractmethod
     def save(self, path: Path) -> None:
@@ -213,7 +296,9 @@ class BaseModel(ABC):
     def __repr__(self):
         state = "fitted" if self.fitted else "not fitted"
         n_features = len(self.feature_columns)
-        return f"{type(self).__name__}({self.name}, horizon {self.horizon}, {n_features} features, {state})"
+        return (
+            f"{type(self).__name__}({self.name}, horizon {horizon_text(self.horizon)}, {n_features} features, {state})"
+        )
 
 # %% ../../nbs/models/00_base.ipynb #a35dc598
 def expected_shape(model: BaseModel) -> tuple[str | int, ...]:  # ("n", T, F), or ("n", F) for windows of one row
@@ -235,19 +320,40 @@ def check_X(
 # %% ../../nbs/models/00_base.ipynb #6d205d42
 def check_y(
     model: BaseModel,
-    y: np.ndarray,  # (n,) class values
+    y: np.ndarray,  # (n,) class values; (n, H) for a joint model
     n: int,  # rows of X
-) -> np.ndarray:  # (n,) positions in `model.classes`
-    "Returns the class codes of `y`; raises `ValueError` on an empty `y`, a wrong length or an unknown class."
+) -> np.ndarray:  # positions in `model.classes`, of the shape of y; -1 where a label of a joint model is not defined
+    "Returns the class codes of `y`; raises `ValueError` on an empty `y`, a wrong shape or an unknown class."
     import pandas as pd
 
-    y = np.asarray(y)
-    if y.shape != (n,) or n == 0:
-        raise ValueError(f"{model.name}: y is {y.shape}, expected ({n},) to match X, with at least one row")
-    codes = pd.Index(model.classes).get_indexer(y)
-    if (codes < 0).any():
-        raise ValueError(f"{model.name}: y holds {y[codes < 0][0]}, expected one of {tuple(model.classes)}")
+    y, H = np.asarray(y), len(model.horizons)
+    shape = (n,) if H == 1 else (n, H)
+    if y.shape != shape or n == 0:
+        raise ValueError(f"{model.name}: y is {y.shape}, expected {shape} to match X, with at least one row")
+    codes = pd.Index(model.classes).get_indexer(y.ravel()).reshape(shape)
+    wrong = (codes < 0) & ~(_is_undefined(y) & (H > 1))
+    if wrong.any():
+        raise ValueError(f"{model.name}: y holds {y[wrong][0]}, expected one of {tuple(model.classes)}")
+    if H > 1 and (codes < 0).all(1).any():
+        row = int((codes < 0).all(1).argmax())
+        raise ValueError(f"{model.name}: row {row} of y has no label, expected a label at one horizon or more")
     return codes
+
+
+def _is_undefined(y):
+    "Marks labels that are not defined, in the form of a dataset (`NO_TARGET`) or of upstream files (`NO_LABEL`)."
+    from modelfactory.data.splits import NO_LABEL, NO_TARGET
+
+    return np.isin(y, (NO_TARGET, NO_LABEL))
+
+
+def horizon_codes(
+    codes: np.ndarray,  # (n,) or (n, H) class codes, from `check_y`
+) -> list[tuple[np.ndarray, np.ndarray]]:  # for each horizon: positions (m,) of the rows with a label, and codes (m,)
+    "Returns the labelled rows of each horizon and their class codes."
+    columns = codes[:, None] if codes.ndim == 1 else codes
+    rows = [np.flatnonzero(column >= 0) for column in columns.T]
+    return [(r, column[r]) for r, column in zip(rows, columns.T, strict=True)]
 
 # %% ../../nbs/models/00_base.ipynb #519c2284
 def present_codes(
@@ -264,11 +370,15 @@ def present_codes(
 # %% ../../nbs/models/00_base.ipynb #b100079f
 def check_two_classes(
     model: BaseModel,
-    codes: np.ndarray,  # (n,) class codes of the training rows
+    codes: np.ndarray,  # (n,) or (n, H) class codes of the training rows
 ) -> None:
-    "Raises `ValueError` if the training labels hold only one class."
-    if len(np.unique(codes)) < 2:
-        raise ValueError(f"{model.name}: training labels hold only one class, expected at least two of {model.classes}")
+    "Raises `ValueError` if the training labels of a horizon hold only one class."
+    for (_, part), h in zip(horizon_codes(codes), model.horizons, strict=True):
+        if len(np.unique(part)) < 2:
+            where = f" of horizon {h}" if len(model.horizons) > 1 else ""
+            raise ValueError(
+                f"{model.name}: training labels{where} hold only one class, expected at least two of {model.classes}"
+            )
 
 
 def raise_on_nan(model: BaseModel) -> None:
@@ -327,19 +437,31 @@ def check_weights(
 
 def training_weights(
     model: BaseModel,
-    codes: np.ndarray,  # (n,) class codes
+    codes: np.ndarray,  # (n,) class codes; (n, H) for a joint model
     metadata: pd.DataFrame | None,  # must have the columns that `sample_weight` of the config needs
-) -> np.ndarray | None:  # (n,) float32 with mean 1; None if the config sets no weights
-    "Returns the weights of the training rows, computed from `class_weight` and `sample_weight`."
-    c, weights = model.config, np.ones(len(codes))
+) -> np.ndarray | None:  # float32 of the shape of `codes`, with mean 1 per horizon; None if the config sets no weights
+    "Returns the weights of the training rows, computed from `class_weight` and `sample_weight`; 0 without a label."
+    c = model.config
     if c.class_weight is None and c.sample_weight is None:
         return None
+    if codes.ndim == 2:
+        return _joint_weights(model, codes, metadata)
+    weights = np.ones(len(codes))
     if c.class_weight == "balanced":
         weights /= np.bincount(codes, minlength=len(model.classes))[codes]
     sample_weights = row_weights(model, metadata)
     if sample_weights is not None:
         weights *= sample_weights
     return (weights / weights.mean()).astype(np.float32)
+
+
+def _joint_weights(model, codes, metadata):
+    "Weights (n, H): those of each horizon are the same as in a fit of this horizon alone."
+    weights = np.zeros(codes.shape, np.float32)
+    for k, ((rows, part), h) in enumerate(zip(horizon_codes(codes), model.horizons, strict=True)):
+        of_horizon = None if metadata is None else horizon_metadata(metadata.iloc[rows].reset_index(drop=True), h)
+        weights[rows, k] = training_weights(model, part, of_horizon)
+    return weights
 
 
 def row_weights(
@@ -372,7 +494,7 @@ def column_weights(
     if metadata is None or "sample_weight" not in metadata:
         raise ValueError(
             f"{model.name}: sample_weight='column', but the metadata has no column sample_weight "
-            f"(sample_weight_h{model.horizon} in the splits)"
+            f"({' and '.join(f'sample_weight_h{h}' for h in model.horizons)} in the splits)"
         )
     w = metadata["sample_weight"].to_numpy(float)
     if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import BaseModel, check_metadata, check_X, check_y, row_weights, to_output
+from modelfactory.models.base import (
+    BaseModel,
+    check_metadata,
+    check_X,
+    check_y,
+    horizon_codes,
+    horizon_metadata,
+    horizon_rows,
+    joint_output,
+    row_weights,
+    to_output,
+)
 from .errors import NotFittedError
 from .persistence import CheckpointError, checkpoint_errors
 
@@ -140,8 +151,9 @@ class WrappedModel(BaseModel):
         for name in delegated:
             setattr(self, name, getattr(model, name))
 
-    config, horizon, classes, feature_columns = (
-        property(lambda self, k=k: getattr(self.model, k)) for k in ("config", "horizon", "classes", "feature_columns")
+    config, horizon, horizons, classes, feature_columns = (
+        property(lambda self, k=k: getattr(self.model, k))
+        for k in ("config", "horizon", "horizons", "classes", "feature_columns")
     )
     fitted = property(lambda self: self.model.fitted)
     callbacks = property(
@@ -177,7 +189,9 @@ def split_train(
     share: float,  # share of the timestamps to hold out
     key: str,  # config key of the share, for the error messages
     error: type[HoldoutError] = HoldoutError,  # class of the raised error
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) class codes; positions of the rows to fit on; held-out positions
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # class codes, as `check_y`; positions of the rows to fit on; held-out positions
     "Class codes and the rows of both parts of `purged_holdout`; raises `error` if a part has too few rows."
     codes = check_y(model, y, len(check_X(model, X)))
     if metadata is None:
@@ -246,36 +260,55 @@ class CalibratedModel(WrappedModel):
         self.calibration = None
         train, share = (X_train, y_train, metadata_train), self.config.calibration_share
         codes, first, end = split_train(self.model, *train, share, "calibration_share", CalibrationError)
-        _check_classes(self, codes, first, end)
+        for k, h in enumerate(self.horizons):
+            _check_classes(self, *(codes.reshape(len(codes), -1)[rows, k] for rows in (first, end)), h)
         metadata_first, metadata_end = (metadata_rows(metadata_train, rows) for rows in (first, end))
-        weight = row_weights(self.model, metadata_end)
         X_first, y_first = part_rows(X_train, np.asarray(y_train), first)
         history = self.model.fit(X_first, y_first, X_val, y_val, metadata_first, metadata_val)
         X_end, codes_end = part_rows(X_train, codes, end)
-        p_end = self.model.predict(X_end, metadata_end).probabilities
-        self.calibration = fit_calibration(self.config.calibration, p_end, codes_end, weight)
+        output = self.model.predict(X_end, metadata_end)
+        calibrations = {}
+        for h, (rows, codes_h) in zip(self.horizons, horizon_codes(codes_end), strict=True):
+            metadata_h = (
+                horizon_metadata(metadata_rows(metadata_end, rows), h) if len(self.horizons) > 1 else metadata_end
+            )
+            p = horizon_rows(output, self.horizons, h).probabilities[rows]
+            weight = row_weights(self.model, metadata_h)
+            calibrations[h] = fit_calibration(self.config.calibration, p, codes_h, weight)
+        self.calibration = calibrations if len(calibrations) > 1 else calibrations[self.horizon]
         return history
 
     def predict(self, X, metadata):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: predict before fit or load")
-        return to_output(self.calibration(self.model.predict(X, metadata).probabilities), metadata, self.classes)
+        output = self.model.predict(X, metadata)
+        if not isinstance(self.calibration, dict):
+            return to_output(self.calibration(output.probabilities), metadata, self.classes)
+        p = [self.calibration[h](output.at(h).probabilities) for h in self.horizons]
+        return joint_output(p, metadata, self.horizons, self.classes)
 
     def save(self, path):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         self.model.save(path)
-        (Path(path) / CALIBRATION_FILE).write_text(json.dumps(asdict(self.calibration)))
+        is_joint = isinstance(self.calibration, dict)
+        values = {h: asdict(c) for h, c in self.calibration.items()} if is_joint else asdict(self.calibration)
+        (Path(path) / CALIBRATION_FILE).write_text(json.dumps(values))
 
     def load(self, path):
         self.calibration = None
         self.model.load(path)
         with checkpoint_errors(Path(path) / CALIBRATION_FILE, "a calibration") as file:
-            self.calibration = _parse_calibration(json.loads(file.read_text()), len(self.classes))
+            values, K = json.loads(file.read_text()), len(self.classes)
+            if len(self.horizons) > 1:
+                self.calibration = {h: _parse_calibration(values[str(h)], K) for h in self.horizons}
+            else:
+                self.calibration = _parse_calibration(values, K)
 
     def __repr__(self):
-        has_temperature = self.calibration and self.calibration.kind == "temperature"
-        temperature = f" {self.calibration.temperature:.2f}" if has_temperature else ""
+        fitted = list(self.calibration.values()) if isinstance(self.calibration, dict) else [self.calibration]
+        has_temperature = self.calibration and self.config.calibration == "temperature"
+        temperature = " " + " and ".join(f"{c.temperature:.2f}" for c in fitted) if has_temperature else ""
         return f"{self.model!r}, {self.config.calibration} calibration{temperature}"
 
 
@@ -291,13 +324,14 @@ def wrap_model(
     return CalibratedModel(model) if model.config.calibration else model
 
 
-def _check_classes(model, codes, first, end):
-    "Raises `CalibrationError` if the held-out rows lack a class that the earlier rows have."
-    absent = [model.classes[k] for k in np.setdiff1d(codes[first], codes[end])]
+def _check_classes(model, first, end, horizon):
+    "Raises `CalibrationError` if the held-out rows lack a class that the earlier rows have at a horizon."
+    absent = [model.classes[k] for k in np.setdiff1d(first[first >= 0], end)]
     if absent:
+        where = f" horizon {horizon}'s" if len(model.horizons) > 1 else ""
         raise CalibrationError(
-            f"{model.name}: calibration_share {model.config.calibration_share:g} holds out {len(end)} rows without "
-            f"class {', '.join(map(str, absent))}, expected every class that the model learns; "
+            f"{model.name}: calibration_share {model.config.calibration_share:g} holds out {len(end)} rows "
+            f"without{where} class {', '.join(map(str, absent))}, expected every class that the model learns; "
             "raise calibration_share, or set calibration to null"
         )
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import BaseModel, ConformalConfig, PredictionOutput
+from modelfactory.models.base import (
+    BaseModel,
+    ConformalConfig,
+    PredictionOutput,
+    horizon_codes,
+    horizon_rows,
+    join_outputs,
+)
 from .calibration import WrappedModel, metadata_rows, part_rows, split_train
 from .errors import NotFittedError
 from .persistence import CheckpointError, checkpoint_errors
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CONFORMAL_FILE', 'row_uniforms', 'class_scores', 'Conformal', 'fit_conformal', 'adaptive_levels', 'label_delay',
-           'adapt_sets', 'ConformalModel', 'read_conformal', 'abstains', 'set_names', 'set_columns']
+           'adapt_sets', 'ConformalModel', 'read_conformal', 'add_sets', 'abstains', 'set_names', 'set_columns']
 
 # %% ../../nbs/models/14_conformal.ipynb #f529b3ff
 def row_uniforms(
@@ -64,6 +71,10 @@ class Conformal:
     method: str  # lac or aps
     step: float  # step size of the adaptation over time; 0: no adaptation
     scores: np.ndarray  # (n,) score of the true class of each held-out row, ascending
+
+    def to_dict(self) -> dict:
+        "Returns the values as plain data."
+        return vars(self) | dict(scores=self.scores.tolist())
 
     def ranks(
         self,
@@ -135,11 +146,13 @@ def adapt_sets(
 ) -> PredictionOutput:  # predictions of the last part
     """Adapts the sets of the last part to the labels of all parts.
 
-    The parts are in time order for each symbol. A label that is not a class of the model counts as unknown. Returns
-    the predictions unchanged if the model has no prediction sets or does not adapt them."""
+    The parts are of one horizon, and in time order for each symbol. A label that is not a class of the model counts as
+    unknown. Returns the predictions unchanged if the model has no prediction sets or does not adapt them."""
     import pandas as pd
 
     conformal, output = getattr(model, "conformal", None), parts[-1][0]
+    if isinstance(conformal, dict) and len(output):
+        conformal = conformal[int(output.horizons[0])]
     if conformal is None or not conformal.step or not len(output):
         return output
     codes = np.concatenate([pd.Index(model.classes).get_indexer(y) for _, y, _ in parts])
@@ -183,25 +196,29 @@ class ConformalModel(WrappedModel):
         X_first, y_first = part_rows(X_train, np.asarray(y_train), first)
         history = self.model.fit(X_first, y_first, X_val, y_val, metadata_first, metadata_val)
         X_end, codes_end = part_rows(X_train, codes, end)
-        self.conformal = fit_conformal(config, self.model.predict(X_end, metadata_end), codes_end)
+        output, fitted = self.model.predict(X_end, metadata_end), {}
+        for h, (rows, codes_h) in zip(self.horizons, horizon_codes(codes_end), strict=True):
+            fitted[h] = fit_conformal(config, horizon_rows(output, self.horizons, h).subset(rows), codes_h)
+        self.conformal = fitted if len(fitted) > 1 else fitted[self.horizon]
         return history
 
     def predict(self, X, metadata):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: predict before fit or load")
-        return self.conformal(self.model.predict(X, metadata))
+        return add_sets(self.conformal, self.model.predict(X, metadata))
 
     def save(self, path):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         self.model.save(path)
-        values = vars(self.conformal) | dict(scores=self.conformal.scores.tolist())
+        is_joint = isinstance(self.conformal, dict)
+        values = {h: c.to_dict() for h, c in self.conformal.items()} if is_joint else self.conformal.to_dict()
         (Path(path) / CONFORMAL_FILE).write_text(json.dumps(values))
 
     def load(self, path):
         self.conformal = None
         self.model.load(path)
-        self.conformal = read_conformal(path)
+        self.conformal = read_conformal(path, self.horizons)
 
     def __repr__(self):
         config = self.config.conformal
@@ -213,24 +230,44 @@ CONFORMAL_FILE = "conformal.json"
 # %% ../../nbs/models/14_conformal.ipynb #ab206fac
 def read_conformal(
     path: Path,  # folder of the checkpoint
-) -> Conformal:
+    horizons: tuple[int, ...] = (0,),  # horizons of the model
+) -> Conformal | dict[int, Conformal]:  # for several horizons, one of each
     "Reads the stored scores; raises `CheckpointError` if the file is missing or a number is out of range."
+    if len(horizons) > 1 and not (Path(path) / CONFORMAL_FILE).exists():  # a model for each horizon, in subfolders
+        return {h: read_conformal(Path(path) / f"h{h}") for h in horizons}
     with checkpoint_errors(Path(path) / CONFORMAL_FILE, "the scores of prediction sets") as file:
         values = json.loads(file.read_text())
-        conformal = Conformal(**values | dict(scores=np.asarray(values["scores"], float)))
-        scores = conformal.scores
-        is_in_range = (
-            0 < conformal.alpha < 1
-            and conformal.method in ("lac", "aps")
-            and 0 <= conformal.step < 1
-            and scores.ndim == 1
-            and len(scores)
-            and -1e-6 <= scores[0] <= scores[-1] <= 1 + 1e-6
-            and (np.diff(scores) >= 0).all()
-        )
-        if not is_in_range:
-            raise CheckpointError("the values do not form valid prediction sets")
+        if len(horizons) > 1:
+            return {h: _parse_conformal(values[str(h)]) for h in horizons}
+        return _parse_conformal(values)
+
+
+def _parse_conformal(values):
+    "Builds the scores from plain data; raises `CheckpointError` if a number is out of range."
+    conformal = Conformal(**values | dict(scores=np.asarray(values["scores"], float)))
+    scores = conformal.scores
+    is_in_range = (
+        0 < conformal.alpha < 1
+        and conformal.method in ("lac", "aps")
+        and 0 <= conformal.step < 1
+        and scores.ndim == 1
+        and len(scores)
+        and -1e-6 <= scores[0] <= scores[-1] <= 1 + 1e-6
+        and (np.diff(scores) >= 0).all()
+    )
+    if not is_in_range:
+        raise CheckpointError("the values do not form valid prediction sets")
     return conformal
+
+
+def add_sets(
+    conformal: Conformal | dict[int, Conformal],  # for a joint model, one of each horizon
+    output: PredictionOutput,
+) -> PredictionOutput:
+    "Adds prediction sets to predictions."
+    if isinstance(conformal, dict):
+        return join_outputs([c(output.at(h)) for h, c in conformal.items()])
+    return conformal(output)
 
 # %% ../../nbs/models/14_conformal.ipynb #8b5b1bee
 def abstains(

@@ -21,6 +21,7 @@ import pandas as pd
 
 from ..configuration import ConfigError
 from ..data.dataset import Windows
+from ..data.splits import NO_TARGET
 from .base import BaseModel, PredictionOutput
 from .callbacks import Callback
 from .errors import FeatureMismatch, ModelUnavailable, NotFittedError
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CHECKS', 'NETWORK_CHECKS', 'LONG_MATRIX', 'NEW_PROCESS_SCRIPT', 'NEW_PROCESS_SECONDS', 'STOP_MARGIN', 'SampleTask',
-           'planted_task', 'ConformanceError', 'register_check', 'register_network_check', 'ModelFixture', 'require',
-           'output_shape_and_types', 'empty_input', 'plain_history', 'row_independence', 'repeated_prediction',
-           'seed_reproducibility', 'windows_equal_arrays', 'single_window_cost', 'unfitted_errors', 'shape_errors',
-           'config_errors', 'nan_policy', 'predict_in_new_process', 'saves_data_only', 'loads_in_new_process',
-           'load_restores_state', 'feature_mismatch_errors', 'class_counts', 'feature_counts', 'window_lengths',
-           'learns_planted_signal', 'no_skill_on_noise', 'weights_change_fit', 'window_task', 'input_gradient',
-           'uses_every_step_and_feature', 'learns_levels_trends_order', 'explains_predictions', 'ConformanceReport',
-           'check_model']
+           'planted_task', 'joint_task', 'ConformanceError', 'register_check', 'register_network_check', 'ModelFixture',
+           'require', 'output_shape_and_types', 'empty_input', 'plain_history', 'row_independence',
+           'repeated_prediction', 'seed_reproducibility', 'windows_equal_arrays', 'single_window_cost',
+           'unfitted_errors', 'shape_errors', 'config_errors', 'nan_policy', 'predict_in_new_process',
+           'saves_data_only', 'loads_in_new_process', 'load_restores_state', 'feature_mismatch_errors', 'class_counts',
+           'feature_counts', 'window_lengths', 'learns_planted_signal', 'no_skill_on_noise', 'joint_horizons',
+           'weights_change_fit', 'window_task', 'input_gradient', 'uses_every_step_and_feature',
+           'learns_levels_trends_order', 'explains_predictions', 'ConformanceReport', 'check_model']
 
 # %% ../../nbs/models/06_conformance.ipynb #9dec540d
 @dataclass
@@ -92,6 +93,20 @@ def _metadata(n, start):
     return pd.DataFrame(
         dict(datetime=pd.date_range(start, periods=n, freq="5min"), symbol="AAA", horizon=5, sample_weight=1.0)
     )
+
+# %% ../../nbs/models/06_conformance.ipynb #2272662b
+def joint_task(
+    n: int = 900,  # number of training samples; there are a third as many validation samples
+    seq_len: int = 1,  # number of rows in a window
+    horizons: tuple[int, ...] = (5, 20),  # in bars
+    n_undefined: int = 30,  # number of last training rows, and of last validation rows, without the last label
+) -> SampleTask:
+    "Returns a planted task of several horizons; the labels of each second horizon have the opposite sign."
+    task = planted_task(n=n, seq_len=seq_len)
+    signs = np.array([(-1) ** k for k in range(len(horizons))], np.int8)
+    y, y_val = (labels[:, None] * signs for labels in (task.y, task.y_val))
+    y[-n_undefined:, -1] = y_val[-n_undefined:, -1] = NO_TARGET
+    return replace(task, y=y, y_val=y_val)
 
 # %% ../../nbs/models/06_conformance.ipynb #0576fd5e
 class ConformanceError(AssertionError):
@@ -521,6 +536,26 @@ def no_skill_on_noise(fixture: ModelFixture) -> None:
     accuracy = _accuracy(fixture.fitted(task), task)
     std_error = (2 / 9 / len(task.y_val)) ** 0.5
     require(abs(accuracy - 1 / 3) < 4 * std_error, f"accuracy {accuracy:.2f} on shuffled labels; chance is 0.33")
+
+# %% ../../nbs/models/06_conformance.ipynb #f9bd2a10
+@register_check
+def joint_horizons(fixture: ModelFixture) -> None:
+    "A joint fit of two horizons predicts both, masks undefined labels, and is saved and loaded"
+    t = joint_task(n=300, seq_len=fixture.seq_len)
+    model = ModelRegistry.create(fixture.name, fixture.config | fixture.glance, (5, 20), t.features)
+    model.fit(t.X, t.y, t.X_val, t.y_val, t.meta, t.meta_val)
+    out, n = model.predict(t.X_val, t.meta_val), len(t.y_val)
+    require(model.horizons == (5, 20), f"horizons are {model.horizons}, expected (5, 20)")
+    expected = [5] * n + [20] * n
+    require(out.horizons.tolist() == expected, "expected all rows of horizon 5, followed by all rows of horizon 20")
+    p = out.probabilities
+    require(p.shape == (2 * n, 3) and np.allclose(p.sum(1), 1, atol=1e-5), "expected a row of probabilities a horizon")
+    require(not np.array_equal(p[:n], p[n:]), "the predictions of both horizons are equal, their labels are opposite")
+    with tempfile.TemporaryDirectory() as d:
+        model.save(Path(d))
+        p_loaded = load_model(Path(d)).predict(t.X_val, t.meta_val).probabilities
+    require(np.abs(p - p_loaded).max() <= 1e-6, "a loaded joint model gives different probabilities")
+    fixture.raises(ValueError, model.fit, t.X, t.y[:, 0], t.X_val, t.y_val, t.meta, t.meta_val)
 
 # %% ../../nbs/models/06_conformance.ipynb #726a316e
 @register_check

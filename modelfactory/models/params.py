@@ -92,7 +92,7 @@ def _check_not_task_key(key, where):
 # %% ../../nbs/models/04_params.ipynb #daa261ee
 def resolve_config(
     name: str,  # registered name of the model
-    horizon: int,  # label horizon, in bars
+    horizon: int | tuple[int, ...],  # label horizon, in bars; several for a joint fit
     preset: str | None = None,  # name of a preset in the YAML
     *overrides: dict,  # later ones win
     **decided: object,  # values that are already set; an override that changes one raises an error

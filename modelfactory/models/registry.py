@@ -10,14 +10,22 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import modelfactory.models
 from ..builtin import params_file
-from ..configuration import ConfigError, did_you_mean, plugin_files, read_yaml, refused_settings
+from modelfactory.configuration import (
+    ConfigError,
+    did_you_mean,
+    horizon_tuple,
+    parse_horizon,
+    plugin_files,
+    read_yaml,
+    refused_settings,
+)
 from ..files import print_escaped, printable
 from .base import BaseModel
 from .errors import ModelUnavailable
@@ -152,11 +160,17 @@ class ModelRegistry:
         cls,
         model_name: str,  # `name` or `family:name`
         config: dict,  # values that override the config's defaults
-        horizon: int,  # label horizon, in bars
+        horizon: int | Sequence[int],  # label horizon, in bars; several horizons for a joint model
         feature_columns: list[str],  # names of the F features, in order
     ) -> BaseModel:
         "Returns a new, unfitted model; raises `ModelUnavailable` if a required library or checkpoint is missing."
-        model = cls.get(model_name)(config, horizon, feature_columns)
+        model_class = cls.get(model_name)
+        horizons = horizon_tuple(parse_horizon(horizon))
+        if len(horizons) > 1 and not model_class.fits_jointly():
+            from modelfactory.models.joint import HorizonModels
+
+            return HorizonModels(model_class, cls.create, config, horizons, feature_columns)
+        model = model_class(config, horizon, feature_columns)
         if reason := cls.reason(model.name, vars(model.config)):
             raise ModelUnavailable(f"{model.name}: {reason}")
         return _wrap(model)

@@ -10,8 +10,9 @@ import math
 import types
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from modelfactory.models.base import (
     check_X,
     check_y,
     divergence_message,
+    joint_output,
     present_codes,
     raise_on_nan,
     to_output,
@@ -65,8 +67,8 @@ if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
 
 # %% auto #0
-__all__ = ['functional_module', 'last_and_mean', 'embedding_size', 'code_scale', 'embed_codes', 'NetworkModel',
-           'SequenceClassifier']
+__all__ = ['functional_module', 'last_and_mean', 'embedding_size', 'code_scale', 'embed_codes', 'backbone_inputs', 'NetworkModel',
+           'horizon_parts', 'SequenceClassifier']
 
 # %% ../../nbs/models/08_sequence.ipynb #d4e7b061
 def functional_module(
@@ -133,14 +135,24 @@ def embed_codes(
 
 def _embedded(self, x):
     "The outputs of the backbone for inputs (B, T, F) with codes."
+    return self.net(backbone_inputs(self, x))
+
+
+def backbone_inputs(
+    net: Module,  # network of a `NetworkModel`
+    x: Tensor,  # (B, T, F)
+) -> Tensor:  # (B, T, columns of the backbone)
+    "Returns the inputs of the backbone: `x` itself, or with the embeddings of codes in place of the codes."
     import torch
 
-    parts = [x[..., self.other]]
-    for i, (j, scale) in enumerate(zip(self.positions, self.scales, strict=True)):
-        row = getattr(self, f"rows{i}")
+    if not hasattr(net, "embeddings"):
+        return x
+    parts = [x[..., net.other]]
+    for i, (j, scale) in enumerate(zip(net.positions, net.scales, strict=True)):
+        row = getattr(net, f"rows{i}")
         code = (x[..., j] * scale).round().long().clamp(0, len(row) - 1)
-        parts.append(self.embeddings[i](row[code]))
-    return self.net(torch.cat(parts, -1))
+        parts.append(net.embeddings[i](row[code]))
+    return torch.cat(parts, -1)
 
 # %% ../../nbs/models/08_sequence.ipynb #0ec0f75e
 class NetworkModel(BaseModel):
@@ -153,11 +165,14 @@ class NetworkModel(BaseModel):
     sample: Tensor | None = None  # network inputs of some training windows, for `importance`
     uses_full_window = True  # whether the logits depend on every step of the window and every feature
     codes: dict[str, list[int]] = {}  # feature of category codes -> codes in the training rows, without 0
+    static_codes: tuple[str, ...] = ()  # features of category codes that the backbone reads itself, divided by `scale`
     is_continuous = True  # whether the logits are continuous in the window, as integrated gradients need
 
     @abstractmethod
     def backbone(self, T: int, F: int, n_classes: int, c: SequenceConfig) -> Module:
-        "Returns a module that maps inputs (B, T, F) to logits (B, n_classes)."
+        """Returns a module that maps inputs (B, T, F) to logits (B, n_classes).
+
+        In a joint fit of H horizons, `n_classes` is H times the number of classes: a head for each horizon."""
 
     def build(self) -> None:
         "Creates the network on its device; the seed determines the initial weights."
@@ -165,18 +180,23 @@ class NetworkModel(BaseModel):
         seed_torch(self.config.random_seed, self.device)
         T, F = self.config.sequence_length, len(self.backbone_columns)
         with without_module(ADDRESS_GRAMMAR):  # the backbone may import neuralforecast
-            net = self.backbone(T, F, len(self.classes), self.config)
-        if self.codes:
-            columns = [(self.feature_columns.index(name), codes) for name, codes in self.codes.items()]
+            net = self.backbone(T, F, len(self.horizons) * len(self.classes), self.config)
+        if embedded := self._embedded_codes():
+            columns = [(self.feature_columns.index(name), codes) for name, codes in embedded.items()]
             net = embed_codes(net, columns, len(self.feature_columns))
         self.net = net.to(self.device)
 
     @property
     def backbone_columns(self) -> list[str]:
         "Names of the backbone's inputs: the features, of which those of codes are replaced by embeddings at the end."
-        names = [name for name in self.feature_columns if name not in self.codes]
-        sizes = {name: embedding_size(len(codes) + 1) for name, codes in self.codes.items()}
+        embedded = self._embedded_codes()
+        names = [name for name in self.feature_columns if name not in embedded]
+        sizes = {name: embedding_size(len(codes) + 1) for name, codes in embedded.items()}
         return names + [f"{name}[{i}]" for name, size in sizes.items() for i in range(size)]
+
+    def _embedded_codes(self):
+        "The codes of each feature that is embedded."
+        return {name: codes for name, codes in self.codes.items() if name not in self.static_codes}
 
     def fit_codes(self, windows: Windows) -> None:
         "Finds the category codes in the training rows; sets their `mean` and `scale`. Raises `ValueError`."
@@ -209,11 +229,14 @@ class NetworkModel(BaseModel):
             raise NotFittedError(f"{self.name}: predict before fit or load")
         n = len(check_X(self, X))
         check_metadata(self, metadata, n)
-        if n == 0:
-            return to_output(np.empty((0, len(self.classes))), metadata, self.classes)
-        with isolated_torch_state(self.config):
-            logits = predict_logits(self.net, self.batches(X), self.config.batch_size)
-        return to_output(logits.cpu().double().softmax(1).numpy(), metadata, self.classes)
+        p = np.empty((0, len(self.horizons), len(self.classes)))
+        if n:
+            with isolated_torch_state(self.config):
+                logits = predict_logits(self.net, self.batches(X), self.config.batch_size)
+            p = logits.cpu().double().unflatten(1, p.shape[1:]).softmax(2).numpy()
+        if len(self.horizons) == 1:
+            return to_output(p[:, 0], metadata, self.classes)
+        return joint_output(p.swapaxes(0, 1), metadata, self.horizons, self.classes)
 
     def importance_of(
         self,
@@ -280,21 +303,56 @@ class NetworkModel(BaseModel):
         with checkpoint_errors(Path(path) / "network.safetensors", "the weights of this network") as file:
             load_trainable_state_dict(self.net, load_file(file))
 
+# %% ../../nbs/models/08_sequence.ipynb #b34cb570
+def horizon_parts(
+    outputs: Tensor,  # (b, ..., H * K); any dimensions may be between the first and the last
+    codes: Tensor,  # (b,) class codes; (b, H) for a joint fit, -1 where a label is not defined
+    weight: Tensor | None = None,  # sample weights, of the shape of `codes`
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:  # outputs (m, ..., K), codes (m,) and weights (m,)
+    "Yields the labelled rows of each horizon; skips a horizon without a label in the batch."
+    if codes.ndim == 1:
+        yield outputs, codes, weight
+        return
+    heads = outputs.unflatten(-1, (codes.shape[1], -1))
+    for h in range(codes.shape[1]):
+        rows = (codes[:, h] >= 0).nonzero()[:, 0]
+        if len(rows):
+            yield heads.select(-2, h)[rows], codes[rows, h], None if weight is None else weight[rows, h]
+
 # %% ../../nbs/models/08_sequence.ipynb #614acf4a
 class SequenceClassifier(NetworkModel):
     "A network that is trained with the shared loop; subclasses implement `backbone`."
 
+    @classmethod
+    def fits_jointly(cls):
+        "True, unless a subclass has its own `fit` or `predict`, which may rely on a single horizon."
+        return cls.fit is SequenceClassifier.fit and cls.predict is NetworkModel.predict
+
     def loss(
         self,
-        outputs: Tensor,  # what the network returns in training mode, by default logits (b, n_classes)
+        outputs: Tensor,  # what the network returns in training mode, by default logits (b, K)
         codes: Tensor,  # (b,) class codes
         weight: Tensor | None = None,  # (b,) sample weights; their mean over all training rows is 1
     ) -> Tensor:  # scalar
-        """Returns the training loss of a batch; a subclass may override it.
+        """Returns the training loss of a batch at one horizon; a subclass may override it.
 
         Early stopping always uses the cross entropy of the logits that the network returns in evaluation mode.
         """
         return weighted_loss(outputs, codes, weight, self.config.label_smoothing)
+
+    def step(
+        self,
+        training: Training,  # state of the fit: network, optimiser and schedule
+        x: Tensor,  # (b, T, F) standardised windows
+        codes: Tensor,  # (b,) class codes; (b, H) for a joint fit, -1 where a label is not defined
+        weight: Tensor | None = None,  # sample weights, of the shape of `codes`
+    ) -> Tensor:  # scalar loss
+        "Makes one optimiser step on a batch; a subclass may override it and call this method with changed inputs."
+        return Training.step(training, x, codes, weight)
+
+    def _training_loss(self, outputs, codes, weight=None):
+        "Mean of `loss` over the horizons."
+        return _mean([self.loss(*part) for part in horizon_parts(outputs, codes, weight)])
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         codes, codes_val = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
@@ -321,7 +379,10 @@ class SequenceClassifier(NetworkModel):
     def _run_training(self, train, val):
         "Trains on `train` with early stopping on `val`, two tuples (batches, codes, weights); returns the history."
         c = self.config
-        self.training = t = Training(self.net, c, c.max_epochs * steps_per_epoch(len(train[0]), c), self.loss)
+        n_steps = c.max_epochs * steps_per_epoch(len(train[0]), c)
+        self.training = t = Training(self.net, c, n_steps, self._training_loss)
+        if type(self).step is not SequenceClassifier.step:
+            t.step = partial(self.step, t)  # type: ignore[method-assign]
         config = json.loads(json.dumps(asdict(c)))
         self.key = dict(config=config, features=self.feature_columns, data=_checksum(train, val))
         callbacks = [*self.callbacks, *([EarlyStopping(c.patience)] if c.early_stopping else [])]
@@ -362,8 +423,9 @@ class SequenceClassifier(NetworkModel):
                 break
 
     def _validate(self, t, batches, codes, weights):
-        "Returns the cross entropy on the validation windows."
-        return float(weighted_loss(predict_logits(t.run, batches, self.config.batch_size, t.precision), codes, weights))
+        "Mean of the weighted cross entropy over the horizons, on the validation windows."
+        logits = predict_logits(t.run, batches, self.config.batch_size, t.precision)
+        return float(_mean([weighted_loss(*part) for part in horizon_parts(logits, codes, weights)]))
 
     def resume(
         self,
@@ -371,6 +433,11 @@ class SequenceClassifier(NetworkModel):
     ) -> None:
         "Continues an interrupted fit; called before the first epoch of the new fit."
         read_training(self.training, Path(path), self.key)
+
+
+def _mean(losses):
+    "Mean of scalar tensors."
+    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
 
 def _checksum(*parts):

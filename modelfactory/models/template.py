@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..configuration import did_you_mean
 from .registry import ModelRegistry, check_name
 
 # %% auto #0
-__all__ = ['CELLS', 'YAML', 'new_model']
+__all__ = ['CELLS', 'YAML', 'NETWORK_CELLS', 'NETWORK_YAML', 'KINDS', 'new_model']
 
 # %% ../../nbs/models/07_template.ipynb #e84bf589
 CELLS = [
@@ -102,14 +103,143 @@ about:
   use: as a starting point for a new model
 """
 
+# %% ../../nbs/models/07_template.ipynb #2095b845
+NETWORK_CELLS = [
+    (
+        "markdown",
+        """# {name}
+
+> A small recurrent network with a focal loss: a working model to replace with your own.
+
+Change the config, `backbone` and `loss`. The shared loop does the rest: batches, schedule, early stopping, weights,
+saving, and joint fits of several horizons. The last cell tests the model against the interface.""",
+    ),
+    ("code", "#| default_exp models.{family}.{name}"),
+    (
+        "code",
+        """#| export
+from dataclasses import dataclass
+
+from modelfactory import ModelRegistry
+from modelfactory.models.sequence import SequenceClassifier, functional_module, last_and_mean
+from modelfactory.models.training_loop import SequenceConfig""",
+    ),
+    ("markdown", "## Config\n\nThe comment of a key is shown in the table of the config."),
+    (
+        "code",
+        """#| export
+@dataclass
+class {Class}Config(SequenceConfig):
+    "Config keys of {name}."
+
+    hidden_size: int = 32  # width of the state
+    focus: float = 1.0  # exponent of the focal loss; 0: cross entropy""",
+    ),
+    (
+        "markdown",
+        """## Model
+
+`backbone` returns a module that maps standardised windows (B, T, F) to logits (B, n_classes). In a joint fit of several
+horizons, the loop asks for a head of `n_classes` outputs for each horizon and calls `loss` once for each horizon, with
+the rows whose label is defined. Early stopping and the reported losses always use the cross entropy.""",
+    ),
+    (
+        "code",
+        """#| export
+@ModelRegistry.register("{name}", family="{family}")
+class {Class}(SequenceClassifier):
+    "GRU with a focal loss, which counts rows less that the network already gets right."
+
+    Config = {Class}Config
+
+    def backbone(self, T, F, n_classes, c):
+        from torch import nn
+
+        def forward(net, x):
+            return net.head(net.dropout(last_and_mean(net.rnn(x)[0])))
+
+        rnn, head = nn.GRU(F, c.hidden_size, batch_first=True), nn.Linear(2 * c.hidden_size, n_classes)
+        return functional_module(forward, rnn=rnn, dropout=nn.Dropout(c.dropout), head=head)
+
+    def loss(self, outputs, codes, weight=None):
+        from torch.nn.functional import cross_entropy
+
+        log_p = -cross_entropy(outputs.float(), codes, reduction="none")
+        losses = -((1 - log_p.exp()) ** self.config.focus) * log_p
+        return losses.mean() if weight is None else (losses * weight).mean()""",
+    ),
+    (
+        "markdown",
+        """## Other losses and steps
+
+An ordinal loss, which costs more the farther the predicted class is from the true one: the squared difference of the
+cumulative probabilities (the ranked probability score):
+
+```python
+def loss(self, outputs, codes, weight=None):
+    from torch.nn.functional import one_hot
+
+    p = outputs.float().softmax(-1)
+    losses = ((p - one_hot(codes, p.shape[-1])).cumsum(-1) ** 2).sum(-1)
+    return losses.mean() if weight is None else (losses * weight).mean()
+```
+
+A loss per member, for a network that returns the logits (B, members, n_classes) of several members in training mode
+and their mean (B, n_classes) in evaluation mode:
+
+```python
+def loss(self, outputs, codes, weight=None):
+    total = 0.0
+    for member in outputs.unbind(1):
+        total = total + super().loss(member, codes, weight)
+    return total / outputs.shape[1]
+```
+
+An optimiser step of one's own: `step` gets the state of the fit, a batch of windows, the class codes and the weights,
+and returns the loss. This one adds noise to the windows:
+
+```python
+def step(self, training, x, codes, weight=None):
+    return super().step(training, x + 0.1 * x.new_empty(x.shape).normal_(), codes, weight)
+```""",
+    ),
+    ("markdown", "## Checks\n\n`check_model` tests the model against the interface."),
+    (
+        "code",
+        """from modelfactory import check_model
+
+check_model("{name}")""",
+    ),
+]
+
+NETWORK_YAML = """# {name}: values that differ from the defaults in {name}.ipynb
+model_name: {name}
+model_family: {family}
+presets:
+  tiny: {{hidden_size: 12, max_epochs: 40, learning_rate: 0.01, dropout: 0.0}}  # the size that check_model fits
+  quick: {{hidden_size: 16, max_epochs: 6, patience: 2}}
+resources: {{cpus: 2, gpus: 1}}
+search:
+  hidden_size: {{type: int, low: 8, high: 128, log: true}}
+  focus: {{type: float, low: 0.0, high: 3.0}}
+about:
+  paper: Lin et al. 2017, arXiv 1708.02002 (the loss)
+  sees: the order of the rows
+  misses: long windows
+  use: as a starting point for a new network
+"""
+
 # %% ../../nbs/models/07_template.ipynb #b93460bb
-def _notebook_json(name, family):
+KINDS = dict(tabular=(CELLS, YAML), network=(NETWORK_CELLS, NETWORK_YAML))  # kind -> cells of the notebook, YAML
+
+
+def _notebook_json(name, family, kind):
     "Returns the notebook of the model as JSON text."
     words = dict(name=name, family=family, Class="".join(word.capitalize() for word in name.split("_")))
     cells = []
-    for i, (kind, source) in enumerate(CELLS):
-        cell = dict(cell_type=kind, id=f"{name}-{i}"[:60], metadata={}, source=source.format(**words))
-        cells.append(cell | (dict(outputs=[], execution_count=None) if kind == "code" else {}))
+    for i, (cell_type, source) in enumerate(KINDS[kind][0]):
+        cell = dict(cell_type=cell_type, id=f"{name}-{i}"[:60], metadata={}, source=source.format(**words))
+        cells.append(cell | (dict(outputs=[], execution_count=None) if cell_type == "code" else {}))
     kernel = dict(display_name="Python 3", language="python", name="python3")
     return json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5), indent=1)
 
@@ -118,20 +248,24 @@ def new_model(
     name: str,  # name of the model, a plain lower-case word
     family: str,  # name of an existing or a new family
     folder: Path = Path("."),  # root folder of the user's project
+    kind: str = "tabular",  # kind of the model: tabular or network
 ) -> list[Path]:  # the written files
     """Writes the notebook and the YAML of a working model.
 
     If the project has no `settings.ini`, one that lists the model is written too. Raises `ValueError` if the name is
-    invalid or taken, and `FileExistsError` if one of the files already exists. In both cases, nothing is written.
+    invalid or taken or the kind is unknown, and `FileExistsError` if one of the files already exists. In both cases,
+    nothing is written.
     """
     check_name(name)
     check_name(family)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}: {did_you_mean(kind, KINDS)}")
     if name in {m["name"] for m in ModelRegistry.list_models()}:
         raise ValueError(f"model name {name!r} is taken by {ModelRegistry.get(name).__module__}; choose another")
     folder = Path(folder)
     files = {
-        folder / f"{name}.ipynb": _notebook_json(name, family),
-        folder / f"params/models/{name}.yaml": YAML.format(name=name, family=family),
+        folder / f"{name}.ipynb": _notebook_json(name, family, kind),
+        folder / f"params/models/{name}.yaml": KINDS[kind][1].format(name=name, family=family),
     }
     if not (folder / "settings.ini").exists():
         files[folder / "settings.ini"] = f"[modelfactory]\nplugins = {name}.ipynb\n"

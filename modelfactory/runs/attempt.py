@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from ..configuration import settings
@@ -40,15 +41,15 @@ from .stored import StoredRun, open_run
 from ..training.test_set import runs_folder
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     from modelfactory.training.trainer import Trainer
 
 # %% auto #0
 __all__ = ['CHECKPOINT_SHARE', 'run_identity', 'prediction_frame', 'stored_output', 'write_run', 'write_record', 'git_commit',
-           'prediction_file', 'score_files', 'write_scores', 'RunCheckpoint', 'checkpoint_fit', 'folder_hashes',
-           'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'change_manifest', 'close_attempt']
+           'prediction_file', 'score_files', 'score_horizons', 'write_scores', 'RunCheckpoint', 'checkpoint_fit',
+           'folder_hashes', 'publish', 'publish_fitted', 'add_predictions', 'add_scores', 'change_manifest',
+           'close_attempt']
 
 # %% ../../nbs/runs/02_attempt.ipynb #49a67090
 def run_identity(
@@ -93,7 +94,6 @@ def stored_output(
     classes: tuple,  # class labels, in the order of the probability columns
 ) -> PredictionOutput:
     "Stored predictions as the `PredictionOutput` that a model's `predict` returns."
-    import numpy as np
     import pandas as pd
 
     p, names = frame[probability_columns(classes)].to_numpy(np.float32), set_names(classes)
@@ -131,8 +131,7 @@ def write_record(
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     for split in trainer.predictions:
         _write_predictions(trainer, split, folder)
-    for split in trainer.metrics:
-        write_scores(trainer, split, folder)
+    _write_all_scores(trainer, folder)
     write_json(folder / "metrics/history.json", trainer.history or {})
     write_json(folder / "splits.json", trainer.report.to_dict())
     for name, figure in (figures or {}).items():
@@ -187,7 +186,7 @@ def _result_values(trainer, resolved):
         pretrained=getattr(trainer.model, "pretrained", None),
         splits=list(trainer.predictions),
         seconds=trainer.seconds,
-        train_shares=_class_shares(trainer),
+        **_class_shares(trainer),
         versions=_library_versions(model),
         **_fold_values(trainer),
     )
@@ -220,27 +219,47 @@ def prediction_file(split: str) -> str:
 
 
 def _write_predictions(trainer, split, folder):
-    frame = prediction_frame(trainer.predictions[split], trainer.config.data.classes, trainer.datasets[split].y)
+    y = np.concatenate([part.datasets[split].y for part in trainer.parts()])
+    frame = prediction_frame(trainer.predictions[split], trainer.config.data.classes, y)
     (folder / "predictions").mkdir(exist_ok=True)
     frame.to_parquet(folder / prediction_file(split), index=False)
 
 
 def score_files(
     split: str,
+    horizon: int | None = None,  # horizon of a joint fit; None: the fit has one horizon
 ) -> dict[str, str]:  # metrics, baselines, robustness or daily -> path relative to the run folder
-    "The files that are written to a run when a split is scored."
-    prefix = "" if split == "val" else f"{split}_"
-    files = {name: f"metrics/{prefix}{name}.json" for name in ("metrics", "baselines", "robustness")}
-    return files | dict(daily=f"predictions/{split}_daily.parquet")
+    "The files that are written to a run when a split is scored; a joint fit has such files for each horizon."
+    prefix, part = "" if split == "val" else f"{split}_", "" if horizon is None else f"h{horizon}_"
+    files = {name: f"metrics/{part}{prefix}{name}.json" for name in ("metrics", "baselines", "robustness")}
+    return files | dict(daily=f"predictions/{split}_{part}daily.parquet")
+
+
+def score_horizons(
+    horizon: int | tuple[int, ...] | list[int],  # horizon of a run
+) -> tuple[int | None, ...]:  # the horizons of a joint fit, or (None,)
+    "The values of `horizon` with which `score_files` lists all files of a run."
+    return tuple(horizon) if isinstance(horizon, (tuple, list)) else (None,)
+
+
+def _write_all_scores(trainer, folder):
+    "Writes the scores of all splits and horizons, and returns the names of the files."
+    names = []
+    for part, horizon in zip(trainer.parts(), score_horizons(trainer.config.horizon), strict=True):
+        for split in trainer.metrics:
+            write_scores(part, split, folder, horizon)
+            names += score_files(split, horizon).values()
+    return names
 
 
 def write_scores(
-    trainer: Trainer,  # evaluated trainer
+    trainer: Trainer,  # evaluated trainer of one horizon
     split: str,
     folder: Path,  # folder of an attempt
+    horizon: int | None = None,  # as in `score_files`
 ) -> None:
     "Writes the metrics, baseline metrics, robustness tables and daily profit of a split."
-    files = {name: folder / file for name, file in score_files(split).items()}
+    files = {name: folder / file for name, file in score_files(split, horizon).items()}
     write_json(files["metrics"], trainer.metrics[split])
     write_json(files["baselines"], trainer.baselines(split))
     robustness, backtest = trainer.robustness(split), trainer.backtest(split)
@@ -258,7 +277,12 @@ def _write_figure(figure, file):
 
 
 def _class_shares(trainer):
-    return [float((trainer.datasets["train"].y == c).mean()) for c in trainer.config.data.classes]
+    "The manifest fields with the share of each class among the training labels, for a joint fit at each horizon."
+    classes, parts = trainer.config.data.classes, trainer.parts()
+    shares = [[float((part.datasets["train"].y == c).mean()) for c in classes] for part in parts]
+    if len(parts) == 1:
+        return dict(train_shares=shares[0])
+    return dict(horizon_shares={str(h): s for h, s in zip(trainer.horizons, shares, strict=True)})
 
 
 def _library_versions(model):
@@ -358,7 +382,7 @@ def publish(
         (attempt / extra).unlink(missing_ok=True)
     files = folder_hashes(attempt)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    scored = score_files("val")["metrics"] in files
+    scored = all(score_files("val", h)["metrics"] in files for h in score_horizons(result["horizon"]))
     values = dict(schema=SCHEMA_VERSION, status="ok", name=attempt.name, created=created, grid=grid or None)
     write_manifest(attempt, values | result | dict(scored=scored, files=files), own=True)
     run = attempt.rename(Path(runs) / attempt.name)
@@ -397,11 +421,9 @@ def add_scores(
     figures: dict,  # figure name -> matplotlib Figure; the figures are closed
 ) -> None:
     "Adds scores and figures to a run and marks it as scored."
-    for split in trainer.metrics:
-        write_scores(trainer, split, run)
+    files = _write_all_scores(trainer, run)
     for name, figure in figures.items():
         _write_figure(figure, run / "plots" / f"{name}.png")
-    files = [file for split in trainer.metrics for file in score_files(split).values()]
     files += [f"plots/{name}.png" for name in figures]
     change_manifest(open_run(run), run, dict(scored=True, reason=None), files)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..configuration import ConfigError, build_config, settings
+from ..configuration import ConfigError, build_config, horizon_text, parse_horizon, settings
 from ..data.bundled import resolve_data
 from ..data.dataset import FoldConfig
 from ..data.splits import MissingFile, SplitsError, excluded_by_reason
@@ -202,6 +202,7 @@ def _model_entry(task, model, metrics, tests):
         averaged, values = None, values | claimed
     about = dict(model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs])
     about |= dict(folds=len(runs[-1].manifest.get("stitched") or [None]), epochs=[_n_epochs(r) for r in runs])
+    about |= dict(joint=list(runs[-1].joint_horizons))
     return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
 
 # %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
@@ -314,7 +315,7 @@ def comparison(
     unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
     names, unread, tasks = runs.task_names, list(runs.unread), []
     data_of_task = {names[r.path.name]: runs.data_names[r.data] for r in runs}
-    for data, horizon in sorted({(names[r.path.name], r.horizon) for r in runs if r.fold is None}):
+    for data, horizon in sorted({(names[r.path.name], r.horizon) for r in runs.by_horizon() if r.fold is None}):
         task = read_task(runs, data, horizon, unread=unread)
         if task.models:
             entry = _task_entry(task, count_trials(runs, data_of_task[data]))
@@ -335,7 +336,7 @@ def comparison(
 
 # %% ../../nbs/runs/09_comparison.ipynb #1c92d768
 def _unscored_row(run):
-    title = f"{run.manifest['model']} h{run.horizon} {Path(run.data).name}"
+    title = f"{run.manifest['model']} h{horizon_text(run.horizon)} {Path(run.data).name}"
     reason = f"{run.reason}; `modelfactory rescore` finishes it"
     return dict(run=title, status=UNSCORED, reason=reason, folder=run.path.name)
 
@@ -425,7 +426,7 @@ def failed_runs(
             scheme = build_config(FoldConfig, values, f"{attempt.name}: folds") if values else None
             fold = (scheme.label, scheme.fold) if scheme else ("", None)
             part = f" fold {fold[1]}" if fold[1] else ""
-            title = f"{job['model']} h{job['horizon']} {Path(job['data']).name}{part}"
+            title = f"{job['model']} h{horizon_text(parse_horizon(job['horizon']))} {Path(job['data']).name}{part}"
             row = dict(run=title, status=outcome["status"], reason=outcome["reason"], folder=attempt.name)
             failed[_job_key(job["data"], job, fold)] = row
         except (OSError, ValueError, KeyError, TypeError):
@@ -434,4 +435,5 @@ def failed_runs(
 
 
 def _job_key(data, job, fold):
-    return str(data), job["model"], job["horizon"], settings().seed if job["seed"] is None else job["seed"], fold
+    seed = settings().seed if job["seed"] is None else job["seed"]
+    return str(data), job["model"], parse_horizon(job["horizon"]), seed, fold

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..configuration import ConfigError, settings
+from ..configuration import ConfigError, horizon_text, parse_horizon, settings
 from ..imports import ADDRESS_GRAMMAR, without_module
 from ..models.devices import visible_gpus
 from ..models.errors import ModelUnavailable
@@ -51,7 +51,8 @@ class Job:
         "Model, horizon, data set and fold of the job, in one line."
         folds = (self.parameters.get("dataset") or {}).get("folds") or {}
         fold = f" fold {folds['fold']}" if folds.get("fold") else ""
-        return f"{self.parameters['model']} h{self.parameters['horizon']} {Path(self.parameters['data']).name}{fold}"
+        horizon = horizon_text(parse_horizon(self.parameters["horizon"]))
+        return f"{self.parameters['model']} h{horizon} {Path(self.parameters['data']).name}{fold}"
 
 # %% ../../nbs/runs/04_executors.ipynb #1d48f707
 LOCKS_FOLDER = ".locks"

@@ -264,6 +264,7 @@ def export_run(
     Raises `RunError` if a file of the run has changed, if the output folder exists, or if the model has no equal ONNX
     graph; then no folder is created."""
     run = load_run(run)
+    run.check_one_horizon("a bundle")
     run.verify()
     output = Path(output or run.path.with_name(f"{run.path.name}_bundle")).absolute()
     if output.exists():

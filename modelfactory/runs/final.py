@@ -25,7 +25,7 @@ COMPARED_METRICS = ("directional_accuracy", "log_loss", "f1_macro", "sharpe_net"
 def score_on_test(
     run: Run,
     data: str | Path | None = None,  # folder of its data, if the data have moved
-) -> dict:  # metric -> value on test
+) -> dict:  # metric -> value on test; for a joint fit, horizon -> metrics
     "Test metrics of a run. The use of the test set is recorded in the ledger before scoring."
     from modelfactory.training.trainer import Trainer
 
@@ -46,22 +46,28 @@ def final_scores(
     rows = []
     for run, val in zip(runs, validation, strict=True):
         test = score_on_test(run, data)
-        for m in COMPARED_METRICS:
-            worse = bool((test[m] - val[m]) * (metric_sign(m) or 1) < 0)
-            low, high = test.get(f"{m}_ci_low"), test.get(f"{m}_ci_high")
-            figures = dict(val=val[m], test=test[m], low=low, high=high, worse=worse)
-            rows.append(dict(run=run.path.name, metric=m) | figures)
+        test = test if run.joint_horizons else {run.horizon: test}
+        rows += [row for h in test for row in _metric_rows(run.path.name, h, val[h], test[h])]
     return pd.DataFrame(rows)
 
 
+def _metric_rows(name, horizon, val, test):
+    "One row for each compared metric of a run at one horizon."
+    for m in COMPARED_METRICS:
+        worse = bool((test[m] - val[m]) * (metric_sign(m) or 1) < 0)
+        low, high = test.get(f"{m}_ci_low"), test.get(f"{m}_ci_high")
+        figures = dict(val=val[m], test=test[m], low=low, high=high, worse=worse)
+        yield dict(run=name, horizon=horizon, metric=m) | figures
+
+
 def _checked_metrics(run, data):
-    "Validation metrics; raises `RunError` if the run is not scored, or if its files or its data have changed."
+    "Validation metrics by horizon; raises `RunError` if they are missing, or if files or data have changed."
     if run.is_stitched:
         raise RunError(
             f"{run.path.name}: a stitched record has no model; name the runs of folds, or train on all of train"
         )
     run.verify()
-    metrics = run.metrics
+    metrics = {part.horizon: part.metrics for part in run.parts()}
     try:
         check_data(run, data or run.data_folder)
     except MissingFile as e:

@@ -112,6 +112,7 @@ class Follower:
     ):
         self.symbol = symbol
         self.run = run if isinstance(run, StoredRun) else open_run(Path(run))
+        self.run.check_one_horizon("--follow")
         self.model, data = self.run.cached_model, self.run.config["data"]
         self.pipeline = raw_bars_pipeline(self.run, self.model)
         if self.pipeline.compares_symbols:

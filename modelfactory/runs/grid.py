@@ -20,11 +20,12 @@ import pandas as pd
 from ..builtin import params_file, params_names
 from modelfactory.configuration import (
     ConfigError,
+    Horizon,
     HTMLConfig,
     NonNegativeInt,
-    PositiveInt,
     build_config,
     did_you_mean,
+    horizon_tuple,
     read_yaml,
     settings,
 )
@@ -58,7 +59,7 @@ class GridConfig(HTMLConfig):
 
     data: tuple[str, ...]  # folders with Phase 1 splits, or names of bundled data sets
     models: tuple[str, ...]  # model names, families, or all
-    horizons: tuple[PositiveInt, ...]  # bars ahead
+    horizons: tuple[Horizon, ...]  # bars ahead; an entry with several, such as [5, 20], is one joint fit
     seeds: tuple[NonNegativeInt, ...]  # random seeds; each seed gives a separate run
     preset: str | None = None  # preset name, as defined in each model's YAML file
     overrides: dict[str, dict] = field(default_factory=dict)  # model name -> config keys
@@ -192,7 +193,8 @@ def audit_data(
     "Raises `LeakFound` if a column predicts the training labels better than any past price move can."
     c = build_config(DatasetConfig, grid.dataset | dict(data=data), "grid: dataset")
     folder = resolve_data(data)
-    splits = read_splits(folder, grid.horizons, present_splits(folder), **c.reading)
+    horizons = tuple(sorted({h for entry in grid.horizons for h in horizon_tuple(entry)}))
+    splits = read_splits(folder, horizons, present_splits(folder), **c.reading)
     if has_direction(c.classes):
         check_split_prices(splits, c.prices)
     audit(splits, grid.allow).raise_if_leaky()
@@ -296,7 +298,7 @@ def trained_by_other_code(
 ) -> list[Job]:
     "Jobs whose task and config match a stored run that was made with different code or different defaults."
     identities = {run.identity for run in stored}
-    runs_of_task: dict[tuple[str, int, int, int | None, str | None], list[StoredRun]] = {}
+    runs_of_task: dict[tuple, list[StoredRun]] = {}
     for run in stored:
         task = run.manifest["model"], run.horizon, run.seed, run.fold, run.manifest.get("data_fingerprint")
         runs_of_task.setdefault(task, []).append(run)

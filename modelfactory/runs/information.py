@@ -45,6 +45,7 @@ def run_information(
     from modelfactory.evaluation.information import information_report
 
     run = run if isinstance(run, StoredRun) else load_run(Path(run))
+    run.check_one_horizon("an information report")
     frame, classes = run.predictions(split), tuple(run.config["data"]["classes"])
     rules = scoring_trainer(run, (split,)).config.rules
     return information_report(

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..models.base import PredictionOutput, check_metadata, check_X
 from ..models.calibration import WrappedModel
-from ..models.conformal import read_conformal
+from ..models.conformal import add_sets, read_conformal
 from ..models.loading import load_model
 from ..models.persistence import CheckpointError, read_header
 from ..models.registry import ModelRegistry
@@ -146,7 +146,7 @@ class IsolatedModel(WrappedModel):
         self.conformal = None
         if self.config.conformal:
             try:
-                self.conformal = read_conformal(self.checkpoint)
+                self.conformal = read_conformal(self.checkpoint, self.horizons)
             except CheckpointError as e:
                 raise RunError(str(e)) from None
         self._start()
@@ -192,6 +192,7 @@ class IsolatedModel(WrappedModel):
         check_metadata(self, metadata, n)
         if self._process is None:
             self._start()
+        n *= len(self.horizons)
         reply = io.BytesIO(self._ask((X, metadata), 4 * n * K + 10_000))
         try:
             p = np.load(reply, allow_pickle=False)
@@ -201,8 +202,8 @@ class IsolatedModel(WrappedModel):
         if not is_valid or (abs(p.sum(1, dtype=float) - 1) > 1e-3).any():
             raise RunError(f"{self.checkpoint}: its predictions are not {n} rows of {K} probabilities")
         classes = np.asarray(self.classes, np.int8)
-        output = PredictionOutput(classes[p.argmax(1)], p, *_sample_keys(metadata))
-        return self.conformal(output) if self.conformal else output
+        output = PredictionOutput(classes[p.argmax(1)], p, *_sample_keys(metadata, self.horizons))
+        return add_sets(self.conformal, output) if self.conformal else output
 
     def _refuse(self, *args, **kw):
         reason = "an isolated model can only predict; `load_run(path).model()` reads it in this process"
@@ -214,10 +215,12 @@ class IsolatedModel(WrappedModel):
         return f"{self.model!r}, in a separate process"
 
 
-def _sample_keys(metadata):
-    "Timestamps, symbols and horizons of samples."
+def _sample_keys(metadata, horizons):
+    "Timestamps, symbols and horizons of samples; those of a joint model are repeated for each horizon."
     import pandas as pd
 
+    if len(horizons) > 1:
+        metadata = pd.concat([metadata.assign(horizon=h) for h in horizons], ignore_index=True)
     return pd.DatetimeIndex(metadata["datetime"]), metadata["symbol"].to_numpy(), metadata["horizon"].to_numpy()
 
 

@@ -41,6 +41,7 @@ from modelfactory.data.splits import (
     split_path,
 )
 from ..files import printable
+from ..models.base import horizon_rows
 from ..models.conformal import adapt_sets, label_delay
 from .attempt import prediction_file, prediction_frame, stored_output
 
@@ -84,7 +85,7 @@ def predict_run(
 ) -> pd.DataFrame:  # datetime, symbol, horizon, prediction, probabilities, sets of a conformal model, after
     """Verifies the files of a run and predicts with its model; raises `SplitsError` or `RunError`.
 
-    The attribute `.attrs` of the frame holds:
+    A joint fit gives all rows of its first horizon, then of the next. The attribute `.attrs` of the frame holds:
 
     - `skipped`: symbol -> number of bars without a full window
     - `history`: raw bars only: symbol -> number of new bars that are not predicted, because they are history
@@ -114,15 +115,18 @@ def predict_run(
     rows = _predicted_rows(joined, own, context_rows - gap + 1 if raw else seq_len, gap, ahead)
     if raw and not len(rows):
         raise PipelineError(raw.too_short())
-    keys, last_used = _prediction_keys(joined, rows, gap, run.horizon)
+    keys, last_used = _prediction_keys(joined, rows, gap, max(model.horizons))
     windows = Windows(joined.matrix, last_used, seq_len, RawColumns(joined.market, joined.codes))
-    predictions, n_known = model.predict(windows, keys), None
-    if adapts_sets(model):
-        labels, delay = _known_labels(bars, own, rows, len(joined), run.horizon, gap)
-        parts = [*earlier_parts(run, _first_times(predictions), gap), (predictions, labels, delay)]
-        predictions = adapt_sets(model, *parts)
-        n_known = sum(int(np.isin(y, model.classes).sum()) for _, y, _ in parts)
-    frame = prediction_frame(predictions, model.classes).assign(after=joined.datetimes[last_used])
+    predictions, n_known, frames = model.predict(windows, keys), None, []
+    for of_horizon in run.parts():
+        part = horizon_rows(predictions, model.horizons, of_horizon.horizon)
+        if adapts_sets(model):
+            labels, delay = _known_labels(bars, own, rows, len(joined), of_horizon.horizon, gap)
+            parts = [*earlier_parts(of_horizon, _first_times(part), gap), (part, labels, delay)]
+            part = adapt_sets(model, *parts)
+            n_known = (n_known or 0) + sum(int(np.isin(y, model.classes).sum()) for _, y, _ in parts)
+        frames.append(prediction_frame(part, model.classes).assign(after=joined.datetimes[last_used]))
+    frame = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
     train_features = run.train_features or {}
     train_symbols = set(train_features.get("symbols", bars.symbols))
     frame.attrs |= dict(
@@ -336,7 +340,7 @@ def _read_bars(run, model, data, split, nan):
     if adapts_sets(model):
         with contextlib.suppress(MissingColumn):
             options = model.feature_columns, model.classes, nan, run.report.get("categories")
-            return read_split(data, split, (run.horizon,), *options)
+            return read_split(data, split, model.horizons, *options)
     return read_split(data, split, (), model.feature_columns, nan=nan, categories=run.report.get("categories"))
 
 

@@ -275,6 +275,7 @@ def update_live(
         raise RunError(
             f"{run.path.name}: found a stitched record or a bundle, expected a run with model and predictions"
         )
+    run.check_one_horizon("refresh")
     run.verify("predictions/")
     times, folder = run.predictions("val")["datetime"], live_folder(run)
     reach = max((row["label_reach"] for row in run.report.get("labels", ())), default=run.horizon)

@@ -26,11 +26,13 @@ from ..evaluation.metrics import EvaluationError, has_direction, metric_names
 from ..evaluation.permutation import null_metrics
 from ..figures import tear_sheet
 from ..models.base import to_output
+from ..models.joint import horizon_model
 from modelfactory.runs.attempt import (
     add_predictions,
     change_manifest,
     prediction_file,
     score_files,
+    score_horizons,
     stored_output,
     write_scores,
 )
@@ -186,22 +188,28 @@ def _staged_copy(run):
     return staged
 
 # %% ../../nbs/runs/08_rescore.ipynb #318d9491
-def _write_rescored(scored, split, staged):
+def _write_rescored(scored, split, staged, horizon):
     "Writes the scores of a split and, for the validation split, the figures of these scores."
-    write_scores(scored, split, staged)
+    write_scores(scored, split, staged, horizon)
     backtest = scored.backtest(split)
     if split != "val" or not backtest or not backtest.has_prices or not (staged / "plots").is_dir():
         return
     for name, figure in trainer_plots(scored, split, RESCORED_FIGURES).items():
-        (staged / f"plots/{name}.png").write_bytes(tear_sheet.figure_png(figure))
+        (staged / f"plots/{_figure_name(name, horizon)}.png").write_bytes(tear_sheet.figure_png(figure))
 
 
-def _write_all_figures(run, scored, staged):
+def _figure_name(name, horizon):
+    "The name of a figure in the folder of a run; those of a joint fit begin with the horizon."
+    return name if horizon is None else f"h{horizon}_{name}"
+
+
+def _write_all_figures(run, scored, staged, horizon):
     "Writes all figures of a run that has none; returns an error message, or an empty string on success."
     scored.history = run.history
     try:
         # a model from another user runs in a separate process and provides no feature importance
-        scored.model = run.model() if run.is_own else None
+        model = run.model() if run.is_own else None
+        scored.model = model and horizon_model(model, run.horizon)
     except (ConfigError, ImportError, ValueError):
         scored.model = None  # the model's plugin is not installed; omit the feature-importance figure
     try:
@@ -210,13 +218,13 @@ def _write_all_figures(run, scored, staged):
         return f"its figures cannot be drawn ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
     (staged / "plots").mkdir(exist_ok=True)
     for name, content in figures.items():
-        (staged / f"plots/{name}.png").write_bytes(content)
+        (staged / f"plots/{_figure_name(name, horizon)}.png").write_bytes(content)
     return ""
 
 
-def _write_class_metrics(run, split, staged):
+def _write_class_metrics(run, split, staged, horizon):
     "Writes those metrics of a split that can be computed without the data."
-    files = score_files(split)
+    files = score_files(split, horizon)
     metrics, baselines = score_without_data(run, run.predictions(split))
     write_json(staged / files["metrics"], metrics)
     write_json(staged / files["baselines"], baselines)
@@ -270,26 +278,31 @@ def _predict_and_rescore(run, class_metrics):
 def _rescore_splits(run, splits, class_metrics):
     "Writes a new folder with the scores of the given splits and replaces the run with it."
     staged, reason, figure_note = _staged_copy(run), "", ""
-    changed = [f for s in splits for f in score_files(s).values()] + [f"plots/{name}.png" for name in RESCORED_FIGURES]
+    parts = list(zip(run.parts(), score_horizons(run.horizon), strict=True))
+    changed = [f for s in splits for _, h in parts for f in score_files(s, h).values()]
+    changed += [f"plots/{_figure_name(name, h)}.png" for name in RESCORED_FIGURES for _, h in parts]
     if not run.scored:
         changed += [str(f.relative_to(staged)) for f in staged.glob("plots/*")]
     for name in [*changed, MANIFEST_FILE]:
         (staged / name).unlink(missing_ok=True)
     try:
-        trainer = scoring_trainer(run, tuple(splits))
-        scored = {s: score_with_data(trainer, run, run.predictions(s), s) for s in splits}
-        for split in splits:
-            _write_rescored(scored[split], split, staged)
+        for part, horizon in parts:
+            trainer = scoring_trainer(part, tuple(splits))
+            scored = {s: score_with_data(trainer, part, part.predictions(s), s) for s in splits}
+            for split in splits:
+                _write_rescored(scored[split], split, staged, horizon)
+            if not run.scored:
+                figure_note = figure_note or _write_all_figures(part, scored["val"], staged, horizon)
         if not run.scored:
-            figure_note = _write_all_figures(run, scored["val"], staged)
             changed += [str(f.relative_to(staged)) for f in (staged / "plots").glob("*.png")]
     except SCORING_ERRORS as e:
         reason = str(e)
         if not class_metrics:
             shutil.rmtree(staged, ignore_errors=True)
             return dict(run=run.path.name, splits=splits, scored=NOT_SCORED, reason=reason)
-        for split in splits:
-            _write_class_metrics(run, split, staged)
+        for part, horizon in parts:
+            for split in splits:
+                _write_class_metrics(part, split, staged, horizon)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     changes = dict(scoring=SCORING_VERSION, rescored=now, scored=True, reason=None)
     change_manifest(run, staged, changes, changed)

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..configuration import horizon_text
 from ..files import printable
 from .run_folder import RunError
 from .stored import RunList, StoredRun, stored_runs
@@ -66,6 +67,7 @@ class Run(StoredRun):
         "Tests directional skill, corrected for the number of trials; raises `RunError` if predictions are missing."
         from modelfactory.evaluation import significance
 
+        self.check_one_horizon("`direction_claim`")
         predictions, classes = self.predictions(split), tuple(self.config["data"]["classes"])
         return significance.direction_claim(predictions, self.horizon, trials or self.trials, classes=classes)
 
@@ -74,6 +76,8 @@ class Run(StoredRun):
         "A sentence that states whether the run has directional skill, corrected for all trials in the runs folder."
         if "claim" in self.manifest:
             return self.manifest["claim"]
+        if len(parts := self.parts()) > 1:
+            return " ".join(f"Horizon {part.horizon}: {part.claim}" for part in parts)
         try:
             return self.direction_claim().sentence
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as e:  # damaged table
@@ -81,11 +85,11 @@ class Run(StoredRun):
             return f"direction: not tested ({reason})"
 
     def __repr__(self):
-        task = f"{self.manifest['model']} on {self.data}, horizon {self.horizon}"
+        task = f"{self.model_name} on {self.data}, horizon {horizon_text(self.horizon, ' and ')}"
         if not self.scored:
             return f"Run({self.path.name}: {task}; not scored: {self.reason})"
-        sharpe = self.metrics.get("sharpe_net", math.nan)
-        shown = f"{sharpe:.2f}" if isinstance(sharpe, (int, float)) and sharpe == sharpe else "–"
+        sharpe = [part.metrics.get("sharpe_net", math.nan) for part in self.parts()]
+        shown = " and ".join(f"{s:.2f}" if isinstance(s, (int, float)) and s == s else "–" for s in sharpe)
         notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
         return printable(f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})")
 

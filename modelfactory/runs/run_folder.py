@@ -17,7 +17,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from ..configuration import ConfigError
+from ..configuration import ConfigError, horizon_text, parse_horizon
 from ..files import FileError, PrintableError, read_regular, replace_text
 from ..models.registry import check_name
 
@@ -50,10 +50,12 @@ UNSCORED = "not scored"  # status of a run that was trained and published but co
 def name_prefix(
     parameters: dict,  # parameters of train.ipynb; model and horizon are required, dataset is optional
 ) -> str:
-    "The first part of a run's name: model, horizon and, if the run uses folds, the number of its fold or `stitched`."
+    """The first part of a run's name: model, horizon and, if the run uses folds, the number of its fold or `stitched`.
+
+    The horizons of a joint fit are joined: `gru_h5+20_`."""
     folds = (parameters.get("dataset") or {}).get("folds")
     fold_text = "" if not folds else f"f{int(folds['fold'])}_" if folds.get("fold") else "stitched_"
-    return f"{check_name(parameters['model'])}_h{int(parameters['horizon'])}_{fold_text}"
+    return f"{check_name(parameters['model'])}_h{horizon_text(parse_horizon(parameters['horizon']))}_{fold_text}"
 
 
 def start_attempt(

@@ -5,6 +5,7 @@
 # %% ../../nbs/runs/01_stored.ipynb #13296ed1
 from __future__ import annotations
 
+import copy
 import hmac
 import html
 import math
@@ -18,8 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from annotated_types import Interval, MaxLen
 
-from ..configuration import ConfigError, PositiveInt, build_config, read_yaml, settings
+from modelfactory.configuration import (
+    ConfigError,
+    Horizon,
+    PositiveInt,
+    build_config,
+    horizon_text,
+    horizon_tuple,
+    read_yaml,
+    settings,
+)
 from ..files import FileError, check_inner_name, check_tree, printable, read_json
+from ..models.joint import history_at
 from ..models.loading import load_model
 from ..models.persistence import current_config, file_hash
 from ..models.registry import check_name
@@ -59,7 +70,7 @@ class Manifest:
     "The manifest fields that the code reads, with their types; other fields are kept without validation."
 
     model: ShortText  # model name, as registered on the machine that made the run
-    horizon: Annotated[int, Interval(ge=1, le=1_000_000)]  # bars ahead
+    horizon: Horizon  # bars ahead; several for a joint fit
     seed: Annotated[int, Interval(ge=-(2**63), le=2**63)]
     data: ShortText  # folder or name
     created: ShortText  # time in ISO 8601
@@ -82,7 +93,10 @@ class Manifest:
     notes: list[ShortText] = field(default_factory=list)  # remarks on the fit
     splits: list[ShortText] = field(default_factory=list)  # names of the predicted splits
     seconds: dict[ShortText, float] = field(default_factory=dict)  # duration of each step in seconds
-    train_shares: list[float] | None = None  # share of each class in the training split
+    train_shares: list[float] | None = None  # share of each class in the training split; None for a joint fit
+    horizon_shares: dict[ShortText, list[float]] = field(
+        default_factory=dict
+    )  # joint fits: horizon -> share of each class in the training split
     fold_shares: dict[ShortText, list[float]] = field(
         default_factory=dict
     )  # stitched records: time -> shares from then
@@ -156,6 +170,7 @@ class StoredRun:
 
     data: str  # name of the data set, from the manifest or from `name_data`
     moved_to: str | None = None  # new folder of the data, if the data have moved since training
+    joint_horizons: tuple[int, ...] = ()  # horizons of a joint fit, also for its parts; empty: the fit has one horizon
 
     def __init__(
         self,
@@ -163,7 +178,9 @@ class StoredRun:
         isolated: bool = False,  # whether `model` loads the checkpoint in a separate process
     ):
         self.path, self.isolated = Path(path), isolated
-        _ = self.manifest  # raises `RunError` if the folder is not a finished run
+        horizon = self.manifest["horizon"]  # raises `RunError` if the folder is not a finished run
+        if isinstance(horizon, tuple):
+            self.joint_horizons = horizon
 
     @classmethod
     def _open(cls, path, isolated) -> Self:
@@ -172,6 +189,52 @@ class StoredRun:
         if not path.is_dir():
             finish_swaps(path.parent)
         return cls(path, isolated)
+
+    def at(
+        self,
+        horizon: int,  # one of the horizons of a joint fit
+    ) -> Self:
+        "The part of a joint fit that predicts one horizon, with its metrics and predictions, like a run of its own."
+        if self.horizon == horizon:
+            return self
+        if self.horizon != self.joint_horizons or horizon not in self.joint_horizons:
+            listed = horizon_text(self.horizon, " or ")
+            raise RunError(f"{self.path.name}: horizon {horizon}, expected {listed}")
+        part = copy.copy(self)
+        for name in _CACHED_BY_HORIZON & vars(part).keys():
+            del vars(part)[name]
+        shares = self.manifest.get("horizon_shares", {}).get(str(horizon))
+        part.manifest = self.manifest | dict(horizon=horizon, train_shares=shares)
+        return part
+
+    def parts(self) -> list[Self]:
+        "The parts of a joint fit by horizon; otherwise, a list with the run itself."
+        return [self.at(h) for h in horizon_tuple(self.horizon)]
+
+    def check_one_horizon(
+        self,
+        action: str,  # what the caller does, for the message
+    ) -> None:
+        "Raises `RunError` if the run is a joint fit."
+        if self.joint_horizons == self.horizon:
+            raise RunError(
+                f"{self.path.name}: a joint fit of the horizons {horizon_text(self.horizon, ' and ')}; "
+                f"{action} expects a run of one horizon: train the horizon on its own"
+            )
+
+    @property
+    def model_name(self) -> str:
+        "The model of the run as a comparison names it: a joint fit is marked, because it is another fit of the model."
+        return f"{self.manifest['model']} (joint)" if self.joint_horizons else self.manifest["model"]
+
+    def _score_name(self, name):
+        "The name of a file with scores: that of a part of a joint fit begins with its horizon."
+        if not self.joint_horizons:
+            return name
+        if self.joint_horizons == self.horizon:
+            hint = horizon_text(self.horizon, ") or at(")
+            raise RunError(f"{self.path.name}: a joint fit is scored per horizon, use at({hint})")
+        return f"h{self.horizon}_{name}"
 
     @property
     def data_folder(self) -> str:
@@ -214,8 +277,9 @@ class StoredRun:
 
     @property
     def notes(self) -> list[str]:
-        "Remarks on the fit, for example that the model has not learnt anything."
-        return self.manifest.get("notes") or []
+        "Remarks on the fit, for example that the model has not learnt anything; those of a part on its own horizon."
+        notes, others = self.manifest.get("notes") or [], set(self.joint_horizons) - set(horizon_tuple(self.horizon))
+        return [note for note in notes if not note.startswith(tuple(f"Horizon {h}:" for h in others))]
 
     @property
     def reason(self) -> str:
@@ -254,7 +318,7 @@ class StoredRun:
         "The content of a file in `metrics/`; raises `RunError` if the run is not scored."
         if not self.scored and name != "history.json":
             raise RunError(f"{self.path}: not scored ({self.reason}); run `modelfactory rescore` on it")
-        return self.read_json(f"metrics/{name}")
+        return self.read_json(f"metrics/{name if name == 'history.json' else self._score_name(name)}")
 
     def _numbers(self, name):
         "Metrics from a file in `metrics/` under their current names; NaN if undefined."
@@ -278,7 +342,7 @@ class StoredRun:
         stored = self._json("baselines.json")
         if all(isinstance(values, dict) for values in stored.values()):
             return {name: read_metrics(values) for name, values in stored.items()}
-        file = self.path / "metrics/baselines.json"
+        file = self.path / f"metrics/{self._score_name('baselines.json')}"
         raise RunError(f"{file}: expected the metrics of each baseline; train the run again")
 
     @property
@@ -289,7 +353,9 @@ class StoredRun:
     @cached_property
     def history(self) -> dict:
         "The losses in each round of the fit."
-        return self._json("history.json")
+        history = self._json("history.json")
+        is_part = self.joint_horizons and self.joint_horizons != self.horizon
+        return history_at(history, self.horizon) if is_part else history
 
     @cached_property
     def robustness(self) -> dict:
@@ -299,7 +365,12 @@ class StoredRun:
     @cached_property
     def report(self) -> dict:
         "The report on the splits used in training: rows, symbols, features and warnings."
-        return self.read_json("splits.json")
+        report, horizons = self.read_json("splits.json"), horizon_tuple(self.horizon)
+        if horizons != (self.joint_horizons or horizons):  # the labels of other horizons do not concern a part
+            others = tuple(f"label_h{h}:" for h in set(self.joint_horizons) - set(horizons))
+            report["labels"] = [row for row in report.get("labels", ()) if row.get("horizon", horizons[0]) in horizons]
+            report["warnings"] = [text for text in report.get("warnings", ()) if not str(text).startswith(others)]
+        return report
 
     @cached_property
     def config(self) -> dict:
@@ -315,6 +386,10 @@ class StoredRun:
         classes = config["data"].get("classes") if isinstance(config.get("data"), dict) else None
         if not isinstance(classes, list) or not all(isinstance(c, int) for c in classes):
             raise RunConfigError(f"{file}: no data.classes, expected a list of integers; train the run again")
+        if self.joint_horizons:
+            config |= dict(horizon=self.horizon)
+            if isinstance(config.get("config"), dict):
+                config["config"] |= dict(horizon=self.horizon)
         return config
 
     def predictions(self, split: str = "val") -> pd.DataFrame:
@@ -325,7 +400,12 @@ class StoredRun:
         if not file.is_file():
             splits = ", ".join(self.manifest["splits"])
             raise RunError(f"{self.path.name}: no predictions of {split!r}; predicted splits: {splits}")
-        return _read_table(file)
+        table = _read_table(file)
+        if not self.joint_horizons or self.joint_horizons == self.horizon:
+            return table
+        if "horizon" not in table:
+            raise RunError(f"{file}: no column 'horizon'; train the run again")
+        return table[table["horizon"] == self.horizon].reset_index(drop=True)
 
     @cached_property
     def cached_model(self) -> BaseModel:
@@ -360,7 +440,7 @@ class StoredRun:
 
     def daily_pnl(self, split: str = "val") -> pd.DataFrame:
         "Daily profit on a split, before and after costs; raises `RunError` if it was not computed."
-        file = self.file(f"predictions/{split}_daily.parquet")
+        file = self.file(f"predictions/{split}_{self._score_name('daily.parquet')}")
         if not file.is_file():
             raise RunError(f"{self.path.name}: no daily profit of {split!r}")
         return _read_table(file).set_index("day")
@@ -421,9 +501,9 @@ class StoredRun:
         return IsolatedModel(self.file("checkpoints"))
 
     @property
-    def key(self) -> tuple[str, str, int, int, str, int | None]:
+    def key(self) -> tuple[str, str, int | tuple[int, ...], int, str, int | None]:
         "The data set, model, horizon, seed, scheme of folds and fold of the run."
-        task = self.data, self.manifest["model"], self.manifest["horizon"], self.manifest["seed"]
+        task = self.data, self.model_name, self.manifest["horizon"], self.manifest["seed"]
         return *task, self.folds, self.fold
 
     def __getattr__(self, name):
@@ -432,6 +512,17 @@ class StoredRun:
         raise AttributeError(name)
 
 
+_CACHED_BY_HORIZON = {
+    "manifest",
+    "metrics",
+    "baselines",
+    "robustness",
+    "report",
+    "config",
+    "history",
+    "claim",
+    "trials",
+}
 MAX_TABLE_VALUES = 1 << 30  # maximum number of values (rows times columns) in a table
 
 
@@ -531,7 +622,13 @@ class RunList(list):
         "A table with one row per run: its main metrics and whether it is scored."
         import pandas as pd
 
-        return pd.DataFrame([_list_row(r) for r in self])
+        return pd.DataFrame([_list_row(part) for r in self for part in r.parts()])
+
+    def by_horizon(self) -> RunList:
+        "The same runs, with the parts of each joint fit in its place."
+        listed = RunList(part for run in self for part in run.parts())
+        listed.folder, listed.unread = self.folder, self.unread
+        return listed
 
     def latest(self) -> RunList:
         "The newest run of each data set, model, horizon, seed and fold."
@@ -571,7 +668,7 @@ def _list_row(run):
     except RunError:
         metrics = {}  # the run is not scored, or it is damaged
     scored = "yes" if run.scored else f"no: {run.reason}"
-    row = dict(run=run.path.name, data=run.data, model=run.manifest["model"], horizon=run.horizon, seed=run.seed)
+    row = dict(run=run.path.name, data=run.data, model=run.model_name, horizon=run.horizon, seed=run.seed)
     if run.folds:
         row |= dict(folds=run.folds, fold=run.fold or "all")
     return row | {name: metrics.get(name, math.nan) for name in _LISTED} | dict(scored=scored)

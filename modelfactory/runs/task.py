@@ -44,13 +44,14 @@ def task_runs(
 def _runs_by_model(runs, data, horizon, read):
     "Groups runs by model; `read` returns the setup that all seeds of a model share, or None to exclude a run."
     names, models = runs.task_names, {}
-    on_task = [r for r in runs if r.fold is None and names[r.path.name] == data and r.horizon == horizon]
+    listed = runs.by_horizon()
+    on_task = [r for r in listed if r.fold is None and names[r.path.name] == data and r.horizon == horizon]
     for run in sorted(on_task, key=lambda r: (r.created, r.path.name), reverse=True):
-        newest, seeds = models.get(run.manifest["model"], (None, {}))
+        newest, seeds = models.get(run.model_name, (None, {}))
         if run.seed in seeds or newest not in (None, _shared_setup(run)):
             continue
         if setup := read(run):
-            models[run.manifest["model"]] = setup, seeds | {run.seed: run}
+            models[run.model_name] = setup, seeds | {run.seed: run}
     return {model: [seeds[s] for s in sorted(seeds)] for model, (_, seeds) in sorted(models.items())}
 
 
@@ -68,7 +69,8 @@ def _shared_setup(run):
     for part, ignored in (("config", SEED_KEYS), ("data", _DATA_PATH_KEYS)):
         if isinstance(shared.get(part), dict):
             shared[part] = {name: value for name, value in shared[part].items() if name not in ignored}
-    return json.dumps([shared, run.manifest.get("data_fingerprint")], sort_keys=True, default=str)
+    setup = [shared, run.manifest.get("data_fingerprint"), run.joint_horizons]
+    return json.dumps(setup, sort_keys=True, default=str)
 
 # %% ../../nbs/runs/06_task.ipynb #0550bbb6
 def common_rows(
@@ -106,7 +108,7 @@ class Task:
     data: str
     horizon: int  # horizon of the label, in bars
     classes: tuple
-    models: dict[str, list[StoredRun]]  # model name -> its runs, one per seed
+    models: dict[str, list[StoredRun]]  # name of the model, such as gru or gru (joint) -> its runs, one per seed
     tables: dict[str, pd.DataFrame]  # name of a run folder -> predictions of the run
     n_left_out: int = 0  # number of rows that only some of the runs predicted
 
@@ -272,7 +274,7 @@ def _as_runs(runs) -> RunList:
 def _only_task(runs, data, horizon) -> tuple[str, int]:
     "Data set and horizon of the runs; raises `SignificanceError` unless they are from exactly one task."
     names = runs.task_names
-    tasks = sorted({(names[r.path.name], r.horizon) for r in runs if r.fold is None})
+    tasks = sorted({(names[r.path.name], r.horizon) for r in runs.by_horizon() if r.fold is None})
     tasks = [(d, h) for d, h in tasks if data in (None, d) and horizon in (None, h)]
     if len(tasks) == 1:
         return tasks[0]
@@ -288,10 +290,13 @@ def count_trials(
     horizon: int | None = None,  # bars ahead; None: all horizons
     tuning: bool = True,  # whether to include tuning trials; use False if the studies cannot be read
 ) -> int:
-    "The number of distinct runs on a data set plus the number of configurations tried in tuning studies on it."
+    """The number of distinct runs on a data set plus the number of configurations tried in tuning studies on it.
+
+    A joint fit counts once for each of its horizons, like models that are trained apart."""
     names = runs.data_names
-    on_data = [r for r in runs if names[r.data] == data and horizon in (None, r.horizon) and not r.is_stitched]
-    return len({r.identity for r in on_data}) + (_tuning_trials(on_data, horizon) if tuning else 0)
+    listed = [r for r in runs.by_horizon() if horizon in (None, r.horizon)]
+    on_data = [r for r in listed if names[r.data] == data and not r.is_stitched]
+    return len({(r.identity, r.horizon) for r in on_data}) + (_tuning_trials(on_data, horizon) if tuning else 0)
 
 
 def _tuning_trials(runs, horizon):

@@ -157,11 +157,14 @@ def flatten_params(
 
 # %% ../../nbs/runs/16_tracking.ipynb #caca0b89
 def _metric_points(run):
-    "Final metrics at step 0, and training curves by step."
-    sources = {"": run.metrics, "baseline/": run.baseline}
-    for split in run.manifest["splits"]:
-        if split != "val":
-            sources[f"{split}/"] = run._numbers(f"{split}_metrics.json")
+    "Final metrics at step 0, and training curves by step; names of a joint fit begin with the horizon, such as `h5/`."
+    sources = {}
+    for part in run.parts():
+        under = f"h{part.horizon}/" if run.joint_horizons else ""
+        sources |= {under: part.metrics, f"{under}baseline/": part.baseline}
+        for split in run.manifest["splits"]:
+            if split != "val":
+                sources[f"{under}{split}/"] = part._numbers(f"{split}_metrics.json")
     points = []
     for prefix, metrics in sources.items():
         points += [(_mlflow_name(f"{prefix}{k}"), v, 0) for k, v in metrics.items()]
@@ -199,7 +202,7 @@ def _run_key(run):
 
 
 def _run_tags(run):
-    text_metrics = {_mlflow_name(k): v for k, v in run.metrics.items() if isinstance(v, str)}
+    text_metrics = {_mlflow_name(k): v for k, v in run.parts()[0].metrics.items() if isinstance(v, str)}
     manifest = {k: run.manifest[k] for k in TAG_KEYS if run.manifest.get(k) is not None}
     git = {"mlflow.source.git.commit": manifest["commit"]} if "commit" in manifest else {}
     origin = tracking_store(runs=run.path.parent)._origin

@@ -5,22 +5,26 @@
 # %% ../../nbs/training/00_trainer.ipynb #42182479
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from modelfactory.configuration import (
     ConfigError,
+    Horizon,
     HTMLConfig,
     NonNegativeInt,
-    PositiveInt,
     TradingRules,
     TradingSettings,
     build_config,
+    horizon_text,
+    horizon_tuple,
     read_yaml,
     settings,
 )
@@ -29,7 +33,7 @@ from ..data.categories import code_names
 from ..data.dataset import DatasetConfig, load_datasets, read_prices
 from ..data.fold_data import fill_features, fold_datasets, scored_rows
 from ..data.prices import check_dataset_prices
-from ..data.splits import fill_nan, fingerprint
+from ..data.splits import NO_TARGET, fill_nan, fingerprint
 from ..data.uniqueness import effective_samples, label_uniqueness
 from ..evaluation.backtest import GAP_0_NOTE
 from ..evaluation.baselines import all_baselines, fold_baselines
@@ -41,8 +45,16 @@ from ..evaluation.tables import Metrics
 from ..figures import tear_sheet
 from ..figures.coverage import plot_coverage
 from ..figures.robustness import plot_robustness
-from ..models.base import BaseModel, PredictionOutput, check_history, check_y, training_weights
+from modelfactory.models.base import (
+    BaseModel,
+    PredictionOutput,
+    check_history,
+    horizon_rows,
+    join_outputs,
+    training_weights,
+)
 from ..models.conformal import adapt_sets, label_delay
+from ..models.joint import history_at, horizon_model
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from .test_set import record_test_use, runs_folder
@@ -68,7 +80,7 @@ class _FitConfig:
     "The model, its data and its seed."
 
     model: str  # model name in the registry
-    horizon: PositiveInt  # horizon of the label, in bars
+    horizon: Horizon  # horizon of the label, in bars; several, such as [5, 20], for one joint fit
     data: DatasetConfig  # data set, and the columns and rows used from it
     config: dict = field(default_factory=dict)  # values that override the model's config
     preset: str | None = None  # preset in the model's YAML file
@@ -105,7 +117,9 @@ def trainer_config(
 
 # %% ../../nbs/training/00_trainer.ipynb #225ac76b
 class Trainer:
-    "Trains and evaluates one model for one horizon."
+    """Trains and evaluates one model for one horizon, or for several horizons in a joint fit.
+
+    The scores of a joint fit are those of its horizons: `at` returns the trainer of one of them."""
 
     def __init__(
         self,
@@ -122,12 +136,18 @@ class Trainer:
         self.report: SplitsReport | None = None
         self.history: dict | None = None
         self.predictions: dict[str, PredictionOutput] = {}
-        self.metrics: dict[str, Metrics] = {}
+        self.metrics: dict[str, Any] = {}  # split -> metrics; for a joint fit, split -> horizon -> metrics
         self.seconds: dict[str, float] = {}
         self.robustness_by_split: dict[str, Robustness] = {}
         self.baseline_metrics: dict[str, dict[str, dict]] = {}
         self.folds: list[FoldDatasets] = []
+        self._parts: dict[int, Trainer] = {}
         c = self.config
+        if c.data.folds is not None and len(self.horizons) > 1:
+            raise ConfigError(
+                f"folds: found a joint fit of the horizons {horizon_text(c.horizon, ' and ')}, expected one horizon; "
+                "train the horizons of a model on folds one at a time"
+            )
         fixed = dict(random_seed=c.seed, classes=c.data.classes, categorical=code_names(c.data.categorical))
         fixed |= _fold_rules(c.data.folds, c.config)
         self.model_config = resolve_config(c.model, c.horizon, c.preset, c.config, **fixed)
@@ -135,8 +155,49 @@ class Trainer:
     def __repr__(self):
         steps = dict(data=self.datasets, model=self.model, trained=self.history is not None, evaluated=self.metrics)
         done = [name for name, result in steps.items() if result]
-        task = f"{self.config.model}, horizon {self.config.horizon}, {self.config.data.data}"
+        task = f"{self.config.model}, horizon {horizon_text(self.config.horizon)}, {self.config.data.data}"
         return f"Trainer({task}): {', '.join(done) or 'nothing done yet'}"
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        "The horizons in bars; one, unless the fit is joint."
+        return horizon_tuple(self.config.horizon)
+
+    @property
+    def horizon(self) -> int:
+        "The horizon in bars; raises `ConfigError` for a joint fit, whose horizons are scored one by one."
+        if isinstance(self.config.horizon, tuple):
+            listed = horizon_text(self.config.horizon, " and ")
+            raise ConfigError(f"a joint fit of the horizons {listed} is scored per horizon: use at({self.horizons[0]})")
+        return self.config.horizon
+
+    def at(
+        self,
+        horizon: int,  # one of `horizons`
+    ) -> Trainer:  # shares the model and the data; a trainer of one horizon returns itself
+        "The trainer of one horizon of a joint fit, with its samples, predictions, metrics and figures."
+        if self.config.horizon == horizon:
+            return self
+        if horizon not in self.horizons:
+            raise ConfigError(f"horizon = {horizon}: expected one of {horizon_text(self.config.horizon, ', ')}")
+        if horizon not in self._parts:
+            self._parts[horizon] = part = copy.copy(self)
+            part.config, part._parts, part.predictions, part.metrics = replace(self.config, horizon=horizon), {}, {}, {}
+            part.datasets, part.robustness_by_split, part.baseline_metrics, part._learning = {}, {}, {}, None
+            part.model_config = self.model_config | dict(horizon=horizon)
+        part = self._parts[horizon]
+        part.model, part.history = (
+            self.model and horizon_model(self.model, horizon),
+            self.history and history_at(self.history, horizon),
+        )
+        part.seconds = self.seconds
+        part.datasets |= {k: ds.at(horizon) for k, ds in self.datasets.items() if k not in part.datasets}
+        part.predictions |= {k: p.at(horizon) for k, p in self.predictions.items() if k not in part.predictions}
+        return part
+
+    def parts(self) -> list[Trainer]:
+        "The trainers of the horizons."
+        return [self.at(h) for h in self.horizons]
 
     def _load(self, splits: tuple[str, ...]) -> tuple[dict[str, TimeSeriesDataset], SplitsReport]:
         c = self.config
@@ -144,7 +205,7 @@ class Trainer:
         task = c.horizon, self.model_config["sequence_length"]
         if c.data.folds is None:
             return load_datasets(folder, *task, splits, self.frames, self.context_rows)
-        self.folds, report = fold_datasets(folder, *task, self.frames, self.context_rows)
+        self.folds, report = fold_datasets(folder, self.horizon, task[1], self.frames, self.context_rows)
         is_single = c.data.folds.fold is not None
         val = self.folds[0].val if is_single else scored_rows(self.folds)
         datasets = {k: ds for k, ds in dict(train=self.folds[0].train, val=val).items() if k in splits}
@@ -178,7 +239,7 @@ class Trainer:
         Raises `SplitsError` if the splits are not valid or the validation prices are unusable."""
         self.datasets, report = self._load(("train", "val"))
         self.report = report
-        self.baseline_metrics, self._fingerprint = {}, ""
+        self.baseline_metrics, self._fingerprint, self._parts = {}, "", {}
         if has_direction(self.config.data.classes):
             check_dataset_prices(self.datasets["val"], self.config.data.prices)
         return report
@@ -204,6 +265,7 @@ class Trainer:
         model = self.build_model() if self.model is None else self.model
         train, val = self.datasets["train"], self.datasets["val"]
         self._fingerprint, self._learning = self.fingerprint(), None  # before the fit, because files may move later
+        self._parts = {}
         model.callbacks = [*model.callbacks, *self.callbacks]
         start = time.perf_counter()
         self.history = model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
@@ -215,7 +277,7 @@ class Trainer:
         self,
         split: str = "val",  # name of the split; each use of "test" is recorded in the ledger
         run: Path | None = None,  # folder of the run; the ledger is in its runs folder; None: use `runs`
-    ) -> dict:
+    ) -> dict:  # metric -> value; for a joint fit, horizon -> metrics
         "Predicts a split and returns its metrics; fills `predictions[split]` and `metrics[split]`."
         self.predict(split, run)
         return self.score_split(split)
@@ -237,8 +299,18 @@ class Trainer:
         ds, start = self.datasets[split], time.perf_counter()
         output = model.predict(ds.X, ds.metadata)
         self.seconds["predict"] = time.perf_counter() - start
-        self.predictions[split] = self._adapt_sets(output, split)
+        if len(self.horizons) > 1:
+            self.predictions[split] = join_outputs([self._labelled_rows(output, split, h) for h in self.horizons])
+            for part in self._parts.values():
+                part.predictions.pop(split, None)
+        else:
+            self.predictions[split] = self._adapt_sets(output, split)
         return self.predictions[split]
+
+    def _labelled_rows(self, output, split, horizon):
+        "Predictions for the rows with a label at one horizon of a joint fit."
+        is_labelled = self.datasets[split].y[:, self.horizons.index(horizon)] != NO_TARGET
+        return self.at(horizon)._adapt_sets(output.at(horizon).subset(is_labelled), split)
 
     def _adapt_sets(self, output, split):
         "Adapts prediction sets to the labels that are known; on test, the labels of validation are known as well."
@@ -248,7 +320,7 @@ class Trainer:
         if split == "test":
             val = self.datasets["val"]
             if (of_val := self.predictions.get("val")) is None:
-                of_val = self.model.predict(val.X, val.metadata)
+                of_val = horizon_rows(self.model.predict(val.X, val.metadata), self.model.horizons, val.horizon)
             parts = [(of_val, val.y, label_delay(val.metadata, gap))]
         ds = self.datasets[split]
         return adapt_sets(self.model, *parts, (output, ds.y, label_delay(ds.metadata, gap)))
@@ -256,8 +328,11 @@ class Trainer:
     def score_split(
         self,
         split: str = "val",  # a split with stored predictions
-    ) -> dict:
+    ) -> dict:  # metric -> value; for a joint fit, horizon -> metrics
         "Computes the metrics of a split's stored predictions and stores them in `metrics[split]`."
+        if len(self.horizons) > 1:
+            self.metrics[split] = {part.config.horizon: part.score_split(split) for part in self.parts()}
+            return self.metrics[split]
         self.robustness_by_split.pop(split, None)
         self.metrics[split] = Metrics(self.score(self.predictions[split], split) | self.null_metrics(split))
         return self.metrics[split]
@@ -266,13 +341,14 @@ class Trainer:
         runs = (self.runs or settings().runs) if run is None else runs_folder(run)
         name = "" if run is None else Path(run).name
         c = self.config
-        record_test_use(runs, c.data.data, self.fingerprint(), c.model, c.horizon, name)
+        for horizon in self.horizons:
+            record_test_use(runs, c.data.data, self.fingerprint(), c.model, horizon, name)
 
     def null_metrics(self, split: str = "val") -> dict:
         "Metrics under the null hypothesis: p-values from circular time shifts, and the F1 without directional skill."
         c, ds = self.config, self.datasets[split]
         prices, _ = read_prices(ds, c.data.prices)
-        return null_metrics(self.predictions[split], ds.y, prices, c.horizon, c.seed, c.rules, c.data.classes)
+        return null_metrics(self.predictions[split], ds.y, prices, self.horizon, c.seed, c.rules, c.data.classes)
 
     def score(self, predictions: PredictionOutput, split: str = "val") -> dict:
         "Metrics of any predictions for a split, made by the model or by a baseline."
@@ -287,16 +363,23 @@ class Trainer:
         "Warnings if the fit learnt nothing or diverged, based on predictions for training rows; computed once."
         if self._learning is None:
             assert self.model is not None, "learning_notes: the trainer has no model; call train first"
-            self._learning = learning_notes(self.model, self.datasets["train"]) + divergence_notes(self.history)
+            diverged = dict.fromkeys(note for part in self.parts() for note in divergence_notes(part.history))
+            self._learning = [note for part in self.parts() for note in self._notes_at(part)] + list(diverged)
         return self._learning
+
+    def _notes_at(self, part):
+        "The notes on the fit of one horizon; those of a joint fit name the horizon."
+        return [_at_horizon(self, part, note) for note in learning_notes(part.model, part.datasets["train"])]
 
     def notes(self) -> tuple:  # sentences
         "Caveats on the scores: a useless fit, early stopping on validation data, label overlap, and gap 0."
         gap = GAP_0_NOTE[:1].upper() + GAP_0_NOTE[1:] + "." if self.config.data.gap == 0 else None
         learning = self.learning_notes() if self.history is not None else []
         stopping = early_stopping_note(self.model_config)
-        overlap = overlap_note(self.datasets["val"]) if "val" in self.datasets else None
-        return tuple(note for note in (*learning, stopping, overlap, gap, self.fold_note()) if note)
+        overlap = [
+            _at_horizon(self, part, overlap_note(part.datasets["val"])) for part in self.parts() if part.datasets
+        ]
+        return tuple(note for note in (*learning, stopping, *overlap, gap, self.fold_note()) if note)
 
     def fold_note(self) -> str | None:
         "The fold of the run with the times of its training and scored rows, in words; None without folds."
@@ -329,7 +412,7 @@ class Trainer:
         if split not in self.robustness_by_split and has_direction(self.config.data.classes):
             ds = self.datasets[split]
             prices, _ = read_prices(ds, self.config.data.prices)
-            has_hits = self.config.horizon in ds.split.bars_to_hit
+            has_hits = self.horizon in ds.split.bars_to_hit
             bars_to_hit = ds.metadata.label_bars.to_numpy() if has_hits else None
             self.robustness_by_split[split] = analyse_robustness(
                 self.evaluator, self.predictions[split], ds.y, prices, bars_to_hit
@@ -346,13 +429,13 @@ class Trainer:
         if prices is None or not has_direction(c.data.classes):
             return None
         sampling, predictions = Resampling(seed=c.seed), self.predictions[split]
-        return information_report(predictions, prices, c.horizon, c.rules, c.data.classes, sampling=sampling)
+        return information_report(predictions, prices, self.horizon, c.rules, c.data.classes, sampling=sampling)
 
     @property
     def evaluator(self) -> ModelEvaluator:
         "An evaluator with the costs, classes and seed of the configuration."
         c = self.config
-        return ModelEvaluator(c.horizon, c.data.classes, seed=c.seed, gap=c.data.gap, **vars(c.rules))
+        return ModelEvaluator(self.horizon, c.data.classes, seed=c.seed, gap=c.data.gap, **vars(c.rules))
 
     def baselines(self, split: str = "val") -> dict[str, dict]:  # name -> metrics
         "Metrics of the baselines prior, flat, long and persistence, which use no features; computed once."
@@ -377,6 +460,11 @@ class Trainer:
     def resolved_config(self) -> dict:
         "The configuration with all keys of the model filled in; a trainer created from it gives the same result."
         return asdict(self.config) | dict(data=self.config.data.stored(), config=self.model_config, preset=None)
+
+
+def _at_horizon(trainer, part, note):
+    "A note on one horizon; it names the horizon if the fit is joint. None stays None."
+    return f"Horizon {part.horizon}: {note}" if note and len(trainer.horizons) > 1 else note
 
 
 def _fold_rules(folds: FoldConfig | None, config: dict) -> dict:
@@ -413,11 +501,12 @@ def learning_notes(
     "Warning if a fit predicts the same probabilities for all training rows or does not beat the class shares on them."
     rows = np.unique(np.linspace(0, len(train) - 1, min(NOTE_ROWS, len(train))).astype(int))
     metadata = train.metadata.iloc[rows].reset_index(drop=True)
-    p = model.predict(train.X.subset(rows), metadata).probabilities.astype(float)
+    output = model.predict(train.X.subset(rows), metadata)
+    p = horizon_rows(output, model.horizons, train.horizons[0]).probabilities.astype(float)
     size = f"{len(train):,} training rows, {len(model.classes)} classes"
     if p.std(0).max() < NOTE_STD:
         return [f"The fit learnt nothing: it predicts the same probabilities for every row ({size})."]
-    codes = check_y(model, train.y, len(train))
+    codes = pd.Index(model.classes).get_indexer(train.y)
     weights = training_weights(model, codes, train.metadata)
     codes, weights = codes[rows], np.ones(len(rows)) if weights is None else weights[rows]
     shares = np.bincount(codes, weights, minlength=len(model.classes)) / weights.sum()
@@ -481,7 +570,11 @@ def trainer_plots(
     split: str = "val",
     names: tuple = (),  # names of the figures to draw; empty: all
 ) -> dict[str, Figure]:  # name -> figure
-    "Figures of one trained model, by name; figures without data are omitted."
+    """Figures of one trained model, by name; figures without data are omitted.
+
+    The names of a joint fit begin with the horizon, such as `h5_confusion`; its horizons may share a learning curve."""
+    if len(trainer.horizons) > 1:
+        return _joint_plots(trainer, split, names)
     predictions, classes = trainer.predictions[split], trainer.config.data.classes
     labelled = predictions, trainer.datasets[split].y, classes
     history, model = trainer.history or {}, trainer.model
@@ -498,6 +591,19 @@ def trainer_plots(
     )
     figures = {name: draw[name]() for name in names or draw}
     return {name: figure for name, figure in figures.items() if figure}
+
+
+def _joint_plots(trainer, split, names):
+    "The figures of all horizons of a joint fit."
+    curve = "learning_curve"
+    is_shared = trainer.parts()[-1].history is trainer.history
+    figures = {}
+    for part in trainer.parts():
+        of_part = trainer_plots(part, split, names)
+        if is_shared and curve in of_part:
+            figures.setdefault(curve, of_part.pop(curve))
+        figures |= {f"h{part.horizon}_{name}": figure for name, figure in of_part.items()}
+    return figures
 
 
 def _plot_coverage(trainer, split):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 import modelfactory
-from ..configuration import ConfigError, did_you_mean, read_yaml
+from ..configuration import ConfigError, did_you_mean, horizon_text, read_yaml
 from ..data.bundled import resolve_data
 from ..data.categories import code_names
 from ..data.dataset import TimeSeriesDataset, read_prices
@@ -187,6 +187,11 @@ class Objective:
         self.metric = _check_choice("objective", metric, OBJECTIVES)
         self.on = _check_choice("on", on, ("train", "val"))
         self.folds = _check_positive("folds", folds)
+        if len(trainer.horizons) > 1:
+            raise TunerError(
+                f"horizon = {horizon_text(self.config.horizon)}: a study tunes one horizon; tune the horizon that "
+                "matters most, and train the joint fit with its values"
+            )
         classes = self.config.data.classes
         if metric == "sharpe_net" and not has_direction(classes):
             reason = f"classes {classes} have no sign, so nothing is traded"

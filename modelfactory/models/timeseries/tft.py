@@ -15,10 +15,15 @@ from annotated_types import Interval
 
 from ...configuration import NonNegativeInt, PositiveInt
 from ..base import check_X
-from ..batches import as_windows, used_rows
 from ..errors import NotFittedError
 from ..registry import ModelRegistry
-from ..sequence import SequenceClassifier, SequenceConfig, functional_module
+from modelfactory.models.sequence import (
+    SequenceClassifier,
+    SequenceConfig,
+    backbone_inputs,
+    code_scale,
+    functional_module,
+)
 from ..training_loop import isolated_torch_state
 
 if TYPE_CHECKING:
@@ -33,8 +38,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EPSILON', 'MIN_CHUNKED', 'STATIC', 'TFTConfig', 'stacked_grns', 'weighted_grns', 'chunked_selection',
-           'decoding_one_step', 'on_device_of', 'symbol_codes', 'code_scale', 'tft_outputs', 'tft',
-           'fusion_transformer', 'weight_table', 'TFTModel']
+           'decoding_one_step', 'on_device_of', 'symbol_codes', 'tft_outputs', 'tft', 'fusion_transformer',
+           'weight_table', 'TFTModel']
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #fd6904c6
 @dataclass
@@ -47,7 +52,6 @@ class TFTConfig(SequenceConfig):
     n_heads: PositiveInt = 1  # attention heads
     n_layers: PositiveInt = 1  # number of stacked LSTM layers
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.3  # fraction of activations dropped in training
-    categorical: tuple[str, ...] = ()  # feature columns of category codes; the column `symbol` is the static input
 
 # %% ../../../nbs/models/timeseries/tft.ipynb #7e111943
 def stacked_grns(
@@ -160,17 +164,12 @@ def on_device_of(
 
 
 def symbol_codes(
-    column: torch.Tensor,  # (B,) codes divided by `code_scale(n_symbols)`
+    column: torch.Tensor,  # (B,) codes divided by `code_scale(n_symbols - 1)`
     n_symbols: int,  # number of codes, with 0 for unknown
 ) -> torch.Tensor:  # (B,) int64
     "The codes; 0 for codes that are not in the training rows."
-    codes = (column * code_scale(n_symbols)).round().long()
+    codes = (column * code_scale(n_symbols - 1)).round().long()
     return codes * (codes < n_symbols)
-
-
-def code_scale(n_symbols: int) -> int:
-    "A power of two by which codes are divided, so that the clipping of features does not change them."
-    return 1 << (n_symbols - 1).bit_length()
 
 
 def tft_outputs(
@@ -249,7 +248,7 @@ def weight_table(
     return pd.DataFrame(dict(weight=weights.mean(0)) | quantiles, index)
 
 
-STATIC = "symbol"  # the column of `categorical` that is a static input
+STATIC = "symbol_code"  # the feature of category codes that is a static input
 
 
 @ModelRegistry.register("tft", family="timeseries")
@@ -257,47 +256,22 @@ class TFTModel(SequenceClassifier):
     "Temporal Fusion Transformer: weighted features, an LSTM, and attention from the step after the window."
 
     Config, requires = TFTConfig, ("torch", "safetensors", "pytorch_forecasting")
-    n_symbols = 0  # number of codes of the static input; 0: no static input
-
-    @property
-    def symbol(self) -> int | None:
-        "Position of the static input among the features, or None."
-        is_static = STATIC in self.config.categorical and STATIC in self.feature_columns
-        return self.feature_columns.index(STATIC) if is_static else None
-
-    def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
-        if self.symbol is not None:
-            self.n_symbols = self.count_codes(as_windows(check_X(self, X_train)))
-        return super().fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
-
-    def count_codes(self, windows: Windows) -> int:
-        "The largest code of the static input plus 1; raises `ValueError` unless codes are 0, 1, 2, ..."
-        codes = windows.base[used_rows(windows), self.symbol]
-        if (bad := codes[(codes < 0) | (codes != np.round(codes))]).size:
-            raise ValueError(
-                f"{self.name}: {STATIC}: {bad.size:,} of {codes.size:,} values are no category codes, for example "
-                f"{bad[0]:g}; expected 0 for unknown, 1, 2, ...; give each symbol a code or remove it from categorical"
-            )
-        return int(codes.max()) + 1
-
-    def build(self):
-        if self.n_symbols:
-            self.mean[self.symbol], self.scale[self.symbol] = 0, code_scale(self.n_symbols)
-        super().build()
+    static_codes = (STATIC,)
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn
 
-        symbol = self.symbol if self.n_symbols else None
+        symbol = self.backbone_columns.index(STATIC) if STATIC in self.codes else None
+        n_symbols = 0 if symbol is None else max(self.codes[STATIC], default=0) + 1
         numeric = [j for j in range(F) if j != symbol]
         n = c.n_variables or len(numeric)
         return functional_module(
             tft,
             variables=nn.Linear(len(numeric), n) if c.n_variables else nn.Identity(),
-            tft=fusion_transformer(n, n_classes, T, c, self.n_symbols),
+            tft=fusion_transformer(n, n_classes, T, c, n_symbols),
             symbol=symbol,
             numeric=numeric,
-            n_symbols=self.n_symbols,
+            n_symbols=n_symbols,
         )
 
     def interpretation(
@@ -321,8 +295,9 @@ class TFTModel(SequenceClassifier):
         if not len(check_X(self, X)):
             raise ValueError(f"{self.name}: interpretation of 0 windows, expected at least one")
         by_lag, attention = self._weights(X)
-        mixing = getattr(self.net.variables, "weight", None)
-        features = [name for j, name in enumerate(self.feature_columns) if j in self.net.numeric]
+        net = self._backbone
+        mixing = getattr(net.variables, "weight", None)
+        features = [name for j, name in enumerate(self.backbone_columns) if j in net.numeric]
         lags = pd.RangeIndex(self.config.sequence_length - 1, -1, -1, name="lag")
         tables = {}
         if mixing is not None:
@@ -335,6 +310,10 @@ class TFTModel(SequenceClassifier):
         tables["features_by_lag"] = pd.DataFrame(by_lag.mean(0), lags, index)[::-1]
         return tables | dict(attention=weight_table(attention, lags)[::-1])
 
+    @property
+    def _backbone(self):
+        return getattr(self.net, "net", self.net)  # the network wraps the backbone if it embeds codes
+
     def _weights(self, X):
         "Selection weights (n, T, variables) and attention (n, T) of windows."
         import torch
@@ -343,13 +322,7 @@ class TFTModel(SequenceClassifier):
         with isolated_torch_state(self.config), torch.no_grad():
             self.net.eval()
             for idx in np.array_split(np.arange(len(batches)), -(-len(batches) // self.config.batch_size)):
-                outputs = tft_outputs(self.net, batches.take(idx))
+                outputs = tft_outputs(self._backbone, backbone_inputs(self.net, batches.take(idx)))
                 selected.append(outputs.encoder_variables[:, :, 0].cpu())
-                attended.append(self.net.tft.interpret_output(outputs)["attention"].cpu())
+                attended.append(self._backbone.tft.interpret_output(outputs)["attention"].cpu())
         return (torch.cat(a).double().numpy() for a in (selected, attended))
-
-    def get_extra_state(self):
-        return dict(n_symbols=self.n_symbols)
-
-    def set_extra_state(self, state):
-        self.n_symbols = state.get("n_symbols", 0)
