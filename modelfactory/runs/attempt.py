@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ..configuration import settings
 from ..files import FileError, check_inner_name, check_tree, read_json
@@ -303,6 +302,8 @@ class RunCheckpoint(Checkpoint):
         runs: Path,  # the runs folder
         identity: str,  # identity of the future run
     ):
+        from filelock import FileLock
+
         super().__init__(working_folder(runs, PARTIAL_FOLDER), resume=True, max_share=CHECKPOINT_SHARE)
         self.partial, self.identity = self.folder, identity
         self.lock = FileLock(Path(runs) / ".locks" / f"fit_{identity}")
@@ -334,6 +335,8 @@ class RunCheckpoint(Checkpoint):
 
     def _has_lock(self):
         "Whether this process alone writes the checkpoints of the run; it keeps the lock until it ends."
+        from filelock import Timeout
+
         Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(Timeout):
             self.lock.acquire(timeout=0)
