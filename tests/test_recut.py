@@ -344,7 +344,7 @@ def stats_of(x, names=("min", "median", "max", "mean", "std", "iqr")):
     st.integers(0, 10_000),
 )
 def test_the_inverse_restores_the_values_or_is_refused(log, kind, is_stored, seed):
-    "The number of values is odd: otherwise, the median of the transformed values is not that of the values, transformed."
+    "The number of values is odd, so that the median of the transformed values is the transformed median."
     rng = np.random.default_rng(seed)
     x = rng.lognormal(rng.uniform(-1, 1), rng.uniform(0.5, 1.5), 401)
     if log in (None, "sign(x) log(1 + |x|)"):
