@@ -64,8 +64,8 @@ readme: setup  # executes nbs/index.ipynb again and writes README.md from it
 	cd tests && ../$(BIN)/python -c 'from test_house import readme; print(readme(), end="")' > ../README.md
 
 picture: setup  # draws docs/comparison.png: every model on the simulated market with known Bayes optimum
-	$(BIN)/modelfactory experiment quick --output docs/_build/runs
-	$(BIN)/python -c "from modelfactory.figures import model_comparison; from modelfactory.runs import comparison, report; model_comparison.plot_forest(report.leaderboard(comparison.comparison('docs/_build/runs')), 'planted').savefig('docs/comparison.png', bbox_inches='tight')"
+	$(BIN)/modelfactory experiment picture --output docs/_build/runs
+	$(BIN)/python -c "from modelfactory.figures.model_comparison import plot_benchmark; from modelfactory.runs.comparison import comparison; plot_benchmark(comparison('docs/_build/runs'), 'planted', 'preset quick, three seeds; networks read 16 bars and stop after 4 epochs without a lower validation loss').savefig('docs/comparison.png', bbox_inches='tight')"
 
 docs: setup  # builds the site in docs/_build/html
 	$(BIN)/python docs/pages.py

@@ -16,6 +16,7 @@ from modelfactory.models import training_loop
 from modelfactory.models.batches import Batches, standardise_windows
 from modelfactory.models.conformance import window_task
 from modelfactory.models.errors import DivergedError
+from modelfactory.models.loading import load_model
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.models.training_loop import (
     SequenceConfig,
@@ -135,6 +136,17 @@ def test_predictions_do_not_depend_on_the_batch_size():
 def test_a_missing_device_is_an_error():
     with pytest.raises(ValueError, match="device is cuda, but torch finds no GPU"):
         fitted(device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_network_that_was_fitted_on_a_gpu_predicts_on_a_cpu(tmp_path):
+    model, _ = fitted(max_epochs=2)
+    model.save(tmp_path)
+    header = json.loads((tmp_path / "model.json").read_text())
+    header["config"]["device"] = "cuda"
+    (tmp_path / "model.json").write_text(json.dumps(header))
+    expected, loaded = (m.predict(TASK.X_val, TASK.meta_val) for m in (model, load_model(tmp_path)))
+    assert np.array_equal(loaded.probabilities, expected.probabilities)
 
 
 def test_label_smoothing_lowers_the_highest_probability():

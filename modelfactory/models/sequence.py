@@ -174,9 +174,9 @@ class NetworkModel(BaseModel):
 
         In a joint fit of H horizons, `n_classes` is H times the number of classes: a head for each horizon."""
 
-    def build(self) -> None:
-        "Creates the network on its device; the seed determines the initial weights."
-        self.device = pick_device(self.config.device)
+    def build(self, or_cpu: bool = False) -> None:
+        "Creates the network on its device (see `pick_device`); the seed determines the initial weights."
+        self.device = pick_device(self.config.device, or_cpu)
         seed_torch(self.config.random_seed, self.device)
         T, F = self.config.sequence_length, len(self.backbone_columns)
         with without_module(ADDRESS_GRAMMAR):  # the backbone may import neuralforecast
@@ -299,7 +299,7 @@ class NetworkModel(BaseModel):
             self.codes = {name: [int(code) for code in codes] for name, codes in header.get("codes", {}).items()}
             self.importance, self.sample = header.get("importance"), None
         with isolated_torch_state(self.config):
-            self.build()
+            self.build(or_cpu=True)
         with checkpoint_errors(Path(path) / "network.safetensors", "the weights of this network") as file:
             load_trainable_state_dict(self.net, load_file(file))
 

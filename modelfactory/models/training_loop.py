@@ -76,7 +76,7 @@ def isolated_torch_state(config: SequenceConfig) -> Iterator[None]:
     n_threads_before = torch.get_num_threads()
     tune_malloc()
     torch.set_num_threads(n_threads(config))
-    cards = [torch.cuda.current_device()] if pick_device(config.device) == "cuda" else []
+    cards = [torch.cuda.current_device()] if pick_device(config.device, or_cpu=True) == "cuda" else []
     with torch.random.fork_rng(cards, device_type="cuda"):
         try:
             yield
@@ -98,12 +98,15 @@ def seed_torch(
 # %% ../../nbs/models/08_training_loop.ipynb #34141d7f
 def pick_device(
     requested: str,  # auto, cpu, cuda or mps
+    or_cpu: bool = False,  # return cpu if the requested GPU is missing, as for a model that was fitted elsewhere
 ) -> str:  # cpu, cuda or mps
-    "Returns the device of a fit; raises `ValueError` if torch does not find the requested GPU."
+    "Returns the device of a network; raises `ValueError` if torch does not find the requested GPU."
     import torch
 
     for device, is_available in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available)):
         if requested == device and not is_available():
+            if or_cpu:
+                return "cpu"
             raise ValueError(f"device is {device}, but torch finds no GPU; set device to auto or cpu")
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -168,7 +168,7 @@ class TimesFMEncoder:
         pretrained: dict | None = None,  # revision and hashes of the expected checkpoint; None: any checkpoint
     ):
         folder, self.pretrained = resolve_pinned(config, pretrained)
-        self.config, self.features, self.device = config, features, pick_device(config.device)
+        self.config, self.features, self.device = config, features, pick_device(config.device, or_cpu=True)
         self.timesfm = self.load(folder).to(self.device)
         most = config.sequence_length if config.series in features else self.max_context
         self.length = -(-min(config.context_length, most, self.max_context) // self.patch) * self.patch
@@ -450,6 +450,7 @@ class TimesFMModel(SequenceClassifier):
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None):
         if self.config.mode == "finetune":
             return super().fit(X_train, y_train, X_val, y_val, metadata_train, metadata_val)
+        pick_device(self.config.device)  # raises an error if the GPU is missing
         codes, _ = (check_y(self, y, len(check_X(self, X))) for X, y in ((X_train, y_train), (X_val, y_val)))
         with isolated_torch_state(self.config):
             self.read()
