@@ -1,6 +1,7 @@
 "Joint fits of several horizons: one network with a head for each, or one model for each behind the same call."
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,8 @@ from modelfactory.runs.rescore import rescore
 from modelfactory.runs.run import list_runs, load_run
 from modelfactory.runs.run_folder import RunError, start_attempt
 from modelfactory.training.trainer import Trainer, trainer_plots
+from modelfactory.tuning.result import n_trials_of, read_tuned
+from modelfactory.tuning.study import Objective, OptunaModelTuner
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +306,33 @@ def test_a_grid_and_the_command_line_name_joint_horizons(splits, monkeypatch):
     assert second.identity == third.identity != first.identity and second.title == "svm h5+20 splits"
     with pytest.raises(ConfigError, match=r"horizons.*expected a number of bars"):
         grid_config(dict(data=str(splits), models="svm", horizons=[[5, 5]]))
+
+
+def test_a_study_tunes_a_joint_fit_on_the_mean_over_its_horizons(splits, tmp_path):
+    "The value of a trial is the mean log loss over the horizons, on the labelled rows of each."
+    watch = SimpleNamespace(pruned=False, start_fold=lambda prior: None, end_fold=lambda loss: False)
+    with quick_plugin(tmp_path):
+        task = dict(model="nearest", data=str(splits), seed=1, horizon=(5, 20))
+        trainer = Trainer(task)
+        joint, config = Objective(trainer, folds=2), trainer.model_config
+        joint.prepare_data()
+        metadata = joint.dataset("train", 1).metadata
+        times = metadata.datetime.drop_duplicates().sort_values()
+        for train, test in joint.cut(1):  # purged by the longest label
+            last, first = (
+                times.searchsorted(t) for t in (metadata.datetime[train].max(), metadata.datetime[test].min())
+            )
+            assert first - last > 20
+        fold = joint.fold_data(1)[0]
+        output, means = joint._fit(config, fold, watch).predict(fold.test[0], fold.test[2]), []
+        for k, h in enumerate((5, 20)):
+            rows = fold.test[1][:, k] != NO_TARGET
+            p, codes = output.at(h).probabilities[rows], fold.test[1][rows, k] + 1
+            means.append(-np.log(p[np.arange(len(p)), codes]).mean())
+        assert joint.values(config, watch)[0] == pytest.approx(np.mean(means), abs=1e-5)
+        search = dict(threads=dict(type="categorical", choices=[1, 2]))
+        tuner = OptunaModelTuner(task, 2, folds=2, storage=tmp_path / "s.db", search=search)
+        result = tuner.run()
+        assert "_h5+20_" in tuner.study_name and result.value > 0
+        assert read_tuned(result.save(tmp_path / "tuned.yaml"))[1]["horizon"] == [5, 20]
+        assert [n_trials_of("nearest", h, storage=tmp_path / "s.db") for h in (5, 20, 7)] == [2, 2, 0]

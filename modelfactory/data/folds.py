@@ -57,7 +57,7 @@ def max_duration(
 
 # %% ../../nbs/data/09_folds.ipynb #3f36a33c
 class LabelSpans:
-    "Times at which each sample's label starts and ends."
+    "Times at which each sample's label starts and ends; with several horizons, its longest label."
 
     def __init__(self, ds: TimeSeriesDataset):
         s, rows = ds.split, ds.rows
@@ -67,11 +67,13 @@ class LabelSpans:
         self.times = s.datetimes.as_unit("ns").asi8  # (N,) time of each bar, nanoseconds
         self.firsts = np.searchsorted(s.codes, np.arange(len(s.symbols)))  # (symbols,) first row of each symbol
         self.lasts = np.append(self.firsts[1:], len(s)) - 1  # (symbols,) last row of each symbol
-        ends_at, last = rows + label_bars(s, ds.horizon)[rows], self.lasts[s.codes[rows]]
+        bars = np.max([label_bars(s, h)[rows] for h in ds.horizons], axis=0)
+        ends_at, last = rows + bars, self.lasts[s.codes[rows]]
         self.ends_at = np.minimum(ends_at, last)  # (n,) rows where labels end, capped at the symbol's last row
         self.start = self.times[rows]  # (n,) nanoseconds
         self.end = self.times[self.ends_at] + self._beyond(ends_at - last)  # (n,) nanoseconds
-        shortest = sample_rows(s.codes, s.labels[ds.horizon] != NO_TARGET, 1, ds.gap)
+        is_labelled = np.any([s.labels[h] != NO_TARGET for h in ds.horizons], axis=0)
+        shortest = sample_rows(s.codes, is_labelled, 1, ds.gap)
         self.stamps = np.union1d(self.start, self.times[shortest])  # (T,) timestamps, independent of the window length
         self.stamp = np.searchsorted(self.stamps, self.start)  # (n,) index of each start in `stamps`
 
@@ -195,14 +197,15 @@ def _check_count(n, name, minimum, maximum, hint):
 
 def _parse_embargo(embargo, ds):
     "Embargo as a number of bars or as a `pd.Timedelta` in nanoseconds; raises `FoldsError`."
+    longest = max(ds.horizons)
     if embargo is None:
-        return ds.horizon
+        return longest
     if isinstance(embargo, pd.Timedelta) and embargo >= pd.Timedelta(0):
         return embargo.as_unit("ns")
     if isinstance(embargo, (int, np.integer)) and not isinstance(embargo, bool) and embargo >= 0:
         return int(embargo)
     raise FoldsError(
-        f"embargo = {embargo!r}: expected a bar count or a pd.Timedelta, 0 or more; give a number such as {ds.horizon}"
+        f"embargo = {embargo!r}: expected a bar count or a pd.Timedelta, 0 or more; give a number such as {longest}"
     )
 
 # %% ../../nbs/data/09_folds.ipynb #05279433

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..configuration import ConfigError, read_yaml, settings
+from ..configuration import ConfigError, horizon_text, horizon_tuple, read_yaml, settings
 from .space import quiet_optuna
 from .storage import failure_reason, live_trials, open_storage, sqlite_file, storage_url
 
@@ -96,7 +97,7 @@ def _summary_rows(result):
     "Rows (name, text) of the summary table."
     task, default = result.study_attrs, result.default
     preset = f", preset {task['preset']}" if task["preset"] else ""
-    yield "task", f"{task['model']}, horizon {task['horizon']}, {task['data']}{preset}"
+    yield "task", f"{task['model']}, horizon {horizon_text(task['horizon'])}, {task['data']}{preset}"
     folds = ", ".join(f"{v:.4f}" for v in result.fold_values)
     compared = "" if default is None else f", defaults {default:.4f}"
     yield task["objective"], f"{result.value:.4f} (folds {folds}){compared}"
@@ -126,10 +127,10 @@ RESULT_KEYS = (
 
 def tuned_file(
     model: str,  # name in the registry
-    horizon: int,  # bars ahead
+    horizon: int | Sequence[int],  # bars ahead; several for a joint fit
 ) -> Path:
     "Default path of the tuned parameters, in the runs folder of settings.ini."
-    return settings().runs / "tuned" / f"{model}_h{horizon}.yaml"
+    return settings().runs / "tuned" / f"{model}_h{horizon_text(horizon)}.yaml"
 
 
 def _usage_note(task):
@@ -187,6 +188,11 @@ def read_tuned(
     return params, facts
 
 # %% ../../nbs/tuning/02_result.ipynb #1b3fc26e
+def _horizons(stored):
+    "The horizons of a study; a joint study counts for each of them."
+    return horizon_tuple(tuple(stored) if isinstance(stored, list) else stored)
+
+
 def n_trials_of(
     model: str | None = None,  # None: all models
     horizon: int | None = None,  # bars ahead; None: all horizons
@@ -203,9 +209,11 @@ def n_trials_of(
     fingerprints = {data_fingerprint} if isinstance(data_fingerprint, str) else data_fingerprint
 
     def is_of_task(task):
+        horizons = task.get("horizon")
+        same_horizon = horizon is None or (horizons is not None and horizon in _horizons(horizons))
         is_fingerprint = fingerprints is None or task.get("data_fingerprint") in fingerprints
         same_data = is_fingerprint or task.get("data") in data
-        return same_data and model in (None, task.get("model")) and horizon in (None, task.get("horizon"))
+        return same_data and model in (None, task.get("model")) and same_horizon
 
     with quiet_optuna():
         database = open_storage(storage)

@@ -24,10 +24,11 @@ from ..data.bundled import resolve_data
 from ..data.categories import code_names
 from ..data.dataset import TimeSeriesDataset, read_prices
 from ..data.folds import Folds, take_samples, walk_forward
-from ..data.splits import read_splits
+from ..data.splits import NO_TARGET, read_splits
 from ..evaluation.baselines import baseline_predictions
 from ..evaluation.evaluator import ModelEvaluator
 from ..evaluation.metrics import has_direction, metric_sign
+from ..models.base import horizon_rows, join_outputs
 from ..models.callbacks import Callback
 from ..models.errors import ModelUnavailable
 from ..models.params import resolve_config
@@ -158,6 +159,13 @@ class FoldData:
     prior: float  # log loss on `test` of predicting the class shares of `train`, in nats
 
 
+def _labelled(y):
+    "For each horizon, the positions of the rows with a label and their labels, of y (n,) or (n, H)."
+    columns = y[:, None] if y.ndim == 1 else y
+    rows = [np.flatnonzero(column != NO_TARGET) for column in columns.T]
+    return [(r, column[r]) for r, column in zip(rows, columns.T, strict=True)]
+
+
 def _check_choice(name, value, valid):
     "Returns the value; raises `TunerError` if it is not one of the valid values."
     if value not in valid:
@@ -187,11 +195,6 @@ class Objective:
         self.metric = _check_choice("objective", metric, OBJECTIVES)
         self.on = _check_choice("on", on, ("train", "val"))
         self.folds = _check_positive("folds", folds)
-        if len(trainer.horizons) > 1:
-            raise TunerError(
-                f"horizon = {horizon_text(self.config.horizon)}: a study tunes one horizon; tune the horizon that "
-                "matters most, and train the joint fit with its values"
-            )
         classes = self.config.data.classes
         if metric == "sharpe_net" and not has_direction(classes):
             reason = f"classes {classes} have no sign, so nothing is traded"
@@ -205,10 +208,10 @@ class Objective:
 
     def prepare_data(self) -> SplitsReport:
         "Reads the training split and, if `on='val'`, the validation split; raises `SplitsError` if they are invalid."
-        d, h = self.config.data, self.config.horizon
+        d = self.config.data
         source = resolve_data(d.data) if self.trainer.frames is None else self.trainer.frames
         names = ("train",) if self.on == "train" else ("train", "val")
-        self.splits = read_splits(source, (h,), names, **d.reading)
+        self.splits = read_splits(source, self.trainer.horizons, names, **d.reading)
         self.fold_data(self.trainer.model_config["sequence_length"])
         return self.splits.report
 
@@ -256,18 +259,23 @@ class Objective:
     def score(
         self,
         predictions: PredictionOutput,
-        y: np.ndarray,  # (n,) class values
+        y: np.ndarray,  # (n,) class values, or (n, H) for a joint fit
         prices: pd.DataFrame | None = None,  # datetime, symbol, close
     ) -> dict:
-        "All metrics, without confidence intervals."
-        c = self.config
-        evaluator = ModelEvaluator(c.horizon, c.data.classes, n_boot=0, **vars(c.rules))
-        return evaluator.compute_all_metrics(predictions, y, prices)
+        "Log loss and the metric of the objective, without confidence intervals; those of a joint fit are means."
+        parts = []
+        for h, (rows, labels) in zip(self.trainer.horizons, _labelled(y), strict=True):
+            c, output = self.config, horizon_rows(predictions, self.trainer.horizons, h).subset(rows)
+            evaluator = ModelEvaluator(h, c.data.classes, n_boot=0, **vars(c.rules))
+            parts.append(evaluator.compute_all_metrics(output, labels, prices))
+        return {name: float(np.mean([part[name] for part in parts])) for name in {"log_loss", self.metric}}
 
     def _prior(self, train, test):
         "Log loss on `test` of a baseline that predicts the class shares of `train`."
-        predictions = baseline_predictions("prior", train[1], test[2], self.config.data.classes)
-        return self.score(predictions, test[1])["log_loss"]
+        classes, outputs = self.config.data.classes, []
+        for h, (_, labels) in zip(self.trainer.horizons, _labelled(train[1]), strict=True):
+            outputs.append(baseline_predictions("prior", labels, test[2].assign(horizon=h), classes))
+        return self.score(join_outputs(outputs), test[1])["log_loss"]
 
     def values(
         self,
@@ -325,7 +333,7 @@ class OptunaModelTuner:
             raise ModelUnavailable(f"{self.model}: {reason}")
 
     def __repr__(self):
-        task = f"{self.model}, horizon {self.config.horizon}"
+        task = f"{self.model}, horizon {horizon_text(self.config.horizon)}"
         measured = f"{self.objective.metric} on {self.objective.where}"
         return f"OptunaModelTuner({task}): {measured}, {self.n_trials} trials, varies {', '.join(self.space)}"
 
@@ -361,7 +369,7 @@ class OptunaModelTuner:
         )
         digest = hashlib.blake2b(json.dumps(rest, sort_keys=True, default=list).encode(), digest_size=4).hexdigest()
         measured_on = f"{o.on}{o.folds if o.on == 'train' else ''}"
-        task = f"{self.model}_h{c.horizon}_{o.metric}_{measured_on}"
+        task = f"{self.model}_h{horizon_text(c.horizon)}_{o.metric}_{measured_on}"
         return f"{task}_{self.study_attrs['data_fingerprint']}_{digest}"
 
     def resolve(
@@ -410,7 +418,7 @@ class OptunaModelTuner:
         if self.objective.splits is None:
             self.objective.prepare_data()
         with quiet_optuna():
-            study, bar = self.study(), Progress(self.n_trials, f"{self.model} h{self.config.horizon}")
+            study, bar = self.study(), Progress(self.n_trials, f"{self.model} h{horizon_text(self.config.horizon)}")
             orphans = OrphanedTrials()
             try:
                 while not is_over(study, self.n_trials, bar, orphans):
