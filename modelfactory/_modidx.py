@@ -5095,6 +5095,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'modelfactory/runs/run_folder.py'),
                                               'modelfactory.runs.run_folder.start_attempt': ( 'runs/run_folder.html#start_attempt',
                                                                                               'modelfactory/runs/run_folder.py'),
+                                              'modelfactory.runs.run_folder.task_prefix': ( 'runs/run_folder.html#task_prefix',
+                                                                                            'modelfactory/runs/run_folder.py'),
                                               'modelfactory.runs.run_folder.user_key': ( 'runs/run_folder.html#user_key',
                                                                                          'modelfactory/runs/run_folder.py'),
                                               'modelfactory.runs.run_folder.working_folder': ( 'runs/run_folder.html#working_folder',

@@ -28,7 +28,7 @@ from ..models.errors import ModelUnavailable
 from ..models.params import read_params
 from .engine import NO_LIMITS, Limits, Outcome, run_notebook, run_outcome
 from .run import Run, load_run
-from .run_folder import MANIFEST_FILE, RunError, name_prefix
+from .run_folder import MANIFEST_FILE, RunError, task_prefix
 
 # %% auto #0
 __all__ = ['LOCKS_FOLDER', 'MAX_RAY_STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'requested_gpus', 'GPUShares',
@@ -64,7 +64,7 @@ def finished_run(
 ) -> Run | None:
     "A finished run with the identity of a job, preferably a scored run; damaged runs are ignored."
     candidates = []
-    for manifest in Path(runs).glob(f"{name_prefix(job.parameters)}*/{MANIFEST_FILE}"):
+    for manifest in Path(runs).glob(f"{task_prefix(job.parameters)}*/{MANIFEST_FILE}"):
         with contextlib.suppress(RunError, OSError):
             candidates.append(load_run(manifest.parent))
     same = [run for run in candidates if run.identity == job.identity]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -23,10 +24,10 @@ from ..models.registry import check_name
 
 # %% auto #0
 __all__ = ['MANIFEST_FILE', 'RESULT_FILE', 'FEATURES_FILE', 'PARTIAL_FOLDER', 'FAILED_FOLDER', 'STAGED_FOLDER', 'REPLACED_FOLDER',
-           'UNSCORED', 'CHECKPOINT_PREFIX', 'CHECKPOINT_DAYS', 'STALE_SECONDS', 'OWNER_MARK', 'RunError',
-           'RunConfigError', 'name_prefix', 'start_attempt', 'write_pid', 'working_folder', 'list_attempts',
-           'clear_partial', 'is_alive', 'write_json', 'user_key', 'owner_mark', 'write_manifest', 'replace_run',
-           'finish_swaps']
+           'UNSCORED', 'DATA_CHARACTERS', 'CHECKPOINT_PREFIX', 'CHECKPOINT_DAYS', 'STALE_SECONDS', 'OWNER_MARK',
+           'RunError', 'RunConfigError', 'task_prefix', 'name_prefix', 'start_attempt', 'write_pid', 'working_folder',
+           'list_attempts', 'clear_partial', 'is_alive', 'write_json', 'user_key', 'owner_mark', 'write_manifest',
+           'replace_run', 'finish_swaps']
 
 # %% ../../nbs/runs/00_run_folder.ipynb #bdc1e8f8
 class RunError(PrintableError):
@@ -47,15 +48,26 @@ REPLACED_FOLDER = ".replaced"  # old runs that are being replaced
 UNSCORED = "not scored"  # status of a run that was trained and published but could not be scored
 
 # %% ../../nbs/runs/00_run_folder.ipynb #7cdad489
-def name_prefix(
-    parameters: dict,  # parameters of train.ipynb; model and horizon are required, dataset is optional
-) -> str:
-    """The first part of a run's name: model, horizon and, if the run uses folds, the number of its fold or `stitched`.
+DATA_CHARACTERS = 24  # maximum number of characters of the data set in the name of a run
 
-    The horizons of a joint fit are joined: `gru_h5+20_`."""
+
+def task_prefix(
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required
+) -> str:
+    "Model and horizon as in a run's name, such as `gru_h5_`; the horizons of a joint fit are joined: `gru_h5+20_`."
+    return f"{check_name(parameters['model'])}_h{horizon_text(parse_horizon(parameters['horizon']))}_"
+
+
+def name_prefix(
+    parameters: dict,  # parameters of train.ipynb; model and horizon are required, data and dataset are optional
+) -> str:
+    """The first part of a run's name: model, horizon, data set and, with folds, the number of the fold or `stitched`.
+
+    The data set is the last part of its path, with hyphens for all characters except letters and digits."""
     folds = (parameters.get("dataset") or {}).get("folds")
     fold_text = "" if not folds else f"f{int(folds['fold'])}_" if folds.get("fold") else "stitched_"
-    return f"{check_name(parameters['model'])}_h{horizon_text(parse_horizon(parameters['horizon']))}_{fold_text}"
+    data = re.sub(r"[^A-Za-z0-9]+", "-", Path(parameters.get("data") or "").name)[:DATA_CHARACTERS].strip("-")
+    return f"{task_prefix(parameters)}{f'{data}_' if data else ''}{fold_text}"
 
 
 def start_attempt(

@@ -258,7 +258,8 @@ def publish_stitched(
 ) -> Path:  # folder of the new run
     "Stores a record as a run without a model."
     trainer, folds = record.trainer, record.trainer.config.data.folds
-    parameters = dict(model=trainer.config.model, horizon=trainer.config.horizon, dataset=dict(folds=folds.__dict__))
+    task = dict(model=trainer.config.model, horizon=trainer.config.horizon, data=trainer.config.data.data)
+    parameters = task | dict(dataset=dict(folds=folds.__dict__))
     attempt = start_attempt(Path(runs), parameters)
     try:
         if record.path_metrics:
