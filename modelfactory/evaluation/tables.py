@@ -103,6 +103,7 @@ def header_card(
     metrics: dict,  # from `compute_all_metrics`
     claim: DirectionClaim | None = None,  # from `direction_claim`
     notes: tuple = (),  # sentences shown below the claim
+    about: str = "",  # data set and fold, for the title
     **facts: object,  # further facts, such as data, seed and fingerprint; facts that are None are not shown
 ) -> str:  # HTML
     "HTML box with model, horizon, facts, claim and notes."
@@ -115,5 +116,6 @@ def header_card(
     text = "".join(f"<div>{escape(s)}</div>" for s in sentences)
     style = "border-left:4px solid #0072B2;padding:6px 12px;margin:6px 0;"
     style += "font-size:13px;font-variant-numeric:tabular-nums"
-    title = f"<div style='font-size:17px'><b>{escape(model)}</b>, horizon {horizon}</div>"
+    where = f", {escape(about)}" if about else ""
+    title = f"<div style='font-size:17px'><b>{escape(model)}</b>, h{horizon}{where}</div>"
     return f"<div style='{style}'>{title}<div>{line}</div>{text}</div>"

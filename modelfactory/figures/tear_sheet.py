@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from modelfactory.evaluation.backtest import Backtest
 
 # %% auto #0
-__all__ = ['class_styles', 'new_axes', 'figure_png', 'classes_of', 'plot_confusion', 'bin_means', 'plot_reliability',
-           'precision_recall', 'plot_precision_recall', 'plot_equity', 'date_axis', 'plot_importance',
-           'plot_learning_curve', 'prediction_shares', 'plot_probabilities']
+__all__ = ['class_styles', 'new_axes', 'figure_png', 'image_html', 'classes_of', 'plot_confusion', 'bin_means',
+           'plot_reliability', 'precision_recall', 'plot_precision_recall', 'plot_equity', 'date_axis',
+           'plot_importance', 'plot_learning_curve', 'prediction_shares', 'plot_probabilities']
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #cad45edd
 _CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7f7f7f")  # Okabe and Ito
@@ -84,6 +84,17 @@ def figure_png(
     figure.savefig(file := BytesIO(), facecolor="white", **kw)
     plt.close(figure)
     return file.getvalue()
+
+
+def image_html(
+    png: bytes,
+    alt: str,  # text for readers who do not see the image
+) -> str:
+    "Return an HTML image that contains the PNG."
+    from base64 import b64encode
+    from html import escape
+
+    return f"<img alt='{escape(alt)}' style='max-width:100%' src='data:image/png;base64,{b64encode(png).decode()}'>"
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #f737d1d2
 def classes_of(

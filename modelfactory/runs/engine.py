@@ -129,6 +129,7 @@ def execute_notebook(
             autosave_cell_every=1,
             start_timeout=180,
             coalesce_streams=True,
+            report_mode=True,  # JupyterLab shows code only on request
             kernel_manager_class=_kernel_manager(runtime),
         )
     _trust(output)

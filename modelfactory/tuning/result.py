@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..configuration import ConfigError, horizon_text, horizon_tuple, read_yaml, settings
+from ..figures.tear_sheet import figure_png, image_html
 from .space import quiet_optuna
 from .storage import failure_reason, live_trials, open_storage, sqlite_file, storage_url
 
@@ -90,7 +91,8 @@ class TuningResult:
         for name, text in _summary_rows(self):
             label = f"<td style='text-align:left;color:#555'>{escape(name)}</td>"
             rows += f"<tr>{label}<td style='text-align:left'>{escape(text)}</td></tr>"
-        return f"<table style='font-size:12px'>{rows}</table>" + _html_image(plot_history(self.study))
+        history = image_html(figure_png(plot_history(self.study)), "history of the search")
+        return f"<table style='font-size:12px'>{rows}</table>{history}"
 
 # %% ../../nbs/tuning/02_result.ipynb #43cf6745
 def _summary_rows(result):
@@ -224,16 +226,6 @@ def n_trials_of(
 # %% ../../nbs/tuning/02_result.ipynb #2c5a9c23
 def _complete_trials(study):
     return [t for t in live_trials(study) if t.state.name == "COMPLETE"]
-
-
-def _html_image(figure):
-    "Converts a figure to an HTML image and closes the figure."
-    import base64
-
-    from modelfactory.figures.tear_sheet import figure_png
-
-    data = base64.b64encode(figure_png(figure)).decode()
-    return f"<img alt='history of the search' src='data:image/png;base64,{data}'>"
 
 
 def _value_limits(study, values):
