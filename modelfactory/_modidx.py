@@ -3828,6 +3828,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'modelfactory/models/tabular.py')},
             'modelfactory.models.template': { 'modelfactory.models.template._notebook_json': ( 'models/template.html#_notebook_json',
                                                                                                'modelfactory/models/template.py'),
+                                              'modelfactory.models.template._with_plugin': ( 'models/template.html#_with_plugin',
+                                                                                             'modelfactory/models/template.py'),
                                               'modelfactory.models.template.new_model': ( 'models/template.html#new_model',
                                                                                           'modelfactory/models/template.py')},
             'modelfactory.models.timeseries.dlinear': { 'modelfactory.models.timeseries.dlinear.DLinearConfig': ( 'models/timeseries/dlinear.html#dlinearconfig',

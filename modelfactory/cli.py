@@ -1063,7 +1063,9 @@ def new(
     name: Annotated[str, typer.Argument(help="name of the model, a lower-case word")],
     family: Annotated[str, typer.Option(help="family of the model, existing or new")],
     output: Annotated[Path, typer.Option(help="folder to write to", file_okay=False)] = Path("."),
-    kind: Annotated[str, typer.Option(help="kind of the model: tabular, or network (with its own loss)")] = "tabular",
+    kind: Annotated[
+        str, typer.Option(help="kind of the model: tabular, sklearn, or network (with its own loss)")
+    ] = "tabular",
 ) -> None:
     """Write the notebook and YAML of a small working model.
 
@@ -1074,8 +1076,6 @@ def new(
     files = new_model(name, family, output, kind)
     for file in files:
         print(f"wrote {file}")
-    if files[-1].name != "settings.ini":
-        print(f"add this line to settings.ini in the same folder: plugins = {name}.ipynb")
 
 # %% ../nbs/cli.ipynb #e99a541a
 def main(

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from ..configuration import did_you_mean
 from .registry import ModelRegistry, check_name
 
 # %% auto #0
-__all__ = ['CELLS', 'YAML', 'NETWORK_CELLS', 'NETWORK_YAML', 'KINDS', 'new_model']
+__all__ = ['CELLS', 'YAML', 'NETWORK_CELLS', 'NETWORK_YAML', 'SKLEARN_CELLS', 'SKLEARN_YAML', 'KINDS', 'new_model']
 
 # %% ../../nbs/models/07_template.ipynb #e84bf589
 CELLS = [
@@ -229,8 +230,113 @@ about:
   use: as a starting point for a new network
 """
 
+# %% ../../nbs/models/07_template.ipynb #7d7bb17a
+SKLEARN_CELLS = [
+    (
+        "markdown",
+        """# {name}
+
+> A scikit-learn classifier as a model: randomised trees, to replace with your own estimator.
+
+Change the config and `estimator`. `SklearnModel` fits it, predicts, and saves it with skops, which loads only types
+that it trusts. The last cell tests the model against the interface.""",
+    ),
+    ("code", "#| default_exp models.{family}.{name}"),
+    (
+        "code",
+        """#| export
+from dataclasses import dataclass
+
+from modelfactory import ModelRegistry
+from modelfactory.models.tabular import SklearnModel, TabularConfig""",
+    ),
+    ("markdown", "## Config\n\nThe comment of a key is shown in the table of the config."),
+    (
+        "code",
+        """#| export
+@dataclass
+class {Class}Config(TabularConfig):
+    "Config keys of {name}."
+
+    max_depth: int = 8  # depth of each tree
+    n_estimators: int = 50  # number of trees""",
+    ),
+    (
+        "markdown",
+        """## Model
+
+`estimator` returns an unfitted classifier with `fit`, `predict_proba` and `classes_`. Three lines help with other
+estimators:
+
+- `supported_weights = ()` if its `fit` takes no `sample_weight`;
+- `weight_key = "step__sample_weight"` if it is a pipeline whose step takes the weights;
+- `trusted = ("package.module.Type",)` for types that skops does not trust by default; an error names them.""",
+    ),
+    (
+        "code",
+        """#| export
+@ModelRegistry.register("{name}", family="{family}")
+class {Class}(SklearnModel):
+    "Randomised trees of scikit-learn."
+
+    Config = {Class}Config
+
+    def estimator(self, n):
+        from sklearn.ensemble import ExtraTreesClassifier
+
+        c = self.config
+        return ExtraTreesClassifier(c.n_estimators, max_depth=c.max_depth, random_state=c.random_seed)
+
+    def feature_importance(self):
+        return self.by_feature(self.fitted_estimator.feature_importances_)""",
+    ),
+    ("markdown", "## Checks\n\n`check_model` tests the model against the interface."),
+    (
+        "code",
+        """from modelfactory import check_model
+
+check_model("{name}")""",
+    ),
+]
+
+SKLEARN_YAML = """# {name}: values that differ from the defaults in {name}.ipynb
+model_name: {name}
+model_family: {family}
+presets:
+  quick: {{n_estimators: 20}}
+resources: {{cpus: 1, gpus: 0}}
+search:
+  max_depth: {{type: int, low: 2, high: 16}}
+  n_estimators: {{type: int, low: 10, high: 300, log: true}}
+about:
+  paper: Geurts, Ernst & Wehenkel 2006 (the trees)
+  sees: thresholds of single features and their combinations
+  misses: the order of the rows
+  use: as a starting point for a scikit-learn estimator
+"""
+
 # %% ../../nbs/models/07_template.ipynb #b93460bb
-KINDS = dict(tabular=(CELLS, YAML), network=(NETWORK_CELLS, NETWORK_YAML))  # kind -> cells of the notebook, YAML
+KINDS = dict(  # kind -> cells of the notebook, YAML
+    tabular=(CELLS, YAML), network=(NETWORK_CELLS, NETWORK_YAML), sklearn=(SKLEARN_CELLS, SKLEARN_YAML)
+)
+
+
+def _with_plugin(file, plugin):
+    "The text of a settings file with the plugin added to `plugins`; all other lines stay as they are."
+    text = file.read_text() if file.exists() else ""
+    if not re.search(r"^\[modelfactory\]", text, re.M):
+        return f"{text}\n[modelfactory]\nplugins = {plugin}\n".lstrip("\n")
+    if re.search(r"^plugins[ \t]*=[ \t]*\S", text, re.M):
+        return re.sub(r"^(plugins[ \t]*=[ \t]*)(?=\S)", rf"\1{plugin}, ", text, count=1, flags=re.M)
+    if re.search(r"^plugins[ \t]*=", text, re.M):  # empty, or a list that begins on the next line
+        return re.sub(
+            r"^plugins[ \t]*=[ \t]*$(?=(\n[ \t]+\S)?)",
+            lambda m: f"plugins = {plugin}" + "," * bool(m[1]),
+            text,
+            count=1,
+            flags=re.M,
+        )
+    return re.sub(r"^\[modelfactory\]\n?", f"[modelfactory]\nplugins = {plugin}\n", text, count=1, flags=re.M)
 
 
 def _notebook_json(name, family, kind):
@@ -248,13 +354,13 @@ def new_model(
     name: str,  # name of the model, a plain lower-case word
     family: str,  # name of an existing or a new family
     folder: Path = Path("."),  # root folder of the user's project
-    kind: str = "tabular",  # kind of the model: tabular or network
+    kind: str = "tabular",  # kind of the model: tabular, network or sklearn
 ) -> list[Path]:  # the written files
     """Writes the notebook and the YAML of a working model.
 
-    If the project has no `settings.ini`, one that lists the model is written too. Raises `ValueError` if the name is
-    invalid or taken or the kind is unknown, and `FileExistsError` if one of the files already exists. In both cases,
-    nothing is written.
+    The model is added to `plugins` in the project's `settings.ini`, which is written if it is missing. Raises
+    `ValueError` if the name is invalid or taken or the kind is unknown, and `FileExistsError` if one of the files
+    already exists. In both cases, nothing is written.
     """
     check_name(name)
     check_name(family)
@@ -267,10 +373,9 @@ def new_model(
         folder / f"{name}.ipynb": _notebook_json(name, family, kind),
         folder / f"params/models/{name}.yaml": KINDS[kind][1].format(name=name, family=family),
     }
-    if not (folder / "settings.ini").exists():
-        files[folder / "settings.ini"] = f"[modelfactory]\nplugins = {name}.ipynb\n"
     if existing := [file for file in files if file.exists()]:
         raise FileExistsError(f"{existing[0]} exists already; nothing was written")
+    files[folder / "settings.ini"] = _with_plugin(folder / "settings.ini", f"{name}.ipynb")
     for file, text in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
