@@ -106,14 +106,12 @@ def test_values_that_agree_with_the_task_are_no_mistake():
     assert again.model_config["sequence_length"] == 3
 
 
-def test_data_in_dataset_and_shared_keys_of_members_are_refused():
+def test_data_in_dataset_is_refused_and_members_keep_their_keys():
     with pytest.raises(ConfigError, match="use --data"):
         make_trainer(dict(model="xgboost", horizon=5, data="planted", dataset=dict(data="null")))
-    with pytest.raises(
-        ConfigError, match="lightgbm: patience = 3 would be ignored, because 10 is set already; use patience"
-    ):
-        member_configs(EnsembleConfig(members=dict(lightgbm=dict(patience=3))))
-    assert member_configs(EnsembleConfig(members=dict(lightgbm=dict(n_rounds=3))))["lightgbm"]["n_rounds"] == 3
+    members = member_configs(EnsembleConfig(members=dict(lightgbm=dict(patience=3, n_rounds=4), xgboost={})))
+    assert (members["lightgbm"]["patience"], members["lightgbm"]["n_rounds"]) == (3, 4)
+    assert members["xgboost"]["patience"] == ModelRegistry.get("xgboost").Config().patience
 
 
 @pytest.fixture(scope="module")

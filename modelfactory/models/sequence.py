@@ -5,6 +5,7 @@
 # %% ../../nbs/models/08_sequence.ipynb #0e5fc335
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import types
@@ -260,7 +261,7 @@ class NetworkModel(BaseModel):
     def contributions(
         self,
         X: Windows | np.ndarray,  # (n, T, F) or (n, F) float32
-        steps: int = 32,  # points of the numerical integral
+        steps: int = 32,  # points of the numerical integral; doubled up to `MAX_STEPS` while its error is large
         output: int = 0,  # first column of the network's output to explain; other horizons have other columns
     ) -> Contributions | None:  # None for a network that is not continuous, or whose input is not the window
         "Returns integrated gradients of the logits; they add up to the logits, up to the error of the integral."
@@ -282,8 +283,9 @@ class NetworkModel(BaseModel):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         state = dict(facts=self.get_extra_state()) | (dict(codes=self.codes) if self.codes else {})
-        values = dict(mean=self.mean.tolist(), scale=self.scale.tolist(), importance=self.feature_importance())
-        save_header(self, path, **values, **state)
+        with contextlib.suppress(Exception):  # an importance that cannot be computed does not cost the model
+            state["importance"] = self.feature_importance()
+        save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), **state)
         save_file(trainable_state_dict(self.net), Path(path) / "network.safetensors")
         if self.training:
             write_training(self.training, Path(path), self.key)

@@ -5,6 +5,7 @@
 # %% ../../nbs/models/05_tabular.ipynb #a4dae07c
 from __future__ import annotations
 
+import contextlib
 import os
 import types
 import warnings
@@ -305,8 +306,9 @@ class TabularModel(BaseModel):
         return to_output(probabilities, metadata, self.classes)
 
     def save(self, path):
-        if self.fitted:
-            self.feature_importance()  # computes `importance` if the model has no importance of its own
+        if self.fitted and type(self).feature_importance is TabularModel.feature_importance:
+            with contextlib.suppress(Exception):  # an importance that cannot be computed does not cost the model
+                self.feature_importance()
         optional = dict(codes=self.codes or None, importance=self.importance)
         save_header(self, path, **{key: value for key, value in optional.items() if value is not None})
         self.write(Path(path))

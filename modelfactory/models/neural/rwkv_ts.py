@@ -153,6 +153,7 @@ class RWKVTSModel(SequenceClassifier):
     "RWKV-5 over patches of all features: heads with learned decays, and a linear layer on all states."
 
     Config = RWKVTSConfig
+    is_continuous = False  # the group norm of the states jumps where a window of zeros begins to differ from zero
 
     def backbone(self, T, F, n_classes, c):
         from torch import nn

@@ -18,6 +18,7 @@ from ...configuration import PositiveFloat, PositiveInt
 from ..base import check_two_classes, check_X, check_y, training_weights
 from ..batches import Batches, as_windows, feature_mean_std
 from ..callbacks import EarlyStopping, run_callbacks
+from ..explain import IMPORTANCE_WINDOWS, as_shares, probability_change, spread_rows
 from ..registry import ModelRegistry
 from ..sequence import NetworkModel, SequenceConfig, functional_module
 from ..training_loop import isolated_torch_state, weighted_loss
@@ -239,7 +240,28 @@ class MiniRocketModel(NetworkModel):
                 None if a is None else torch.as_tensor(a, device=self.device)
                 for a in (codes, weights[0], codes_val, weights[1])
             ]
+            self.importance = None
+            self.sample = val.take(spread_rows(len(codes_val), min(IMPORTANCE_WINDOWS, self.config.batch_size)))
+            self.sample = self.sample.to("cpu", copy=True)
             return self._fit_heads(Z, *targets[:2], Z_val, *targets[2:])
+
+    def feature_importance(self):
+        "Returns `probability_change` by feature on some validation windows, because the shares have no gradient."
+        if self.importance is None and self.sample is not None:
+            b, T, F = self.sample.shape
+            flat, features = self.sample.reshape(b, T * F).numpy(), np.tile(np.arange(F), T)
+            with isolated_torch_state(self.config):
+                change = probability_change(self._flat_probabilities, flat, features)
+            self.importance = as_shares(self.feature_columns, change)
+        return self.importance
+
+    def _flat_probabilities(self, flat):
+        "Returns the probabilities (n, K) of standardised windows in one row each (n, T * F)."
+        import torch
+
+        x = torch.as_tensor(flat.reshape(len(flat), *self.sample.shape[1:]), device=self.device)
+        with torch.no_grad(), exact_float32(x.device.type):
+            return self.net(x).double().softmax(1).cpu().numpy()
 
     def _set_biases(self, windows):
         "Sets the biases of each kernel to quantiles of its output on a random training window."
