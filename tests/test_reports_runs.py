@@ -29,6 +29,7 @@ from modelfactory.models.base import to_output
 from modelfactory.models.code import code_version
 from modelfactory.models.ensemble_base import EnsembleConfig, member_configs
 from modelfactory.models.params import TASK_KEYS, read_params, resolve_config
+from modelfactory.models.registry import ModelRegistry
 from modelfactory.runs import engine
 from modelfactory.runs import grid as grid_module
 from modelfactory.runs.attempt import publish, write_run

@@ -68,9 +68,9 @@ def run_here(runs, parameters):
     (attempt / "train.ipynb").write_text("{}")
     space, code = {}, 0
     try:
-        for i, source in enumerate(notebook_cells()):
+        for source in notebook_cells():
             exec(source, space)
-            if i == 0:
+            if source.startswith("model = "):
                 space.update(parameters | dict(output=str(attempt)))
         attempts.close_attempt(attempt, runs / attempt.name)
     except BaseException as e:
@@ -251,9 +251,9 @@ def test_a_run_whose_process_and_its_parent_are_killed_is_finished_by_rescore(ta
     runs, parameters = task
     attempt = start_attempt(runs, dict(model="logistic_regression", horizon=5))
     space = {}
-    for i, source in enumerate(notebook_cells()[:6]):
+    for source in notebook_cells()[:7]:
         exec(source, space)
-        if i == 0:
+        if source.startswith("model = "):
             space.update(parameters | dict(output=str(attempt)))
     (run,) = list_runs(runs)
     assert not run.scored and run.reason == "its training is under way"
