@@ -179,6 +179,7 @@ class TimeLLMModel(SequenceClassifier):
 
     Config, requires = TimeLLMConfig, ("torch", "safetensors", "transformers", "neuralforecast")
     pretrained, prompt = None, ""
+    is_continuous = False  # the statistics in the prompt are rounded
 
     unavailable_reason = classmethod(checkpoint_unavailable_reason)
 
