@@ -306,9 +306,9 @@ class TabularModel(BaseModel):
         return to_output(probabilities, metadata, self.classes)
 
     def save(self, path):
-        if self.fitted and type(self).feature_importance is TabularModel.feature_importance:
+        if self.fitted:
             with contextlib.suppress(Exception):  # an importance that cannot be computed does not cost the model
-                self.feature_importance()
+                self.feature_importance()  # sets `importance` if the model has no importance of its own
         optional = dict(codes=self.codes or None, importance=self.importance)
         save_header(self, path, **{key: value for key, value in optional.items() if value is not None})
         self.write(Path(path))
