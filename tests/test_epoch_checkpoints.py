@@ -11,7 +11,7 @@ from quick import small_splits
 
 from modelfactory.models import callbacks
 from modelfactory.models.callbacks import Callback
-from modelfactory.runs.attempt import RunCheckpoint, checkpoint_fit, publish_fitted
+from modelfactory.runs.attempt import checkpoint_fit, publish_fitted
 from modelfactory.runs.grid import run_grid
 from modelfactory.runs.run import load_run
 from modelfactory.runs.run_folder import (
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_fit(tmp_path, cap
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(RunCheckpoint, "_write", fail)
+    monkeypatch.setattr(callbacks.Checkpoint, "_write", fail)
     trainer, _ = attempt_of(data, runs, max_epochs=2)
     assert len(trainer.history["val_loss"]) == 2 and not checkpoints(runs)
     assert capsys.readouterr().out.count("no further checkpoints, because one cannot be written") == 1
@@ -187,12 +187,17 @@ def test_old_checkpoints_are_removed(tmp_path):
     assert clear_partial(tmp_path) == [old.name] and new.is_dir()
 
 
-@pytest.mark.parametrize("model", ["catboost", "average"])
-def test_models_without_epochs_are_fitted_as_without_checkpoints(tmp_path, model):
-    "CatBoost refuses a callback that saves the model during the fit, alone and as a member of an ensemble."
-    members = dict(config=dict(members=dict(catboost=dict(n_rounds=2)))) if model == "average" else {}
-    rounds = {} if members else dict(config=dict(n_rounds=2))
-    trainer = Trainer(dict(model=model, horizon=5, data=str(small_splits(tmp_path / "data"))) | members | rounds)
+@pytest.mark.parametrize(
+    "model, config",
+    [
+        ("catboost", dict(n_rounds=2)),
+        ("average", dict(members=dict(catboost=dict(n_rounds=2)))),
+        ("lightgbm", dict(n_rounds=2, monotone=dict(pub_state_a=1))),
+    ],
+)
+def test_models_without_epochs_are_fitted_as_without_checkpoints(tmp_path, model, config):
+    "CatBoost and monotone boosters refuse a callback that saves the model during the fit, alone and in an ensemble."
+    trainer = Trainer(dict(model=model, horizon=5, data=str(small_splits(tmp_path / "data")), config=config))
     trainer.prepare_data()
     checkpoint_fit(trainer, tmp_path / PARTIAL_FOLDER / "attempt")
     trainer.train()

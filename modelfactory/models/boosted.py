@@ -55,6 +55,8 @@ class BoostedModel(TabularModel):
     @property
     def code_positions(self) -> list[int]:
         "Positions of the columns that hold category codes."
+        if not self.config.categorical:  # without naming all columns of a window, which live predictions would feel
+            return []
         return [j for j, statistic in enumerate(self.columns.statistic) if statistic == "code"]
 
     @property

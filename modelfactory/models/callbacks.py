@@ -122,8 +122,6 @@ class ProgressFile(Callback):
 class Checkpoint(Callback):
     "Saves the model to `round_<n>` during a fit; the model must support `save` before the fit has ended."
 
-    networks_only = False  # whether the callback does nothing when a model that is no network is fitted
-
     def __init__(
         self,
         folder: Path,  # folder for the checkpoints; only the latest checkpoint is kept

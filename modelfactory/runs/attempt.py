@@ -20,7 +20,7 @@ import numpy as np
 from ..configuration import settings
 from ..files import FileError, check_inner_name, check_tree, read_json
 from ..models.base import PredictionOutput, probability_columns
-from ..models.callbacks import Checkpoint
+from ..models.callbacks import Callback, Checkpoint
 from ..models.code import code_version
 from ..models.conformal import set_columns, set_names
 from ..models.persistence import CheckpointError, file_hash, library_version
@@ -292,10 +292,11 @@ def _library_versions(model):
 CHECKPOINT_SHARE = 0.02  # maximum share of the time of a fit that is spent on checkpoints
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(Callback):
     "Writes checkpoints of a network's fit in a runs folder and goes on from those of a killed attempt."
 
-    networks_only = True
+    max_share: float | None = CHECKPOINT_SHARE  # as in `Checkpoint`
+    checkpoint: Checkpoint | None = None  # None: the model is not a network, or this fit writes no checkpoints
 
     def __init__(
         self,
@@ -304,34 +305,33 @@ class RunCheckpoint(Checkpoint):
     ):
         from filelock import FileLock
 
-        super().__init__(working_folder(runs, PARTIAL_FOLDER), resume=True, max_share=CHECKPOINT_SHARE)
-        self.partial, self.identity = self.folder, identity
+        self.partial, self.identity = working_folder(runs, PARTIAL_FOLDER), identity
         self.lock = FileLock(Path(runs) / ".locks" / f"fit_{identity}")
 
     def on_fit_start(self, model, n_rounds):
-        is_network = hasattr(model, "resume")
-        self.every = model.config.checkpoint_every if is_network else 0
-        if not self.every or not self._has_lock():
-            self.every = 0
+        every = model.config.checkpoint_every if hasattr(model, "resume") else 0
+        self.checkpoint = None
+        if not every or not self._has_lock():
             return
         fit = hashlib.blake2b(json.dumps(model.key, sort_keys=True).encode(), digest_size=4).hexdigest()
-        self.folder = self.partial / f"{CHECKPOINT_PREFIX}{self.identity}_{fit}"  # a run may have several fits
+        folder = self.partial / f"{CHECKPOINT_PREFIX}{self.identity}_{fit}"  # a run may have several fits
+        self.checkpoint = Checkpoint(folder, every, resume=True, max_share=self.max_share)
         try:
-            super().on_fit_start(model, n_rounds)
+            self.checkpoint.on_fit_start(model, n_rounds)
         except CheckpointError as e:
             print(f"{model.name}: starts again, because its checkpoint cannot be read: {e}")
-            shutil.rmtree(self.folder, ignore_errors=True)
-            super().on_fit_start(model, n_rounds)
-        if self.losses:
-            print(f"{model.name}: goes on after epoch {len(self.losses)} of at most {n_rounds}")
+            shutil.rmtree(folder, ignore_errors=True)
+            self.checkpoint.on_fit_start(model, n_rounds)
+        if self.checkpoint.losses:
+            print(f"{model.name}: goes on after epoch {len(self.checkpoint.losses)} of at most {n_rounds}")
 
     def on_epoch_end(self, model, epoch, logs):
         try:
-            if self.every:
-                super().on_epoch_end(model, epoch, logs)
+            if self.checkpoint:
+                self.checkpoint.on_epoch_end(model, epoch, logs)
         except Exception as e:  # such as a full disk, which must not cost the fit
             print(f"{model.name}: no further checkpoints, because one cannot be written: {e}")
-            self.every = 0
+            self.checkpoint = None
 
     def _has_lock(self):
         "Whether this process alone writes the checkpoints of the run; it keeps the lock until it ends."

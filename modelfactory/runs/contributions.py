@@ -15,14 +15,15 @@ import pandas as pd
 from ..data.dataset import Windows
 from ..models.errors import ModelUnavailable
 from ..models.explain import Contributions, occlusion
+from ..progress import duration
 
 if TYPE_CHECKING:
     from modelfactory.models.base import BaseModel
     from modelfactory.runs.stored import StoredRun
 
 # %% auto #0
-__all__ = ['own_contributions', 'is_in_process', 'has_contributions', 'timed', 'duration_text', 'typical_values',
-           'prediction_contributions', 'prediction_sentences']
+__all__ = ['own_contributions', 'is_in_process', 'has_contributions', 'timed', 'typical_values', 'prediction_contributions',
+           'prediction_sentences']
 
 # %% ../../nbs/runs/29_contributions.ipynb #b532f87b
 def own_contributions(
@@ -58,17 +59,6 @@ def timed(f: Callable) -> tuple:  # the result, and seconds
     "Calls a function and measures its wall time."
     start = time.perf_counter()
     return f(), time.perf_counter() - start
-
-
-def duration_text(seconds: float) -> str:
-    "A duration in seconds, minutes or hours."
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 # %% ../../nbs/runs/29_contributions.ipynb #db0dc6a9
 def typical_values(
@@ -120,7 +110,7 @@ def _own_by_chunk(run, X):
     for idx in np.array_split(np.arange(len(X)), max(1, -(-len(X) // 256))):
         part, seconds = timed(lambda idx=idx: own_contributions(run.cached_model, X.subset(idx)))
         if not parts and (total := seconds * len(X) / len(idx)) > 10:
-            print(f"contributions of {len(X):,} rows, about {duration_text(total)}", flush=True)
+            print(f"contributions of {len(X):,} rows, about {duration(total)}", flush=True)
         parts.append(Contributions(part.values.sum(2, keepdims=True), part.base, part.unit))
     return Contributions(*(np.concatenate(a) for a in list(zip(*parts, strict=True))[:2]), parts[0].unit)
 

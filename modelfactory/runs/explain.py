@@ -20,9 +20,9 @@ from ..evaluation.bootstrap import block_sums, block_variance_ratio, draw_blocks
 from ..evaluation.metrics import sums_per_timestamp
 from ..evaluation.significance import holm_adjust
 from ..models.explain import Contributions, spread_rows
+from ..progress import duration
 from .attempt import change_manifest
 from modelfactory.runs.contributions import (
-    duration_text,
     has_contributions,
     is_in_process,
     own_contributions,
@@ -353,11 +353,11 @@ def _measure(task, repeats):
     if task.method == "permutation":
         p, seconds = timed(task.probabilities)
         what = f"permutation of {G:,} groups, {repeats} rotations each: {G * repeats:,} predictions of {n:,} rows"
-        return f"{what}, about {duration_text(seconds * G * repeats)}", _log_losses(p, task.codes)
+        return f"{what}, about {duration(seconds * G * repeats)}", _log_losses(p, task.codes)
     few = np.arange(min(16, n))
     task.contributions(few)  # the first call loads libraries
     _, seconds = timed(lambda: task.contributions(few))
-    return f"contributions of {n:,} rows, about {duration_text(seconds * n / len(few))}", np.empty(0)
+    return f"contributions of {n:,} rows, about {duration(seconds * n / len(few))}", np.empty(0)
 
 
 def _permutation_rows(task, losses, repeats, seed):

@@ -106,7 +106,7 @@ class CatBoostModel(BoostedModel):
 
         from modelfactory.models.callbacks import Checkpoint
 
-        if any(isinstance(cb, Checkpoint) and not cb.networks_only for cb in self.callbacks):
+        if any(isinstance(cb, Checkpoint) for cb in self.callbacks):
             raise ValueError("catboost: Checkpoint: catboost cannot save a model during the fit; remove the callback")
         c, parameters = self.config, self.parameters()
         options = dict(early_stopping_rounds=c.patience) if c.early_stopping else {}

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MAX_CONTEXT', 'PATCH_POINTS', 'ATR_ROWS', 'ProbeConfig', 'ForecasterConfig', 'TimesFMConfig', 'forecast_context',
-           'encode', 'read_quantiles', 'TimesFMEncoder', 'barrier_score', 'volatility_scale', 'estimate_width',
-           'window_atr', 'phase_1_widths', 'BarrierDistances', 'ContextBatches', 'finetuned_forward', 'TimesFMModel',
-           'pretrain']
+           'encode', 'check_forecast_length', 'read_quantiles', 'TimesFMEncoder', 'barrier_score', 'volatility_scale',
+           'estimate_width', 'window_atr', 'phase_1_widths', 'BarrierDistances', 'ContextBatches', 'finetuned_forward',
+           'TimesFMModel', 'pretrain']
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #0a39e80c
 @dataclass
@@ -139,6 +139,17 @@ def encode(
     return torch.cat([out.last_hidden_state[:, -1], out.loc[:, None], out.scale[:, None]], 1)
 
 # %% ../../../nbs/models/foundation/timesfm.ipynb #30bda4dd
+def check_forecast_length(
+    n_bars: int,  # forecast length of a checkpoint
+    horizon: int,  # bars after the end of the context
+) -> None:
+    "Raises `ValueError` if a checkpoint does not forecast as far as the horizon."
+    if horizon > n_bars:
+        raise ValueError(
+            f"horizon {horizon}: the checkpoint forecasts at most {n_bars} bars; use mode probe or finetune"
+        )
+
+
 def read_quantiles(
     model: TimesFmModelForPrediction,
     states: torch.Tensor,  # (n, D + 2), as returned by `encode`
@@ -146,10 +157,7 @@ def read_quantiles(
 ) -> torch.Tensor:  # (n, Q) in units of the context, ascending
     "Quantile forecasts; raises `ValueError` if the horizon exceeds the forecast length of the checkpoint."
     c = model.config
-    if horizon > c.horizon_length:
-        raise ValueError(
-            f"horizon {horizon}: the checkpoint forecasts at most {c.horizon_length} bars; use mode probe or finetune"
-        )
+    check_forecast_length(c.horizon_length, horizon)
     steps = model.horizon_ff_layer(states[:, :-2]).view(len(states), c.horizon_length, -1)[:, horizon - 1, 1:]
     return (steps * states[:, -1:] + states[:, -2:-1]).sort(1).values
 

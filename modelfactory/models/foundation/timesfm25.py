@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .timesfm import ForecasterConfig, TimesFMEncoder, TimesFMModel
+from .timesfm import ForecasterConfig, TimesFMEncoder, TimesFMModel, check_forecast_length
 from ..pretrained import load_pretrained
 from ..registry import ModelRegistry
 
@@ -57,10 +57,7 @@ def read_quantiles_25(
 ) -> torch.Tensor:  # (n, Q) in units of the context, ascending
     "Quantile forecasts; raises `ValueError` if the horizon exceeds the forecast length of the checkpoint."
     c = model.config
-    if horizon > c.horizon_length:
-        raise ValueError(
-            f"horizon {horizon}: the checkpoint forecasts at most {c.horizon_length} bars; use mode probe or finetune"
-        )
+    check_forecast_length(c.horizon_length, horizon)
     forecasts = [_one_sided(model, h, horizon) for h in states[:, :-2].split(c.hidden_size, 1)]
     if len(forecasts) == 2:  # the mirror image of a quantile q is the quantile 1 - q
         forecasts = [(forecasts[0] - forecasts[1].flip(1)) / 2]
