@@ -714,9 +714,11 @@ def show(
 
     Example: modelfactory show runs/xgboost_h5_…"""
     from modelfactory.runs.manage import show_run
+    from modelfactory.runs.run import load_run
 
-    summary = show_run(run)
-    _print_rows(summary.to_dict(), as_json, summary)
+    summaries = [show_run(part) for part in load_run(run).parts()]  # a joint fit has one for each horizon
+    rows = [summary.to_dict() for summary in summaries]
+    _print_rows(rows if len(rows) > 1 else rows[0], as_json, "\n\n\n".join(map(repr, summaries)))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 "Joint fits of several horizons: one network with a head for each, or one model for each behind the same call."
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from quick import quick_plugin
+from typer.testing import CliRunner
 
+from modelfactory.cli import app
 from modelfactory.configuration import ConfigError
 from modelfactory.data.dataset import TimeSeriesDataset
 from modelfactory.data.market import MARKET_PRESETS, market_table, simulate_market
@@ -19,20 +22,18 @@ from modelfactory.models.loading import load_model
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.models.sequence import SequenceClassifier, functional_module
 from modelfactory.runs.attempt import (
-    add_predictions,
-    add_scores,
     change_manifest,
-    close_attempt,
     prediction_file,
-    publish_fitted,
 )
 from modelfactory.runs.comparison import comparison
+from modelfactory.runs.examples import train_example
 from modelfactory.runs.grid import grid_config, grid_jobs
+from modelfactory.runs.manage import diff_runs
 from modelfactory.runs.predict import predict_run
 from modelfactory.runs.rescore import rescore
 from modelfactory.runs.run import list_runs, load_run
-from modelfactory.runs.run_folder import RunError, start_attempt
-from modelfactory.training.trainer import Trainer, trainer_plots
+from modelfactory.runs.run_folder import RunError
+from modelfactory.training.trainer import Trainer
 from modelfactory.tuning.result import n_trials_of, read_tuned
 from modelfactory.tuning.study import Objective, OptunaModelTuner
 
@@ -190,28 +191,13 @@ def test_calibration_and_prediction_sets_are_fitted_per_horizon(model, tmp_path)
     assert np.array_equal(out.at(20).sets, expected.sets)
 
 
-def make_run(runs, parameters):
-    "Does what train.ipynb does, in this process."
-    trainer = Trainer(parameters, runs=runs)
-    trainer.prepare_data()
-    trainer.train()
-    attempt = start_attempt(runs, parameters)
-    run = publish_fitted(trainer, attempt)
-    trainer.predict()
-    add_predictions(trainer, run)
-    trainer.score_split()
-    add_scores(trainer, run, trainer_plots(trainer, names=("confusion",)))
-    close_attempt(attempt, run)
-    return load_run(run)
-
-
 @pytest.fixture(scope="module")
 def runs(splits, tmp_path_factory):
     "Runs of one model on horizon 5, on horizon 20 and on both."
     folder = tmp_path_factory.mktemp("runs")
     with quick_plugin(tmp_path_factory.mktemp("plugin")):
         for horizon in (5, 20, [5, 20]):
-            make_run(folder, dict(model="nearest", horizon=horizon, data=str(splits), seed=1))
+            train_example(dict(model="nearest", horizon=horizon, data=str(splits), seed=1), folder, ("confusion",))
         yield folder
 
 
@@ -235,6 +221,18 @@ def test_a_joint_run_has_the_scores_of_runs_apart(runs):
             part.daily_pnl().equals(run.daily_pnl()) and part.manifest["train_shares"] == run.manifest["train_shares"]
         )
         assert (joint.path / f"plots/h{h}_confusion.png").is_file()
+
+
+def test_a_joint_run_is_shown_and_compared_by_horizon(runs):
+    apart, joint = apart_and_joint(runs)
+    shown = CliRunner().invoke(app, ["show", str(joint.path), "--json"])
+    assert shown.exit_code == 0, shown.output
+    for h, summary in zip((5, 20), json.loads(shown.output), strict=True):
+        assert summary["title"].startswith(f"nearest (joint), h{h}, ")
+        assert summary["metrics"]["log_loss"] == pytest.approx(joint.at(h).metrics["log_loss"])
+    difference = diff_runs(apart[5].path, joint.path)
+    names = {row["name"] for row in difference.rows if row["part"] == "metrics"}
+    assert {"log_loss", "h5 log_loss", "h20 log_loss"} <= names and not diff_runs(joint.path, joint.path).rows
 
 
 def test_a_comparison_has_a_row_for_each_horizon_of_a_joint_run(runs):

@@ -13,9 +13,16 @@ from ..configuration import did_you_mean
 from .registry import ModelRegistry, check_name
 
 # %% auto #0
-__all__ = ['CELLS', 'YAML', 'NETWORK_CELLS', 'NETWORK_YAML', 'SKLEARN_CELLS', 'SKLEARN_YAML', 'KINDS', 'new_model']
+__all__ = ['EXPORT_CELL', 'CONFIG_CELL', 'CHECK_CELLS', 'CELLS', 'YAML', 'NETWORK_CELLS', 'NETWORK_YAML', 'SKLEARN_CELLS',
+           'SKLEARN_YAML', 'KINDS', 'new_model']
 
 # %% ../../nbs/models/07_template.ipynb #e84bf589
+EXPORT_CELL = ("code", "#| default_exp models.{family}.{name}")
+CONFIG_CELL = ("markdown", "## Config\n\nThe comment of a key is shown in the table of the config.")
+CHECK_CELLS = [
+    ("markdown", "## Checks\n\n`check_model` tests the model against the interface."),
+    ("code", 'from modelfactory import check_model\n\ncheck_model("{name}")'),
+]
 CELLS = [
     (
         "markdown",
@@ -25,7 +32,7 @@ CELLS = [
 
 Change the config, `fit_rows` and `predict_rows`. The last cell tests the model against the interface.""",
     ),
-    ("code", "#| default_exp models.{family}.{name}"),
+    EXPORT_CELL,
     (
         "code",
         """#| export
@@ -36,7 +43,7 @@ import numpy as np
 from modelfactory import ModelRegistry
 from modelfactory.models.tabular import TabularConfig, TabularModel""",
     ),
-    ("markdown", "## Config\n\nThe comment of a key is shown in the table of the config."),
+    CONFIG_CELL,
     (
         "code",
         """#| export
@@ -80,13 +87,7 @@ class {Class}(TabularModel):
         with np.load(folder / "means.npz") as saved:
             self.means, self.share = saved["means"], saved["share"]""",
     ),
-    ("markdown", "## Checks\n\n`check_model` tests the model against the interface."),
-    (
-        "code",
-        """from modelfactory import check_model
-
-check_model("{name}")""",
-    ),
+    *CHECK_CELLS,
 ]
 
 YAML = """# {name}: values that differ from the defaults in {name}.ipynb
@@ -115,7 +116,7 @@ NETWORK_CELLS = [
 Change the config, `backbone` and `loss`. The shared loop does the rest: batches, schedule, early stopping, weights,
 saving, and joint fits of several horizons. The last cell tests the model against the interface.""",
     ),
-    ("code", "#| default_exp models.{family}.{name}"),
+    EXPORT_CELL,
     (
         "code",
         """#| export
@@ -125,7 +126,7 @@ from modelfactory import ModelRegistry
 from modelfactory.models.sequence import SequenceClassifier, functional_module, last_and_mean
 from modelfactory.models.training_loop import SequenceConfig""",
     ),
-    ("markdown", "## Config\n\nThe comment of a key is shown in the table of the config."),
+    CONFIG_CELL,
     (
         "code",
         """#| export
@@ -204,13 +205,7 @@ def step(self, training, x, codes, weight=None):
     return super().step(training, x + 0.1 * x.new_empty(x.shape).normal_(), codes, weight)
 ```""",
     ),
-    ("markdown", "## Checks\n\n`check_model` tests the model against the interface."),
-    (
-        "code",
-        """from modelfactory import check_model
-
-check_model("{name}")""",
-    ),
+    *CHECK_CELLS,
 ]
 
 NETWORK_YAML = """# {name}: values that differ from the defaults in {name}.ipynb
@@ -241,7 +236,7 @@ SKLEARN_CELLS = [
 Change the config and `estimator`. `SklearnModel` fits it, predicts, and saves it with skops, which loads only types
 that it trusts. The last cell tests the model against the interface.""",
     ),
-    ("code", "#| default_exp models.{family}.{name}"),
+    EXPORT_CELL,
     (
         "code",
         """#| export
@@ -250,7 +245,7 @@ from dataclasses import dataclass
 from modelfactory import ModelRegistry
 from modelfactory.models.tabular import SklearnModel, TabularConfig""",
     ),
-    ("markdown", "## Config\n\nThe comment of a key is shown in the table of the config."),
+    CONFIG_CELL,
     (
         "code",
         """#| export
@@ -290,13 +285,7 @@ class {Class}(SklearnModel):
     def feature_importance(self):
         return self.by_feature(self.fitted_estimator.feature_importances_)""",
     ),
-    ("markdown", "## Checks\n\n`check_model` tests the model against the interface."),
-    (
-        "code",
-        """from modelfactory import check_model
-
-check_model("{name}")""",
-    ),
+    *CHECK_CELLS,
 ]
 
 SKLEARN_YAML = """# {name}: values that differ from the defaults in {name}.ipynb
@@ -326,15 +315,10 @@ def _with_plugin(file, plugin):
     text = file.read_text() if file.exists() else ""
     if not re.search(r"^\[modelfactory\]", text, re.M):
         return f"{text}\n[modelfactory]\nplugins = {plugin}\n".lstrip("\n")
-    if re.search(r"^plugins[ \t]*=[ \t]*\S", text, re.M):
-        return re.sub(r"^(plugins[ \t]*=[ \t]*)(?=\S)", rf"\1{plugin}, ", text, count=1, flags=re.M)
-    if re.search(r"^plugins[ \t]*=", text, re.M):  # empty, or a list that begins on the next line
+    pattern = r"^plugins[ \t]*=[ \t]*((?:\n[ \t]+)?\S)?"  # the list may be empty or begin on the next line
+    if re.search(pattern, text, re.M):
         return re.sub(
-            r"^plugins[ \t]*=[ \t]*$(?=(\n[ \t]+\S)?)",
-            lambda m: f"plugins = {plugin}" + "," * bool(m[1]),
-            text,
-            count=1,
-            flags=re.M,
+            pattern, lambda m: f"plugins = {plugin}" + (f", {m[1]}" if m[1] else ""), text, count=1, flags=re.M
         )
     return re.sub(r"^\[modelfactory\]\n?", f"[modelfactory]\nplugins = {plugin}\n", text, count=1, flags=re.M)
 

@@ -18,6 +18,7 @@ from .grid import grid_config, grid_jobs, make_trainer
 from .run import list_runs
 from .run_folder import start_attempt
 from .stored import RunList
+from ..training.trainer import trainer_plots
 
 # %% auto #0
 __all__ = ['EXAMPLE_GRID', 'train_example', 'example_runs']
@@ -34,8 +35,9 @@ EXAMPLE_GRID = dict(
 def train_example(
     parameters: dict,  # parameters of train.ipynb
     runs: Path,  # the runs folder
+    figures: tuple[str, ...] = (),  # names of the figures to draw, see `trainer_plots`
 ) -> Path:  # folder of the run
-    "Trains, scores and publishes a run in this process, without a notebook and without figures."
+    "Trains, scores and publishes a run in this process, without a notebook."
     trainer = make_trainer(parameters)
     trainer.prepare_data()
     trainer.train()
@@ -44,7 +46,7 @@ def train_example(
     trainer.predict()
     add_predictions(trainer, run)
     trainer.score_split()
-    add_scores(trainer, run, {})
+    add_scores(trainer, run, trainer_plots(trainer, names=figures) if figures else {})
     close_attempt(attempt, run)
     return run
 

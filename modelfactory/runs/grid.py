@@ -50,7 +50,8 @@ from ..training.trainer import Trainer
 
 # %% auto #0
 __all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'fold_numbers', 'plan_grid', 'audit_data', 'make_trainer',
-           'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus', 'grid_status']
+           'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus', 'grid_status',
+           'job_states']
 
 # %% ../../nbs/runs/05_grid.ipynb #7765424b
 @dataclass
@@ -388,8 +389,17 @@ def grid_status(
 ) -> GridStatus:
     "The state of each job in a grid: done, running, failed or waiting; raises `ConfigError` on an invalid grid."
     runs = Path(runs or settings().runs)
-    finished = _by_identity(list_runs(runs))
     jobs = grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid))
+    return job_states(jobs, runs, list_runs(runs))
+
+
+def job_states(
+    jobs: list[Job],  # jobs of a grid
+    runs: Path,  # the runs folder
+    stored: RunList,  # all its runs
+) -> GridStatus:
+    "The state of each job, as in `grid_status`."
+    finished = _by_identity(stored)
     running, failed = _newest_attempts(runs / PARTIAL_FOLDER), _newest_attempts(runs / FAILED_FOLDER)
     rows = GridStatus()
     for job in jobs:

@@ -17,7 +17,8 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.tables import format_metric
 from ..files import printable
 from ..progress import duration
-from .grid import GridConfig, GridStatus, grid_config, grid_status, plan_grid
+from .comparison import plain_data
+from .grid import GridConfig, GridStatus, grid_config, job_states, plan_grid
 from .run import Run, list_runs, load_run
 from modelfactory.runs.run_folder import (
     CHECKPOINT_PREFIX,
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SHOWN_METRICS', 'run_title', 'RunSummary', 'plain_numbers', 'show_run', 'RunDifference', 'diff_runs', 'clean_runs',
-           'DryRun', 'dry_run']
+__all__ = ['SHOWN_METRICS', 'run_title', 'RunSummary', 'show_run', 'RunDifference', 'diff_runs', 'clean_runs', 'DryRun',
+           'dry_run']
 
 # %% ../../nbs/runs/30_manage.ipynb #95e32eaf
 SHOWN_METRICS = (
@@ -55,7 +56,7 @@ SHOWN_METRICS = (
 
 def run_title(run: Run) -> str:
     "Model, horizon, data set, seed and fold of a run in one line, such as `gru, h20, planted, seed 42, fold 3`."
-    parts = [run.manifest["model"], f"h{run.horizon}", Path(run.data).name, f"seed {run.seed}"]
+    parts = [run.model_name, f"h{run.horizon}", Path(run.data).name, f"seed {run.seed}"]
     if run.folds:
         parts.append(f"fold {run.fold} ({run.folds})" if run.fold else f"all folds ({run.folds})")
     return printable(", ".join(parts))
@@ -76,10 +77,8 @@ class RunSummary:
     def to_dict(self) -> dict:
         "The summary as plain values, for JSON; NaN becomes None."
         baseline = {name: self.baseline.get(name) for name in SHOWN_METRICS if name in self.baseline}
-        values = dict(title=self.title, verdict=self.verdict, metrics=plain_numbers(self.metrics))
-        return values | dict(
-            baseline=plain_numbers(baseline), facts=self.facts, notes=self.notes, folder=str(self.path)
-        )
+        values = dict(title=self.title, verdict=self.verdict, metrics=self.metrics, baseline=baseline)
+        return plain_data(values | dict(facts=self.facts, notes=self.notes, folder=str(self.path)))
 
     def __repr__(self):
         names = [name for name in SHOWN_METRICS if name in self.metrics]
@@ -101,16 +100,9 @@ def _wrapped(texts):
 
     return [line for text in texts for line in wrap(text, 80)]
 
-
-def plain_numbers(
-    values: dict,  # name -> number, text or None
-) -> dict:
-    "The values with None in place of NaN and infinity, which JSON cannot represent."
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
 # %% ../../nbs/runs/30_manage.ipynb #022b9294
 def show_run(
-    run: Run | Path | str,  # a run, or its folder
+    run: Run | Path | str,  # a run, or its folder; of a joint fit, one of `run.parts()`
 ) -> RunSummary:
     "The summary of a finished run; raises `RunError` if the folder is not a finished run."
     run = run if isinstance(run, Run) else load_run(Path(run))
@@ -149,7 +141,7 @@ class RunDifference:
 
     def to_dict(self) -> dict:
         "The differences as plain values, for JSON."
-        return dict(first=self.titles[0], second=self.titles[1], differences=[plain_numbers(r) for r in self.rows])
+        return plain_data(dict(first=self.titles[0], second=self.titles[1], differences=self.rows))
 
     def __repr__(self):
         lines = [f"first:  {self.titles[0]}", f"second: {self.titles[1]}"]
@@ -204,8 +196,10 @@ def _comparable(run):
     task = {k: v for k, v in config.items() if k not in ("config", "data")}
     data = dict(fingerprint=m.get("data_fingerprint")) | (config["data"] if isinstance(config["data"], dict) else {})
     code = dict(code=m.get("code"), commit=m.get("commit"), scoring=run.scoring)
-    metrics = dict(run.metrics) if run.scored else {}
-    metrics = {name: metrics[name] for name in METRICS if name in metrics}
+    metrics = {}
+    for part in run.parts() if run.scored else ():
+        prefix = f"h{part.horizon} " if run.joint_horizons else ""
+        metrics |= {prefix + name: part.metrics[name] for name in METRICS if name in part.metrics}
     return dict(task=task, config=config["config"], data=data, code=code, versions=m["versions"], metrics=metrics)
 
 
@@ -270,7 +264,7 @@ def dry_run(
     config = grid if isinstance(grid, GridConfig) else grid_config(grid)
     stored = list_runs(runs)
     jobs = plan_grid(config, {run.identity for run in stored if run.scored}, warnings)
-    status = grid_status(config, runs)
+    status = job_states(jobs, runs, stored)
     seconds: dict[tuple, list[float]] = {}
     for run in stored:
         seconds.setdefault((run.manifest["model"], run.horizon), []).append(sum(run.manifest["seconds"].values()))
