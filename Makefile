@@ -10,7 +10,9 @@ setup: .venv/.done
 .venv/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"found Python {sys.version.split()[0]}, expected 3.11 or later: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@echo 'Installing torch and uv with pip, then about 300 packages with uv (3.8 GB)'
+	$(BIN)/pip install -q -c constraints.txt torch uv
+	$(BIN)/uv pip install -q -c constraints.txt -e ".[dev]" || $(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	@mkdir -p .venv/share/jupyter/lab/settings  # JupyterLab does not ask whether to show news
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
