@@ -42,15 +42,23 @@ DATA_SUFFIXES = (".json", ".ubj", ".txt", ".cbm", ".skops", ".safetensors", ".np
 
 # %% ../../nbs/models/02_persistence.ipynb #71ce3142
 def _members(file):
-    "Yields the name and the first two bytes of a file, or of each member of a zip archive."
+    "Yields the name and the first nine bytes of a file, or of each member of a zip archive."
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as f:
-            yield file.name, f.read(2)
+            yield file.name, f.read(9)
         return
     with zipfile.ZipFile(file) as z:
         for name in z.namelist():
             with z.open(name) as member:
-                yield f"{file.name}:{name}", member.read(2)
+                yield f"{file.name}:{name}", member.read(9)
+
+
+def _is_pickle(head):
+    """Whether a file that begins with `head` may be a pickle of protocol 2 or later.
+
+    A safetensors file begins with the length of its header (8 bytes) and a brace; a length of 128 looks like a pickle's
+    first byte, but the zeros that follow are no instruction of a pickle."""
+    return head[:1] == b"\x80" and head[1:2] <= b"\x05" and head[3:] != b"\0\0\0\0\0{"
 
 
 def find_unsafe_files(
@@ -60,7 +68,7 @@ def find_unsafe_files(
     files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
     unknown = [f"{f.name}: not among {', '.join(DATA_SUFFIXES)}" for f in files if f.suffix not in DATA_SUFFIXES]
     members = [member for file in files for member in _members(file)]
-    pickles = [f"{name}: a pickle" for name, head in members if head[:1] == b"\x80" and head[1:2] <= b"\x05"]
+    pickles = [f"{name}: a pickle" for name, head in members if _is_pickle(head)]
     return unknown + pickles
 
 # %% ../../nbs/models/02_persistence.ipynb #c82bf532

@@ -47,23 +47,27 @@ def _snapshot(checkpoint, revision):
 def missing_reason(
     checkpoint: str,  # a local folder, or the ID of a model on the Hugging Face hub
     revision: str = "main",  # branch, tag or commit on the hub
+    file: str = "",  # name of the one file that is needed; empty: config.json and weights in safetensors format
 ) -> str:  # reason in one line; empty if the checkpoint is complete
     "Explains why a checkpoint cannot be loaded on this machine, and how to get it."
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
-        return _incomplete_reason(folder, checkpoint)
+        return _incomplete_reason(folder, checkpoint, file)
     if os.path.isabs(folder) or checkpoint[:1] in ".~" or checkpoint.count("/") > 1:
-        return f"{checkpoint}: no such folder; set checkpoint to the folder that holds config.json and the weights"
-    if reason := _incomplete_reason(_snapshot(checkpoint, revision), checkpoint):
-        option = "" if revision == "main" else f" --revision {revision}"
-        return f"{reason}; get it with `hf download {checkpoint}{option}`, or set checkpoint to a local folder"
+        needed = file or "config.json and the weights"
+        return f"{checkpoint}: no such folder; set checkpoint to the folder that holds {needed}"
+    if reason := _incomplete_reason(_snapshot(checkpoint, revision), checkpoint, file):
+        options = f" {file}" * bool(file) + f" --revision {revision}" * (revision != "main")
+        return f"{reason}; get it with `hf download {checkpoint}{options}`, or set checkpoint to a local folder"
     return ""
 
 # %% ../../nbs/models/09_pretrained.ipynb #c08597dd
-def _incomplete_reason(folder, checkpoint):
+def _incomplete_reason(folder, checkpoint, file):
     "Explains in one line why a folder is not a complete checkpoint; returns an empty string if it is complete."
     if not folder.is_dir():
         return f"checkpoint {checkpoint} is not on this machine"
+    if file:
+        return "" if (folder / file).is_file() else f"checkpoint {checkpoint} has no file {file}"
     if not (folder / "config.json").is_file():
         return f"checkpoint {checkpoint} has no config.json"
     return "" if any(folder.glob("*.safetensors")) else f"checkpoint {checkpoint} has no weights in safetensors format"
@@ -72,17 +76,22 @@ def _incomplete_reason(folder, checkpoint):
 def find_checkpoint(
     checkpoint: str,  # a local folder, or the ID of a model on the Hugging Face hub
     revision: str = "main",  # branch, tag or commit on the hub
+    file: str = "",  # as for `missing_reason`
 ) -> Path:
     "Returns the folder of a checkpoint; raises `ModelUnavailable` with the reason if it is missing or incomplete."
-    if reason := missing_reason(checkpoint, revision):
+    if reason := missing_reason(checkpoint, revision, file):
         raise ModelUnavailable(reason)
     folder = Path(checkpoint).expanduser()
     return folder if folder.is_dir() else _snapshot(checkpoint, revision)
 
 # %% ../../nbs/models/09_pretrained.ipynb #778324bc
-def checkpoint_hashes(folder: Path) -> dict[str, str]:  # file name -> SHA-256
-    "Returns the hashes of a checkpoint's config, weight and tokenizer files."
-    files = sorted(f for f in Path(folder).iterdir() if f.suffix in (".json", ".safetensors", ".txt", ".model"))
+def checkpoint_hashes(
+    folder: Path,
+    file: str = "",  # as for `missing_reason`
+) -> dict[str, str]:  # file name -> SHA-256
+    "Returns the hashes of a checkpoint's config, weight and tokenizer files, or of its one file."
+    suffixes = (".json", ".safetensors", ".txt", ".model")
+    files = [Path(folder) / file] if file else sorted(f for f in Path(folder).iterdir() if f.suffix in suffixes)
     return {f.name: _hash_of(f.resolve(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
 
 
@@ -106,13 +115,14 @@ def check_same_files(
 
 # %% ../../nbs/models/09_pretrained.ipynb #084b7191
 def resolve_pinned(
-    config: ModelConfig,  # config with the keys `checkpoint` and `revision`
+    config: ModelConfig,  # config with the keys `checkpoint` and `revision`, and perhaps `file`
     pinned: dict | None = None,  # identity from an earlier call; the files must match it
 ) -> tuple[Path, dict]:  # folder and identity: a dict of checkpoint, revision (None if local) and sha256 by file
     "Finds a checkpoint; raises `ModelUnavailable` if it is missing, and `CheckpointError` if it differs from `pinned`."
-    folder = find_checkpoint(config.checkpoint, config.revision)
+    file = getattr(config, "file", "")
+    folder = find_checkpoint(config.checkpoint, config.revision, file)
     revision = folder.name if folder.parent.name == "snapshots" else None
-    identity = dict(checkpoint=config.checkpoint, revision=revision, sha256=checkpoint_hashes(folder))
+    identity = dict(checkpoint=config.checkpoint, revision=revision, sha256=checkpoint_hashes(folder, file))
     if pinned:
         check_same_files(pinned["sha256"], identity["sha256"], config.checkpoint)
     return folder, identity
@@ -120,10 +130,11 @@ def resolve_pinned(
 
 def checkpoint_unavailable_reason(
     cls: type[BaseModel],
-    config: dict,  # config that may have the keys `checkpoint` and `revision`
+    config: dict,  # config that may have the keys `checkpoint`, `revision` and `file`
 ) -> str:  # reason in one line; empty if the checkpoint is complete
     "Implements `unavailable_reason` for models whose config has the keys `checkpoint` and `revision`."
-    return missing_reason(config.get("checkpoint", cls.Config.checkpoint), config.get("revision", cls.Config.revision))
+    keys = ("checkpoint", "revision", "file")
+    return missing_reason(*(config.get(key, getattr(cls.Config, key, "")) for key in keys))
 
 # %% ../../nbs/models/09_pretrained.ipynb #65ea3484
 def freeze(module: Module) -> Module:  # the same module
