@@ -210,7 +210,7 @@ def test_checkpoints_are_read_from_the_folder_in_HF_HOME(checkpoints, tmp_path, 
     (refs := snapshot.parents[1] / "refs").mkdir()
     (refs / "main").write_text("abc")
     available = {m["name"]: m["available"] for m in ModelRegistry.list_models("foundation")}
-    assert available == dict(timesfm=True, timesfm25=False, chronos2=False, timellm=False)
+    assert available == dict(timesfm=True, timesfm25=False, chronos2=False, timellm=False, tabicl=False)
     ds = TimeSeriesDataset(read_split(market()), 5)
     config = dict(sequence_length=1, context_length=64, cache=False)
     model = ModelRegistry.create("timesfm", config, 5, ds.feature_columns)

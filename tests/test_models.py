@@ -46,5 +46,5 @@ def test_the_plan_of_a_grid_holds_all_models(grid):
     models = [m for m in ModelRegistry.list_models() if m["family"] != "ensemble"]
     unavailable = {m["name"] for m in models if not m["available"]}
     assert len(jobs) == 2 * len(models) >= 40
-    pretrained = {"timesfm", "timesfm25", "chronos2", "timellm"}
+    pretrained = {"timesfm", "timesfm25", "chronos2", "timellm", "tabicl"}
     assert {j.parameters["model"] for j in jobs if j.unavailable} == unavailable <= pretrained

@@ -62,6 +62,7 @@ NO_GRAPH = dict(
     timesfm="closing prices, which are not features",
     timesfm25="closing prices, which are not features",
     chronos2="closing prices, which are not features",
+    tabicl="training rows with each prediction",
 )
 
 
@@ -99,6 +100,8 @@ def test_a_registered_model_is_exported_and_equal_or_on_the_list_of_those_that_c
     task = planted_task(150, F=3, seq_len=length)
     checkpoint = dict(timellm="gpt2", timesfm="timesfm", timesfm25="timesfm25", chronos2="chronos2").get(name)
     config = dict(checkpoint=str(tiny_checkpoint(checkpoint, tmp_path / "checkpoint"))) if checkpoint else {}
+    if name == "tabicl":
+        config = dict(checkpoint=str(ROOT / "tests/data"), file="tabicl_tiny.ckpt")
     model = ModelRegistry.create(name, config_of(name) | config | dict(sequence_length=length), 5, task.features)
     if name in NO_GRAPH:
         with pytest.raises(OnnxError, match=NO_GRAPH[name]):

@@ -30,6 +30,7 @@ from ..models.ensemble.average import AverageModel
 from ..models.ensemble.meta_labelling import MetaLabellingModel
 from ..models.ensemble.selection import SelectionModel
 from ..models.ensemble.stacking import StackingModel
+from ..models.foundation.tabicl import TabICLModel
 from ..models.foundation.timesfm import TimesFMModel
 from ..models.registry import ModelRegistry
 from ..models.sequence import NetworkModel, functional_module
@@ -410,6 +411,7 @@ NO_GRAPH: dict[type, str] = {
     InformerModel: "aten::randint draws the keys of its attention, and ONNX has no operator with the same numbers",
     MetaLabellingModel: "its second model predicts only the rows that have a side",
     TimesFMModel: "it reads closing prices, which are not features",
+    TabICLModel: "it reads its training rows with each prediction",
 }
 
 
