@@ -4,18 +4,24 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONDONTWRITEBYTECODE :=  # each run imports the package in a new process, so its bytecode is cached
 
-.PHONY: setup demo check test soak browser lab edit hooks bench gpu readme picture docs
+.PHONY: setup lock audit demo check test soak browser lab edit hooks bench gpu readme picture docs
 setup: .venv/.done
 
-.venv/.done: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"found Python {sys.version.split()[0]}, expected 3.11 or later: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
-	@echo 'Installing torch and uv with pip, then about 300 packages with uv (3.8 GB)'
-	$(BIN)/pip install -q -c constraints.txt torch uv
-	$(BIN)/uv pip install -q -c constraints.txt -e ".[dev]" || $(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	@mkdir -p .venv/share/jupyter/lab/settings  # JupyterLab does not ask whether to show news
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > .venv/share/jupyter/lab/settings/overrides.json
-	@touch $@
+.venv/.done: pyproject.toml constraints.txt $(wildcard locks/*.txt)
+	@$(PYTHON) tools/environment.py
+
+# Hashes of all packages, for `make setup` with uv. TORCH=cu128: with CUDA, which takes 3 GB more.
+TORCH ?= cpu
+lock:  # writes locks/SYSTEM-PYTHON.txt for this Python and three systems; needs uv
+	@mkdir -p locks
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && for system in linux macos windows; do \
+		name=$$(echo $$system | sed 's/macos/darwin/; s/windows/win32/'); \
+		MACOSX_DEPLOYMENT_TARGET=14.0 uv pip compile -q --generate-hashes --torch-backend $(TORCH) --python-version $$version \
+			--python-platform $$system --extra dev -c constraints.txt pyproject.toml -o locks/$$name-$$version.txt || exit 1; done
+
+audit: setup  # compares the tested versions with the index's database of vulnerabilities; needs pip-audit
+	@if command -v pip-audit > /dev/null; then pip-audit --strict --no-deps --disable-pip -r constraints.txt; \
+	else echo 'NOT AUDITED: pip-audit is not installed (pip install pip-audit)'; fi
 
 demo: setup  # trains six models on three data sets, compares them and summarises the comparison
 	$(BIN)/modelfactory demo

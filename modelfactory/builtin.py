@@ -11,26 +11,31 @@ import modelfactory
 from .configuration import params_folder
 
 # %% auto #0
-__all__ = ['CHECKOUT_FOLDERS', 'builtin_folder', 'params_file', 'params_names']
+__all__ = ['CHECKOUT_FOLDERS', 'builtin_path', 'is_checkout', 'params_file', 'params_names']
 
 # %% ../nbs/04_builtin.ipynb #9f0ccde4
 CHECKOUT_FOLDERS = dict(params="params", notebooks="nbs")  # kind of file -> folder in a checkout
 
 
-def builtin_folder(
-    part: str,  # "params" or "notebooks"
+def builtin_path(
+    name: str,  # "params" or "notebooks" for a folder; "settings.ini" or "constraints.txt" for a file
 ) -> Path:
-    "The folder that contains the package's own parameters or notebooks."
+    "The path of the package's own parameters, notebooks, settings or tested versions."
     package = Path(modelfactory.__file__).resolve().parent
-    inside = package / part
-    return inside if inside.is_dir() else package.parent / CHECKOUT_FOLDERS[part]
+    inside = package / name
+    return inside if inside.exists() else package.parent / CHECKOUT_FOLDERS.get(name, name)
+
+
+def is_checkout() -> bool:
+    "Whether the package is imported from a checkout; False if it is installed from a wheel."
+    return (Path(modelfactory.__file__).resolve().parents[1] / CHECKOUT_FOLDERS["notebooks"] / "train.ipynb").is_file()
 
 # %% ../nbs/04_builtin.ipynb #c41f0743
 def params_file(
     name: str,  # path relative to the params folder, such as models/xgboost.yaml
 ) -> Path | None:  # None if neither file exists
     "The path of the user's file or, if it does not exist, of the package's file."
-    candidates = (params_folder() / name, builtin_folder("params") / name)
+    candidates = (params_folder() / name, builtin_path("params") / name)
     return next((file for file in candidates if file.is_file()), None)
 
 
@@ -38,5 +43,5 @@ def params_names(
     kind: str,  # "models" or "grids"
 ) -> list[str]:  # sorted, without duplicates
     "Names of all YAML files of a kind, from the user's folder and from the package."
-    folders = (params_folder(), builtin_folder("params"))
+    folders = (params_folder(), builtin_path("params"))
     return sorted({file.stem for folder in folders for file in (folder / kind).glob("*.yaml")})

@@ -31,9 +31,9 @@ app = typer.Typer(
 # %% auto #0
 __all__ = ['app', 'AsJson', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder',
            'Seed', 'HorizonOption', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models',
-           'doctor', 'parse_horizons', 'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars', 'purge',
-           'recut', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show', 'clean',
-           'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'explain',
+           'init', 'doctor', 'parse_horizons', 'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars',
+           'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show',
+           'clean', 'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'explain',
            'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #fcc26303
@@ -87,6 +87,23 @@ def models(
     _print_rows(listed, as_json, "\n".join(lines))
 
 # %% ../nbs/cli.ipynb #9efd9f66
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="folder of the project, existing or new", file_okay=False)] = Path("."),
+) -> None:
+    """Write the files of a project: settings, parameters and grids to change, tutorials to open.
+
+    Example: modelfactory init myproject"""
+    from modelfactory.project import GITIGNORE, init_project
+
+    written = init_project(folder)
+    print(*(f"wrote {path}" for path in written), sep="\n")
+    if folder / ".gitignore" not in written:
+        print(f"kept {folder / '.gitignore'}; git should ignore {', '.join(GITIGNORE.split())}")
+    enter = "" if folder == Path(".") else f"cd {folder} && "
+    print(f"next: {enter}jupyter lab nbs/tutorials/ten_minutes.ipynb")
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     "Report what is installed on this machine, what is missing and how to fix it.\n\nExample: modelfactory doctor"

@@ -325,7 +325,7 @@ class Settings(TradingSettings, _TaskSettings):
 
     engine: str = "local"  # where the runs of a grid are executed; a name in `ENGINES` of `runs.executors`
     address: str = ""  # address of the Ray cluster; empty: a cluster on this machine
-    tracking: str = ""  # MLflow tracking: sqlite (the file runs/mlflow.db), an address, or empty (off)
+    tracking: str = "sqlite"  # MLflow tracking: sqlite (the file runs/mlflow.db), an address, or empty (off)
     experiment: str = "modelfactory"  # name of the MLflow experiment
     storage: str = ""  # database for tuning studies on several machines; empty: tuning.db in the runs folder
     plugins: tuple[Path, ...] = ()  # files that define the user's own models

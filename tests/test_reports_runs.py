@@ -17,6 +17,7 @@ from fabricate import bars, make_run
 from matplotlib.text import Text
 from test_context import cut_and_purge
 from test_foundation import market
+from test_install import SOURCES
 
 from modelfactory.cli import main
 from modelfactory.configuration import ConfigError
@@ -119,7 +120,7 @@ def test_data_in_dataset_is_refused_and_members_keep_their_keys():
 def installed(tmp_path_factory):
     "The package from its wheel, unpacked in an otherwise empty folder."
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("modelfactory", "params", "nbs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
@@ -146,7 +147,10 @@ def test_a_wheel_holds_parameters_grids_and_notebooks(installed):
     params = {f.relative_to(ROOT) for kind in ("models", "grids") for f in (ROOT / "params" / kind).glob("*.yaml")}
     assert {f for f in files if f.suffix == ".py"} == sources
     assert {f for f in files if f.suffix == ".yaml"} == params
-    assert {f.name for f in files if f.suffix == ".ipynb"} == {"train.ipynb", "compare.ipynb", "study.ipynb"}
+    notebooks = {str(f.relative_to("notebooks")) for f in files if f.suffix == ".ipynb"}
+    pages = {f"{kind}/{f.name}" for kind in ("tutorials", "reference") for f in (ROOT / "nbs" / kind).glob("*.ipynb")}
+    assert notebooks == {"train.ipynb", "compare.ipynb", "study.ipynb"} | pages - {"reference/models.ipynb"}
+    assert {f.name for f in files if f.suffix not in (".py", ".yaml", ".ipynb")} == {"settings.ini", "constraints.txt"}
 
 
 def test_from_a_folder_of_ones_own_presets_grids_and_notebooks_are_those_of_the_package(installed, tmp_path):

@@ -22,7 +22,7 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..builtin import builtin_folder
+from ..builtin import builtin_path
 from ..configuration import ConfigError, did_you_mean, settings
 from ..imports import ADDRESS_GRAMMAR, without_module
 from .attempt import close_attempt, publish
@@ -39,7 +39,7 @@ def find_notebook(
     name: str,  # file name, such as train.ipynb
 ) -> Path:
     "The path of a notebook; if it does not exist, raises a `ConfigError` that lists the searched folders."
-    places = [settings().notebooks / name, builtin_folder("notebooks") / name]
+    places = [settings().notebooks / name, builtin_path("notebooks") / name]
     if notebook := next((p for p in places if p.is_file()), None):
         return notebook
     folders = ", ".join(str(p.parent) for p in places)
@@ -161,6 +161,14 @@ def _trust(notebook):
         NotebookNotary().sign(nbformat.read(notebook, 4))
 
 # %% ../../nbs/runs/03_engine.ipynb #09a5c46b
+def _is_parent_alive(parent):
+    "Whether the process `parent` runs."
+    import psutil
+
+    # On Windows, the interpreter of a virtual environment is a child of a launcher, and keeps the ID of a dead parent.
+    return os.getppid() == parent if os.name == "posix" else psutil.pid_exists(parent)
+
+
 def _watch_parent(attempt, parent):
     "Updates `pid` every second; kills this process and its kernel once the process `parent` has ended."
     import psutil
@@ -169,7 +177,7 @@ def _watch_parent(attempt, parent):
         time.sleep(1)
         with contextlib.suppress(OSError):
             os.utime(attempt / "pid")
-        if os.getppid() == parent:
+        if _is_parent_alive(parent):
             continue
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -250,6 +258,7 @@ def run_environment(
         OMP_NUM_THREADS=threads,
         OMP_WAIT_POLICY="PASSIVE",
         PYTHONWARNINGS="ignore",
+        PYTHONUTF8="1",
         PYDEVD_DISABLE_FILE_VALIDATION="1",
         MPLBACKEND="agg",
     )
@@ -306,15 +315,16 @@ def kill_run(
     "Ends a run's process, its kernel and all their child processes: SIGTERM first, then SIGKILL."
     import psutil
 
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2)
-            break
-    for p in psutil.process_iter():
+    children = []
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.kill()
+    for p in {*children, *psutil.process_iter()}:
         with contextlib.suppress(psutil.Error, OSError):
-            if p.environ().get(RUN_ENV_VAR) == name:
+            if p in children or p.environ().get(RUN_ENV_VAR) == name:
                 p.kill()
 
 # %% ../../nbs/runs/03_engine.ipynb #2af2da76
@@ -412,7 +422,8 @@ def _attempt(parameters, runs, notebook, limits, stop, grid):
             stderr=log,
             stdin=subprocess.DEVNULL,
             env=run_environment(limits, attempt.name),
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C in a terminal is meant for the parent, which ends the run
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same, on Windows
         )
 
     def is_closed():

@@ -5,6 +5,7 @@
 # %% ../../nbs/runs/17_environment.ipynb #3d9bcafc
 from __future__ import annotations
 
+import locale
 import os
 import re
 import shutil
@@ -16,12 +17,13 @@ from importlib import metadata
 from pathlib import Path
 
 import modelfactory
+from ..builtin import builtin_path, is_checkout
 from ..configuration import Settings, html_table, refused_settings, settings
 from ..files import printable
 
 # %% auto #0
-__all__ = ['STATE_MARKS', 'STATE_COLOURS', 'EnvironmentFinding', 'Environment', 'versions_that_differ', 'kernel_python',
-           'check_environment']
+__all__ = ['STATE_MARKS', 'STATE_COLOURS', 'NEEDED_FILES', 'EnvironmentFinding', 'Environment', 'versions_that_differ',
+           'kernel_python', 'check_environment']
 
 # %% ../../nbs/runs/17_environment.ipynb #8257205f
 @dataclass
@@ -70,16 +72,14 @@ def versions_that_differ(
     constraints: Path,  # file with one name==version per line
     names: list[str],  # distributions to check
 ) -> list[str]:  # such as "pandas 2.1.0, tested 2.2.3"
-    "Those of `names` that are missing or whose installed version differs from the version in `constraints`."
+    "Those of `names` whose installed version differs from the version in `constraints`; missing ones are left out."
     lines = re.findall(r"^([\w.-]+)==([^\s;]+)", constraints.read_text(), re.M)
     tested = {_normalised_name(name): version for name, version in lines}
     differences = []
     for name in map(_normalised_name, names):
-        if name not in tested:
-            continue
         installed = _installed_version(name)
-        if installed != tested[name].partition("+")[0]:
-            differences.append(f"{name} {installed or 'is missing'}, tested {tested[name]}")
+        if installed and name in tested and installed != tested[name].partition("+")[0]:
+            differences.append(f"{name} {installed}, tested {tested[name]}")
     return differences
 
 
@@ -103,18 +103,48 @@ def _python():
     value = f"Python {sys.version.split()[0]}"
     if sys.version_info[:2] < _OLDEST_PYTHON:
         return EnvironmentFinding("python", value, "fail", "3.11 or later is needed: make PYTHON=/path/to/python3.11")
+    if (encoding := locale.getencoding().lower()) not in ("utf-8", "utf8") and not sys.flags.utf8_mode:
+        value = f"{value}, which reads and writes text files as {encoding}, expected utf-8"
+        return EnvironmentFinding("python", value, "warn", "set the environment variable PYTHONUTF8 to 1")
     return EnvironmentFinding("python", value)
 
 
 def _packages():
-    constraints = Path(modelfactory.__file__).resolve().parents[1] / "constraints.txt"
-    if not constraints.is_file():
-        return EnvironmentFinding("packages", "no constraints.txt beside the package: versions not compared")
-    required = [re.match(r"[\w.-]+", r)[0] for r in metadata.requires("modelfactory") or () if "extra ==" not in r]
+    "Direct dependencies that are missing or differ from the tested versions."
+    try:
+        listed = metadata.requires("modelfactory") or ()
+    except metadata.PackageNotFoundError:
+        fix = "pip install -e . in the checkout"
+        return EnvironmentFinding("packages", "the package is imported but not installed: not compared", "warn", fix)
+    required = [re.match(r"[\w.-]+", r)[0] for r in listed if "extra ==" not in r]
+    constraints = builtin_path("constraints.txt")
+    what = "-e ." if is_checkout() else "modelfactory"
+    fix = f"pip install -c {constraints} {what} installs the tested versions"
+    if missing := [name for name in required if not _installed_version(name)]:
+        return EnvironmentFinding("packages", f"not installed: {', '.join(missing)}", "fail", fix)
     if differences := versions_that_differ(constraints, required):
-        fix = "pip install -c constraints.txt -e . installs the tested versions"
         return EnvironmentFinding("packages", "; ".join(differences), "warn", fix)
     return EnvironmentFinding("packages", f"{len(required)} packages in the tested versions")
+
+# %% ../../nbs/runs/17_environment.ipynb #b7fc4d12
+NEEDED_FILES = (
+    *("settings.ini", "constraints.txt", "params/models", "params/grids"),
+    *("notebooks/train.ipynb", "notebooks/compare.ipynb", "notebooks/study.ipynb"),
+)
+
+
+def _needed_path(name):
+    first, *others = name.split("/")
+    return builtin_path(first).joinpath(*others)
+
+
+def _package():
+    "Version and kind of the installation, and missing files."
+    value = f"modelfactory {modelfactory.__version__}, {'in a checkout' if is_checkout() else 'installed'}"
+    if missing := [name for name in NEEDED_FILES if not _needed_path(name).exists()]:
+        fix = "install the package again: pip install --force-reinstall --no-deps modelfactory"
+        return EnvironmentFinding("package", f"{value}; missing: {', '.join(missing)}", "fail", fix)
+    return EnvironmentFinding("package", value)
 
 # %% ../../nbs/runs/17_environment.ipynb #6290453a
 def _machine():
@@ -169,8 +199,10 @@ def _kernel():
 # %% ../../nbs/runs/17_environment.ipynb #47a0b882
 def _settings(current: Settings):
     file = current.root / "settings.ini"
-    value = str(file) if file.is_file() else "no settings.ini in this folder or above: defaults"
-    return EnvironmentFinding("settings", value)
+    if file.is_file():
+        return EnvironmentFinding("settings", str(file))
+    value = f"no settings.ini in this folder or above: default values, and relative paths start in {current.root}"
+    return EnvironmentFinding("settings", value, "ok", "modelfactory init writes a project with a settings.ini")
 
 
 def _plugins(current: Settings):
@@ -232,6 +264,7 @@ def check_environment() -> Environment:
     return Environment(
         [
             _python(),
+            _package(),
             _packages(),
             _machine(),
             _gpu(),
