@@ -15,14 +15,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from .data.bundled import BUNDLED
-from .files import print_escaped as print  # names in received files may contain control characters
+from .files import print_escaped
+from .verbosity import FileLog, print_hint, quiet_output
+from .verbosity import print_result as print  # escapes control characters in names from received files
+from .words import count_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
+def _be_quiet(context: typer.Context, is_asked: bool) -> None:
+    if is_asked:
+        context.obj = context.with_resource(quiet_output())
+
+
+def _be_verbose(context: typer.Context, is_asked: bool) -> None:
+    if is_asked:
+        context.with_resource(contextlib.closing(FileLog(sys.stderr)))
+
+
+def _verbosity(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="print errors and the last result only")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", callback=_be_verbose, help="list the files read and written, with times")
+    ] = False,
+) -> None:
+    "The options that every command has."
+
+
+class _Commands(TyperGroup):
+    "The commands; each takes the options of `_verbosity`."
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        shared = typer.Typer(add_completion=False)
+        shared.command()(_verbosity)
+        for option in typer.main.get_command(shared).params:
+            option.expose_value = False
+            for command in self.commands.values():
+                command.params.append(option)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train any model family on labelled market bars and compare the results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -276,9 +316,9 @@ def _print_spans(bars, n=5):
     "Prints the number of bars and the first and last time of the first `n` symbols."
     spans = bars.groupby("symbol", sort=False).datetime.agg(["size", "min", "max"])
     for symbol, span in spans.iloc[:n].iterrows():
-        print(f"{symbol}: {span['size']:,} bars from {span['min']} to {span['max']}")
+        print(f"{symbol}: {count_text(span['size'], 'bar')} from {span['min']} to {span['max']}")
     if len(spans) > n:
-        print(f"and {len(spans) - n:,} more symbols")
+        print(f"and {count_text(len(spans) - n, 'more symbol')}")
 
 
 def _read_bars(files, symbol, columns, **options):
@@ -390,9 +430,9 @@ def bars(
     listed = _print_check(str(output), None, {})
     for text in dict.fromkeys([*outside, *(str(warning.message) for warning in caught)]):
         if not any(warning.endswith(text.removeprefix("bars: ")) for warning in listed):
-            print(f"warning: {text}")
+            print_hint(f"warning: {text}")
     ours = "" if horizons == "5,20" else f" --horizons {horizons}"
-    print(f"next: modelfactory experiment quick --data {output}{ours} --models classical,boosting --compare")
+    print_hint(f"next: modelfactory experiment quick --data {output}{ours} --models classical,boosting --compare")
 
 # %% ../nbs/cli.ipynb #6bbbb55a
 @app.command()
@@ -609,7 +649,7 @@ def train(
 
 
 def _print_error(text):
-    print(text, file=sys.stderr)
+    print_escaped(text, file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #7a93606a
 GridData = Annotated[
@@ -752,7 +792,7 @@ def clean(
     removed = clean_runs(folder, dry_run)
     lines = [f"{row['folder']}  {row['kind']}  {row['bytes'] / 1e6:.1f} MB" for row in removed]
     n, verb = len(removed), "would be removed" if dry_run else "removed"
-    _print_rows(removed, as_json, "\n".join([*lines, f"{n or 'no'} attempt{'s' * (n != 1)} {verb}"]))
+    _print_rows(removed, as_json, "\n".join([*lines, f"{count_text(n, 'attempt')} {verb}"]))
 
 # %% ../nbs/cli.ipynb #5a196097
 @app.command()
@@ -918,7 +958,7 @@ def final_score(
     scores = final_scores(runs, data)
     _print_rows(scores.to_dict("records"), as_json, scores.round(4).to_string(index=False))
     for folder in [] if as_json else dict.fromkeys(r.resolve().parent for r in runs):
-        print(*test_set_uses(folder), sep="\n")
+        print_hint(*test_set_uses(folder), sep="\n")
 
 # %% ../nbs/cli.ipynb #8230c33b
 @app.command()
@@ -964,6 +1004,7 @@ def demo(
 # %% ../nbs/cli.ipynb #3e5c4547
 @app.command()
 def predict(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     data: Annotated[
         str, typer.Argument(help="raw bars, bars with features, or a folder with Phase 1 splits; a CSV with --follow")
@@ -996,7 +1037,7 @@ def predict(
     if follow and explain:
         raise typer.BadParameter("--explain explains a table of predictions; leave out --follow")
     if follow:
-        _follow(run, data, output, symbol)
+        _follow(run, data, output, symbol, context.obj)
         return
     from modelfactory.runs.predict import predict_run, prediction_warnings
 
@@ -1013,7 +1054,7 @@ def predict(
         print(f"contributions: {frame.attrs['explained']}", *prediction_sentences(frame), sep="\n")
 
 
-def _follow(run, data, output, symbol):
+def _follow(run, data, output, symbol, stream):
     "Writes a line for each bar until the input ends or Ctrl-C."
     from modelfactory.runs.follow import Follower, check_source, follow_file, write_predictions
 
@@ -1023,7 +1064,7 @@ def _follow(run, data, output, symbol):
     follower = Follower(run, symbol)
     check_source(data)  # an error leaves no output file
     with contextlib.ExitStack() as stack:
-        out = sys.stdout if output is None else stack.enter_context(open(output, "a"))
+        out = stream or sys.stdout if output is None else stack.enter_context(open(output, "a"))
         stack.enter_context(contextlib.suppress(KeyboardInterrupt, BrokenPipeError))
         write_predictions(follow_file(follower, data, _print_error), out, kind)
 

@@ -239,10 +239,12 @@ def read_yaml(
     "Reads a YAML mapping; raises `ConfigError` if the file is missing, malformed, too large or not plain data."
     import yaml
 
+    text = ""
     try:
         text = read_regular(path, MAX_YAML_BYTES).decode()
-        # CSafeLoader uses libyaml and is eight times as fast as SafeLoader.
-        values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # uses libyaml and is eight times as fast as SafeLoader
+        _check_unique_keys(yaml.compose(text, loader))
+        values = yaml.load(text, loader)
         _check_node_count(values)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
@@ -251,12 +253,45 @@ def read_yaml(
     except RecursionError:
         raise ConfigError(f"{path}: not readable as plain YAML: nested too deeply") from None
     except Exception as e:  # PyYAML does not wrap errors from constructing values, such as invalid dates
-        is_deep = "maximum nesting depth" in str(e)  # libyaml's wording
-        reason = "nested too deeply" if is_deep else " ".join(str(e).split())[:200]
-        raise ConfigError(f"{path}: not readable as plain YAML: {reason}") from None
+        raise ConfigError(f"{path}: not readable as plain YAML: {_yaml_problem(e, text)}") from None
     if not isinstance(values or {}, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__}, expected key: value pairs")
     return values or {}
+
+
+def _yaml_problem(e, text):
+    "What is wrong with a YAML text, with the line and, if its indentation has a tab, the corrected line."
+    if "maximum nesting depth" in str(e):  # libyaml's wording
+        return "nested too deeply"
+    mark = getattr(e, "problem_mark", None)
+    lines = text.splitlines()
+    if mark is None or mark.line > len(lines):
+        return " ".join(str(e).split())[:200]
+    number = min(mark.line, len(lines) - 1)
+    line = lines[number]
+    indentation = line[: len(line) - len(line.lstrip())]
+    if "\t" in indentation:
+        n = len(indentation.replace("\t", "  "))
+        tab = f"line {number + 1} begins with a tab, but YAML is indented with spaces"
+        return f"{tab}; write {n} spaces before {line.strip()[:80]!r}"
+    return f"line {number + 1}, {line.strip()[:80]!r}: {e.problem or e.context}"
+
+
+def _check_unique_keys(root):
+    "Raises `ValueError` if a mapping of a YAML tree has a key twice; YAML readers would drop the first value."
+    pending, checked = [root], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in checked or not isinstance(getattr(node, "value", None), list):
+            continue
+        checked.add(id(node))
+        pairs = node.value if node.id == "mapping" else []
+        pending += [value for _, value in pairs] if pairs else node.value
+        lines: dict[str, int] = {}
+        for key, _ in pairs:
+            line = key.start_mark.line + 1
+            if key.id == "scalar" and lines.setdefault(key.value, line) != line and key.value != "<<":
+                raise ValueError(f"line {line}: the key {key.value!r} is also in line {lines[key.value]}; remove one")
 
 
 def _check_node_count(value):

@@ -405,7 +405,7 @@ def test_a_correct_pipeline_passes_and_its_result_is_json():
     result = selftest(**HONEST, seed=11)
     assert result.ok and result.table.n[0] > 1_900 and result.table.future[0].n == result.table.prefix[0].n
     assert json.loads(json.dumps(result.to_dict()))["ok"]
-    assert "nothing found" in repr(result) and "<b>" in result._repr_html_()
+    assert "no problem" in repr(result) and "<b>" in result._repr_html_()
 
 
 def centred(bars):

@@ -423,7 +423,7 @@ def test_errors_leave_nothing_behind(tmp_path):
         "never occurs": lambda: recut_splits(one_class, out),
         "no label column": lambda: recut_splits(TABLE[["datetime", "symbol", "own"]], out),
         "keys occur twice": lambda: recut_splits(dict(a=TABLE, b=TABLE.head(3)), out),
-        "b: 1 columns of a are missing: own": lambda: recut_splits(dict(a=TABLE, b=TABLE.drop(columns="own")), out),
+        "b: 1 column of a is missing: own": lambda: recut_splits(dict(a=TABLE, b=TABLE.drop(columns="own")), out),
         "only one has a time zone": lambda: recut_splits(
             dict(a=TABLE, b=TABLE.assign(datetime=TABLE.datetime.dt.tz_localize(None))), out
         ),
@@ -444,7 +444,7 @@ def test_what_is_not_known_is_a_warning(tmp_path):
     report = recut_splits(frame, tmp_path / "out", **CUT)
     text = "\n".join(report.warnings)
     assert "no bars_to_hit_h5: labels are assumed to end within 5 bars" in text
-    assert "1 of 3 symbols have no row in val: GC" in text and "NaN in 1 features: own" in text
+    assert "1 of 3 symbols has no row in val: GC" in text and "NaN in 1 feature: own" in text
     longer = recut_splits(frame, tmp_path / "longer", **CUT, max_bars={5: 15})
     assert longer.labels.longest[0] == 15 and longer.labels.purged[0] > report.labels.purged[0]
     assert "max-bars" not in "\n".join(longer.warnings)

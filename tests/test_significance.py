@@ -262,7 +262,7 @@ def test_the_interval_of_a_single_comparison_is_a_percentile_interval():
         (lambda: paired_tests(stack([0, 0]), 5, against="gru"), "no model 'gru'"),
         (lambda: paired_differences(dict(a=np.nan, b=1.0), {}, 10, "accuracy"), "defined for 1 of 2 models"),
         (lambda: critical_difference(1, 9), "at least 2"),
-        (lambda: rank_models(pd.DataFrame(dict(a=[1.0, np.nan], b=[1.0, 2.0])), "accuracy"), "1 folds lack"),
+        (lambda: rank_models(pd.DataFrame(dict(a=[1.0, np.nan], b=[1.0, 2.0])), "accuracy"), "1 fold lacks"),
     ],
 )
 def test_invalid_input_raises_an_error_with_one_line(f, message):

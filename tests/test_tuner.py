@@ -209,7 +209,7 @@ def test_a_trial_that_always_kills_its_process_fails(forks, home, tmp_path):
     for _ in range(TRIAL_RETRIES + 1):
         victim = process(forks, home, storage, 1, deadly)
         assert victim.wait(PATIENCE) == -signal.SIGKILL
-    with pytest.raises(TunerError, match="all 1 trials failed, the first with a worker that was lost each time"):
+    with pytest.raises(TunerError, match="the only trial failed with a worker that was lost each time"):
         tuner(home, storage, 1, deadly).run()
 
 

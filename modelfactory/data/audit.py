@@ -14,6 +14,7 @@ import pandas as pd
 
 from .dataset import TimeSeriesDataset
 from .splits import NO_TARGET, Split, SplitsError, label_reach
+from ..words import count_text, number_text
 
 # %% auto #0
 __all__ = ['N_BINS', 'SCORE_FUNCTIONS', 'NEXT_BAR', 'RETURN_BARS', 'BAND_BARS', 'RSI_BARS', 'VOLATILITY_BARS', 'VIEWS',
@@ -220,7 +221,8 @@ def _score_keys(split, first):
             scored.append((name, h, y, kind, rows[1]))
         else:
             skipped.append(
-                f"{name}, {kind}: a class has {rows.min():,} rows in one half of {split.name}, fewer than {MIN_ROWS}"
+                f"{name}, {kind}: a class has {count_text(int(rows.min()), 'row')} in one half of {split.name}, "
+                f"fewer than {MIN_ROWS}"
             )
     return scored, skipped
 
@@ -374,18 +376,13 @@ class LeakFinding:
     sentence: str  # the finding in one sentence
 
 
-def _count_text(n, noun):
-    "A count with its noun in the singular or plural."
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
 def _finding_sentence(row, limit, shift):
     "Describes a row of `score_columns` in one sentence."
     column = f"the change of {row.column}" if row.view == "change" else f"column {row.column}"
     of = f" of {row.symbol}" if row.symbol else ""
     return (
-        f"{column} predicts {row.kind} of {row.target}{of} with AUC {0.5 + row.size:.3f} "
-        f"(limit {0.5 + limit:.3f}), strongest at shift {shift:+d}: "
+        f"{column} predicts {row.kind} of {row.target}{of} with AUC {number_text(0.5 + row.size)} "
+        f"(limit {number_text(0.5 + limit)}), strongest at shift {shift:+d}: "
         f"check how it is computed; exclude=[{row.column!r}] leaves it out"
     )
 
@@ -435,9 +432,9 @@ def _copy_finding(column, target, by_shift):
     "Builds the finding for a column that is a copy of a label."
     shift = int(by_shift.idxmax())
     ahead = int(by_shift.index.max()) + shift
-    row = f" from {_count_text(abs(shift), 'row')} {'earlier' if shift < 0 else 'later'}" if shift else ""
+    row = f" from {count_text(abs(shift), 'row')} {'earlier' if shift < 0 else 'later'}" if shift else ""
     sentence = (
-        f"column {column} is a copy of {target}{row}, which is decided up to {_count_text(ahead, 'bar')} "
+        f"column {column} is a copy of {target}{row}, which is decided up to {count_text(ahead, 'bar')} "
         f"after the row; exclude=[{column!r}] leaves it out"
     )
     return LeakFinding(column, "direction", float(by_shift.max()), COPY_AUC, target, "", shift, ahead, "fail", sentence)
@@ -481,18 +478,19 @@ class AuditReport:
         first = next(f.sentence for f in self.findings if f.verdict == "fail")
         more = " …" if len(names) > 8 else ""
         raise LeakFound(
-            f"{_count_text(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{more}; "
+            f"{count_text(len(names), 'column')} may be computed from later bars: {', '.join(names[:8])}{more}; "
             f"{first}; to leave all of them out: exclude={names[:8]}"
         )
 
     def _lines(self):
         n_fail, n_warn = len(self.named("fail")), len(self.named("warn"))
-        head = f"leak audit of {self.columns} columns on {self.rows:,} rows: {n_fail} fail, {n_warn} warn"
+        head = f"leak audit of {count_text(self.columns, 'column')} on {count_text(self.rows, 'row')}: "
+        head += f"{count_text(n_fail, 'failure')}, {count_text(n_warn, 'warning')}"
         rest = [f"skipped: {s}" for s in self.skipped]
         if self.allowed:
             rest.append(f"permitted: {', '.join(self.allowed)}")
         if len(self.findings) > 12:
-            rest.append(f"and {len(self.findings) - 12} more findings: see to_frame()")
+            rest.append(f"and {count_text(len(self.findings) - 12, 'more finding')}: see to_frame()")
         return head, [(f.verdict, f.sentence) for f in self.findings[:12]], rest
 
     def __repr__(self):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..configuration import ConfigError, did_you_mean
+from ..words import count_text, percent_text, plural
 
 if TYPE_CHECKING:
     from modelfactory.data.splits import Split
@@ -169,13 +170,12 @@ def _fit_text(name, times):
     "Message text: the time zone or the exchange that fits the bars."
     zones = fitting_zones(name, times)
     if zones.iloc[0] >= FITTING_SHARE:
-        return (
-            f"{zones.iloc[0]:.0%} would lie inside if these clock times were in {zones.index[0]}: correct the time zone"
-        )
+        zone, share = zones.index[0], percent_text(zones.iloc[0])
+        return f"{share} would lie inside if these clock times were in {zone}: correct the time zone"
     exchanges = {other: is_inside(exchange_sessions(other, times), times).mean() for other in COMMON_EXCHANGES}
     best = max(exchanges, key=exchanges.get)
     if exchanges[best] >= FITTING_SHARE:
-        return f"{exchanges[best]:.0%} lie within the sessions of {best}: name this exchange"
+        return f"{percent_text(exchanges[best])} lie within the sessions of {best}: name this exchange"
     return "neither another time zone nor another large exchange fits: check the exchange"
 
 # %% ../../nbs/data/17_calendars.ipynb #ca4252ad
@@ -197,7 +197,7 @@ def check_sessions(
     if n:
         mask, symbol, of_symbol = next(part for part in outside if part[0].any())
         text = (
-            f"{where}: {n:,} of {total:,} bars lie outside the sessions of {name}, "
+            f"{where}: {n:,} of {count_text(total, 'bar')} {plural(n, 'lies', 'lie')} outside the sessions of {name}, "
             f"first {symbol} {of_symbol[mask.argmax()]}"
         )
         if n > (1 - MIN_INSIDE) * total:
@@ -221,9 +221,10 @@ def _gap_warnings(name, gaps, where):
     if not len(missed):
         return []
     others = sum(len(dates) > 0 for *_, dates in gaps) - 1
-    also = f", and {others} more symbol{'s' * (others > 1)}" if others else ""
+    also = f", and {count_text(others, 'more symbol')}" if others else ""
     return [
-        f"{where}: {len(missed):,} of {due:,} sessions of {name} have no bar of {symbol}, "
+        f"{where}: {len(missed):,} of {count_text(due, 'session')} of {name} "
+        f"{plural(len(missed), 'has', 'have')} no bar of {symbol}, "
         f"first {missed[0]:%Y-%m-%d}{also}: check for missing data"
     ]
 

@@ -40,6 +40,7 @@ from modelfactory.data.splits import (
     read_columns,
     read_splits,
 )
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['Windows', 'RawColumns', 'left_padded', 'history_windows', 'sample_rows', 'last_rows', 'to_timezone', 'merge_order',
@@ -66,7 +67,7 @@ class Windows:
         self._steps = np.arange(1 - seq_len, 1)
         if len(self.ends) and not (self.ends.min() >= seq_len - 1 and self.ends.max() < len(base)):
             raise ValueError(
-                f"windows of {seq_len} rows end at rows {self.ends.min()} to {self.ends.max()}, "
+                f"windows of {count_text(seq_len, 'row')} end at rows {self.ends.min()} to {self.ends.max()}, "
                 f"expected {seq_len - 1} to {len(base) - 1}"
             )
 
@@ -334,7 +335,7 @@ class TimeSeriesDataset:
         positions = sample_rows(joined.codes, defined, seq_len, gap)
         if not len(positions):
             raise SplitsError(
-                f"{split.file}: no sample for horizon {horizon_text(self.horizon)}: {len(split):,} rows, "
+                f"{split.file}: no sample for horizon {horizon_text(self.horizon)}: {count_text(len(split), 'row')}, "
                 f"{int(defined.sum()):,} with a label; a sample needs {seq_len + gap - 1} rows of its symbol before it"
             )
         self.rows = positions if self.context is None else np.searchsorted(own, positions)  # (n,) rows in the split
@@ -418,16 +419,17 @@ class TimeSeriesDataset:
 
     def __repr__(self):
         shares = "; ".join(self._class_shares(h) for h in self.horizons)
-        before = f", preceded by {len(self.context):,} rows of earlier splits" if self.context else ""
+        before = f", preceded by {count_text(len(self.context), 'row')} of earlier splits" if self.context else ""
         return (
-            f"TimeSeriesDataset({self.split.name}, horizon {horizon_text(self.horizon)}): {len(self):,} samples of "
-            f"{self.X.shape[1:]}, classes {shares}, {len(self.split) - len(self):,} rows are context only{before}"
+            f"TimeSeriesDataset({self.split.name}, horizon {horizon_text(self.horizon)}): "
+            f"{count_text(len(self), 'sample')} of {self.X.shape[1:]}, classes {shares}, "
+            f"{len(self.split) - len(self):,} rows are context only{before}"
         )
 
     def _class_shares(self, horizon):
         "Share of each class among the labels of a horizon, in words."
         values, counts = np.unique(self.at(horizon).y, return_counts=True)
-        about = f"horizon {horizon}: {counts.sum():,} labels, " if len(self.horizons) > 1 else ""
+        about = f"horizon {horizon}: {count_text(counts.sum(), 'label')}, " if len(self.horizons) > 1 else ""
         return about + ", ".join(f"{v}: {c / counts.sum():.3f}" for v, c in zip(values, counts, strict=True))
 
     def _repr_html_(self):
@@ -464,7 +466,7 @@ class FoldConfig(HTMLConfig):
         if self.kind == "combinatorial":
             words = [f"combinatorial, {self.n_test_groups} of {self.n} groups"]
         else:
-            words = [f"walk-forward, {self.n} fold{'s' * (self.n > 1)}"]
+            words = [f"walk-forward, {count_text(self.n, 'fold')}"]
         if self.kind == "walk_forward" and self.test is not None:
             words[0] += f" of {_length_text(self.test)}"
         if self.window != "expanding":
@@ -477,7 +479,7 @@ class FoldConfig(HTMLConfig):
 
 
 def _length_text(length):
-    return f"{length} bars" if isinstance(length, int) else length
+    return count_text(length, "bar") if isinstance(length, int) else length
 
 # %% ../../nbs/data/01_dataset.ipynb #c9a373b8
 @dataclass

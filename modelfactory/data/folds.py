@@ -32,6 +32,7 @@ from modelfactory.data.splits import (
     split_files,
 )
 from .writer import publish_folder
+from ..words import count_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -219,7 +220,7 @@ def walk_forward(
     "Purged folds in which the training part precedes the test part, which ends where the next begins; `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
     T = len(labels.stamps)
-    _check_count(n_folds, "n_folds", 1, T - 1, f"the dataset has {T:,} timestamps")
+    _check_count(n_folds, "n_folds", 1, T - 1, f"the dataset has {count_text(T, 'timestamp')}")
     edges = _test_edges(labels, n_folds, T // (n_folds + 1) if test is None else test, ds)
     folds = []
     for lo, hi in zip(edges[:-1], edges[1:], strict=True):
@@ -235,7 +236,7 @@ def _test_edges(labels, n_folds, test, ds):
         edges.append(_stamps_before(labels, edges[0], test * k, ds))
     if edges[-1] <= 0 or len(set(edges)) < len(edges):
         raise FoldsError(
-            f"{n_folds} test parts of {test} do not fit: the dataset has {len(labels.stamps):,} timestamps "
+            f"{n_folds} test parts of {test} do not fit: the dataset has {count_text(len(labels.stamps), 'timestamp')} "
             f"from {_stamp_text(labels, 0)} to {_stamp_text(labels, -1)}, and each part needs at least one timestamp, "
             "as does the training part before the first; take fewer folds or another length of the test part"
         )
@@ -265,7 +266,7 @@ def combinatorial_purged(
     "One fold per combination of test groups, purged on both sides; raises `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
     T = len(labels.stamps)
-    _check_count(n_groups, "n_groups", 2, T, f"the dataset has {T:,} timestamps")
+    _check_count(n_groups, "n_groups", 2, T, f"the dataset has {count_text(T, 'timestamp')}")
     _check_count(n_test_groups, "n_test_groups", 1, n_groups - 1, "at least one group is needed for training")
     edges = np.cumsum([0, *(len(part) for part in np.array_split(labels.stamps, n_groups))])
     choices = combinations(range(n_groups), n_test_groups)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..configuration import did_you_mean
 from .splits import EPOCH_HINT, FIRST_YEAR, SplitsError
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['OHLCV', 'EPOCH_UNITS', 'COLUMN_NAMES', 'LAYOUTS', 'HEADERLESS', 'BarsError', 'require_rows', 'DayOrMonth',
@@ -38,9 +39,7 @@ def require_rows(
     "Raises `BarsError` with the column, the count and the first bad row if `ok` is false in any row."
     bad = np.flatnonzero(~np.asarray(ok, bool))
     if len(bad):
-        raise BarsError(
-            f"bars: {column}: {len(bad):,} row{'s' * (len(bad) > 1)} {what}, first at row {bad[0]:,}; {fix}"
-        )
+        raise BarsError(f"bars: {column}: {count_text(len(bad), 'row')} {what}, first at row {bad[0]:,}; {fix}")
 
 # %% ../../nbs/data/15_layouts.ipynb #164b2195
 class DayOrMonth(BarsError):
@@ -347,7 +346,7 @@ def find_layout(
     if max(shares, default=0) <= 0.5:
         n = table.shape[1]
         raise BarsError(
-            f"bars: found {n} column{'s' * (n > 1)} without names, the first row {', '.join(values)}, "
+            f"bars: found {count_text(n, 'column')} without names, the first row {', '.join(values)}, "
             "expected a known layout; give the position of each: "
             "read_bars(..., columns={'datetime': 0, 'open': 1, 'high': 2, 'low': 3, 'close': 4, 'volume': 5})"
         )
@@ -558,7 +557,7 @@ def arrange(
     table = table[~empty | empty.all()].reset_index(drop=True)
     notes = [] if "symbol" in roles or symbol is not None else [f"symbol {name} from the name"]
     if n := int(empty.sum()):
-        notes.append(f"{n:,} row{'s' if n > 1 else ''} without a price left out")
+        notes.append(f"{count_text(n, 'row')} without a price left out")
     times, ordered, of_times = _times(table, layout, roles["datetime"], unit, tz)
     symbols = table[roles["symbol"][0]] if "symbol" in roles else pd.Series(name, table.index, dtype=object)
     values = {c: table[roles[c][0]] for c in wanted if c != "volume"}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..words import percent_text
+
 if TYPE_CHECKING:
     from modelfactory.data.splits import Split
 
@@ -60,7 +62,10 @@ def _zero_move_warnings(bars, moves):
     stale = by_symbol[(by_symbol["mean"] > ZERO_MOVES) & (by_symbol["size"] >= STALE_BARS)]
     first = bars.groupby("symbol", sort=False)["datetime"].min()
     if len(stale):
-        texts = [f"{symbol} {row['mean']:.0%} of its bars (from {first[symbol]})" for symbol, row in stale.iterrows()]
+        texts = [
+            f"{symbol} {percent_text(row['mean'])} of its bars (from {first[symbol]})"
+            for symbol, row in stale.iterrows()
+        ]
         yield f"close mostly equals the previous close: {join_first(texts)}; check for stale prices or a wrong column"
 
 
@@ -91,7 +96,8 @@ def _jump_warnings(bars, moves):
     at = np.flatnonzero((size > MIN_JUMP) & (size > JUMP_SIGMAS * sigma))
     if len(at):
         changes = np.expm1(moves)
-        texts = [f"{bars['symbol'][i]} {bars['datetime'][i]} {changes[i]:+.0%}{_ratio_text(moves[i])}" for i in at]
+        sizes = {i: percent_text(changes[i], sign=True) + _ratio_text(moves[i]) for i in at}
+        texts = [f"{bars['symbol'][i]} {bars['datetime'][i]} {size}" for i, size in sizes.items()]
         yield from moves_text(texts)
 
 
@@ -115,7 +121,8 @@ def large_moves(
     is_large = (size > MIN_JUMP) & (size > JUMP_SIGMAS * 1.4826 * np.median(size))
     at = np.flatnonzero(is_large[max(0, len(moves) - n_new) :]) + max(0, len(moves) - n_new)
     times, symbol = bars["datetime"], bars["symbol"].iloc[0]
-    return [f"{symbol} {times.iloc[i + 1]} {np.expm1(moves[i]):+.0%}{_ratio_text(moves[i])}" for i in at]
+    sizes = {i: percent_text(np.expm1(moves[i]), sign=True) + _ratio_text(moves[i]) for i in at}
+    return [f"{symbol} {times.iloc[i + 1]} {size}" for i, size in sizes.items()]
 
 
 def _ratio_text(move):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .splits import NO_TARGET, Split, SplitsError
+from ..words import count_text
 
 if TYPE_CHECKING:
     from modelfactory.data.dataset import TimeSeriesDataset
@@ -57,7 +58,7 @@ def _raise_on(bad, table, file, what, fix):
     if not bad.any():
         return
     first = table.iloc[int(bad.argmax())]
-    where = f"{bad.sum():,} of {len(bad):,} bars, first {first['symbol']} {first['datetime']}"
+    where = f"{bad.sum():,} of {count_text(len(bad), 'bar')}, first {first['symbol']} {first['datetime']}"
     raise BadPrices(f"{file}: {what} at {where}; {fix}")
 
 # %% ../../nbs/data/12_prices.ipynb #d936e38c

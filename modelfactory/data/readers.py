@@ -36,6 +36,7 @@ from modelfactory.data.layouts import (
     require_rows,
 )
 from .splits import SplitsError, SplitsWarning, symbol_text, with_keys
+from ..words import count_text, plural
 
 # %% auto #0
 __all__ = ['PRICE_ROUNDING', 'TEXT_SUFFIXES', 'TABLE_SUFFIXES', 'BAR_SUFFIXES', 'MAX_UNPACKED_BYTES', 'MAX_UNPACKED_RATIO',
@@ -67,7 +68,7 @@ def _widen_low_high(bars):
     if n := int((above | below).sum()):
         first = np.flatnonzero(above | below)[0]
         text = (
-            f"bars: close: {n:,} of {len(bars):,} rows outside [low, high] by a rounding error (at most "
+            f"bars: close: {n:,} of {count_text(len(bars), 'row')} outside [low, high] by a rounding error (at most "
             f"{PRICE_ROUNDING:g} of the price), first at row {first:,}; low and high are widened to the close"
         )
         warnings.warn(text, SplitsWarning, stacklevel=4)
@@ -404,7 +405,8 @@ def _join_parts(parts):
         column = next(c for c in OHLCV if same[c].iloc[0] != same[c].iloc[1])
         values = same[column].tolist()
         raise BarsError(
-            f"bars: {contrary.sum():,} of {len(table):,} rows contradict another file, first {symbol} {time}: "
+            f"bars: {contrary.sum():,} of {count_text(len(table), 'row')} "
+            f"{plural(int(contrary.sum()), 'contradicts', 'contradict')} another file, first {symbol} {time}: "
             f"{column} is {values[0]:.10g} in {first} and {values[1]:.10g} in {second}; "
             "remove one of the two, such as a last bar that was not complete"
         )
@@ -442,7 +444,7 @@ def read_bars(
         raise BarsError("bars: the source is empty, expected at least one table")
     bars, repeated = _join_parts(parts)
     notes = [f"{len(parts):,} files or tables"] * (len(parts) > 1) + [n for part in parts for n in part[2].notes]
-    notes += [f"{repeated:,} bar{'s' * (repeated > 1)} repeated in another file left out"] * (repeated > 0)
+    notes += [f"{count_text(repeated, 'bar')} repeated in another file left out"] * (repeated > 0)
     bars.attrs["layout"] = _describe([part[2].layout for part in parts], notes)
     unit = units.pop() if len(units) == 1 else None
     bars.attrs["source"] = options | dict(columns=columns and dict(columns), unit=unit)

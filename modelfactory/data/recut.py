@@ -52,6 +52,7 @@ from modelfactory.data.writer import (
     split_by_time,
 )
 from ..files import read_json
+from ..words import count_text, percent_text, plural
 
 # %% auto #0
 __all__ = ['HORIZON_FOLDER', 'UNNUMBERED', 'BEFORE_PURGE', 'LOGARITHMS', 'NORMAL_IQR', 'find_tables', 'LabelledTable',
@@ -96,7 +97,8 @@ def _folder_tables(folder):
     if any(file.parent != folder for file in files):
         return f"{len(files)} parquet parts of one table", {folder.name: folder}
     files = files or sorted(file for file in folder.glob("*.csv") if file.name[0] not in "._")
-    return f"{len(files)} files of one table: {_listed(f.name for f in files)}", {f.name: f for f in files}
+    remark = f"{count_text(len(files), 'file')} of one table: {_listed(f.name for f in files)}"
+    return remark, {f.name: f for f in files}
 
 # %% ../../nbs/data/19_recut.ipynb #66daf03d
 _listed = partial(join_first, most=5)
@@ -183,7 +185,8 @@ def _missing_column_notes(parts):
             absent = roles[~roles.column.isin(part.table.column_names)]
             if needed := absent.column[absent.role.isin(["feature", "target"])].tolist():
                 raise MissingColumn(
-                    f"{part.file}: {len(needed)} columns of {other.file} are missing: {_listed(needed)}; "
+                    f"{part.file}: {count_text(len(needed), 'column')} of {other.file} "
+                    f"{plural(len(needed), 'is', 'are')} missing: {_listed(needed)}; "
                     "write both with the same features and labels"
                 )
             notes += [f"{part.file}: no column {name}: null in its rows" for name in absent.column]
@@ -270,7 +273,8 @@ def _join_horizons(parts):
         (n, row), name = next(iter(conflicts.values())), next(iter(conflicts))
         raise BadValue(
             f"{_listed(part.file for part in parts)}: {len(conflicts)} shared columns contradict each other: "
-            f"{_listed(conflicts)}; {name} differs in {n:,} of {len(keys):,} rows, first at {keys['symbol'][row]} "
+            f"{_listed(conflicts)}; {name} differs in {n:,} of {count_text(len(keys), 'row')}, "
+            f"first at {keys['symbol'][row]} "
             f"{keys['datetime'][row]}; write the same values for all horizons (features before scaling), or recut one"
         )
     return _Part(_listed(part.file for part in parts), pa.table(columns), keys)
@@ -572,7 +576,9 @@ def _scale_again(values, name, entry, train):
     "Scaled values, and the entry of the feature in `feature_scaler.json`."
     usable, scaled = ~np.isnan(values), np.full(len(values), np.nan, np.float32)
     if np.isinf(values).any():
-        raise BadValue(f"{name}: {int(np.isinf(values).sum()):,} rows with infinity after un-scaling; fix upstream")
+        raise BadValue(
+            f"{name}: infinity in {count_text(int(np.isinf(values).sum()), 'row')} after un-scaling; fix upstream"
+        )
     if not (usable & train).any():
         raise BadValue(f"{name}: no value in the new train; drop the feature, or begin train later")
     scaled[usable], new = scale_column(values[usable], train[usable])
@@ -609,7 +615,7 @@ def _scaler_warnings(labelled, split):
     shares = {name: seen[split == name].mean() for name in ("val", "test")}
     if not any(shares.values()):
         return []
-    text = " and ".join(f"{share:.1%} of the rows of {name}" for name, share in shares.items())
+    text = " and ".join(f"{percent_text(share, 1)} of the rows of {name}" for name, share in shares.items())
     first, last = labelled.fitted_on
     return [f"feature_scaler.json was fitted on {first} to {last} and saw {text}; --rescale fits it on the new train"]
 
@@ -618,7 +624,8 @@ def _nan_warnings(table, check):
     "Sentence that names the features with NaN."
     features = check.roles.column[check.roles.role == "feature"]
     nan = [name for name in features if pc.any(pc.is_null(table[name], nan_is_null=True)).as_py()]
-    return [f"NaN in {len(nan)} features: {_listed(nan)}; train with --nan median, zero or keep"] if nan else []
+    features = count_text(len(nan), "feature")
+    return [f"NaN in {features}: {_listed(nan)}; train with --nan median, zero or keep"] if nan else []
 
 
 def _symbol_warnings(keys, split):
@@ -626,7 +633,8 @@ def _symbol_warnings(keys, split):
     symbols = {name: set(keys["symbol"][split == name]) for name in SPLIT_ORDER}
     union = set().union(*symbols.values())
     return [
-        f"{len(union - present)} of {len(union)} symbols have no row in {name}: {_listed(sorted(union - present))}"
+        f"{len(union - present)} of {count_text(len(union), 'symbol')} "
+        f"{plural(len(union - present), 'has', 'have')} no row in {name}: {_listed(sorted(union - present))}"
         for name, present in symbols.items()
         if union - present
     ]
@@ -721,13 +729,15 @@ def _label_notes(horizon, defined, hits, max_bars):
     "Sentences on what is not known about the end of labels, and on labels that are missing."
     if hits is None and max_bars is None:
         return [
-            f"label_h{horizon}: no bars_to_hit_h{horizon}: labels are assumed to end within {horizon} bars; "
+            f"label_h{horizon}: no bars_to_hit_h{horizon}: labels are assumed to end within "
+            f"{count_text(horizon, 'bar')}; "
             f"if barriers may take longer, set --max-bars {horizon}=<bars>"
         ]
     purged_before = 0 if hits is None else int((~defined & (hits > 0)).sum())
     if purged_before:
         return [
-            f"label_h{horizon}: {purged_before:,} rows have bars_to_hit but no label (undefined, or purged by a cut "
+            f"label_h{horizon}: {count_text(purged_before, 'row has', 'rows have')} bars_to_hit but no label "
+            "(undefined, or purged by a cut "
             "that did not keep them); they stay without a label"
         ]
     return []
@@ -745,7 +755,7 @@ def _split_summary(keys, split):
 
 
 def _embargo_text(embargo):
-    return f"{embargo} bars" if isinstance(embargo, int) else str(embargo)
+    return count_text(embargo, "bar") if isinstance(embargo, int) else str(embargo)
 
 # %% ../../nbs/data/19_recut.ipynb #38d6ba26
 def _publish(output, table, split, files, classes):

@@ -14,6 +14,7 @@ import pandas as pd
 from .calendars import exchange_sessions, session_numbers
 from .readers import BarsError, check_bars, symbol_spans
 from .splits import DAY_NS
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['RULE_EXAMPLES', 'MIN_STEPS', 'parse_rule', 'resample_bars']
@@ -141,10 +142,10 @@ def resample_bars(
         labels = None
     joined = _join_bars(bars, group, labels, is_complete)
     kept = joined.pop("complete") | (incomplete == "keep")
-    text = f"resampled to {rule}: {len(bars):,} bars to {kept.sum():,}"
+    text = f"resampled to {rule}: {count_text(len(bars), 'bar')} to {kept.sum():,}"
     if n := int((~kept).sum()):
         first = joined[~kept].iloc[0]
-        text += f"; {n} incomplete last bar{'s' * (n > 1)} dropped, first {first['symbol']} {first['datetime']}"
+        text += f"; {count_text(n, 'incomplete last bar')} dropped, first {first['symbol']} {first['datetime']}"
     joined = joined[kept].reset_index(drop=True)
     joined.attrs = {**attributes, "resampled": text}
     return joined

@@ -35,6 +35,8 @@ from modelfactory.data.calendars import (
 from .categories import KEY_CATEGORIES, category_codes, category_text, code_names, fit_categories
 from .matrix import new_matrix
 from .uniqueness import average_uniqueness, effective_samples
+from ..verbosity import announce_file
+from ..words import count_text, list_text, percent_text, plural, rounded_text
 
 # %% auto #0
 __all__ = ['ROLE_RULES', 'KEY_COLUMNS', 'SPLIT_ORDER', 'FILE_LAYOUTS', 'BARS_HINT', 'FIRST_YEAR', 'EPOCH_HINT', 'NO_TARGET',
@@ -107,7 +109,7 @@ def _bad_rows_text(
 ) -> str:
     "Message text: the number of bad rows and the position of the first bad row."
     n = int(bad.sum())
-    return f"{n:,} row{'s' if n > 1 else ''} {what}, first at row {int(np.flatnonzero(bad)[0]):,}"
+    return f"{count_text(n, 'row')} {what}, first at row {int(np.flatnonzero(bad)[0]):,}"
 
 
 def _first_line(error):
@@ -394,6 +396,7 @@ def _open_source(source, name):
         raise MissingFile(f"{path}: no such file; expected a parquet file with the {name} split")
     if path.suffix == ".csv":
         return _csv_reader(path), path.name
+    announce_file(path, "read")
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e:
@@ -587,7 +590,8 @@ class Split:
 
     def __repr__(self):
         return (
-            f"Split({self.name}: {len(self):,} rows, {len(self.symbols)} symbols, {len(self.features)} features, "
+            f"Split({self.name}: {count_text(len(self), 'row')}, {count_text(len(self.symbols), 'symbol')}, "
+            f"{count_text(len(self.features), 'feature')}, "
             f"horizons {sorted(self.labels)}, {self.datetimes.min()} to {self.datetimes.max()})"
         )
 
@@ -666,7 +670,7 @@ def _check_nan(splits):
     listed = "; ".join(f"{name} ({', '.join(of.values())})" for name, of in of_feature.items())
     raise BadValue(
         f"{first.file}: {first.features[j]}: {where}; "
-        f"{len(of_feature)} of {len(first.features)} features with NaN: {listed}; "
+        f"{len(of_feature)} of {count_text(len(first.features), 'feature')} with NaN: {listed}; "
         "set nan='median' or 'zero', or 'keep' for models that take NaN (--nan), "
         "or exclude these features with exclude= (--exclude)"
     )
@@ -747,12 +751,13 @@ def _parse_labels(column, name, classes, file):
     notes = []
     if rounded := int((defined & (values != nearest)).sum()):
         notes.append(
-            f"{file}: {name}: {rounded:,} labels rounded to the nearest class, at most {LABEL_TOLERANCE:g} away"
+            f"{file}: {name}: {count_text(rounded, 'label')} rounded to the nearest class, "
+            f"at most {LABEL_TOLERANCE:g} away"
         )
     unknown = words | ~(defined | np.isnan(values) | (nearest == NO_LABEL))
     if unknown.any():
         shown = _value_counts_text(column.to_pandas()[words] if words.any() else values[unknown])
-        share = f"{int(unknown.sum()):,} of {int((unknown | defined).sum()):,} labels"
+        share = f"{int(unknown.sum()):,} of {count_text(int((unknown | defined).sum()), 'label')}"
         notes.append(
             f"{file}: {name}: {share} are not among {allowed} and are treated as missing: {shown}; "
             "map them to a class, or add them to classes="
@@ -831,18 +836,20 @@ def _check_features(schema, features, file):
     "Raises `SplitsError` unless all features exist and are numeric."
     if not features:
         raise EmptySplit(
-            f"{file}: no feature column; the {len(schema.names)} columns are all keys, labels, market or future columns"
+            f"{file}: no feature column; all {count_text(len(schema.names), 'column')} are keys, labels, "
+            "market or future columns"
         )
     present = set(schema.names)
     if absent := [f for f in features if f not in present]:
         raise MissingColumn(
-            f"{file}: {len(absent)} features are missing: {', '.join(absent[:5])}; add them: every feature is needed"
+            f"{file}: {count_text(len(absent), 'feature is', 'features are')} missing: {list_text(absent, most=5)}; "
+            "add what is missing: every feature is needed"
         )
     if other := [f for f in features if not _may_be_number(schema.field(f))]:
         kinds = ", ".join(f"{f} ({_type_name(schema.field(f))})" for f in other[:5])
         raise BadValue(
             f"{file}: {other[0]}: found {_type_name(schema.field(other[0]))}, expected numbers; "
-            f"convert the column ({len(other)} features are not numbers: {kinds})"
+            f"convert the column ({count_text(len(other), 'feature is', 'features are')} not numeric: {kinds})"
         )
 
 
@@ -1062,7 +1069,7 @@ def _gap_text(early, horizon, code, first):
     given = f"the largest {source}" if horizon in early.bars_to_hit else f"the horizon: there is no {source}"
     return (
         f"labels reach up to {label_reach(early, horizon)} bars ({given}), and {early.symbols[code]} has "
-        f"{between} bars between {times[-1]} and {first}, {hours}"
+        f"{count_text(between, 'bar')} between {times[-1]} and {first}, {hours}"
     )
 
 # %% ../../nbs/data/00_splits.ipynb #4ea05eb1
@@ -1275,7 +1282,8 @@ def _unknown_categories(read, categories):
             if n:
                 name, share = code.removesuffix("_code"), _percent_text(n / len(split))
                 sentences.append(
-                    f"{split.name}: {name}: {n:,} rows ({share}) have no value that train has; their code is 0"
+                    f"{split.name}: {name}: {count_text(n, 'row')} ({share}) "
+                    f"{plural(n, 'has', 'have')} no value that train has; {plural(n, 'its', 'their')} code is 0"
                 )
     return sentences
 
@@ -1296,7 +1304,7 @@ def _roll_notes(read):
         at = np.flatnonzero(split.market.get("roll_event", np.zeros(len(split))))
         if len(at):
             first = f"{split.symbols[split.codes[at[0]]]} {split.datetimes[at[0]]}"
-            text = f"{len(at):,} bar{'s are rolls' if len(at) > 1 else ' is a roll'}, first {first}"
+            text = f"{count_text(len(at), 'bar is a roll', 'bars are rolls')}, first {first}"
             sentences.append(f"{split.name}: {text}; positions are closed over rolls")
     return sentences
 
@@ -1319,7 +1327,7 @@ def _difference_text(names, file, schema, other, other_schema):
     kinds = [(n, _type_name(schema.field(n)), _type_name(other_schema.field(n))) for n in typed[:5]]
     texts = [f"{n} is {kind} in {file} and {other_kind} in {other}" for n, kind, other_kind in kinds]
     if absent:
-        texts.append(f"{len(absent)} features in {file}, not in {other}: {', '.join(absent[:5])}")
+        texts.append(f"{count_text(len(absent), 'feature')} in {file}, not in {other}: {', '.join(absent[:5])}")
     return f"{other}: {'; '.join(texts)}; give all splits the same numeric features, or exclude these with exclude="
 
 
@@ -1397,7 +1405,7 @@ def _rare_class_warnings(train, horizon, classes):
     n = sum(counts.values())
     for c, count in counts.items():
         if 0 < count < RARE_CLASS_SHARE * n:
-            share = f"{count:,} of {n:,} labels of {train.name} ({count / n:.1%})"
+            share = f"{count:,} of {count_text(n, 'label')} of {train.name} ({percent_text(count / n, 1)})"
             yield f"{train.file}: label_h{horizon}: class {c} is {share}: too few to learn it or to score it reliably"
 
 
@@ -1419,9 +1427,8 @@ def _data_warnings(read, classes, fills):
     constant = [name for name, low, high in zip(train.features, lowest, highest, strict=True) if low == high]
     sentences += [text for h in train.labels for text in _rare_class_warnings(train, h, classes)]
     if constant:
-        verb = "feature is" if len(constant) == 1 else "features are"
-        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
-        sentences.append(f"{len(constant)} {verb} constant in train: {', '.join(constant[:5])}{more}")
+        features = count_text(len(constant), "feature is", "features are")
+        sentences.append(f"{features} constant in train: {list_text(constant, most=5)}")
     return sentences + fill_warnings(fills)
 
 
@@ -1431,8 +1438,8 @@ def fill_warnings(
     "Warning that names filled features with their values."
     if not fills:
         return []
-    shown = ", ".join(f"{n} = {v:.3g}" for n, v in list(fills.items())[:5])
-    return [f"NaN filled in {len(fills)} features: {shown}"]
+    shown = list_text((f"{name} = {rounded_text(value)}" for name, value in fills.items()), most=5)
+    return [f"NaN filled in {count_text(len(fills), 'feature')}: {shown}"]
 
 # %% ../../nbs/data/00_splits.ipynb #7f315eec
 CONSTANT_CALL_SHARE = 0.55  # a constant prediction is reported if its accuracy exceeds this share
@@ -1446,7 +1453,7 @@ def constant_call_warnings(
     for horizon, rows in labels[labels.constant_call != ""].groupby("horizon"):
         calls = [(*row.constant_call.split(), row.split) for row in rows.itertuples()]
         frequent = [
-            f"always {sign} would be right {float(share):.0%} of the time in {split}"
+            f"always {sign} would be right {percent_text(float(share))} of the time in {split}"
             for sign, share, split in calls
             if float(share) > CONSTANT_CALL_SHARE
         ]
@@ -1461,7 +1468,7 @@ def block_warnings(
     "Warnings about horizons with fewer than `MIN_BLOCKS` blocks in the validation or test split."
     few = labels[(labels.blocks < MIN_BLOCKS) & labels.split.isin(["val", "test"])]
     return [
-        f"label_h{row.horizon}: {row.split} holds {row.blocks} block{'s' * (row.blocks != 1)} "
+        f"label_h{row.horizon}: {row.split} holds {count_text(row.blocks, 'block')} "
         f"of {4 * row.horizon} bars, "
         f"fewer than {MIN_BLOCKS}: too few rows to claim skill at this horizon"
         for row in few.itertuples()

@@ -47,6 +47,8 @@ from modelfactory.data.splits import (
     check_splits,
     column_roles,
 )
+from ..verbosity import announce_file
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['SPLITS', 'split_at', 'split_by_time', 'labels_crossing_split', 'scale_column', 'write_splits', 'check_target',
@@ -85,7 +87,10 @@ def _start_of_later(datetimes, earlier, later):
     "Start of the later of two parts of the timestamps, whose sizes are as `earlier` to `later`."
     times = np.unique(pd.DatetimeIndex(datetimes))
     if len(times) < 2:
-        raise BarsError(f"starts: {len(times)} timestamps are left for two splits; choose another start")
+        raise BarsError(
+            f"starts: {count_text(len(times), 'timestamp is', 'timestamps are')} left for two splits; choose "
+            "another start"
+        )
     return pd.Timestamp(times[round(len(times) * earlier / (earlier + later))], tz=datetimes.dt.tz)
 
 
@@ -300,6 +305,7 @@ def _write_files(folder, table, names, matrix, horizons, scaler):
         part = table.loc[rows, list(dtypes)].astype({c: dtype for c, dtype in dtypes.items() if dtype})
         part = part.assign(**dict(zip(names, matrix[rows].T, strict=True)))
         file = folder / f"{s}_scaled.parquet"
+        announce_file(file, "wrote")
         pq.write_table(pa.Table.from_pandas(part, preserve_index=False), file, row_group_size=16_384)
     (folder / "feature_scaler.json").write_text(json.dumps(scaler, indent=1))
 
@@ -395,7 +401,8 @@ def _chosen_features(features, exclude, source):
     by_range = [name for name in table.index[table["ranges"].astype(bool)] if name not in exclude]
     if not (source or {}).get("ohlc_from_close") or not by_range:
         return table["group"].to_dict(), list(exclude), []
-    note = f"bars: closes alone, so {len(by_range)} features that need a range or a volume are left out"
+    left_out = count_text(len(by_range), "feature of ranges or volumes is", "features of ranges or volumes are")
+    note = f"bars: closes alone, so {left_out} left out"
     return table["group"].to_dict(), [*exclude, *by_range], [f"{note}: {', '.join(by_range)}"]
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..configuration import TradingRules
 from ..data.calendars import exchange_sessions, session_days, sessions_per_year
+from ..words import count_text, rounded_text
 
 if TYPE_CHECKING:
     from modelfactory.models.base import PredictionOutput
@@ -325,8 +326,9 @@ class Backtest:
     def _title(self):
         days = self.daily.index
         parts = [
-            f"Backtest: {len(days)} days {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, held {self.horizon} bars, "
-            f"{self.rules.cost_bps:g} bp, {self.trading_days:.0f} days a year {self._day_text()}, "
+            f"Backtest: {count_text(len(days), 'day')} {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, "
+            f"held {count_text(self.horizon, 'bar')}, {rounded_text(self.rules.cost_bps)} bp, "
+            f"{self.trading_days:.0f} days a year {self._day_text()}, "
             f"returns from {self.returns_source}"
         ]
         if self.flat and self.has_prices:
@@ -341,7 +343,7 @@ class Backtest:
         return f"of {self.rules.calendar}" if self.rules.calendar else f"from {self.rules.day_start}:00"
 
     def _figures(self):
-        return [(k, f"{v:,}" if k == "n_trades" else f"{v:.3g}") for k, v in self.metrics().items()]
+        return [(k, rounded_text(v)) for k, v in self.metrics().items()]
 
     def __repr__(self):
         return self._title() + "\n" + "  ".join(f"{k} {v}" for k, v in self._figures())

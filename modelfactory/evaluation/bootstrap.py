@@ -23,7 +23,7 @@ from modelfactory.evaluation.metrics import (
 from ..models.base import PredictionOutput
 
 # %% auto #0
-__all__ = ['cosine_transforms', 'max_frequencies', 'count_frequencies', 'series_block_length', 'label_block_length',
+__all__ = ['MIN_DAYS', 'cosine_transforms', 'max_frequencies', 'count_frequencies', 'series_block_length', 'label_block_length',
            'block_length', 'draw_blocks', 'block_indices', 'block_sums', 'block_variance_ratio', 'classification_draws',
            'trading_draws', 't_adjusted_level', 'percentile_interval', 'bootstrap_metrics', 'fieller_interval',
            'ratio_interval', 'directional_interval']
@@ -177,13 +177,19 @@ def classification_draws(
     return draws | dict(ece_null=np.abs(noise).sum(1) / rows[:, 0]), len(sums) / block
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #8920f95f
+MIN_DAYS = 20  # minimum number of trading days for an interval or a claim about profit
+
+
 def trading_draws(
     backtest: Backtest,
     n_boot: int = 1000,  # draws
     seed: int = 42,
     block: float | None = None,  # mean block length in days; None: `series_block_length` of the net profit
 ) -> tuple[dict[str, np.ndarray], float]:  # name -> (n_boot,) draws, and the number of blocks per draw
-    "Trading metrics of `n_boot` stationary bootstrap draws over days."
+    """Trading metrics of `n_boot` stationary bootstrap draws over days; NaN with fewer than `MIN_DAYS` days.
+
+    With few days, many draws repeat a single day. Their standard deviation is zero and their Sharpe ratio undefined.
+    """
     D = len(backtest.daily)
     overlap = backtest.horizon * D / len(backtest.bars)
     block = block or series_block_length(backtest.daily["net"].to_numpy(), overlap)
@@ -192,7 +198,8 @@ def trading_draws(
     chunks = np.array_split(index, max(1, index.size // 2**20))
     parts = [trading_stats({k: v[i] for k, v in columns.items()}, backtest.trading_days) for i in chunks]
     names = [k for k in parts[0] if k != "n_trades"]
-    return {k: np.concatenate([part[k] for part in parts]) for k in names}, D / block
+    draws = {k: np.concatenate([part[k] for part in parts]) for k in names}
+    return draws if D >= MIN_DAYS else {k: np.full(n_boot, np.nan) for k in names}, D / block
 
 # %% ../../nbs/evaluation/01_bootstrap.ipynb #a11961d7
 def t_adjusted_level(

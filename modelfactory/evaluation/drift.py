@@ -22,6 +22,7 @@ from modelfactory.evaluation.bootstrap import (
 )
 from .metrics import EvaluationError, check_probabilities, class_codes, sums_per_timestamp
 from ..models.base import probability_columns
+from ..words import count_text, number_text, rounded_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,9 +143,9 @@ class DriftTest:
         "The false-alarm rate in words."
         n = math.ceil(len(self.path) / self.within)
         return (
-            f"Without a change, the test gives an alarm with a probability of {self.alpha:.2g} within "
-            f"{self.within:,} live bars (the validation record has {self.n_validation:,})"
-            f"{f', and in each of the {n} stretches of this length' * (n > 1)}."
+            f"Without a change, the test gives an alarm with a probability of {rounded_text(self.alpha)} within "
+            f"{count_text(self.within, 'live bar')} (the validation record has {self.n_validation:,})"
+            f"{f', and in each of the {n:,} stretches of this length' * (n > 1)}."
         )
 
     @property
@@ -154,7 +155,7 @@ class DriftTest:
             return f"Drift: not tested ({self.reason})."
         n = len(self.path)
         if not self.alarms:
-            return f"Drift: no alarm in {n:,} live bars."
+            return f"Drift: no alarm in {count_text(n, 'live bar')}."
         name = "relative" if "relative" in self.alarms else "log_loss"
         alarm, before = self.alarms[name], self.means.loc["validation", name]
         text = dict(
@@ -162,8 +163,8 @@ class DriftTest:
             log_loss="the market may have become harder to predict, for a constant forecast as well: the log loss",
         )[name]
         return (
-            f"Drift: alarm at {alarm['at']}, change since about {alarm['since']}; {text} has been {alarm['mean']:.4f} "
-            f"from then to the alarm, {before:.4f} in validation."
+            f"Drift: alarm at {alarm['at']}, change since about {alarm['since']}; {text} has been "
+            f"{number_text(alarm['mean'], 4)} from then to the alarm, {number_text(before, 4)} in validation."
         )
 
     def to_dict(self) -> dict:
@@ -203,7 +204,8 @@ def drift_test(
     means = pd.DataFrame([x.mean(0), y.mean(0) if len(y) else [np.nan] * 2], ["validation", "live"], names)
     empty = pd.DataFrame(index=losses.index[m:])
     if n_blocks < MIN_BLOCKS:
-        reason = f"the validation record has {n_blocks} blocks of four label lengths, at least {MIN_BLOCKS} are needed"
+        blocks = count_text(n_blocks, "block of four label lengths", "blocks of four label lengths")
+        reason = f"the validation record has {blocks}, at least {MIN_BLOCKS} are needed"
         return DriftTest(empty, means, alpha, within, m, reason=reason)
     if not len(y):
         return DriftTest(empty, means, alpha, within, m, reason="no label of a live prediction is known yet")

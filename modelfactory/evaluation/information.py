@@ -42,6 +42,7 @@ from modelfactory.evaluation.permutation import (
     shift_p_value,
 )
 from ..models.base import PredictionOutput, probability_columns
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['MIN_SYMBOLS', 'expected_sign', 'score_table', 'ScoredBars', 'scored_bars', 'standardise', 'group_ranks', 'Pairing',
@@ -580,7 +581,7 @@ class InformationReport:
 
     def _title(self):
         how = "across symbols at each timestamp" if self.across else "over time within each symbol"
-        return f"Information over {self.horizon} bars: {self.n_rows:,} rows, {how}"
+        return f"Information over {count_text(self.horizon, 'bar')}: {count_text(self.n_rows, 'row')}, {how}"
 
     def __repr__(self):
         return "\n\n".join([self._title(), *(f"{k}\n{t.round(4)}" for k, t in self.tables.items())])

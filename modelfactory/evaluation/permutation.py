@@ -38,6 +38,7 @@ from modelfactory.evaluation.metrics import (
     sums_per_timestamp,
 )
 from ..models.base import PredictionOutput
+from ..words import count_text, p_text, plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +77,9 @@ def random_shifts(
     shifts = np.arange(-(-margin // step) * step, T - margin + 1, step)
     if len(shifts) < 19:
         raise PermutationError(
-            f"{T} timestamps leave {len(shifts)} shifts of at least {margin} in steps of {step}; expected 19 or more: "
+            f"{count_text(T, 'timestamp')} {plural(T, 'leaves', 'leave')} {count_text(len(shifts), 'shift')} "
+            f"of at least {margin} in steps of {step}; "
+            "expected 19 or more: "
             "score more rows, or use a smaller step"
         )
     return np.random.default_rng(seed).choice(shifts, min(n_draws, len(shifts)), replace=False)
@@ -203,10 +206,10 @@ class ShiftTest:
         return pd.DataFrame(ends.T, self.pnl.index, ["low", "high"])
 
     def __repr__(self):
-        return f"ShiftTest: {len(self.draws)} shifts\n{self.table.round(3)}"
+        return f"ShiftTest: {count_text(len(self.draws), 'shift')}\n{self.table.round(3)}"
 
     def _repr_html_(self):
-        title = f"Compared with the same predictions after {len(self.draws)} time shifts"
+        title = f"Compared with the same predictions after {count_text(len(self.draws), 'time shift')}"
         return f"<div style='font-size:12px'>{title}</div>{self.table.round(3).to_html(border=0)}"
 
 # %% ../../nbs/evaluation/04_permutation.ipynb #840a2d80
@@ -286,7 +289,7 @@ def plot_shift_test(
     for ax, name in zip(axes[0], names, strict=True):
         ax.hist(test.draws[name].dropna(), bins=25, color="#7f7f7f", alpha=0.5)
         ax.axvline(test.observed[name], color="#D55E00", lw=1.5)
-        ax.set_title(f"p = {test.p_values[name]:.3f}", fontsize=9)
+        ax.set_title(p_text(test.p_values[name]), fontsize=9)
         ax.set_xlabel(name.replace("_", " "), fontsize=9)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.set_yticks([])

@@ -25,6 +25,7 @@ from .evaluator import ModelEvaluator
 from .information import expected_sign
 from .metrics import EvaluationError, directional_gains, has_direction
 from ..models.base import PredictionOutput
+from ..words import UNDEFINED, count_text, is_defined, number_text, percent_text, plural, rounded_text
 
 # %% auto #0
 __all__ = ['COST_LEVELS', 'MAX_SYMBOL_SLICES', 'cost_sweep', 'by_slice', 'symbol_masks', 'side_masks', 'realised_volatility',
@@ -267,6 +268,31 @@ def _threshold_row(evaluator, predictions, y, prices, mask):
     )
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #0299b848
+def _break_even_text(cost_bps):
+    "The cost at which the profit is 0, in words; NaN without trades."
+    if not is_defined(cost_bps):
+        return "nothing was traded"
+    if cost_bps < 0:
+        return "loses money even at a cost of 0 bp"
+    return f"breaks even at a cost of {number_text(cost_bps, 1)} bp"
+
+
+def _months_text(months):
+    "How many months have a profit."
+    n, n_profit = len(months), int((months.profit > 0).sum())
+    if n == 1:
+        return f"its only month has {'a' if n_profit else 'no'} profit"
+    number = n_profit or "none"
+    return f"{number} of {count_text(n, 'month')} {plural(n_profit or 1, 'has', 'have')} a profit"
+
+
+def _best_month_text(share):
+    "The best month's share of the profit; nothing without a profit."
+    if not is_defined(share):
+        return []
+    return ["the other months lose money"] if share > 1 else [f"the best month has {percent_text(share)} of the profit"]
+
+
 @dataclass
 class Robustness:
     "Tables that break down the profit of a strategy."
@@ -308,17 +334,17 @@ class Robustness:
         return "; ".join([*notes, *self._limitations().values()])
 
     def _profit_note(self):
-        months, best = self.months.attrs, self.months.attrs["share_of_best"]
-        of_best = "" if np.isnan(best) else f", the best month has {best:.0%} of the profit"
-        share = f"{months['share_with_profit']:.0%} of {len(self.months)} months have a profit{of_best}"
-        return f"breaks even at {self.costs.attrs['break_even']:.1f} bp; {share}"
+        notes = _break_even_text(self.costs.attrs["break_even"]), _months_text(self.months)
+        return "; ".join([*notes, *_best_month_text(self.months.attrs["share_of_best"])])
 
     def _headings(self):
         "Heading of each table, with the level of its intervals if the level is corrected."
         levels = dict(slices=self.slices.attrs["slice_level"], thresholds=self.thresholds.attrs["threshold_level"])
-        text = "{0}: intervals at {1:.2%}, corrected for {2} {0}".format
         headings = {name: name for name in self.tables}
-        return headings | {name: text(name, level, len(self.tables[name])) for name, level in levels.items()}
+        for name, level in levels.items():
+            number = count_text(len(self.tables[name]), name.removesuffix("s"))
+            headings[name] = f"{name}: intervals at {percent_text(level, 2)}, corrected for {number}"
+        return headings
 
     def __repr__(self):
         headings = self._headings()
@@ -339,22 +365,18 @@ def _cells_as_text(table):
     cells = table.drop(columns=names).astype(object).map(_value_text)
     for c in {c.removesuffix("_low") for c in names if c.endswith("_low")}:
         numbers = zip(table[c], table[f"{c}_low"], table[f"{c}_high"], strict=True)
-        cells[c] += ["" if np.isnan(value) else _interval_text(low, high) for value, low, high in numbers]
+        cells[c] += ["" if np.isnan(value) else _interval_cell(low, high) for value, low, high in numbers]
     return cells
 
 
-def _interval_text(low, high):
+def _interval_cell(low, high):
     "An interval as text; a dash if its bounds are NaN."
-    return " [–]" if np.isnan(low) else f" [{_value_text(low)}, {_value_text(high)}]"
+    return f" [{UNDEFINED}]" if np.isnan(low) else f" [{rounded_text(low)}, {rounded_text(high)}]"
 
 
 def _value_text(value):
     "A cell value as text; a dash for NaN."
-    if isinstance(value, str):
-        return value
-    if pd.isna(value):
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return value if isinstance(value, str) else rounded_text(value)
 
 # %% ../../nbs/evaluation/07_robustness.ipynb #ae4bd1d6
 MAX_SYMBOL_SLICES = 20  # maximum number of symbol slices; symbols with the most rows are kept

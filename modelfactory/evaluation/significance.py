@@ -17,6 +17,7 @@ import pandas as pd
 from ..data.splits import MIN_BLOCKS, effective_blocks, timestamps_per_bar
 from .backtest import sharpe_ratio
 from modelfactory.evaluation.bootstrap import (
+    MIN_DAYS,
     block_length,
     block_sums,
     block_variance_ratio,
@@ -42,18 +43,19 @@ from modelfactory.evaluation.metrics import (
     sums_per_timestamp,
 )
 from ..models.base import probability_columns, to_output
+from ..words import count_text, interval_text, number_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['LABELLED_ROW', 'MIN_DAYS', 'SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_max',
-           'deflated_sharpe', 'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models',
-           'row_losses', 'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar',
-           'holm_adjust', 'paired_tests', 'control_tests', 'mean_differences', 'indistinct_groups',
-           'paired_differences', 'class_differences', 'plot_differences', 'direction_gains', 'most_probable',
-           'information_gains', 'prior_gains', 'significance_summary', 'log_loss_p_value', 'profit_claims',
-           'critical_difference', 'Ranks', 'rank_models', 'plot_ranks', 'cliques', 'plot_critical_difference']
+__all__ = ['LABELLED_ROW', 'SignificanceError', 'probabilistic_sharpe', 'minimum_track_record', 'expected_max', 'deflated_sharpe',
+           'Overfitting', 'backtest_overfitting', 'spa_test', 'adjust_for_trials', 'stacked_models', 'row_losses',
+           'timestamp_sums', 'DirectionClaim', 'direction_claim', 'diebold_mariano', 'mcnemar', 'holm_adjust',
+           'paired_tests', 'control_tests', 'mean_differences', 'indistinct_groups', 'paired_differences',
+           'class_differences', 'plot_differences', 'direction_gains', 'most_probable', 'information_gains',
+           'prior_gains', 'significance_summary', 'log_loss_p_value', 'profit_claims', 'critical_difference', 'Ranks',
+           'rank_models', 'plot_ranks', 'cliques', 'plot_critical_difference']
 
 # %% ../../nbs/evaluation/06_significance.ipynb #e9206335
 class SignificanceError(ValueError):
@@ -154,8 +156,9 @@ class Overfitting:
     def __repr__(self):
         in_sample, out_of_sample = self.sharpe.mean(0) * self.trading_days**0.5
         return (
-            f"Overfitting: probability {self.probability:.2f} over {len(self.logits):,} splits; annual "
-            f"Sharpe ratio of the best in-sample model {in_sample:.1f} in sample, {out_of_sample:.1f} out of sample"
+            f"Overfitting: probability {number_text(self.probability, 2)} over "
+            f"{count_text(len(self.logits), 'split')}; annual Sharpe ratio of the best in-sample model "
+            f"{number_text(in_sample, 1)} in sample, {number_text(out_of_sample, 1)} out of sample"
         )
 
 # %% ../../nbs/evaluation/06_significance.ipynb #5a2a8c94
@@ -338,16 +341,16 @@ class DirectionClaim:
         if self.verdict == "no direction":
             return "Direction: these labels have no direction."
         if self.verdict == "too few rows":
-            blocks = f"{self.n_blocks} block{'s' * (self.n_blocks != 1)}"
+            rows, blocks = count_text(self.n_rows, "row"), count_text(self.n_blocks, "block")
             return (
-                f"Direction: too few rows to say ({self.n_rows:,} rows with both a predicted and a true sign in "
-                f"{blocks}, at least {MIN_BLOCKS} blocks are needed)."
+                f"Direction: too few rows to say ({rows} with both a predicted and a true sign; "
+                f"{blocks}, at least {MIN_BLOCKS} are needed)."
             )
         text = dict(significant="significant", worse="significantly negative").get(self.verdict, "not significant")
-        tried = "as the only model tried" if self.trials == 1 else f"corrected for {self.trials:,} trials"
+        tried = "as the only model tried" if self.trials == 1 else f"corrected for {count_text(self.trials, 'trial')}"
         return (
-            f"Directional skill {self.skill:.3f} [{self.low:.3f}, {self.high:.3f}]: {text}, {tried}; "
-            f"directional accuracy {self.accuracy:.3f}, {self.constant_call} {self.constant:.3f}."
+            f"Directional skill {number_text(self.skill)} {interval_text(self.low, self.high)}: {text}, {tried}; "
+            f"directional accuracy {number_text(self.accuracy)}, {self.constant_call} {number_text(self.constant)}."
         )
 
     @property
@@ -663,9 +666,6 @@ def plot_differences(
     return fig
 
 # %% ../../nbs/evaluation/06_significance.ipynb #fb6f22fc
-MIN_DAYS = 20  # minimum number of trading days for a claim about profit
-
-
 def direction_gains(
     frame: pd.DataFrame,  # stacked table
     classes: tuple = (-1, 0, 1),
@@ -763,7 +763,7 @@ def significance_summary(
 
 # %% ../../nbs/evaluation/06_significance.ipynb #4e345314
 def _too_few_blocks(blocks):
-    text = f"{blocks} block{'s' * (blocks != 1)}, at least {MIN_BLOCKS} are needed"
+    text = f"{count_text(blocks, 'block')}, at least {MIN_BLOCKS} are needed"
     return f"too few rows to say: {text} (a block is four label lengths long)"
 
 
@@ -894,8 +894,9 @@ class Ranks:
 
     def __repr__(self):
         return (
-            f"Ranks: {self.table.shape[1]} models over {len(self.table)} folds, Friedman p = {self.p:.3g}, "
-            f"critical difference {self.cd:.1f} ranks\n{self.mean.round(2).to_dict()}"
+            f"Ranks: {count_text(self.table.shape[1], 'model')} over {count_text(len(self.table), 'fold')}, "
+            f"Friedman p = {number_text(self.p)}, critical difference {number_text(self.cd, 1)} ranks\n"
+            f"{self.mean.round(2).to_dict()}"
         )
 
 
@@ -908,7 +909,8 @@ def rank_models(
     from scipy.stats import friedmanchisquare
 
     if scores.isna().any(axis=None):
-        raise SignificanceError(f"{int(scores.isna().any(axis=1).sum())} folds lack the {metric} of a model")
+        folds = count_text(int(scores.isna().any(axis=1).sum()), "fold lacks", "folds lack")
+        raise SignificanceError(f"{folds} the {metric} of a model")
     ranks = scores.rank(axis=1, ascending=metric_sign(metric) < 0)
     p = friedmanchisquare(*scores.to_numpy().T).pvalue if scores.shape[1] > 2 else np.nan
     order = ranks.mean().sort_values(kind="stable").index
@@ -930,7 +932,7 @@ def plot_ranks(ranks: Ranks) -> Figure:
     ax.plot([best, min(best + ranks.cd, k + 0.3)], [-0.65, -0.65], color="black", lw=2)
     ax.set(ylim=(k - 0.4, -1), xlim=(0.7, k + 0.3))
     ax.set_yticks(range(k), ranks.table.columns, fontsize=9)
-    text = f"bar: critical difference, {ranks.cd:.1f} ranks; Friedman p = {ranks.p:.2g}"
+    text = f"bar: critical difference, {number_text(ranks.cd, 1)} ranks; Friedman p = {number_text(ranks.p)}"
     ax.set_xlabel(f"rank over {folds} folds\n{text}", fontsize=9)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(axis="x", labelsize=8)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .metrics import METRICS, metric_names, metric_sign
+from ..words import UNDEFINED, interval_text, is_defined, number_text
 
 if TYPE_CHECKING:
     from modelfactory.evaluation.significance import DirectionClaim
@@ -23,23 +22,18 @@ def format_metric(
     metrics: dict,  # from `compute_all_metrics`
     name: str,  # metric name
 ) -> str:
-    "Text such as `0.388 [0.367, 0.409]`, the value alone if it has no interval, or a dash if the value is undefined."
+    """Text such as `0.388 [0.367, 0.409]`, the value alone if it has no interval, or a dash if the value is undefined.
+
+    An interval with an undefined bound, for example of few days, is `[not estimable]`."""
     value = metrics.get(name)
     low, high = metrics.get(f"{name}_ci_low"), metrics.get(f"{name}_ci_high")
     if isinstance(value, str):
         return value
-    if value is None or np.isnan(value):
-        return "–"
-    if low is None or high is None or np.isnan([low, high]).any():
-        return _number_text(value)
-    return f"{_number_text(value)} [{_number_text(low)}, {_number_text(high)}]"
-
-
-def _number_text(value):
-    "A count with thousands separators, or a ratio with three decimals."
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    if not is_defined(value):
+        return UNDEFINED
+    digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3
+    has_interval = f"{name}_ci_low" in metrics
+    return number_text(value, digits) + (f" {interval_text(low, high, digits)}" if has_interval else "")
 
 # %% ../../nbs/evaluation/08_tables.ipynb #06e88eae
 def ci_beats(
@@ -109,7 +103,7 @@ def header_card(
     "HTML box with model, horizon, facts, claim and notes."
     rows = f"{metrics['n_samples']:,}" if "n_samples" in metrics else None
     seconds = metrics.get("fit_seconds")
-    fit = f"{seconds:.1f} s" if seconds and not np.isnan(seconds) else None
+    fit = f"{number_text(seconds, 1)} s" if seconds and is_defined(seconds) else None
     facts |= dict(rows=rows, fit=fit)
     line = " · ".join(f"{escape(str(k))} <b>{escape(str(v))}</b>" for k, v in facts.items() if v is not None)
     sentences = [claim.sentence if claim else "Direction: no claim was computed.", *notes]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..words import count_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -57,7 +59,7 @@ def plot_fold_scores(
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     others = len(ranked) - len(_COLOURS)
-    names = f"grey: {others} other model{'s' * (others > 1)}" if others > 0 else ""
+    names = f"grey: {count_text(others, 'other model')}" if others > 0 else ""
     axes[0].set_title(": ".join(filter(None, (title, names))), fontsize=9, loc="left")
     handles = axes[0].get_legend_handles_labels()[0]
     figure.legend(
@@ -120,7 +122,7 @@ def plot_paths(
         ax.plot(scores[model].mean(), i, "D", color="#D55E00", ms=6)
     ax.axvline(0, color="black", lw=0.8, ls="--")
     ax.set_yticks(range(len(ranked)), ranked, fontsize=9)
-    ax.set_xlabel(f"net Sharpe ratio on {len(scores)} paths; diamond: mean", fontsize=9)
+    ax.set_xlabel(f"net Sharpe ratio on {count_text(len(scores), 'path')}; diamond: mean", fontsize=9)
     ax.set_title(title, fontsize=9, loc="left")
     ax.tick_params(axis="x", labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..evaluation.information import InformationReport
+from ..words import count_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,5 +51,5 @@ def _plot_quantiles(ax, report):
     ax.bar(table.index, table.value, color=colours, width=0.7, alpha=0.75)
     ax.vlines(table.index, table.ci_low, table.ci_high, color="black", lw=1)
     ax.axhline(0, color="black", lw=0.6)
-    ax.set(xlabel="quantile of the score", ylabel=f"excess return over {report.horizon} bars, bp")
+    ax.set(xlabel="quantile of the score", ylabel=f"excess return over {count_text(report.horizon, 'bar')}, bp")
     ax.set_xticks(table.index)

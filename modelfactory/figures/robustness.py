@@ -12,6 +12,7 @@ import numpy as np
 from ..evaluation.backtest import NO_PRICES_NOTE
 from ..evaluation.evaluator import ModelEvaluator
 from ..evaluation.robustness import Robustness
+from ..words import percent_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,5 +70,5 @@ def _plot_slices(ax, table):
     constant = table.directional_accuracy_constant
     ax.plot(constant, table.index, "|", color="#7f7f7f", ms=9, label="constant prediction")
     ax.set_yticks(table.index, table.slice)
-    ax.set_xlabel(f"directional accuracy, intervals at {table.attrs['slice_level']:.1%}")
+    ax.set_xlabel(f"directional accuracy, intervals at {percent_text(table.attrs['slice_level'], 1)}")
     ax.legend(frameon=False, fontsize=8)

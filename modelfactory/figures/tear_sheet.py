@@ -13,6 +13,7 @@ import pandas as pd
 from ..evaluation.metrics import EvaluationError, brier_decomposition
 from ..figure_text import draw_plain_text, keep_plain_text
 from ..models.base import PredictionOutput
+from ..words import count_text, number_text, percent_text, plural, rounded_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +110,9 @@ def classes_of(
         problem = f"classes {classes} do not fit {k} probability columns and the values {values}"
         raise EvaluationError(f"{problem}: name them with classes=")
     if len(y_true) != len(predictions):
-        raise EvaluationError(f"y_true has {len(y_true)} rows, expected {len(predictions)}, one per prediction")
+        raise EvaluationError(
+            f"y_true has {count_text(len(y_true), 'row')}, expected {len(predictions)}, one per prediction"
+        )
     return classes
 
 # %% ../../nbs/figures/00_tear_sheet.ipynb #4171f22a
@@ -228,10 +231,17 @@ def _plot_curves(ax, backtest, days):
     before_cost, after_cost = dict(color="#7f7f7f", ls="--"), dict(color="#0072B2")
     start = days.insert(0, days[0] - pd.Timedelta("1D"))
     ax.plot(start, np.r_[1, backtest.equity_gross], lw=1.4, label="before cost", **before_cost)
-    ax.plot(start, np.r_[1, backtest.equity], lw=1.4, label=f"after {backtest.rules.cost_bps:g} bp", **after_cost)
+    ax.plot(
+        start,
+        np.r_[1, backtest.equity],
+        lw=1.4,
+        label=f"after {rounded_text(backtest.rules.cost_bps)} bp",
+        **after_cost,
+    )
     ax.axhline(1, color="black", lw=0.6)
     stats = backtest.metrics()
-    sharpe = f"Sharpe {stats['sharpe']:.2f} before, {stats['sharpe_net']:.2f} after cost"
+    before, after = (number_text(stats[name], 2) for name in ("sharpe", "sharpe_net"))
+    sharpe = f"Sharpe {before} before, {after} after cost"
     ax.set_ylabel("equity")
     ax.set_title(f"{sharpe} · returns from {backtest.returns_source}", fontsize=9, loc="left")
     ax.legend(frameon=False, fontsize=8)
@@ -241,7 +251,7 @@ def _plot_rolling_sharpe(ax, backtest, window):
     rolling = backtest.daily.net.rolling(window)
     ax.plot(rolling.mean() / rolling.std() * backtest.trading_days**0.5, color="#0072B2", lw=1.1)
     ax.axhline(0, color="black", lw=0.6)
-    ax.set_ylabel(f"Sharpe,\n{window} days")
+    ax.set_ylabel(f"Sharpe,\n{count_text(window, 'day')}")
 
 
 def date_axis(ax: Axes) -> None:
@@ -262,8 +272,10 @@ def plot_importance(
     fig, axes = new_axes(size=(5, 0.8 + 0.17 * len(best)), layout="constrained")
     ax = axes[0, 0]
     ax.barh(best.index, best, color="#0072B2", height=0.7)
+    share = best.sum() / (sum(importance.values()) or 1)
     ax.set_xlabel(
-        f"importance, {len(best)} of {len(importance)} features hold {best.sum() / (sum(importance.values()) or 1):.0%}"
+        f"importance, {len(best)} of {count_text(len(importance), 'feature')} "
+        f"{plural(len(best), 'holds', 'hold')} {percent_text(share)}"
     )
     ax.margins(y=0.01)
     return fig
@@ -283,7 +295,7 @@ def plot_learning_curve(
             ax.plot(np.arange(1, len(loss) + 1), loss, label=name, lw=1.4, **style)
     if np.isfinite(val).any():
         best = history.get("best_round", int(np.nanargmin(val)))
-        ax.plot(best + 1, val[best], "o", color="#D55E00", label=f"best: {val[best]:.4f}, round {best + 1}")
+        ax.plot(best + 1, val[best], "o", color="#D55E00", label=f"best: {number_text(val[best], 4)}, round {best + 1}")
     ax.set(xlabel="round", ylabel="loss")
     ax.legend(frameon=False, fontsize=8)
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -27,6 +27,7 @@ from modelfactory.configuration import (
     horizon_tuple,
 )
 from .errors import DivergedError
+from ..words import count_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +108,7 @@ class PredictionOutput:
 
     def __repr__(self):
         n_classes, horizons = self.probabilities.shape[1], sorted(set(self.horizons.tolist()))
-        return f"PredictionOutput: {len(self):,} rows, {n_classes} classes, horizon {horizons}"
+        return f"PredictionOutput: {count_text(len(self), 'row')}, {n_classes} classes, horizon {horizons}"
 
 # %% ../../nbs/models/00_base.ipynb #eab68a0d
 def probability_columns(classes: tuple[int, ...]) -> list[str]:  # names of the probability columns, in class order
@@ -296,9 +297,8 @@ class BaseModel(ABC):
     def __repr__(self):
         state = "fitted" if self.fitted else "not fitted"
         n_features = len(self.feature_columns)
-        return (
-            f"{type(self).__name__}({self.name}, horizon {horizon_text(self.horizon)}, {n_features} features, {state})"
-        )
+        features = count_text(n_features, "feature")
+        return f"{type(self).__name__}({self.name}, horizon {horizon_text(self.horizon)}, {features}, {state})"
 
 # %% ../../nbs/models/00_base.ipynb #a35dc598
 def expected_shape(model: BaseModel) -> tuple[str | int, ...]:  # ("n", T, F), or ("n", F) for windows of one row
@@ -415,8 +415,8 @@ def check_metadata(model: BaseModel, metadata: pd.DataFrame, n: int) -> pd.DataF
     missing = {"datetime", "symbol", "horizon"} - set(metadata.columns)
     if missing or len(metadata) != n:
         raise ValueError(
-            f"{model.name}: metadata has {len(metadata)} rows and the columns {list(metadata.columns)}, "
-            f"expected {n} rows with datetime, symbol, horizon"
+            f"{model.name}: metadata has {count_text(len(metadata), 'row')} and the columns {list(metadata.columns)}, "
+            f"expected {count_text(n, 'row')} with datetime, symbol, horizon"
         )
     return metadata
 

@@ -80,7 +80,8 @@ def write_comparison(
         raise RunError(f"{runs}: no finished run to compare; `modelfactory experiment demo` makes some")
     use_moved_data(listed, moved or {})
     if not any(r.scored for r in listed):
-        raise RunError(f"{runs}: none of {len(listed)} runs is scored ({listed[0].reason}); run `modelfactory rescore`")
+        number = f"none of {len(listed)} runs is" if len(listed) > 1 else "the only run is not"
+        raise RunError(f"{runs}: {number} scored ({listed[0].reason}); run `modelfactory rescore`")
     result = comparison(listed)
     write_json(runs / COMPARISON_FILE, result)
     return result

@@ -16,6 +16,7 @@ from ..data.dataset import Windows
 from ..models.errors import ModelUnavailable
 from ..models.explain import Contributions, occlusion
 from ..progress import duration
+from ..words import count_text, number_text
 
 if TYPE_CHECKING:
     from modelfactory.models.base import BaseModel
@@ -110,7 +111,7 @@ def _own_by_chunk(run, X):
     for idx in np.array_split(np.arange(len(X)), max(1, -(-len(X) // 256))):
         part, seconds = timed(lambda idx=idx: own_contributions(run.cached_model, X.subset(idx)))
         if not parts and (total := seconds * len(X) / len(idx)) > 10:
-            print(f"contributions of {len(X):,} rows, about {duration(total)}", flush=True)
+            print(f"contributions of {count_text(len(X), 'row')}, about {duration(total)}", flush=True)
         parts.append(Contributions(part.values.sum(2, keepdims=True), part.base, part.unit))
     return Contributions(*(np.concatenate(a) for a in list(zip(*parts, strict=True))[:2]), parts[0].unit)
 
@@ -139,8 +140,9 @@ def prediction_sentences(
     sentences = []
     for row in frame.tail(n).to_dict("records"):
         time = "the next bar" if pd.isna(row["datetime"]) else f"{row['datetime']}"
-        words = [f"{row[c.removesuffix('_value')]} {row[c]:+.3f}" for c in top]
-        rest = f"all others {row['explain_rest']:+.3f}, without features {row['explain_base']:+.3f}"
+        words = [f"{row[c.removesuffix('_value')]} {number_text(row[c], sign=True)}" for c in top]
+        rest, base = (number_text(row[f"explain_{part}"], sign=True) for part in ("rest", "base"))
+        rest = f"all others {rest}, without features {base}"
         predicted = names.get(row["prediction"], row["prediction"])
         sentences.append(f"{row['symbol']} {time}: {predicted}, because of {', '.join(words)}; {rest}")
     return sentences

@@ -20,6 +20,7 @@ import modelfactory
 from ..builtin import builtin_path, is_checkout
 from ..configuration import Settings, html_table, refused_settings, settings
 from ..files import printable
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['STATE_MARKS', 'STATE_COLOURS', 'NEEDED_FILES', 'EnvironmentFinding', 'Environment', 'versions_that_differ',
@@ -124,7 +125,7 @@ def _packages():
         return EnvironmentFinding("packages", f"not installed: {', '.join(missing)}", "fail", fix)
     if differences := versions_that_differ(constraints, required):
         return EnvironmentFinding("packages", "; ".join(differences), "warn", fix)
-    return EnvironmentFinding("packages", f"{len(required)} packages in the tested versions")
+    return EnvironmentFinding("packages", f"{count_text(len(required), 'package')} in the tested versions")
 
 # %% ../../nbs/runs/17_environment.ipynb #b7fc4d12
 NEEDED_FILES = (
@@ -152,7 +153,7 @@ def _machine():
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
-    value = f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free"
+    value = f"{count_text(cores, 'core')}, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free"
     if memory.available < 2 * 2**30:
         fix = "training needs at least 2 GiB: close other programs, or use --workers 1"
         return EnvironmentFinding("machine", value, "warn", fix)

@@ -31,6 +31,7 @@ from modelfactory.runs.contributions import (
 from .rescore import scoring_trainer
 from .run import Run, load_run
 from .run_folder import RunError
+from ..words import count_text, number_text, percent_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,12 +178,13 @@ class Explanation:
         "How many groups have an interval above 0, and how many would by chance."
         n = len(self.table)
         if self.method != "permutation":
-            return f"mean absolute contributions of {n:,} groups ({self.unit}); they show use, not skill"
+            return f"mean absolute contributions of {count_text(n, 'group')} ({self.unit}); they show use, not skill"
         above, chance = int((self.table.low > 0).sum()), n * (1 - self.level) / 2
         strict = int(((self.table.p_holm < 1 - self.level) & (self.table.importance > 0)).sum())
         text = (
-            f"permuting raises the log loss for {above:,} of {n:,} groups ({self.level:.0%} intervals above 0; "
-            f"{chance:.1f} expected by chance), and for {strict:,} after Holm's correction"
+            f"permuting raises the log loss for {above or 'none'} of {count_text(n, 'group')} "
+            f"({percent_text(self.level)} intervals above 0; {number_text(chance, 1)} expected by chance), "
+            f"and for {strict or 'none'} after Holm's correction"
         )
         if not self.skill > 0:
             text += "; THE MODEL DOES NOT BEAT THE CLASS SHARES ON THESE ROWS, so this is dependence, not skill"
@@ -202,9 +204,14 @@ class Explanation:
         return plot_explanation(self.table, self.by, self.unit, self.rest)
 
     def __repr__(self):
-        title = f"{self.model}, horizon {self.horizon}, {self.split}: {self.method} by {self.by}, {self.n_rows:,} rows"
+        task, rows = f"{self.model}, horizon {self.horizon}, {self.split}", count_text(self.n_rows, "row")
+        title = f"{task}: {self.method} by {self.by}, {rows}"
         shown = self.table.head(TOP).drop(columns="p_holm").round(5).to_string(index=False)
-        rest = f"\n{self.rest['n']:,} others together: {self.rest['importance']:.5f}" if self.rest else ""
+        rest = (
+            f"\n{count_text(self.rest['n'], 'other', 'others together')}: {number_text(self.rest['importance'], 5)}"
+            if self.rest
+            else ""
+        )
         return f"{title}\n{self.summary}\n{shown}{rest}"
 
     def _repr_html_(self):
@@ -352,12 +359,13 @@ def _measure(task, repeats):
     n, G = len(task.codes), len(task.groups)
     if task.method == "permutation":
         p, seconds = timed(task.probabilities)
-        what = f"permutation of {G:,} groups, {repeats} rotations each: {G * repeats:,} predictions of {n:,} rows"
+        what = f"permutation of {count_text(G, 'group')}, {count_text(repeats, 'rotation')} each: "
+        what += f"{count_text(G * repeats, 'prediction')} of {count_text(n, 'row')}"
         return f"{what}, about {duration(seconds * G * repeats)}", _log_losses(p, task.codes)
     few = np.arange(min(16, n))
     task.contributions(few)  # the first call loads libraries
     _, seconds = timed(lambda: task.contributions(few))
-    return f"contributions of {n:,} rows, about {duration(seconds * n / len(few))}", np.empty(0)
+    return f"contributions of {count_text(n, 'row')}, about {duration(seconds * n / len(few))}", np.empty(0)
 
 
 def _permutation_rows(task, losses, repeats, seed):

@@ -13,6 +13,7 @@ from ..configuration import ConfigError
 from ..data.feature_groups import GROUPS
 from ..data.pipeline import LAST_BARS_FILE, PIPELINE_FILE
 from ..evaluation.metrics import METRICS
+from ..evaluation.tables import format_metric
 from ..files import printable
 from ..models.base import probability_columns
 from ..models.conformal import set_names
@@ -26,6 +27,7 @@ from .run import Run, load_run
 from .run_folder import FEATURES_FILE, RunError, write_json, write_manifest
 from .standalone import write_package
 from ..training.test_set import read_ledger, runs_folder
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['CARD_METRICS', 'BUNDLE_PACKAGES', 'READER_PACKAGES', 'STANDALONE_SCRIPT', 'EXAMPLE_SCRIPT', 'COPIED_FILES',
@@ -102,8 +104,8 @@ def _card_head(run, report):
     m = run.manifest
     data = f"`{escape_markdown(Path(run.data).name)}` (fingerprint {m['data_fingerprint']})"
     training = f"Trained by modelfactory {m['versions']['modelfactory']}, seed {run.seed}, on {data}"
-    title = f"# {escape_markdown(m['model'])}, {run.horizon} bars ahead"
-    head = [title, "", f"{training}, {report['n_features']} features.", ""]
+    title = f"# {escape_markdown(m['model'])}, {count_text(run.horizon, 'bar')} ahead"
+    head = [title, "", f"{training}, {count_text(report['n_features'], 'feature')}.", ""]
     table = ["| split | rows | symbols | first | last |", "|---|---|---|---|---|"]
     for s in report["splits"]:
         period = f"{str(s['first'])[:16]} | {str(s['last'])[:16]}"
@@ -118,7 +120,7 @@ def _card_scores(run):
     rows = []
     for name in CARD_METRICS:
         if name in run.metrics:
-            values = f"{_figure_text(run.metrics, name)} | {_figure_text(run.baseline, name)}"
+            values = f"{format_metric(run.metrics, name)} | {format_metric(run.baseline, name)}"
             rows.append(f"| {name.replace('_', ' ')} | {values} | {METRICS.get(name, '')} |")
     return ["| | value | class shares of train | |", "|---|---|---|---|", *rows]
 
@@ -130,19 +132,13 @@ def _card_onnx(onnx):
     return [
         "## ONNX",
         "",
-        f"`{onnx['file']}` maps scaled features ({shape}) to probabilities. On the {onnx['windows']:,} validation "
-        f"windows, its probabilities differ by at most {onnx['max_difference']:.1e} from those of the run "
-        f"(allowed: {onnx['tolerance']:g}). `predict.py` reads {'raw bars' if onnx['raw_bars'] else 'scaled features'} "
+        f"`{onnx['file']}` maps scaled features ({shape}) to probabilities. On "
+        f"{count_text(onnx['windows'], 'validation window')}, its probabilities differ by at most "
+        f"{onnx['max_difference']:.1e} from those of the run (allowed: "
+        f"{onnx['tolerance']:g}). `predict.py` reads {'raw bars' if onnx['raw_bars'] else 'scaled features'} "
         "and needs only the packages in `requirements.txt`. Prediction sets are not computed.",
         "",
     ]
-
-
-def _figure_text(values, name):
-    "A metric with its interval, formatted as `0.123 [0.100, 0.150]`."
-    value, low, high = (values.get(f"{name}{end}", float("nan")) for end in ("", "_ci_low", "_ci_high"))
-    interval = f" [{low:.3f}, {high:.3f}]" if low == low else ""
-    return "–" if value != value else f"{value:.3f}{interval}"
 
 # %% ../../nbs/runs/15_export.ipynb #6b1d4cbd
 def _validation_use(run):
@@ -163,7 +159,7 @@ def _test_use(run):
     "How often this run was scored on test, from the ledger of its runs folder."
     n_uses = int((read_ledger(runs_folder(run.path)).run == run.path.name).sum())
     if n_uses:
-        return f"The run was scored on test {n_uses} time{'' if n_uses == 1 else 's'}"
+        return f"The run was scored on test {count_text(n_uses, 'time')}"
     if (run.path / "metrics/test_metrics.json").is_file():
         return "The run was scored on test, see metrics/"
     return "The run was never scored on test"

@@ -43,6 +43,7 @@ from ..models.conformal import adapt_sets
 from .attempt import prediction_frame
 from .predict import adapts_sets, earlier_parts, needs_text, raw_bars_pipeline, unknown_symbol_text
 from .stored import StoredRun, open_run
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['POLL_SECONDS', 'Follower', 'follow', 'prediction_rows', 'check_source', 'new_lines', 'follow_file',
@@ -79,7 +80,7 @@ class _SymbolState:
                     is_later = is_later | (new["datetime"] == grown).to_numpy()
                 new = new[is_later]
                 if n := int((~is_later).sum()):
-                    notes.append(f"{symbol}: skipped {n:,} bar{'s' * (n > 1)} up to the last stored one ({last})")
+                    notes.append(f"{symbol}: skipped {count_text(n, 'bar')} up to the last stored one ({last})")
         if len(new):
             self.bars = pd.concat([self.bars, new], ignore_index=True) if len(self.bars) else new
             notes += moves_text(large_moves(self.bars, len(new)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Collection
 from concurrent.futures import as_completed
@@ -47,11 +48,12 @@ from .stitch import stitch_finished
 from .stored import RunList, StoredRun
 from .tracking import Tracker
 from ..training.trainer import Trainer
+from ..words import count_text
 
 # %% auto #0
-__all__ = ['GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'fold_numbers', 'plan_grid', 'audit_data', 'make_trainer',
-           'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus', 'grid_status',
-           'job_states']
+__all__ = ['NULL', 'GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'fold_numbers', 'plan_grid', 'audit_data',
+           'make_trainer', 'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus',
+           'grid_status', 'job_states']
 
 # %% ../../nbs/runs/05_grid.ipynb #7765424b
 @dataclass
@@ -76,7 +78,9 @@ def grid_config(
 ) -> GridConfig:
     "Builds a `GridConfig`, taking missing keys from the settings; raises `ConfigError` on an unknown key or model."
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
-    values, s = values if isinstance(values, dict) else read_yaml(Path(where)), settings()
+    is_file, s = not isinstance(values, dict), settings()
+    values = read_yaml(Path(where)) if is_file else values
+    _check_null_names(values, Path(where) if is_file else None)
     values = values | {key: value for key, value in changes.items() if value is not None}
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
     defaults = dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed], name=Path(where).stem)
@@ -91,6 +95,30 @@ def grid_config(
             hint = did_you_mean(name, grid.models)
             raise ConfigError(f"{where}: overrides for {name!r}, which is not a model of the grid: {hint}")
     return grid
+
+
+NULL = re.compile(r"(?<![\w'\"])(null|~)(?![\w'\"])")  # null without quotes
+
+
+def _check_null_names(values, file):
+    "Raises `ConfigError`, with the corrected line of the file, if a data set or a model is null."
+    for key in ("data", "models"):
+        names = values.get(key, "")
+        if names is None or (isinstance(names, list) and None in names):
+            number, line = _null_line(file, key)
+            where = f"{file}, line {number}" if number else f"{file or 'grid'}: {key}"
+            text = "YAML reads null without quotes as no value; for the data set null, write"
+            raise ConfigError(f"{where}: {text} {NULL.sub(chr(34) + 'null' + chr(34), line)}")
+
+
+def _null_line(file, key):
+    "Number and text of the line of a YAML file in which the value of a key is null; 0 and `null` without one."
+    in_key = False
+    for number, line in enumerate(file.read_text().splitlines() if file else [], 1):
+        in_key = line.startswith(f"{key}:") or (in_key and not line[:1].isalpha())
+        if in_key and NULL.search(line):
+            return number, line.strip()
+    return 0, "null"
 
 
 def _grid_file(file):
@@ -238,8 +266,12 @@ class GridResult(list):
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
         lines = [f"{o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason]
+        if self.count("skipped"):
+            lines.append(
+                "skipped runs were finished before; `modelfactory compare` compares them, --force repeats them"
+            )
         if self.stitched:
-            lines.append(f"{len(self.stitched)} stitched record{'s' * (len(self.stitched) > 1)} written")
+            lines.append(f"{count_text(len(self.stitched), 'stitched record')} written")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n  ".join([counts or "nothing to run", *lines])
 
@@ -273,7 +305,7 @@ def run_grid(
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in missing if j.unavailable]
     todo = [j for j in missing if not j.unavailable]
     if n := len(trained_by_other_code(todo, stored)):
-        print(f"training {n} run{'s' * (n > 1)} of this grid again: the code or the defaults have changed")
+        print(f"training {count_text(n, 'run')} of this grid again: the code or the defaults have changed")
     if todo:
         executor = make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address)
         result += _run_all(todo, runs, executor, Limits(timeout, memory), force)

@@ -28,6 +28,7 @@ from modelfactory.runs.run_folder import (
     list_attempts,
     working_folder,
 )
+from ..words import count_text, number_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +162,7 @@ def _difference_line(row):
     change = ""
     if row["part"] == "metrics" and all(isinstance(row[k], (int, float)) for k in ("first", "second")):
         by = row["second"] - row["first"]
-        change = f"  ({by:+,d})" if isinstance(by, int) else f"  ({by:+.3f})"
+        change = f"  ({number_text(by, 0 if isinstance(by, int) else 3, sign=True)})"
     return f"  {row['name']:28} {first} -> {second}{change}"
 
 
@@ -247,7 +248,7 @@ class DryRun:
         return dict(n_runs=self.n_runs, seconds=self.seconds, unknown=self.unknown, runs=list(self.status))
 
     def __repr__(self):
-        lines = [repr(self.status), f"{self.n_runs} run{'s' * (self.n_runs != 1)} would be trained"]
+        lines = [repr(self.status), f"{count_text(self.n_runs, 'run')} would be trained"]
         if self.seconds is not None:
             lines.append(f"estimated time with one worker: {duration(self.seconds)}, from finished runs")
         if self.unknown:

@@ -44,6 +44,7 @@ from ..files import printable
 from ..models.base import horizon_rows
 from ..models.conformal import adapt_sets, label_delay
 from .attempt import prediction_file, prediction_frame, stored_output
+from ..words import count_text, number_text, plural
 
 if TYPE_CHECKING:
     from modelfactory.models.base import BaseModel, PredictionOutput
@@ -254,7 +255,7 @@ class _RawRows:
         n = self.n_new[symbol]
         if symbol not in self.known:
             more = f"{unknown_symbol_text(symbol, self.known)}; {more}"
-        return f"bars: {symbol} has {n:,} new bar{'s' * (n > 1)}, but {more}"
+        return f"bars: {symbol} has {count_text(n, 'new bar')}, but {more}"
 
 
 def _raw_rows(run, model, data, context_rows, symbol):
@@ -281,7 +282,7 @@ def needs_text(
     "The number of bars that a prediction needs, in words."
     n_bars, by_day = pipeline.needs
     days = f", the first of them with its day from the start ({', '.join(by_day[:3])})" if by_day else ""
-    return f"a prediction needs {n_bars + context_rows:,} bars of its symbol, itself included{days}"
+    return f"a prediction needs {count_text(n_bars + context_rows, 'bar')} of its symbol, itself included{days}"
 
 
 def unknown_symbol_text(
@@ -298,23 +299,22 @@ def _raw_notes(run, new, bars, is_new, reasons):
     layout = str(new.attrs.get("layout") or "read as bars")
     notes = [f"raw bars, because no column is a feature of the model: {layout}"]
     if n := bars["symbol"][~is_new].nunique():
-        symbols = "1 symbol" if n == 1 else f"{n} symbols"
-        notes.append(f"the stored last bars of {symbols} precede the new bars")
+        notes.append(f"the stored last bars of {count_text(n, 'symbol')} precede the new bars")
     notes += [new.attrs["resampled"]] if "resampled" in new.attrs else []
     late = new.attrs.get("late_starts", [])
-    notes += [*late[:3], *([f"so do those of {len(late) - 3} more symbols"] if len(late) > 3 else [])]
+    notes += [*late[:3], *([f"so do those of {count_text(len(late) - 3, 'more symbol')}"] if len(late) > 3 else [])]
     notes += joint_notes(run.pipeline, run.last_bars, bars, is_new)
     for symbol, reason in list(reasons.items())[:3]:
         notes.append(f"{symbol}: the stored last bars are not used: {reason}")
     if len(reasons) > 3:
-        notes.append(f"so are those of {len(reasons) - 3} more symbols")
+        notes.append(f"so are those of {count_text(len(reasons) - 3, 'more symbol')}")
     interval, trained = bar_interval(new), run.pipeline.interval
     if interval and interval != trained:
         apart = [str(pd.Timedelta(seconds=seconds)) for seconds in (interval, trained)]
         notes.append(f"THE BARS ARE {apart[0]} APART, those of the splits {apart[1]}: check that they are of one kind")
     present = set(bars["symbol"])
     if run.pipeline.compares_symbols and (absent := [s for s in run.pipeline.symbols if s not in present]):
-        of = f"{len(absent)} of {len(run.pipeline.symbols)} symbols of the splits have no bar here"
+        of = f"{len(absent)} of {count_text(len(run.pipeline.symbols), 'symbol')} of the splits have no bar here"
         notes.append(f"features compare the symbols of a time, but {of}: {', '.join(absent[:5])}")
     if made := run.pipeline.other_version():
         notes.append(made)
@@ -438,14 +438,14 @@ def prediction_warnings(
 ) -> list[str]:  # sentences; the first gives the number of predictions
     "Sentences about bars without a prediction, symbols that are not in train, and features that have drifted."
     skipped, unseen, drift = (frame.attrs[name] for name in ("skipped", "unseen", "drift"))
-    sentences = [f"{len(frame):,} prediction{'' if len(frame) == 1 else 's'}", *frame.attrs.get("notes", ())]
+    sentences = [count_text(len(frame), "prediction"), *frame.attrs.get("notes", ())]
     if skipped:
         sentences.append(_skipped_text(skipped))
     if history := frame.attrs.get("history"):
         listed = ", ".join(f"{symbol} {n:,}" for symbol, n in list(history.items())[:5])
         sentences.append(f"the first bars are history and are not predicted: {listed}; {frame.attrs['needs']}")
     if unseen:
-        symbols = "1 symbol is" if len(unseen) == 1 else f"{len(unseen)} symbols are"
+        symbols = count_text(len(unseen), "symbol is", "symbols are")
         sentences.append(f"{symbols} not in train but predicted like the others: {', '.join(map(str, unseen[:5]))}")
     if frame.attrs.get("isolated"):
         from modelfactory.runs.isolation import limits_note
@@ -460,17 +460,19 @@ def prediction_warnings(
 
 def _sets_text(frame):
     n, n_known = int(frame.abstain.sum()), frame.attrs.get("n_known")
-    sets = f"the prediction sets hold {frame.set_size.mean():.2f} classes on average, {n:,} of {len(frame):,} abstain"
+    size = number_text(frame.set_size.mean(), 2)
+    abstain = f"{n or 'none'} of {count_text(len(frame), 'prediction')} {plural(n or 1, 'abstains', 'abstain')}"
+    sets = f"the prediction sets hold {size} classes on average, {abstain}"
     if n_known is None:
         return sets
-    return f"{sets}; they are adapted to {n_known:,} known label{'' if n_known == 1 else 's'}"
+    return f"{sets}; they are adapted to {count_text(n_known, 'known label')}"
 
 
 def _skipped_text(skipped):
     n = sum(skipped.values())
-    bars = "1 bar is not predicted, because it has" if n == 1 else f"{n:,} bars are not predicted, because they have"
+    bars = count_text(n, "bar is not predicted, because it has", "bars are not predicted, because they have")
     symbols = ", ".join(f"{symbol} {n}" for symbol, n in list(skipped.items())[:5])
-    return f"{bars} no full window before {'it' if n == 1 else 'them'}: {symbols}"
+    return f"{bars} no full window before {plural(n, 'it', 'them')}: {symbols}"
 
 # %% ../../nbs/runs/12_predict.ipynb #bba99bc9
 OUT_OF_RANGE_SHARE = 0.5  # a feature is reported if more than this share of its values is outside the training range
@@ -484,9 +486,8 @@ def _drift_warnings(drift, lengths):
     if len(unlike):
         most = len(unlike) > len(drift) / 2
         head = "MOST FEATURES ARE UNLIKE TRAIN, check that they were scaled in the same way: " if most else ""
-        features = "feature is" if len(unlike) == 1 else "features are"
-        count = f"{len(unlike)} of {len(drift)} {features} distributed differently than in train"
-        return [f"{head}{count}: {', '.join(unlike.feature[:5])}"]
+        features = f"{len(unlike)} of {count_text(len(drift), 'feature')} {plural(len(unlike), 'is', 'are')}"
+        return [f"{head}{features} distributed differently than in train: {', '.join(unlike.feature[:5])}"]
     if drift.limit.notna().any():
         return []
     if not len(lengths):

@@ -50,13 +50,14 @@ from .run import Run, list_runs, load_run
 from .run_folder import RunError, write_json
 from .stored import RunList, check_data
 from ..training.test_set import record_test_use
+from ..words import count_text, interval_text, number_text
 
 if TYPE_CHECKING:
     from modelfactory.data.splits import Split
 
 # %% auto #0
-__all__ = ['KEYS', 'CONTEXT', 'LIVE_FOLDER', 'BARS_FILE', 'RAW_BARS_FILE', 'PREDICTIONS_FILE', 'REFRESH_FILE', 'MODELS',
-           'live_folder', 'LiveRecord', 'update_live', 'extend_splits', 'challengers', 'train_challenger',
+__all__ = ['KEYS', 'CONTEXT', 'LIVE_FOLDER', 'BARS_FILE', 'RAW_BARS_FILE', 'PREDICTIONS_FILE', 'REFRESH_FILE', 'LABELS_DIFFER',
+           'MODELS', 'live_folder', 'LiveRecord', 'update_live', 'extend_splits', 'challengers', 'train_challenger',
            'challenger_parameters', 'ChallengerComparison', 'compare_challenger', 'Refresh', 'refresh_run']
 
 # %% ../../nbs/runs/23_refresh.ipynb #0640bf2b
@@ -236,6 +237,9 @@ def _close_labels(predictions, bars, horizon, reach):
     return merged[[*columns[:3], "y_true", "closed", *columns[3:]]]
 
 # %% ../../nbs/runs/23_refresh.ipynb #154be82a
+LABELS_DIFFER = "labels differ from the stored ones, which are kept"
+
+
 @dataclass
 class LiveRecord:
     "The stored bars of a run since its training, with its predictions."
@@ -257,11 +261,11 @@ class LiveRecord:
         "The numbers of predictions in one sentence."
         closed, n = self.predictions["closed"], len(self.predictions)
         unlabelled = int((closed & self.predictions["y_true"].isna()).sum())
-        text = f"{n:,} live predictions ({self.n_added:,} new): {len(self.scored):,} scored, "
+        text = f"{count_text(n, 'live prediction')} ({self.n_added:,} new): {len(self.scored):,} scored, "
         text += f"{int((~closed).sum()):,} with an open label"
         text += f", {unlabelled:,} without a label" if unlabelled else ""
-        changed = f"; {self.n_changed:,} labels differ from the stored ones, which are kept" if self.n_changed else ""
-        return f"{text}{changed}."
+        changed = count_text(self.n_changed, "label differs from the stored one, which is kept", LABELS_DIFFER)
+        return f"{text}; {changed}." if self.n_changed else f"{text}."
 
 
 def update_live(
@@ -406,7 +410,8 @@ class ChallengerComparison:
     @property
     def sentences(self) -> list[str]:
         "The comparison in words."
-        head = f"Challenger {self.challenger}, compared on {self.n_rows:,} predictions from {self.unseen_from} on"
+        rows = count_text(self.n_rows, "prediction")
+        head = f"Challenger {self.challenger}, compared on {rows} from {self.unseen_from} on"
         if self.reason:
             return [f"{head}: {self.reason}."]
         pairs = [("log loss", self.log_loss, -1), ("directional skill", self.directional_skill, 1)]
@@ -415,11 +420,11 @@ class ChallengerComparison:
     def _sentence(self, name, d, better):
         sign = -1 if d["difference"] < 0 else 1
         low, high = sorted((sign * d["low"], sign * d["high"]))
-        change = f"{'lower' if sign < 0 else 'higher'} by {abs(d['difference']):.4f} [{low:.4f}, {high:.4f}]"
+        by = f"{number_text(abs(d['difference']), 4)} {interval_text(low, high, 4)}"
+        change = f"{'lower' if sign < 0 else 'higher'} by {by}"
         verdict = f"the challenger is {'better' if sign == better else 'worse'}"
         verdict = verdict if low > 0 else "the two cannot be told apart"
-        days = f"{self.n_days:,} day{'s' * (self.n_days != 1)}"
-        return f"The challenger's {name} is {change}: {verdict} on {days}."
+        return f"The challenger's {name} is {change}: {verdict} on {count_text(self.n_days, 'day')}."
 
 
 def compare_challenger(
@@ -439,8 +444,8 @@ def compare_challenger(
         numbers = np.unique(both["datetime"].to_numpy(), return_inverse=True)[1]
         blocks = effective_blocks(numbers, both["symbol"], run.horizon)
     if blocks < MIN_BLOCKS:
-        count = f"{blocks} block{'s' * (blocks != 1)} of four label lengths"
-        return replace(result, reason=f"too few rows to say ({count}, at least {MIN_BLOCKS} are needed)")
+        number = count_text(blocks, "block of four label lengths", "blocks of four label lengths")
+        return replace(result, reason=f"too few rows to say ({number}, at least {MIN_BLOCKS} are needed)")
     names = {f"{p}_{i}": f"{model}_{p}" for i, model in enumerate(MODELS, 1) for p in probability_columns(classes)}
     losses = row_losses(both.rename(columns=names), classes=classes)
     skills = _skill_rows(both) if has_direction(classes) else None
@@ -491,7 +496,7 @@ class Refresh:
         lines = [self.record.sentence]
         if len(self.record.scored):
             before, now = self.drift.means["log_loss"]
-            lines.append(f"Log loss {now:.4f}, {before:.4f} in validation (means over bars).")
+            lines.append(f"Log loss {number_text(now, 4)}, {number_text(before, 4)} in validation (means over bars).")
         lines += [self.drift.sentence, *([] if self.drift.reason else [self.drift.rate_sentence])]
         if self.failed:
             lines.append(f"The challenger was not trained: {self.outcome.reason.rstrip('.')}.")

@@ -16,6 +16,7 @@ from ..files import printable
 from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, entry_log_loss
 from .fold_comparison import fold_scores
 from .sentences import MIN_CEILING_GAP, claim_figures, no_skill_text
+from ..words import UNDEFINED, count_text, interval_text, number_text, percent_text
 
 # %% auto #0
 __all__ = ['DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard',
@@ -95,9 +96,9 @@ def _metric_cell(row, metric):
     if value != value:
         return "–"
     digits = 1 if metric == "fit_seconds" else 2 if abs(value) >= 2 or metric.startswith("sharpe") else 3
-    spread = f" ± {sd:.{digits}f}" if sd == sd else ""
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low and high == high else ""
-    return f"{value:.{digits}f}{spread}{interval}"
+    spread = f" ± {number_text(sd, digits)}" if sd == sd else ""
+    interval = f" {interval_text(low, high, digits)}" if low == low and high == high else ""
+    return f"{number_text(value, digits)}{spread}{interval}"
 
 
 def _best_rows(table, metric):
@@ -115,7 +116,7 @@ def leaderboard_table(
     "Formats a leaderboard: each cell shows a number, its spread over seeds and its interval."
     metrics = [m for m in metrics if m in table]
     seeds = zip(table.model, table.seeds, strict=True)
-    model = [f"{name} ({n:.0f} seeds)" if n > 1 else name for name, n in seeds]
+    model = [f"{name} ({count_text(int(n), 'seed')})" if n > 1 else name for name, n in seeds]
     rank = ["" if r != r else f"{r:.0f}" for r in table["rank"]]
     cells = {m: [_metric_cell(r, m) for _, r in table.iterrows()] for m in metrics}
     frame = table[["data", "horizon"]].assign(rank=rank, model=model, **cells)
@@ -314,7 +315,7 @@ def ceiling_table(
     for (data, horizon), task in fractions.groupby(["data", "horizon"], sort=False):
         first = task[task.model == task.model.iloc[0]].set_index("metric")
         for bound, name in BOUND_LABELS.items():
-            rows.append(dict(data=data, horizon=horizon, model=name) | first[bound].map(_decimals).to_dict())
+            rows.append(dict(data=data, horizon=horizon, model=name) | first[bound].map(number_text).to_dict())
         for model, scores in task.groupby("model", sort=False):
             cells = {r.metric: _score_cell(r) for r in scores.itertuples()}
             rows.append(dict(data=data, horizon=horizon, model=model) | cells)
@@ -322,15 +323,7 @@ def ceiling_table(
 
 
 def _score_cell(row):
-    return f"{_decimals(row.score)} ({_percent(row.of_one_row_policy)}, {_percent(row.of_ceiling)})"
-
-
-def _decimals(value):
-    return "–" if value != value else f"{value:.3f}"
-
-
-def _percent(value):
-    return "–" if value != value else f"{value:.0%}"
+    return f"{number_text(row.score)} ({percent_text(row.of_one_row_policy)}, {percent_text(row.of_ceiling)})"
 
 # %% ../../nbs/runs/10_report.ipynb #3c44ab42
 def seconds_table(
@@ -381,10 +374,10 @@ def _fold_summary_row(task, folds, model, first):
         model=model,
         first_in=f"{first.count(model)} of {folds['n_folds']}",
         mean_rank=ranks.get(model, math.nan),
-        log_loss=f"{min(losses):.3f} to {max(losses):.3f}" if losses else "–",
-        skill_in=_count_text(folds["skilled_folds"].get(model), folds["n_folds"] - _n_untested(folds, model)),
+        log_loss=f"{number_text(min(losses))} to {number_text(max(losses))}" if losses else UNDEFINED,
+        skill_in=_share_text(folds["skilled_folds"].get(model), folds["n_folds"] - _n_untested(folds, model)),
         beats_simple=folds["better_than_simple"].get(model, math.nan),
-        gain_by_half=", ".join("–" if gain is None else f"{gain:.4f}" for gain in halves) if decay else "–",
+        gain_by_half=", ".join(number_text(gain, 4) for gain in halves) if decay else UNDEFINED,
     )
 
 
@@ -393,8 +386,8 @@ def _n_untested(folds, model):
     return len(folds.get("untested_folds", {}).get(model, ()))
 
 
-def _count_text(numbers, n_folds):
-    return "–" if numbers is None or not n_folds else f"{len(numbers)} of {n_folds}"
+def _share_text(numbers, n_folds):
+    return UNDEFINED if numbers is None or not n_folds else f"{len(numbers)} of {n_folds}"
 
 
 def fold_variance(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..configuration import horizon_text
 from ..files import printable
 from .run_folder import RunError
 from .stored import RunList, StoredRun, stored_runs
+from ..words import number_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,8 +88,8 @@ class Run(StoredRun):
         task = f"{self.model_name} on {self.data}, horizon {horizon_text(self.horizon, ' and ')}"
         if not self.scored:
             return f"Run({self.path.name}: {task}; not scored: {self.reason})"
-        sharpe = [part.metrics.get("sharpe_net", math.nan) for part in self.parts()]
-        shown = " and ".join(f"{s:.2f}" if isinstance(s, (int, float)) and s == s else "–" for s in sharpe)
+        sharpe = [part.metrics.get("sharpe_net") for part in self.parts()]
+        shown = " and ".join(number_text(s if isinstance(s, (int, float)) else None, 2) for s in sharpe)
         notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
         return printable(f"Run({self.path.name}: {task}; {self.claim.rstrip('.')}; net Sharpe ratio {shown}{notes})")
 

@@ -5,14 +5,25 @@
 # %% ../../nbs/runs/07_sentences.ipynb #27e5abde
 from __future__ import annotations
 
-import numpy as np
+import math
 
 from .run_folder import UNSCORED
+from modelfactory.words import (
+    count_text,
+    interval_text,
+    is_defined,
+    list_text,
+    number_text,
+    p_text,
+    percent_text,
+    plural,
+    ranges_text,
+)
 
 # %% auto #0
 __all__ = ['BENCHMARK_LABELS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe', 'constant_call_text',
-           'no_skill_text', 'claim_figures', 'control_sentences', 'conclusion', 'fold_sentences', 'number_text',
-           'comparison_notes', 'task_notes', 'summary_sentences']
+           'no_skill_text', 'claim_figures', 'control_sentences', 'conclusion', 'fold_sentences', 'comparison_notes',
+           'task_notes', 'summary_sentences']
 
 # %% ../../nbs/runs/07_sentences.ipynb #8f29b4b5
 def describe(
@@ -24,12 +35,8 @@ def describe(
     return [head + sentence for sentence in sentences]
 
 
-def _p_text(p):
-    return "p < .001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def _trials_text(task):
-    return f"corrected for {task['trials']} trial{'' if task['trials'] == 1 else 's'}"
+    return f"corrected for {count_text(task['trials'], 'trial')}"
 
 
 def _not_tested(task, claim, subject):
@@ -42,9 +49,9 @@ def constant_call_text(
 ) -> str:  # such as `always up would be right 69% of the time`; empty if the classes have no direction
     "The better of always up and always down, and its accuracy on the rows whose true label is up or down."
     accuracy, direction = model.get("directional_accuracy_constant"), model.get("constant_class")
-    if accuracy is None or not direction:
+    if not is_defined(accuracy) or not direction:
         return ""
-    return f"always {'up' if direction > 0 else 'down'} would be right {accuracy:.0%} of the time"
+    return f"always {'up' if direction > 0 else 'down'} would be right {percent_text(accuracy)} of the time"
 
 
 def no_skill_text(
@@ -64,6 +71,12 @@ def claim_figures(
     return model | (model.get("averaged") or {})
 
 
+def _skill(model):
+    "Directional skill of a model for sorting; models without one come last."
+    skill = model["directional_skill"]
+    return skill if is_defined(skill) else -math.inf
+
+
 def _in_brackets(*parts):
     text = ", ".join(filter(None, parts))
     return f" ({text})" if text else ""
@@ -76,24 +89,23 @@ def _direction_sentence(task):
     skilled = [m["model"] for m in models if m["direction_significant"]]
     if len(models) == 1:
         return f"{models[0]['model']}: {models[0]['direction']}"
-    best = max(models, key=lambda m: -np.inf if m["directional_skill"] is None else m["directional_skill"])
-    p_value = "" if p is None else _p_text(p)
+    best = max(models, key=_skill)
     if skilled:
-        verb = "has" if len(skilled) == 1 else "have"
-        details = _in_brackets(", ".join(skilled), p_value, _trials_text(task))
+        verb = plural(len(skilled), "has", "have")
+        details = _in_brackets(", ".join(skilled), p_text(p), _trials_text(task))
         return f"{len(skilled)} of {len(models)} models {verb} directional skill{details}."
     if task["direction_significant"]:
-        details = _in_brackets(p_value, _trials_text(task))
-        return f"at least one of {len(models)} models has directional skill{details}; none is significant alone."
-    details = _in_brackets(constant_call_text(best), p_value, _trials_text(task))
+        details = _in_brackets(p_text(p), _trials_text(task))
+        return f"at least one of {len(models):,} models has directional skill{details}; none is significant alone."
+    details = _in_brackets(constant_call_text(best), p_text(p), _trials_text(task))
     return no_skill_text(models) + f"{details}."
 
 # %% ../../nbs/runs/07_sentences.ipynb #34bcf9c7
 def _log_loss_sentence(task):
     p, models, best = task["p_log_loss"], task["models"], task["best"]
-    if p is None:
+    if not is_defined(p):
         return _not_tested(task, "log_loss", "log loss")
-    details = _in_brackets(_p_text(p), _trials_text(task))
+    details = _in_brackets(p_text(p), _trials_text(task))
     if not task["log_loss_significant"]:
         subject = f"the log loss of {best} is not" if len(models) == 1 else "no model's log loss is"
         return f"{subject} significantly better than that of the training class shares{details}."
@@ -103,7 +115,7 @@ def _log_loss_sentence(task):
     not_worse = [m for m in task["not_worse"] if m != best]
     if not not_worse:
         return head + "; every other model is significantly worse."
-    subject = "1 other model is" if len(not_worse) == 1 else f"{len(not_worse)} other models are"
+    subject = count_text(len(not_worse), "other model is", "other models are")
     return head + f"; {subject} not significantly worse ({', '.join(not_worse)})."
 
 # %% ../../nbs/runs/07_sentences.ipynb #84979fe0
@@ -116,35 +128,33 @@ BENCHMARK_LABELS = dict(
 
 def _sharpe_text(task):
     "A clause on the best Sharpe ratio and two related statistics, none of which decides a claim."
-    if task["sharpe_net"] is None or not task["best_sharpe_model"]:
+    if not is_defined(task["sharpe_net"]) or not task["best_sharpe_model"]:
         return ""
-    text = f"; the best net Sharpe ratio is {task['sharpe_net']:.1f} ({task['best_sharpe_model']})"
+    text = f"; the best net Sharpe ratio is {number_text(task['sharpe_net'], 1)} ({task['best_sharpe_model']})"
     details = []
-    if task["deflated_sharpe"] is not None:
-        details.append(f"a deflated Sharpe probability of {task['deflated_sharpe']:.0%}")
-    if task["overfitting"] is not None:
-        details.append(f"a probability of backtest overfitting of {task['overfitting']:.0%}")
+    if is_defined(task["deflated_sharpe"]):
+        details.append(f"a deflated Sharpe probability of {percent_text(task['deflated_sharpe'])}")
+    if is_defined(task["overfitting"]):
+        details.append(f"a probability of backtest overfitting of {percent_text(task['overfitting'])}")
     return text + (f", with {' and '.join(details)}" if details else "")
 
 
-def _listed(names, conjunction):
-    "Joins names as in `a, b and c`, with the given conjunction."
-    *first, last = names
-    return f"{', '.join(first)} {conjunction} {last}" if first else last
+def _is_significant(p):
+    return is_defined(p) and p <= 0.05
 
 
 def _profit_sentence(task):
     p, models = task["p_profit"], task["models"]
-    if p is None:
+    if not is_defined(p):
         return _not_tested(task, "profit", "net profit")
-    all_benchmarks = _listed(BENCHMARK_LABELS.values(), "and")
-    details = _in_brackets(_p_text(p), _trials_text(task)) + _sharpe_text(task)
+    all_benchmarks = list_text(BENCHMARK_LABELS.values())
+    details = _in_brackets(p_text(p), _trials_text(task)) + _sharpe_text(task)
     owner = f"the net profit of {models[0]['model']}"
     if task["profit_significant"]:
         subject = owner if len(models) == 1 else f"the net profit of at least one of {len(models)} models"
         return f"{subject} is significantly better than that of {all_benchmarks}{details}."
-    not_beaten = [name for key, name in BENCHMARK_LABELS.items() if task.get(key) is None or task[key] > 0.05]
-    benchmarks = _listed(not_beaten, "or") if not_beaten else f"{all_benchmarks} at once"
+    not_beaten = [name for key, name in BENCHMARK_LABELS.items() if not _is_significant(task.get(key))]
+    benchmarks = list_text(not_beaten, "or") if not_beaten else f"{all_benchmarks} at once"
     subject = f"{owner} is not" if len(models) == 1 else "no model's net profit is"
     return f"{subject} significantly better than that of {benchmarks}{details}."
 
@@ -158,7 +168,7 @@ def control_sentences(
         return []
     head = f"{task['data']}, horizon {task['horizon']}: "
     if not controls["models"]:
-        n, advice = len(controls["networks"]), f"train {_listed(controls['missing'], 'and')} to test"
+        n, advice = len(controls["networks"]), f"train {list_text(controls['missing'])} to test"
         network = f"{controls['networks'][0]} beats" if n == 1 else f"the {n} networks beat"
         return [f"{head}no control was trained; {advice} whether {network} a linear model."]
     if controls["tests"] is None:
@@ -170,7 +180,7 @@ def control_sentences(
 def _control_sentence(controls):
     "A clause on the networks that do not beat all controls; those that fail on the same controls are named together."
     names, networks, n_tests = controls["models"], controls["networks"], len(controls["tests"])
-    corrected = "" if n_tests == 1 else f", corrected for {n_tests} comparisons"
+    corrected = "" if n_tests == 1 else f", corrected for {count_text(n_tests, 'comparison')}"
     details = f"(paired test of log loss{corrected})"
     by_controls: dict[tuple, list[str]] = {}
     for network in networks:
@@ -179,17 +189,17 @@ def _control_sentence(controls):
     failing = {failed: by_controls[failed] for failed in by_controls if failed}
     if not failing:
         subject = networks[0] if len(networks) == 1 else f"each of {len(networks)} networks"
-        return f"{subject} significantly beats {_listed(names, 'and')} {details}"
+        return f"{subject} significantly beats {list_text(names)} {details}"
 
     def clause(subject, n, controls):
-        return f"{subject} {'does' if n == 1 else 'do'} not significantly beat {controls}"
+        return f"{subject} {plural(n, 'does', 'do')} not significantly beat {controls}"
 
-    clauses = [clause(_listed(m, "and"), len(m), _listed(c, "or")) for c, m in failing.items()]
+    clauses = [clause(list_text(m), len(m), list_text(c, "or")) for c, m in failing.items()]
     if len(networks) == 1:
         return f"{clauses[0]} {details}"
     all_alike, n = [*failing] == [tuple(names)], sum(map(len, failing.values()))
-    whole = _listed(names, "or") if all_alike else f"both {_listed(names, 'and')}"
-    text = _listed(failing[tuple(names)], "and") if all_alike else "; ".join(clauses)
+    whole = list_text(names, "or") if all_alike else f"both {list_text(names)}"
+    text = list_text(failing[tuple(names)]) if all_alike else "; ".join(clauses)
     return f"{clause(f'{n} of {len(networks)} networks', n, whole)} {details}: {text}"
 
 # %% ../../nbs/runs/07_sentences.ipynb #ea59b81d
@@ -212,47 +222,55 @@ def _n_tested(tasks):
     return _n_models([(t, m) for t in tasks for m in t["models"]])
 
 
-def _count_text(tasks):
+def _tested_text(tasks):
     "The number of tested models and horizons as text, such as `2 models at 2 horizons`."
-    n = _n_tested(tasks)
-    return f"{n} model{'' if n == 1 else 's'}{_horizons_text(tasks)}"
+    return count_text(_n_tested(tasks), "model") + _horizons_text(tasks)
 
 
 def _none_text(tasks):
     "The subject of a negative sentence about the tested models, such as `none of 2 models`."
-    return f"no model{_horizons_text(tasks)}" if _n_tested(tasks) == 1 else f"none of {_count_text(tasks)}"
+    return f"no model{_horizons_text(tasks)}" if _n_tested(tasks) == 1 else f"none of {_tested_text(tasks)}"
 
 
 def _horizons_text(tasks):
     n_horizons = len({t["horizon"] for t in tasks})
-    return f" at {n_horizons} horizons" if n_horizons > 1 else ""
+    return f" at {count_text(n_horizons, 'horizon')}" if n_horizons > 1 else ""
 
 
 def _skill_text(tasks, skilled):
     "A clause that states how many of the tested models have directional skill."
     if not skilled:
         return f"{_none_text(tasks)} has directional skill"
-    verb = "has" if _n_models(skilled) == 1 else "have"
-    return f"{_n_models(skilled)} of {_count_text(tasks)} {verb} directional skill"
+    verb = plural(_n_models(skilled), "has", "have")
+    return f"{_n_models(skilled)} of {_tested_text(tasks)} {verb} directional skill"
 
 # %% ../../nbs/runs/07_sentences.ipynb #355e8d3a
 def _planted_sentence(tasks, skilled):
     models = [m for t in tasks for m in t["models"]]
     fractions = [m["fraction_of_ceiling"]["directional_accuracy"] for m in models]
-    fractions = [fraction for fraction in fractions if fraction is not None]
-    accuracies = [m["directional_accuracy"] for m in models if m["directional_accuracy"] is not None]
-    bounds = {k: max(t["ceiling"]["directional_accuracy"][k] for t in tasks) for k in ("one_row_policy", "ceiling")}
-    subject = "the model attains" if _n_tested(tasks) == 1 else "the models attain"
-    attained = f"; {subject} {_range_text(fractions)} of the ceiling" if fractions else ""
-    best = [f"best directional accuracy {max(accuracies):.3f}"] if accuracies else []
-    figures = ", ".join([*best, f"one-row policy {bounds['one_row_policy']:.3f}", f"ceiling {bounds['ceiling']:.3f}"])
+    bounds = [t["ceiling"]["directional_accuracy"] for t in tasks]
+    figures = {
+        "best directional accuracy": [m["directional_accuracy"] for m in models],
+        "one-row policy": [bound["one_row_policy"] for bound in bounds],
+        "ceiling": [bound["ceiling"] for bound in bounds],
+    }
+    largest = {name: max(filter(is_defined, values), default=None) for name, values in figures.items()}
+    listed = ", ".join(f"{name} {number_text(value)}" for name, value in largest.items() if value is not None)
+    attained = _attained_text(list(filter(is_defined, fractions)), _n_tested(tasks))
     head = f"{tasks[0]['data']}: the simulated market has a signal; "
-    return f"{head}{_skill_text(tasks, skilled)}{attained} ({figures})."
+    return f"{head}{_skill_text(tasks, skilled)}{attained}{_in_brackets(listed)}."
 
 
-def _range_text(fractions):
-    low, high = f"{min(fractions):.0%}", f"{max(fractions):.0%}"
-    return low if low == high else f"{low} to {high}"
+def _attained_text(fractions, n_models):
+    "A clause on the share of the distance from null score to ceiling; negative shares are below the null score."
+    if not fractions:
+        return ""
+    low, high = (percent_text(f(fractions)) for f in (min, max))
+    if max(fractions) < 0:
+        return f"; {plural(n_models, 'the model scores', 'the models score')} below the better constant prediction"
+    subject = plural(n_models, "the model attains", "the models attain")
+    share = low if low == high else f"at most {high}" if min(fractions) < 0 else f"{low} to {high}"
+    return f"; {subject} {share} of the ceiling"
 
 
 def _null_sentence(tasks, skilled):
@@ -266,7 +284,7 @@ def _null_sentence(tasks, skilled):
 def _interval_text(model):
     "Directional skill with its confidence interval, as text."
     skill, low, high = (model[f"directional_skill{end}"] for end in ("", "_ci_low", "_ci_high"))
-    return f"{skill:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+    return f"{number_text(skill)} {interval_text(low, high)}"
 
 
 def _real_sentence(tasks, skilled):
@@ -275,7 +293,7 @@ def _real_sentence(tasks, skilled):
     tested = [(task, claim_figures(model)) for task, model in pairs if model["verdict"] not in untested]
     if not tested:
         return head + _not_tested(tasks[0], "direction", "directional skill")
-    task, best = max(tested, key=lambda pair: pair[1]["directional_skill"])
+    task, best = max(tested, key=lambda pair: _skill(pair[1]))
     figure = f"best: {best['model']} h{task['horizon']}, directional skill {_interval_text(best)}"
     if skilled:
         return f"{head}{_skill_text(tasks, skilled)}, {_trials_text(task)} ({_names(skilled)}; {figure})."
@@ -289,7 +307,9 @@ def _data_kind(tasks):
     ceilings = [t["ceiling"]["directional_accuracy"] for t in tasks if t["ceiling"]]
     if not ceilings:
         return "real"
-    gaps = [c["ceiling"] - c["null_score"] for c in ceilings if c["null_score"] is not None]
+    gaps = [
+        c["ceiling"] - c["null_score"] for c in ceilings if is_defined(c["null_score"]) and is_defined(c["ceiling"])
+    ]
     return "planted" if any(gap > MIN_CEILING_GAP["directional_accuracy"] for gap in gaps) else "null"
 
 
@@ -330,26 +350,12 @@ def fold_sentences(
 def _lead_sentence(lead):
     if not lead:
         return ""
-    text = f"{lead['leader']} has the lowest log loss in {len(lead['first_in'])} of {lead['n_folds']} folds"
+    first_in, n_folds = lead["first_in"], lead["n_folds"]
+    number = len(first_in) if first_in and len(first_in) < n_folds else plural(bool(first_in), "each", "none")
+    text = f"{lead['leader']} has the lowest log loss in {number} of {count_text(n_folds, 'fold')}"
     if lead["decisive_fold"] is None:
         return f"{text}; its lead over {lead['second']} does not depend on a single fold."
     return f"{text}; its lead depends on fold {lead['decisive_fold']}, without which {lead['then_first']} is first."
-
-
-def number_text(
-    numbers: list[int],  # ascending
-) -> str:  # such as `1 to 3 and 6`
-    "Whole numbers in words; three or more consecutive numbers become a range."
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = []
-    for run in runs:
-        texts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
-    return _listed(texts, "and")
 
 
 def _skilled_folds_sentence(folds):
@@ -365,18 +371,22 @@ def _skilled_folds_sentence(folds):
         return "directional skill in single folds is not tested: each has too few rows."
     n, texts = folds["n_folds"], []
     for numbers, models in sorted(by_folds.items(), key=lambda pair: -len(pair[0])):
-        texts.append(f"{_listed(models, 'and')} {_where_text(numbers, n)}")
+        texts.append(f"{list_text(models)} {_where_text(numbers, n)}")
     level = "corrected for all models and folds"
     if untested:
-        verb = "have" if len(untested) > 1 else "has"
-        level += f"; fold{'s' * (len(untested) > 1)} {number_text(untested)} {verb} too few rows for a test"
+        folds_text, verb = _folds_text(untested), plural(len(untested), "has", "have")
+        level += f"; {folds_text} {verb} too few rows for a test"
     return f"directional skill in single folds is significant for {'; for '.join(texts)} ({level})."
 
 
 def _where_text(numbers, n):
     if not numbers or len(numbers) == n:
-        return f"in {'each' if numbers else 'none'} of {n} folds"
-    return f"in fold{'s' * (len(numbers) > 1)} {number_text(list(numbers))} of {n}"
+        return f"in {'each' if numbers else 'none'} of {count_text(n, 'fold')}"
+    return f"in {_folds_text(numbers)} of {n}"
+
+
+def _folds_text(numbers):
+    return f"{plural(len(numbers), 'fold', 'folds')} {ranges_text(numbers)}"
 
 
 def _decay_sentence(decay, trained_once):
@@ -384,11 +394,14 @@ def _decay_sentence(decay, trained_once):
     fading = {
         model: d
         for model, d in decay.items()
-        if d["p"] is not None and d["p"] * len(decay) < 0.05 and d["first_half"] > d["second_half"]
+        if all(is_defined(d[key]) for key in ("p", "first_half", "second_half"))
+        and d["p"] * len(decay) < 0.05
+        and d["first_half"] > d["second_half"]
     }
     if not fading:
         return ""
-    details = [f"{m}: {d['first_half']:.4f} to {d['second_half']:.4f} nats" for m, d in fading.items()]
+    halves = {m: [number_text(d[half], 4) for half in ("first_half", "second_half")] for m, d in fading.items()}
+    details = [f"{m}: {' to '.join(gains)} nats" for m, gains in halves.items()]
     parts, advice = "test parts", "with shorter test parts, models are retrained more often"
     if trained_once:
         parts, advice = "scored period", "all folds use one fit; with `retrain: each`, each fold has its own"
@@ -397,14 +410,15 @@ def _decay_sentence(decay, trained_once):
 
 
 def _paths_sentence(folds):
-    if folds["path_overfitting"] is None:
+    share = folds["path_overfitting"]
+    if not is_defined(share):
         return ""
-    n = len(next(iter(folds["paths"].values())))
+    paths = count_text(len(next(iter(folds["paths"].values()))), "path")
     chosen = (
         "the model with the best Sharpe ratio in one half of the days is in the worse half of the models in the other"
     )
-    share = f"in {folds['path_overfitting']:.0%} of the splits of {n} paths"
-    return f"{share}, {chosen} (probability of backtest overfitting)."
+    splits = f"{percent_text(share) if share > 0 else 'none'} of the splits of {paths}"
+    return f"in {splits}, {chosen} (probability of backtest overfitting)."
 
 # %% ../../nbs/runs/07_sentences.ipynb #432c5251
 def comparison_notes(
@@ -433,11 +447,9 @@ def _unread_note(unread):
     "A note on folders that cannot be read as runs; `excluded_table` lists the reasons."
     if not unread:
         return []
-    names = ", ".join(row["folder"] for row in unread[:MAX_LISTED])
-    more = f" and {len(unread) - MAX_LISTED} more" if len(unread) > MAX_LISTED else ""
-    if len(unread) == 1:
-        return [f"1 folder is not readable as a run and is excluded: {names}."]
-    return [f"{len(unread)} folders are not readable as runs and are excluded: {names}{more}."]
+    names = list_text((row["folder"] for row in unread), most=MAX_LISTED)
+    one, many = "folder is not readable as a run and is", "folders are not readable as runs and are"
+    return [f"{count_text(len(unread), one, many)} excluded: {names}."]
 
 # %% ../../nbs/runs/07_sentences.ipynb #a8776f80
 def task_notes(
@@ -448,14 +460,15 @@ def task_notes(
     earlier, n_excluded = task["earlier_scoring"], task["n_left_out"]
     notes = []
     if task["versions"] > 1:
-        versions = f"the runs were made on {task['versions']} versions of the data and are not comparable"
+        versions = count_text(task["versions"], "version")
+        versions = f"the runs were made on {versions} of the data and are not comparable"
         notes.append(f"{versions}; train the older runs again.")
     if earlier:
-        were, them = ("run was", "it") if len(earlier) == 1 else ("runs were", "them")
-        notes.append(f"{len(earlier)} {were} scored by an earlier version; run `modelfactory rescore` on {them}.")
+        runs, them = count_text(len(earlier), "run was", "runs were"), plural(len(earlier), "it", "them")
+        notes.append(f"{runs} scored by an earlier version; run `modelfactory rescore` on {them}.")
     if n_excluded:
-        rows, them = ("row is", "it") if n_excluded == 1 else ("rows are", "them")
-        notes.append(f"{n_excluded:,} {rows} excluded because not every model predicted {them}.")
+        rows, them = count_text(n_excluded, "row is", "rows are"), plural(n_excluded, "it", "them")
+        notes.append(f"{rows} excluded because not every model predicted {them}.")
     notes += task.get("data_notes", []) + task.get("fit_notes", [])
     return [head + sentence for sentence in [*notes, *_seed_note(task)]]
 
@@ -464,12 +477,13 @@ def _seed_note(task):
     "A note if log loss varies more between the seeds of a model than between this model and the next one."
     wide, models = [], task["models"]
     for m, following in zip(models[:-1], models[1:], strict=True):
-        if len(m["seeds"]) < 2:
+        ends = m.get("log_loss_min"), m.get("log_loss_max"), m["log_loss"], following["log_loss"]
+        if len(m["seeds"]) < 2 or not all(map(is_defined, ends)):
             continue
-        spread, gap = m["log_loss_max"] - m["log_loss_min"], abs(following["log_loss"] - m["log_loss"])
+        spread, gap = ends[1] - ends[0], abs(ends[3] - ends[2])
         if spread > gap:
-            text = f"{m['model']}: {spread:.4f} between {len(m['seeds'])} seeds, {gap:.4f} to {following['model']}"
-            wide.append(text)
+            seeds = f"{number_text(spread, 4)} between {count_text(len(m['seeds']), 'seed')}"
+            wide.append(f"{m['model']}: {seeds}, {number_text(gap, 4)} to {following['model']}")
     if not wide:
         return []
     head = f"log loss differs more between the seeds of a model than between adjacent models ({'; '.join(wide)})"

@@ -19,6 +19,7 @@ import pandas as pd
 
 import modelfactory
 from ..data.pipeline import Pipeline, join_bars, joint_notes, predictable_rows
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['REPLACED', 'BUNDLED_PACKAGE', 'bundle_windows', 'fill_missing', 'check_bundle', 'bundle_pipeline', 'predict_bundle',
@@ -103,7 +104,7 @@ def predict_bundle(
     frame["prediction"] = np.array(contract["classes"], np.int8)[p.argmax(1)]
     frame[contract["probabilities"]] = p
     frame["after"] = table["datetime"].iloc[last].array
-    return frame, [f"{len(frame):,} predictions", *notes]
+    return frame, [count_text(len(frame), "prediction"), *notes]
 
 
 def _raw_rows(folder, contract, source, symbol):

@@ -31,6 +31,7 @@ from .run import list_runs, load_run
 from .run_folder import RunError, start_attempt, write_json
 from .stored import RunList, StoredRun
 from ..training.trainer import trainer_plots
+from ..words import count_text, number_text
 
 if TYPE_CHECKING:
     from modelfactory.evaluation.backtest import Backtest
@@ -132,7 +133,7 @@ class Stitched:
     def __repr__(self):
         m, folds = self.metrics, self.trainer.config.data.folds
         task = f"{self.runs[0].manifest['model']}, horizon {self.runs[0].horizon}, {folds.label}"
-        return f"Stitched({task}: {len(self.predictions):,} rows, log loss {m['log_loss']:.4f})"
+        return f"Stitched({task}: {count_text(len(self.predictions), 'row')}, log loss {number_text(m['log_loss'], 4)})"
 
 
 def _join_path(trainer, outputs, groups, numbers):
@@ -224,7 +225,9 @@ def _fold_output(run, trainer, number):
     "Stored predictions of a run on one fold, in the order of the fold's dataset; raises `RunError` on a mismatch."
     fold, frame = trainer.folds[number - 1].val, run.predictions()
     if len(frame) != len(fold):
-        raise RunError(f"{run.path.name}: {len(frame):,} predictions, expected {len(fold):,}; train the fold again")
+        raise RunError(
+            f"{run.path.name}: {count_text(len(frame), 'prediction')}, expected {len(fold):,}; train the fold again"
+        )
     order = np.argsort(matching_rows(fold, frame).rows)
     return stored_output(frame.iloc[order], trainer.config.data.classes)
 

@@ -48,6 +48,7 @@ from modelfactory.runs.run_folder import (
     user_key,
 )
 from ..training.test_set import short_names
+from ..verbosity import announce_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -531,6 +532,7 @@ def _read_table(file):
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    announce_file(file, "read")
     try:
         table = ParquetFile(file)
         n_values = table.metadata.num_rows * table.metadata.num_columns

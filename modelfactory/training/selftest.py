@@ -27,6 +27,7 @@ from ..models.params import read_params
 from ..models.registry import ModelRegistry
 from ..progress import Progress
 from .trainer import Trainer
+from ..words import UNDEFINED, count_text, interval_text, number_text, percent_text, rounded_text
 
 # %% auto #0
 __all__ = ['TABULAR_MODELS', 'FALSE_ALARM_RATE', 'SELFTEST_ROWS', 'perturb_future', 'truncate', 'InvarianceResult',
@@ -87,8 +88,8 @@ class InvarianceResult:
         return self.moved == 0
 
     def __repr__(self):
-        changes = f"{self.moved:,} changed, by up to {self.largest:.3g}; first {self.first}"
-        return f"{self.test}: {self.n:,} predictions, {'none changed' if self.ok else changes}"
+        changes = f"{self.moved:,} changed, by up to {rounded_text(self.largest)}; first {self.first}"
+        return f"{self.test}: {count_text(self.n, 'prediction')}, {'none changed' if self.ok else changes}"
 
     def _repr_html_(self):
         colour = "#009E73" if self.ok else "#D55E00"
@@ -193,13 +194,17 @@ def null_splits(
     return write_splits(table, folder, horizons, extra_features=(*published, *own))
 
 # %% ../../nbs/training/01_selftest.ipynb #c05b4ccf
+def _skill_text(skill, low, high):
+    return f"{number_text(skill)} {interval_text(low, high)}"
+
+
 def _model_problems(r):
     "The problems of one model, one sentence each, from its row of the table."
     task = f"{r.model} h{r.horizon}: "
     if r.error:
         yield task + r.error
     if r.alarm:
-        yield task + f"has directional skill where none is possible: {r.skill:.3f} [{r.low:.3f}, {r.high:.3f}]"
+        yield task + f"has directional skill where none is possible: {_skill_text(r.skill, r.low, r.high)}"
     for test in (r.future, r.prefix):
         if test and not test.ok:
             yield task + repr(test)
@@ -216,7 +221,7 @@ def _display_table(table):
     "The table of a self-test, formatted for display."
     interval = []
     for skill, low, high in zip(table.skill, table.low, table.high, strict=True):
-        interval.append("–" if np.isnan(skill) else f"{skill:.3f} [{low:.3f}, {high:.3f}]")
+        interval.append(UNDEFINED if np.isnan(skill) else _skill_text(skill, low, high))
     return pd.DataFrame(
         {
             "model": table.model,
@@ -267,8 +272,8 @@ class SelfTest:
 
     def _head(self):
         market = f"self-test on a market without signal (seed {self.seed})"
-        size = f"{len(self.table)} models x horizons, intervals at {self.level:.2%}"
-        return f"{market}, {size}: {'nothing found' if self.ok else f'{len(self.problems)} problems'}"
+        size = f"{count_text(len(self.table), 'fit')}, intervals at {percent_text(self.level, 2)}"
+        return f"{market}, {size}: {count_text(len(self.problems), 'problem') if self.problems else 'no problem'}"
 
     def __repr__(self):
         table = _display_table(self.table).to_string(index=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import FileError, read_regular
+from ..words import count_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,9 +141,5 @@ test_set_uses.__test__ = False  # otherwise pytest would collect the function as
 
 def _use_sentence(data, n_uses, n_models):
     "A sentence that says how often the test set of one data set was used."
-
-    def count(n, what):
-        return f"{n} {what}{'' if n == 1 else 's'}"
-
     warning = "" if n_uses == 1 else ": its scores are no longer those of a single use"
-    return f"{data}: the test set was used {count(n_uses, 'time')}, for {count(n_models, 'model')}{warning}."
+    return f"{data}: the test set was used {count_text(n_uses, 'time')}, for {count_text(n_models, 'model')}{warning}."

@@ -58,6 +58,7 @@ from ..models.joint import history_at, horizon_model
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
 from .test_set import record_test_use, runs_folder
+from ..words import count_text, number_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -388,7 +389,7 @@ class Trainer:
             return None
         trained, scored = (_span_text(self.datasets[name]) for name in ("train", "val"))
         if folds.fold is None:
-            return f"Stitched from {folds.n_folds} folds ({folds.label}), scored on {scored}."
+            return f"Stitched from {count_text(folds.n_folds, 'fold')} ({folds.label}), scored on {scored}."
         return f"Fold {folds.fold} of {folds.n_folds} ({folds.label}): trained on {trained}, scored on {scored}."
 
     def direction_claim(
@@ -503,7 +504,7 @@ def learning_notes(
     metadata = train.metadata.iloc[rows].reset_index(drop=True)
     output = model.predict(train.X.subset(rows), metadata)
     p = horizon_rows(output, model.horizons, train.horizons[0]).probabilities.astype(float)
-    size = f"{len(train):,} training rows, {len(model.classes)} classes"
+    size = f"{count_text(len(train), 'training row')}, {count_text(len(model.classes), 'class', 'classes')}"
     if p.std(0).max() < NOTE_STD:
         return [f"The fit learnt nothing: it predicts the same probabilities for every row ({size})."]
     codes = pd.Index(model.classes).get_indexer(train.y)
@@ -513,7 +514,10 @@ def learning_notes(
     loss, prior = (_log_loss(p_true, weights) for p_true in (p[np.arange(len(rows)), codes], shares[codes]))
     if loss < prior or not model.has_class_probabilities:
         return []
-    losses = f"its log loss on the training rows is {loss:.4f}, compared with {prior:.4f} for the class shares"
+    losses = (
+        f"its log loss on the training rows is {number_text(loss, 4)}, "
+        f"compared with {number_text(prior, 4)} for the class shares"
+    )
     return [f"The fit learnt nothing: {losses} ({size})."]
 
 
@@ -558,7 +562,8 @@ def overlap_note(
     n_effective = effective_samples(label_uniqueness(ds.metadata))
     if n_effective > len(ds) - 0.5:
         return None
-    size = f"{len(ds):,} rows have an effective number of samples of {n_effective:,.0f}"
+    rows = count_text(len(ds), "row has", "rows have")
+    size = f"{rows} an effective number of samples of {number_text(n_effective, 0)}"
     return f"Labels overlap: {size}; intervals account for the overlap by blocks of time."
 
 # %% ../../nbs/training/00_trainer.ipynb #0b479276

@@ -19,6 +19,7 @@ from ..configuration import ConfigError, horizon_text, horizon_tuple, read_yaml,
 from ..figures.tear_sheet import figure_png, image_html
 from .space import quiet_optuna
 from .storage import failure_reason, live_trials, open_storage, sqlite_file, storage_url
+from ..words import number_text, plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,9 +101,12 @@ def _summary_rows(result):
     task, default = result.study_attrs, result.default
     preset = f", preset {task['preset']}" if task["preset"] else ""
     yield "task", f"{task['model']}, horizon {horizon_text(task['horizon'])}, {task['data']}{preset}"
-    folds = ", ".join(f"{v:.4f}" for v in result.fold_values)
-    compared = "" if default is None else f", defaults {default:.4f}"
-    yield task["objective"], f"{result.value:.4f} (folds {folds}){compared}"
+    folds = ", ".join(number_text(v, 4) for v in result.fold_values)
+    compared = "" if default is None else f", defaults {number_text(default, 4)}"
+    yield (
+        task["objective"],
+        f"{number_text(result.value, 4)} ({plural(len(result.fold_values), 'fold', 'folds')} {folds}){compared}",
+    )
     on_val = ": a validation score of these parameters is no longer an independent one"
     yield "measured on", task["measured_on"] + (on_val if task["measured_on"] == "val" else "")
     n_complete, n_pruned, n_failed = (result.count(state) for state in ("COMPLETE", "PRUNED", "FAIL"))

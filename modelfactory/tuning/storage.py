@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..configuration import ConfigError, settings
 from .space import TunerError, quiet_optuna
+from ..words import number_text, plural
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -150,8 +151,10 @@ def is_over(
     failed = [t for t in trials if t.state.name == "FAIL"]
     running = [t for t in trials if t.state.name == "RUNNING"]
     if not succeeded and len(failed) >= min(n_trials, MAX_FAILURES):
-        failures = f"all {len(failed)} trials failed, the first with {failure_reason(failed[0])}"
-        raise TunerError(f"study {study.study_name}: {failures}; fix the search space or the config")
+        failures = plural(len(failed), "the only trial failed", f"all {len(failed)} trials failed, the first")
+        raise TunerError(
+            f"study {study.study_name}: {failures} with {failure_reason(failed[0])}; fix the search space or the config"
+        )
     done = len(succeeded) + len(failed)
     bar.update(min(done, n_trials), _progress_note(study, len(failed), len(running)))
     return done >= n_trials
@@ -162,7 +165,7 @@ def _progress_note(study, n_failed, n_running):
     values = [t.value for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     best = min if study.direction.name == "MINIMIZE" else max
     parts = [
-        f"best {best(values):.4f}" if values else "",
+        f"best {number_text(best(values), 4)}" if values else "",
         f"{n_failed} failed" if n_failed else "",
         f"{n_running} running elsewhere" if n_running else "",
     ]
