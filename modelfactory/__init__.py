@@ -19,6 +19,7 @@ PUBLIC_NAMES = {
     "bars_to_splits": "data.writer",
     "check_model": "models.conformance",
     "compare": "runs.compare",
+    "explore": "runs.explore",
     "list_runs": "runs.run",
     "load_run": "runs.run",
     "read_bars": "data.readers",

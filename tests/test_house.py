@@ -64,6 +64,7 @@ def test_a_notebook_is_valid_and_small_and_has_a_title(file):
     nb = nbformat.read(file, 4)
     nbformat.validate(nb)
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
+    assert "widgets" not in nb.metadata, "execute it with --NotebookClient.store_widget_state=False"
     source = "\n".join(c.source for c in nb.cells)
     assert "import *" not in source and "TODO" not in source and not re.search(MACHINE, source)
     large = [c.id for c in nb.cells if c.cell_type == "code" and len(json.dumps(c.outputs)) > 100_000]

@@ -228,3 +228,62 @@ def test_notebooks_executed_by_papermill_show_images_and_tables(page, tmp_path_f
     assert checked_images(page) >= n_images
     tables = page.evaluate("() => document.querySelectorAll('.jp-RenderedHTMLCommon table').length")
     assert tables >= 2, "tables of an untrusted notebook are shown as well"
+
+
+@pytest.fixture
+def explored(lab, tmp_path_factory):
+    "A notebook that explores six runs: three models, two horizons, one figure."
+    from fabricate import bars, make_run
+    from nbformat import v4, write
+
+    project = next(tmp_path_factory.getbasetemp().glob("lab*/project"))
+    for horizon in (5, 20):
+        for model, skill in (("gru", 1.0), ("lightgbm", 0.5), ("svm", 0.0)):
+            run = make_run(project / "explored", model, bars(400, horizon=horizon), horizon=horizon, skill=skill)
+            (run.path / "plots").mkdir()
+            shutil.copy(project / "docs/comparison.png", run.path / "plots/equity.png")
+    sources = ["from modelfactory import explore\n\nexplorer = explore('explored')\nexplorer", "explorer.selected_runs"]
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    cells = [v4.new_code_cell(source) for source in sources]
+    write(v4.new_notebook(cells=cells, metadata=kernel), project / "explored.ipynb")
+    return project / "explored.ipynb"
+
+
+def test_explore_filters_opens_and_compares_and_stays_a_table_without_a_kernel(page, explored):
+    show(page, explored.name, kernel=True)
+    run_all(page)
+    page.wait_for_selector(".mfx-filters")
+    rows = page.locator(".mfx tbody tr")
+    assert rows.count() == 6
+
+    page.click(".mfx-menu[data-column=horizon] summary")
+    page.check(".mfx-menu[data-column=horizon] input[value='5']")
+    page.click("th[data-column=log_loss] button")
+    assert [row.split("\t")[3] for row in rows.all_inner_texts()] == ["gru", "lightgbm", "svm"]
+    assert page.inner_text(".mfx-count") == "3 of 6 rows"
+    page.click("th[data-column=log_loss] button")
+    assert [row.split("\t")[3] for row in rows.all_inner_texts()] == ["svm", "lightgbm", "gru"]
+
+    rows.nth(2).click()
+    page.wait_for_selector(".mfx-sheet h4 >> text=gru, h5, bars, seed 42")
+    page.wait_for_function("() => document.querySelector('.mfx-sheet img').naturalWidth > 0")
+    for row in (2, 0):
+        rows.nth(row).locator("input").check()
+    page.wait_for_selector(".mfx-difference h4 >> text=svm, h5, bars, seed 42")
+    assert page.locator(".mfx-difference tr", has_text="log_loss").inner_text().split()[-1].startswith("+")
+    page.keyboard.press("d")
+    page.keyboard.press("d")  # would delete the cell
+    run_all(page)
+    assert rows.count() == 6 and not page.locator(".mfx-panel:visible").count(), "a new explorer"
+
+    page.evaluate("() => jupyterapp.commands.execute('docmanager:save')")
+    outputs = json.loads(explored.read_text())["cells"][0]["outputs"]
+    assert [sorted(output["data"]) for output in outputs] == [["text/html", "text/plain"]]
+    page.evaluate("() => jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_function("() => window.jupyterapp")
+    page.evaluate("() => jupyterapp.restored")
+    show(page, explored.name)
+    checked_images(page)
+    assert rows.count() == 6 and not page.locator(".mfx-filters").count()
+    assert "run the cell in JupyterLab" in page.inner_text(".mfx")

@@ -66,10 +66,12 @@ def find_unsafe_files(
 ) -> list[str]:  # one message per unsafe file; empty if all files are allowed
     "Lists the files that hold a pickle or whose suffix is not in `DATA_SUFFIXES`."
     files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
-    unknown = [f"{f.name}: not among {', '.join(DATA_SUFFIXES)}" for f in files if f.suffix not in DATA_SUFFIXES]
+    hint = "derive a scikit-learn model from SklearnModel instead of joblib, or save arrays with np.savez"
+    kinds = f"expected {', '.join(DATA_SUFFIXES)}; {hint}"
+    unknown = [f"{f.name}: found {f.suffix or 'no suffix'}, {kinds}" for f in files if f.suffix not in DATA_SUFFIXES]
     members = [member for file in files for member in _members(file)]
-    pickles = [f"{name}: a pickle" for name, head in members if _is_pickle(head)]
-    return unknown + pickles
+    names = [name for name, head in members if _is_pickle(head)]
+    return unknown + [f"{name}: a pickle, which runs code when it is loaded; {hint}" for name in names]
 
 # %% ../../nbs/models/02_persistence.ipynb #c82bf532
 def library_version(

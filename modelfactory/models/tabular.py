@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import types
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,7 +35,7 @@ from modelfactory.models.base import (
 )
 from .errors import NotFittedError
 from .explain import IMPORTANCE_ROWS, Contributions, as_shares, probability_change, spread_rows
-from .persistence import HEADER_FILE, checkpoint_errors, load_header, save_header
+from .persistence import HEADER_FILE, CheckpointError, checkpoint_errors, load_header, save_header
 
 if TYPE_CHECKING:
     from modelfactory.data.dataset import Windows
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SUMMARY', 'SUMMARY_CELLS', 'ROWS_PER_LEAF', 'LARGE_TABLE_MIB', 'MANY_COLUMNS', 'TabularConfig', 'n_threads',
            'summarise_windows', 'TableColumns', 'window_columns', 'FlatRows', 'leaf_size', 'flatten_windows',
-           'last_values', 'TabularModel', 'import_skops', 'SklearnModel']
+           'last_values', 'TabularModel', 'import_skops', 'repeated_rows', 'SklearnModel']
 
 # %% ../../nbs/models/05_tabular.ipynb #6a83adb7
 @dataclass
@@ -309,9 +311,10 @@ class TabularModel(BaseModel):
         if self.fitted:
             with contextlib.suppress(Exception):  # an importance that cannot be computed does not cost the model
                 self.feature_importance()  # sets `importance` if the model has no importance of its own
+            Path(path).mkdir(parents=True, exist_ok=True)
+            self.write(Path(path))
         optional = dict(codes=self.codes or None, importance=self.importance)
         save_header(self, path, **{key: value for key, value in optional.items() if value is not None})
-        self.write(Path(path))
 
     def load(self, path):
         header = load_header(self, path)
@@ -397,13 +400,80 @@ def import_skops() -> types.ModuleType:
         import skops.io
     return skops.io
 
+# %% ../../nbs/models/05_tabular.ipynb #ce26980c
+def repeated_rows(
+    weight: np.ndarray,  # (n,) row weights, not negative, with a positive sum
+) -> np.ndarray:  # (n,) row numbers, ascending
+    "Rows in proportion to their weights, for a fit that takes no weights; equal weights give each row once."
+    total, n = np.cumsum(weight, dtype=np.float64), len(weight)
+    return np.searchsorted(total, (np.arange(n) + 0.5) * total[-1] / n, side="right")
+
+# %% ../../nbs/models/05_tabular.ipynb #a61b23c7
+def _check_probabilities(model, estimator):
+    "Raises `ConfigError` if an estimator predicts classes only."
+    if not hasattr(estimator, "predict_proba"):
+        kind = type(estimator).__name__
+        raise ConfigError(
+            f"{model.name}: {kind} has no predict_proba, which a model needs; "
+            f"return CalibratedClassifierCV({kind}(...)) of sklearn.calibration instead"
+        )
+
+
+def _check_weight_key(model, estimator):
+    "Raises `ConfigError` if the `fit` of an estimator does not take row weights under the name `weight_key`."
+    if _takes(estimator, model.weight_key):
+        return
+    steps = getattr(estimator, "steps", [])
+    keys = [f"{name}__sample_weight" for name, step in steps if _takes(step, "sample_weight")]
+    hint = "None, and rows are repeated in proportion to their weights"
+    if keys:
+        hint = f"{keys[-1]!r}, for the weights of this step"
+    raise ConfigError(
+        f"{model.name}: the fit of {type(estimator).__name__} has no parameter {model.weight_key!r}, which "
+        f"class_weight and sample_weight of the config need; set in the class: weight_key = {hint}"
+    )
+
+
+def _takes(estimator, key):
+    "Whether `fit` takes a parameter; a parameter `step__name` is that of a step of a pipeline."
+    step, _, name = key.partition("__")
+    if hasattr(estimator, "steps"):
+        return bool(name) and _takes(dict(estimator.steps).get(step), name)
+    if not hasattr(estimator, "fit"):
+        return False
+    parameters = inspect.signature(estimator.fit).parameters
+    return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+# %% ../../nbs/models/05_tabular.ipynb #b38ba83a
+def _check_types(model, data):
+    "Raises `CheckpointError` if a file of skops holds types that are not trusted, before it is written."
+    names = sorted(import_skops().get_untrusted_types(data=data))
+    untrusted = [name for name in names if name not in model.trusted]
+    hidden = [name for name in names if not _is_importable(name)]
+    hidden = hidden or [name for name in untrusted if name.startswith("__main__.")]
+    if hidden:
+        hint = "define it by name in the file of the model, outside functions, so that another process can import it"
+        raise CheckpointError(f"{model.name}: skops cannot load {', '.join(hidden)}; {hint}")
+    if untrusted:
+        hint = f"if you trust their code, set in the class: trusted = {(*model.trusted, *untrusted)!r}"
+        raise CheckpointError(f"{model.name}: skops does not load {', '.join(untrusted)} by default; {hint}")
+
+
+def _is_importable(name):
+    "Whether a qualified name, such as `package.module.Type`, leads to an object; that of a lambda does not."
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(import_module(module), attribute)
+    except ImportError:
+        return False
+
 # %% ../../nbs/models/05_tabular.ipynb #6efea3b1
 class SklearnModel(TabularModel):
     "A scikit-learn classifier: subclasses implement `estimator` and list the types that skops may load."
 
     requires = ("sklearn", "skops")
     trusted = ()  # qualified names of types that skops must load but does not trust by default
-    weight_key = "sample_weight"  # parameter of the estimator's `fit` for the row weights
+    weight_key: str | None = "sample_weight"  # parameter of `fit` for the row weights; None: rows are repeated instead
 
     @classmethod
     def stops_early(cls, config):
@@ -414,8 +484,17 @@ class SklearnModel(TabularModel):
         "Returns an unfitted estimator for `n` training rows."
 
     def fit_rows(self, train, val):
-        weights = {} if train.weight is None else {self.weight_key: train.weight}
-        self.fitted_estimator = self.estimator(len(train.X)).fit(train.X, train.y, **weights)
+        estimator = self.estimator(len(train.X))
+        _check_probabilities(self, estimator)
+        _check_types(self, import_skops().dumps(estimator))
+        X, y, weights = train.X, train.y, {}
+        if train.weight is not None and self.weight_key is None:
+            rows = repeated_rows(train.weight)
+            X, y = X[rows], y[rows]
+        elif train.weight is not None:
+            _check_weight_key(self, estimator)
+            weights = {self.weight_key: train.weight}
+        self.fitted_estimator = estimator.fit(X, y, **weights)
         return {}
 
     def predict_rows(self, X):
@@ -424,7 +503,9 @@ class SklearnModel(TabularModel):
         return p
 
     def write(self, folder):
-        import_skops().dump(self.fitted_estimator, folder / "estimator.skops")
+        data = import_skops().dumps(self.fitted_estimator)
+        _check_types(self, data)
+        (folder / "estimator.skops").write_bytes(data)
 
     def read(self, folder):
         from modelfactory.models.persistence import check_archive, checkpoint_errors

@@ -260,12 +260,15 @@ class {Class}Config(TabularConfig):
         "markdown",
         """## Model
 
-`estimator` returns an unfitted classifier with `fit`, `predict_proba` and `classes_`. Three lines help with other
-estimators:
+`estimator` returns an unfitted classifier with `fit`, `predict_proba` and `classes_`. Three lines of the class help
+with other estimators; an error gives the line that is missing:
 
-- `supported_weights = ()` if its `fit` takes no `sample_weight`;
 - `weight_key = "step__sample_weight"` if it is a pipeline whose step takes the weights;
-- `trusted = ("package.module.Type",)` for types that skops does not trust by default; an error names them.""",
+- `weight_key = None` if its `fit` takes no weights: rows are then repeated in proportion to their weights;
+- `trusted = ("package.module.Type",)` for types that skops does not load by default.
+
+Write functions and classes of your own by name in this file: skops cannot load a lambda. Files of joblib and pickle
+are not allowed in a checkpoint, because they run code when they are loaded.""",
     ),
     (
         "code",

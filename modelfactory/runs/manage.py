@@ -28,7 +28,7 @@ from modelfactory.runs.run_folder import (
     list_attempts,
     working_folder,
 )
-from ..words import count_text, number_text
+from ..words import count_text, is_defined, number_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +138,7 @@ class RunDifference:
         "A table with one row for each difference; the columns are part, name, first and second."
         import pandas as pd
 
-        return pd.DataFrame(self.rows, columns=["part", "name", "first", "second"])
+        return pd.DataFrame(self.rows, columns=["part", "name", "first", "second"], dtype=object)
 
     def to_dict(self) -> dict:
         "The differences as plain values, for JSON."
@@ -154,16 +154,26 @@ class RunDifference:
         return printable("\n".join(lines))
 
     def _repr_html_(self):
-        return self.to_frame().to_html(index=False, border=0)
+        if not self.rows:
+            return "<p>No difference.</p>"
+        frame = self.to_frame().assign(change=[_change(row) for row in self.rows])
+        columns = ["first", "second"]
+        frame[columns] = frame[columns].map(lambda value: printable(_short(value)))
+        return frame.to_html(index=False, border=0)
 
 
 def _difference_line(row):
     first, second = (_short(row[k]) for k in ("first", "second"))
-    change = ""
-    if row["part"] == "metrics" and all(isinstance(row[k], (int, float)) for k in ("first", "second")):
-        by = row["second"] - row["first"]
-        change = f"  ({number_text(by, 0 if isinstance(by, int) else 3, sign=True)})"
-    return f"  {row['name']:28} {first} -> {second}{change}"
+    change = _change(row)
+    return f"  {row['name']:28} {first} -> {second}{change and f'  ({change})'}"
+
+
+def _change(row):
+    "The change of a metric as text; empty for other values."
+    if row["part"] != "metrics" or not all(isinstance(row[k], (int, float)) for k in ("first", "second")):
+        return ""
+    by = row["second"] - row["first"]
+    return number_text(by, 0 if isinstance(by, int) else 3, sign=True) if is_defined(by) else ""
 
 
 def _short(value):
