@@ -75,7 +75,7 @@ picture: setup  # draws docs/comparison.png: every model on the simulated market
 	$(BIN)/modelfactory experiment picture --output docs/_build/runs
 	$(BIN)/python -c "from modelfactory.figures.model_comparison import plot_benchmark; from modelfactory.runs.comparison import comparison; plot_benchmark(comparison('docs/_build/runs'), 'planted', 'preset quick, three seeds; networks read 16 bars and stop after 4 epochs without a lower validation loss').savefig('docs/comparison.png', bbox_inches='tight')"
 
-docs: setup  # builds the site in docs/_build/html
+docs: setup  # builds the site in docs/_build/html; trains the runs of the gallery if they are missing
 	$(BIN)/python docs/pages.py
 	$(BIN)/sphinx-build -q -W --keep-going -c docs docs/_build/pages docs/_build/html
 	@echo docs/_build/html/index.html
