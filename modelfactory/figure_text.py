@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['draw_plain_text', 'keep_plain_text']
+__all__ = ['draw_plain_text', 'keep_plain_text', 'rows_height']
 
 # %% ../nbs/03_figure_text.ipynb #4250dfbb
 def _plain_ticks(axis):
@@ -58,3 +58,10 @@ def keep_plain_text(figure: Figure) -> Figure:
 
     figure.draw = draw_plain
     return figure
+
+# %% ../nbs/03_figure_text.ipynb #b1369f10
+def rows_height(
+    n: int,  # number of rows
+) -> float:  # inches
+    "Height of rows that have a label of 8 or 9 points each: at most 7 inches, if the labels fit into it."
+    return max(min(0.27 * n, 7), 0.125 * n)

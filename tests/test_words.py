@@ -84,6 +84,7 @@ def described(n, x):
         yield from sentences.describe(task)
         task["models"][0]["direction_significant"] = True
         yield from sentences.describe(task)
+        yield from sentences.task_verdicts(task).values()
 
 
 def concluded(n, x):
@@ -123,9 +124,11 @@ def of_controls(n, x):
 def of_report(n, x):
     row = dict(score=x, of_one_row_policy=x, of_ceiling=x)
     yield report._score_cell(SimpleNamespace(**row))
-    numbers = dict(log_loss=x, log_loss_ci_low=x, log_loss_ci_high=x, log_loss_sd=x, sharpe_net=x, fit_seconds=x)
-    for metric in ("log_loss", "sharpe_net", "fit_seconds"):
-        yield report._metric_cell(pd.Series(numbers), metric)
+    metrics = ("log_loss", "sharpe_net", "fit_seconds")
+    numbers = dict(log_loss=x, log_loss_ci_low=x, log_loss_ci_high=x, sharpe_net=x, fit_seconds=x)
+    model = dict(data="d", horizon=5.0, model="a", rank=x, family="f", seeds=n, runs=[], verdict="none")
+    table = pd.DataFrame([model | numbers | dict(directional_accuracy_constant=x)])
+    yield re.sub(r"<[^>]*>", "; ", report.leaderboard_table(table, metrics)._repr_html_())
     rows = [dict(model="a", log_loss=x), dict(model="a", log_loss=None)]
     folds = dict(ranks=dict(log_loss=None), decay=dict(a=dict(first_half=x, second_half=None)), rows=rows)
     folds |= dict(skilled_folds=dict(a=[1]), n_folds=n, better_than_simple={})
@@ -409,7 +412,7 @@ OWN_FORMATS = {
     "runs/environment.py": {"_gpu", "_machine", "_runs"},
     "runs/export.py": {"_card_onnx"},
     "runs/grid.py": {"_fit_progress"},
-    "runs/report.py": {"leaderboard_table"},
+    "runs/report.py": {"_html_row"},  # the value that a click on a column sorts by
     "training/null_zoo.py": {"evaluate_planted_market", "main", "plot_claims"},
     "training/selftest.py": {"_compare_predictions"},
     "tuning/result.py": {"_plot_slice", "_summary_rows"},

@@ -42,6 +42,7 @@ from modelfactory.evaluation.metrics import (
     metric_sign,
     sums_per_timestamp,
 )
+from ..figure_text import rows_height
 from ..models.base import probability_columns, to_output
 from ..words import count_text, interval_text, number_text
 
@@ -651,10 +652,11 @@ def plot_differences(
     "Figure of each model's difference from the best, with its interval; grey if the model is not significantly worse."
     from matplotlib import pyplot as plt
 
-    size = 6, 0.27 * len(table) + 1
+    size = 6, rows_height(len(table)) + 1.2
     fig, ax = plt.subplots(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    styles = {True: dict(color="#7f7f7f", marker="o"), False: dict(color="#D55E00", marker="s")}
     for i, r in enumerate(table[::-1].itertuples()):
-        style = dict(color="#7f7f7f", marker="o") if r.not_worse else dict(color="#D55E00", marker="s")
+        style = styles[bool(r.not_worse)]
         ax.plot([r.low, r.high], [i, i], color=style["color"], lw=1.5)
         ax.plot(r.difference, i, ms=5, **style)
     ax.axvline(0, ls="--", color="black", lw=0.8)
@@ -662,6 +664,9 @@ def plot_differences(
     best = table.index[table.difference == 0][0]
     ax.set_xlabel(f"{metric.replace('_', ' ')}, difference to {best}", fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
+    labels = {True: "not significantly worse", False: "significantly worse"}
+    handles = [plt.Line2D([], [], lw=1.5, ms=5, label=labels[which], **styles[which]) for which in labels]
+    fig.legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 

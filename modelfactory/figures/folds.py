@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..figure_text import rows_height
 from ..words import count_text
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def plot_fold_scores(
     others = len(ranked) - len(_COLOURS)
     names = f"grey: {count_text(others, 'other model')}" if others > 0 else ""
     axes[0].set_title(": ".join(filter(None, (title, names))), fontsize=9, loc="left")
+    axes[-1].set_xlabel("date", fontsize=9)
     handles = axes[0].get_legend_handles_labels()[0]
     figure.legend(
         handles=[*handles[-2::-1], handles[-1]], ncols=4, frameon=False, fontsize=8, loc="outside lower center"
@@ -115,7 +117,7 @@ def plot_paths(
 
     scores = pd.DataFrame(paths).astype(float)
     ranked = scores.mean().sort_values(kind="stable").index
-    size = 6, 0.3 * len(ranked) + 1.0
+    size = 6, rows_height(len(ranked)) + 1.0
     figure, ax = plt.subplots(figsize=size, dpi=100, facecolor="white", layout="constrained")
     for i, model in enumerate(ranked):
         ax.plot(scores[model], [i] * len(scores), "o", color="#0072B2", alpha=0.5, ms=5, mew=0)

@@ -14,7 +14,7 @@ import pandas as pd
 from ..evaluation.bootstrap import block_indices, block_sums, draw_blocks, series_block_length
 from ..evaluation.metrics import confidence_bins, metric_sign
 from ..evaluation.significance import row_losses, stacked_models
-from ..figure_text import draw_plain_text
+from ..figure_text import draw_plain_text, rows_height
 from . import tear_sheet
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from modelfactory.runs.task import Task
 
 # %% auto #0
-__all__ = ['FAMILY_STYLE', 'family_style', 'plot_forest', 'null_score', 'plot_benchmark', 'prediction_correlations',
+__all__ = ['FAMILY_STYLE', 'PAGE_WIDTH', 'family_style', 'plot_forest', 'null_score', 'plot_benchmark', 'prediction_correlations',
            'error_overlap', 'plot_agreement', 'null_band', 'plot_equities', 'plot_reliabilities',
            'plot_time_against_score']
 
@@ -43,28 +43,44 @@ def family_style(
     return FAMILY_STYLE.get(family, dict(color="#000000", marker="*"))
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #92eb2348
+PAGE_WIDTH = 11  # inches; the width of A4 in landscape without its margins
+
+
 def plot_forest(
     table: pd.DataFrame,  # a leaderboard
     data: str,  # name of a data set
-    metric: str = "directional_skill",  # "directional_skill" also draws directional accuracy
-) -> Figure:  # one panel per horizon and metric
+    metric: str | tuple[str, ...] = "directional_skill",  # "directional_skill" also draws directional accuracy
+) -> Figure:  # one panel per horizon and metric, two in a row
     "Score and interval of each model, with the null score; the interval of the best model is shaded."
     from matplotlib import pyplot as plt
 
     rows = table[table.data == data]
-    horizons, n = sorted(rows.horizon.unique()), max(rows.groupby("horizon").size())
-    metrics = ["directional_skill", "directional_accuracy"] if metric == "directional_skill" else [metric]
-    panels = [(h, m) for h in horizons for m in metrics]
-    size, share = (max(10, 3.4 * len(panels)), 0.27 * n + 1.1), "none" if len(metrics) > 1 else "all"
-    fig, axes = plt.subplots(1, len(panels), figsize=size, dpi=100, facecolor="white", sharex=share, squeeze=False)
-    for ax, (h, m) in zip(axes[0], panels, strict=True):
-        _plot_scores(ax, rows[rows.horizon == h], m, f"{data}, horizon {h}")
-    handles = [plt.Line2D([], [], ls="", label=f, **family_style(f)) for f in rows.family.unique()]
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles))
-    fig.legend(handles=handles, frameon=False, fontsize=9, **place)
+    metrics = (metric,) if isinstance(metric, str) else tuple(metric)
+    metrics = ("directional_skill", "directional_accuracy") if metrics == ("directional_skill",) else metrics
+    panels = [(h, m) for h in sorted(rows.horizon.unique()) for m in metrics]
+    n_rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    height = n_rows * (rows_height(rows.groupby("horizon").size().max()) + 0.7) + 0.4
+    look = dict(figsize=(PAGE_WIDTH, height), dpi=100, facecolor="white", layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(n_rows, columns, sharex="none" if len(metrics) > 1 else "all", **look)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (h, m) in zip(axes.flat, panels, strict=False):
+        _plot_scores(ax, rows[rows.horizon == h], m, f"{data}, horizon {int(h)}")
+    _forest_legend(fig, rows, metrics)
     draw_plain_text(fig)
-    fig.tight_layout()
     return fig
+
+
+def _forest_legend(fig, rows, metrics):
+    "A legend below the panels: families, the null score, the interval of the best model, and the null F1."
+    from matplotlib import pyplot as plt
+
+    handles = [plt.Line2D([], [], ls="", label=f, **family_style(f)) for f in rows.family.unique()]
+    handles.append(plt.Line2D([], [], ls="--", color="#7f7f7f", label="null score"))
+    handles.append(plt.Rectangle((0, 0), 1, 1, color="#0072B2", alpha=0.15, label="interval of the best model"))
+    if "f1_macro" in metrics:
+        handles.append(plt.Line2D([], [], ls="", marker="|", ms=9, color="#7f7f7f", label="null F1 of a model"))
+    fig.legend(handles=handles, frameon=False, fontsize=9, ncols=5, loc="outside lower center")
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #9897d8af
 def null_score(
@@ -97,7 +113,8 @@ def _plot_scores(ax, rows, metric, title):
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_title(title, fontsize=9)
     ax.set_xlabel(metric.replace("_", " "), fontsize=9)
-    ax.tick_params(axis="x", labelsize=9)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #0f0f5bbb
 def plot_benchmark(
@@ -224,6 +241,9 @@ def error_overlap(
     return _by_similarity(row_losses(frame, "error", classes).corr().fillna(0.0))
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #d71f4603
+_MAX_NAMED = 12  # models whose names fit below the columns of a matrix
+
+
 def plot_agreement(
     frame: pd.DataFrame,  # result of `stack_predictions`
     title: str = "",
@@ -234,23 +254,28 @@ def plot_agreement(
 
     pairs = {"expected sign": prediction_correlations(frame, classes), "being wrong": error_overlap(frame, classes)}
     n = len(pairs["expected sign"])
-    side = 0.34 * n + 1.9
-    fig, axes = plt.subplots(1, 2, figsize=(2 * side + 0.6, side), dpi=85, facecolor="white", layout="constrained")
+    size = PAGE_WIDTH, 0.34 * n + 1.9 if n <= _MAX_NAMED else rows_height(n) + 0.7
+    fig, axes = plt.subplots(1, 2, figsize=size, dpi=100, facecolor="white", layout="constrained")
     for ax, (name, corr) in zip(axes, pairs.items(), strict=True):
         _plot_triangle(ax, corr, f"{title}: {name}" if title else name)
-    fig.colorbar(axes[0].collections[0], ax=axes, shrink=0.6)
+    bar = fig.colorbar(axes[0].collections[0], ax=axes, shrink=0.6)
+    bar.set_label("correlation", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return fig
 
 
 def _plot_triangle(ax, corr, title):
     import seaborn as sns
 
-    n = len(corr)
-    text = dict(annot=n <= 20, fmt=".2f", annot_kws=dict(size=8 if n < 12 else 6.5))
+    n, named = len(corr), len(corr) <= _MAX_NAMED
+    names = list(corr) if named else [f"{name}  {i}" for i, name in enumerate(corr, 1)]
+    look = dict(annot=named, fmt=".2f", annot_kws=dict(size=8), square=named, yticklabels=names)
+    look["xticklabels"] = names if named else [i if n <= 25 or i % 2 else "" for i in range(1, n + 1)]
     mask = np.triu(np.ones_like(corr, bool))
-    sns.heatmap(corr, mask=mask, cmap="RdBu_r", vmin=-1, vmax=1, ax=ax, cbar=False, square=True, **text)
+    sns.heatmap(corr, mask=mask, cmap="RdBu_r", vmin=-1, vmax=1, ax=ax, cbar=False, **look)
     ax.set_title(title, fontsize=9)
     ax.tick_params(labelsize=8)
+    ax.tick_params(axis="x", rotation=90 if named else 0)
     ax.set(xlabel="", ylabel="")
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #6fba66f2
@@ -291,7 +316,13 @@ def plot_equities(
     if net is None:
         return None
     fig, (above, below) = plt.subplots(
-        2, figsize=(7, 3.9), dpi=90, facecolor="white", layout="constrained", sharex=True, height_ratios=[3, 1]
+        2,
+        figsize=(PAGE_WIDTH, 4.6),
+        dpi=100,
+        facecolor="white",
+        layout="constrained",
+        sharex=True,
+        height_ratios=[3, 1],
     )
     ranked = _by_sharpe(net)
     n, band = len(ranked), null_band(net.to_numpy(), _overlap_days(task, net))
@@ -305,9 +336,12 @@ def plot_equities(
     above.set_ylabel("equity", fontsize=9)
     rows = "all rows of each model, not only common rows" if task.n_left_out else ""
     above.set_title(": ".join(filter(None, (title, rows))), fontsize=9, loc="left")
-    above.legend(frameon=False, fontsize=8, loc="upper left")
+    if (others := n - top) > 0:
+        above.plot([], [], color="#bbbbbb", lw=0.7, label=f"grey: {others} other model{'s' * (others > 1)}")
+    fig.legend(*above.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside lower center")
     below.set_ylabel("drawdown, %", fontsize=9)
     below.set_ylim(None, 0)
+    below.set_xlabel("date", fontsize=9)
     for ax in (above, below):
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
@@ -343,21 +377,25 @@ def plot_reliabilities(
     frame: pd.DataFrame,  # result of `stack_predictions`
     title: str = "",
     classes: tuple = (-1, 0, 1),  # class values, in the order of the probability columns
-    columns: int = 7,  # maximum number of panels in a row
 ) -> Figure:
     "Share of correct predictions against mean confidence, with one panel per model."
     from matplotlib import pyplot as plt
 
     wrong, models = row_losses(frame, "error", classes), stacked_models(frame, classes)
-    columns = min(columns, len(models))
+    columns = 6 if len(models) <= 24 else 8
     rows = -(-len(models) // columns)
-    size, look = (1.45 * columns + 0.2, 1.5 * rows + 0.35), dict(dpi=85, facecolor="white", layout="constrained")
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, **look)
+    size, look = (PAGE_WIDTH, (1.8 if columns == 6 else 1.4) * rows + 0.5), dict(facecolor="white", squeeze=False)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=size, dpi=100, layout="constrained", sharex=True, sharey=True, **look
+    )
     for ax in axes.flat[len(models) :]:
         ax.set_visible(False)
-    for ax, (name, p) in zip(axes.flat, models.items(), strict=False):
+    for i, (ax, (name, p)) in enumerate(zip(axes.flat, models.items(), strict=False)):
         _plot_confidence(ax, p.max(1), 1 - wrong[name], name, 1 / len(classes))
-    fig.suptitle(f"{title}: share correct by confidence" if title else "share correct by confidence", fontsize=9)
+        ax.tick_params(labelbottom=i + columns >= len(models))  # panels without another one below
+    fig.suptitle(title, fontsize=9)
+    fig.supxlabel("mean confidence", fontsize=9)
+    fig.supylabel("share correct", fontsize=9)
     return fig
 
 
@@ -366,8 +404,8 @@ def _plot_confidence(ax, confidence, correct, name, chance):
     means = pd.DataFrame(dict(confidence=confidence, correct=np.asarray(correct))).groupby(bins).mean()
     ax.plot([chance, 1], [chance, 1], color="#7f7f7f", lw=0.8, ls="--")
     ax.plot(means.confidence, means.correct, "o-", color="#0072B2", ms=2.5, lw=1)
-    ax.set_title(name, fontsize=7.5, pad=2)
-    ax.tick_params(labelsize=7)
+    ax.set_title(name.replace(" (", "\n("), fontsize=8, pad=2)
+    ax.tick_params(labelsize=8)
     ax.set(xlim=(chance * 0.9, 1), ylim=(0, 1), xticks=(0.4, 0.7, 1), yticks=(0, 0.5, 1))
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #b465cb7a
@@ -381,11 +419,17 @@ def plot_time_against_score(
 
     models = table[(table.data == data) & (table.family != "baseline")]
     horizons = sorted(models.horizon.unique())
-    fig, axes = plt.subplots(1, len(horizons), figsize=(9, 2.8), dpi=100, facecolor="white", squeeze=False)
-    for ax, h in zip(axes[0], horizons, strict=True):
-        _plot_times(ax, models[models.horizon == h].sort_values("fit_seconds"), metric, f"{data}, horizon {h}")
+    columns = min(len(horizons), 3)
+    rows = -(-len(horizons) // columns)
+    look = dict(figsize=(PAGE_WIDTH, 2.9 * rows + 0.4), dpi=100, facecolor="white", layout="constrained")
+    fig, axes = plt.subplots(rows, columns, squeeze=False, **look)
+    for ax in axes.flat[len(horizons) :]:
+        ax.set_visible(False)
+    for ax, h in zip(axes.flat, horizons, strict=False):
+        _plot_times(ax, models[models.horizon == h].sort_values("fit_seconds"), metric, f"{data}, horizon {int(h)}")
+    handles = [plt.Line2D([], [], ls="", label=f, **family_style(f)) for f in models.family.unique()]
+    fig.legend(handles=handles, frameon=False, fontsize=9, ncols=7, loc="outside lower center")
     draw_plain_text(fig)
-    fig.tight_layout()
     return fig
 
 
@@ -406,3 +450,4 @@ def _plot_times(ax, rows, metric, title):
     ax.set_xlabel("seconds to fit", fontsize=9)
     ax.set_ylabel(metric.replace("_", " "), fontsize=9)
     ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)

@@ -74,6 +74,7 @@ def new_axes(
 # %% ../../nbs/figures/00_tear_sheet.ipynb #fea9380f
 def figure_png(
     figure: Figure,
+    colors: int | None = None,  # number of colours, at most 256, which makes the file smaller; None: all
     **kw,  # passed to `savefig`
 ) -> bytes:
     "Return the figure as a PNG with a white background, and close the figure."
@@ -84,7 +85,18 @@ def figure_png(
     draw_plain_text(figure)
     figure.savefig(file := BytesIO(), facecolor="white", **kw)
     plt.close(figure)
-    return file.getvalue()
+    return _reduced(file, colors) if colors else file.getvalue()
+
+
+def _reduced(file, colors):
+    "A PNG with a palette of colours."
+    from io import BytesIO
+
+    from PIL import Image
+
+    image = Image.open(file).convert("RGB").quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(reduced := BytesIO(), "png", optimize=True)
+    return reduced.getvalue()
 
 
 def image_html(

@@ -6,67 +6,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 from ..configuration import did_you_mean, settings
 from ..data.bundled import data_path
-from ..files import replace_text
 from .comparison import comparison
+from .page import to_html, to_markdown, write_run_pages
+from .report import run_pages
 from .run import list_runs
 from .run_folder import RunError, write_json
 from .stored import RunList, check_data
 
 # %% auto #0
-__all__ = ['PAGE_STYLE', 'COMPARISON_FILE', 'to_html', 'to_markdown', 'write_comparison', 'use_moved_data', 'compare']
-
-# %% ../../nbs/runs/11_compare.ipynb #232a0105
-PAGE_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#111;background:#fff}"
-    "table{border-collapse:collapse}td,th{padding:2px 10px 2px 0;text-align:left}img{max-width:100%}"
-    "a.anchor-link{display:none}div.jp-OutputArea,div.output_area{overflow-x:auto}"
-)
-
-
-def to_html(
-    notebook: Path,  # executed notebook
-    output: Path,
-) -> None:
-    "Writes an executed notebook as a self-contained HTML page without code, scripts or external links."
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    nb = nbformat.read(notebook, 4)
-    exporter = HTMLExporter(
-        template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
-    )
-    page, _ = exporter.from_notebook_node(nb)
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-    head += f"<title>Model comparison</title><style>{PAGE_STYLE}</style>"
-    replace_text(output, f"<!doctype html><html lang='en'><head>{head}</head><body>{page}</body></html>")
-
-# %% ../../nbs/runs/11_compare.ipynb #1c0589c3
-def to_markdown(
-    notebook: Path,  # executed notebook
-    output: Path,  # the figures are written to the folder `<stem>_files` beside this file
-) -> None:
-    "Writes an executed notebook as markdown without code; tables become markdown tables."
-    import shutil
-
-    import nbformat
-    from nbconvert import MarkdownExporter
-    from traitlets.config import Config
-
-    formats = ["text/markdown", "image/png", "text/html", "text/plain"]
-    figures = Path(output).with_name(f"{Path(output).stem}_files")
-    exporter = MarkdownExporter(config=Config(NbConvertBase=dict(display_data_priority=formats)), exclude_input=True)
-    text, resources = exporter.from_notebook_node(nbformat.read(notebook, 4), dict(output_files_dir=figures.name))
-    shutil.rmtree(figures, ignore_errors=True)
-    figures.mkdir()
-    for name, data in resources["outputs"].items():
-        (figures.parent / name).write_bytes(data)
-    replace_text(output, text)
+__all__ = ['COMPARISON_FILE', 'PAGES_FOLDER', 'write_comparison', 'use_moved_data', 'compare']
 
 # %% ../../nbs/runs/11_compare.ipynb #9832e789
 COMPARISON_FILE = "model_comparison.json"
+PAGES_FOLDER = "model_comparison_runs"
 
 
 def write_comparison(
@@ -116,12 +72,15 @@ def compare(
     from modelfactory.runs.engine import execute_notebook, find_notebook
 
     runs = Path(runs or settings().runs).resolve()
-    write_comparison(runs, moved)
+    result = write_comparison(runs, moved)
     unfinished = runs / ".compare.ipynb"
     unfinished.unlink(missing_ok=True)
     parameters = dict(runs=str(runs), comparison_file=str(runs / COMPARISON_FILE))
     execute_notebook(find_notebook("compare.ipynb"), unfinished, parameters)
     unfinished.replace(runs / "compare.ipynb")
     to_markdown(runs / "compare.ipynb", runs / "model_comparison.md")
-    to_html(runs / "compare.ipynb", runs / "model_comparison.html")
+    notebooks = run_pages(result, runs)
+    pages = write_run_pages(runs, list(notebooks), runs / PAGES_FOLDER)
+    links = {notebooks[name]: f"{PAGES_FOLDER}/{quote(page.name)}" for name, page in pages.items()}
+    to_html(runs / "compare.ipynb", runs / "model_comparison.html", links=links)
     return runs / "model_comparison.html"

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import html
 import math
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -15,29 +19,34 @@ from ..evaluation.metrics import metric_sign
 from ..files import printable
 from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, entry_log_loss
 from .fold_comparison import fold_scores
-from .sentences import MIN_CEILING_GAP, claim_figures, no_skill_text
-from ..words import UNDEFINED, count_text, interval_text, number_text, percent_text
+from .sentences import CLAIMS, MIN_CEILING_GAP, claim_figures, no_skill_text, task_verdicts
+from ..words import UNDEFINED, count_text, interval_text, is_defined, number_text, percent_text
 
 # %% auto #0
-__all__ = ['DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard',
-           'escape_markdown', 'FormattedTable', 'leaderboard_table', 'direction_tests', 'best_per_horizon',
-           'best_verdict', 'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table',
-           'seconds_table', 'excluded_table', 'fold_summary', 'fold_variance']
+__all__ = ['TESTED_METRICS', 'RUN_NOTEBOOK', 'DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_LABELS', 'VERDICT_COLUMNS',
+           'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard', 'escape_markdown', 'FormattedTable', 'run_pages',
+           'leaderboard_table', 'direction_tests', 'best_per_horizon', 'best_verdict', 'task_title', 'verdict_overview',
+           'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table', 'seconds_table',
+           'excluded_table', 'fold_summary', 'fold_variance']
 
 # %% ../../nbs/runs/10_report.ipynb #b09da8bb
 _INTERVAL_ENDS = ("_ci_low", "_ci_high", "_sd", "_min", "_max")
+TESTED_METRICS = ("directional_skill", "log_loss", "sharpe_net")
+_NOT_NUMBERS = ["data", "horizon", "model", "family", "verdict", "runs", *(f"{m}_significant" for m in TESTED_METRICS)]
 
 
 def leaderboard(
     result: dict,  # result of `comparison`
     metrics: tuple = LEADERBOARD_METRICS,  # names in `METRICS`
-) -> pd.DataFrame:  # data, horizon, rank, model, family, seeds, metrics with their interval ends and spread over seeds
+) -> (
+    pd.DataFrame
+):  # data, horizon, rank, model, family, seeds, runs, verdict, metrics with their interval ends and spread
     "Models and baselines by data set and horizon, sorted by log loss from best to worst."
     rows = [_row(task, entry, metrics) for task in result["tasks"] for entry in task["models"] + task["baselines"]]
     if not rows:
-        return pd.DataFrame(columns=["data", "horizon", "rank", "model", "family", "seeds", *metrics])
+        return pd.DataFrame(columns=["rank", "seeds", *_NOT_NUMBERS, *metrics])
     table = pd.DataFrame(rows)
-    numbers = table.columns.difference(["data", "horizon", "model", "family"], sort=False)
+    numbers = table.columns.difference(_NOT_NUMBERS, sort=False)
     table[numbers] = table[numbers].astype(float)
     return table.sort_values(["data", "horizon", "loss"], kind="stable").drop(columns="loss").reset_index(drop=True)
 
@@ -50,13 +59,32 @@ def _row(task, entry, metrics):
         model=entry["model"],
         family=entry["family"],
         seeds=len(entry.get("seeds", [])),
+        runs=list(zip(entry.get("seeds", []), entry.get("runs", []), strict=True)),  # seed and folder of each run
+        verdict=entry.get("verdict", ""),
         loss=entry_log_loss(entry) if entry.get("averaged") else entry.get("log_loss"),
         directional_accuracy_constant=entry.get("directional_accuracy_constant"),
     )
+    row |= {f"{metric}_significant": metric in _distinguished(task, entry) for metric in TESTED_METRICS}
     for metric in metrics:
-        row[metric] = entry.get(metric)
-        row |= {f"{metric}{end}": entry[f"{metric}{end}"] for end in _INTERVAL_ENDS if f"{metric}{end}" in entry}
+        figures = claim_figures(entry) if metric == "directional_skill" else entry
+        row[metric] = figures.get(metric)
+        row |= {f"{metric}{end}": figures[f"{metric}{end}"] for end in _INTERVAL_ENDS if f"{metric}{end}" in figures}
     return row
+
+# %% ../../nbs/runs/10_report.ipynb #f5a563bc
+def _distinguished(task, entry):
+    "The metrics by which the tests of a task distinguish a model from constant predictions or from other models."
+    model, n_models = entry["model"], len(task["models"])
+    if entry["family"] == "baseline":
+        return set()
+    leaders = {task["best"], *(task["not_worse"] or [])}
+    leads = model in leaders and (n_models == 1 or (task["not_worse"] is not None and len(leaders) < n_models))
+    distinguished = dict(
+        directional_skill=entry["direction_significant"],
+        log_loss=task["log_loss_significant"] and leads,
+        sharpe_net=task["profit_significant"] and model == task["best_sharpe_model"],
+    )
+    return {metric for metric, is_distinguished in distinguished.items() if is_distinguished}
 
 # %% ../../nbs/runs/10_report.ipynb #0c8c4937
 def escape_markdown(
@@ -72,16 +100,28 @@ class FormattedTable:
 
     frame: pd.DataFrame
     page: str = ""  # HTML to show; if empty, the HTML of the frame
+    markdown: str = ""  # markdown to show; if empty, the markdown of the frame
 
     def __repr__(self):
         return self.frame.to_string(index=False, na_rep="–")
 
     def _repr_html_(self):
-        return self.page or self.frame.round(3).to_html(index=False, border=0, na_rep="–")
+        shown = self.frame.round(3).where(self.frame.notna(), math.nan)  # None would be shown as a word
+        return self.page or _breakable(shown.to_html(index=False, border=0, na_rep="–"))
 
     def _repr_markdown_(self):
-        text = self.frame.round(3).map(_markdown_cell).astype(object).rename(columns=escape_markdown)
-        return text.to_markdown(index=False, disable_numparse=True)
+        return self.markdown or _markdown_table(self.frame.round(3).map(_markdown_cell))
+
+
+def _breakable(page):
+    "A table whose names may be broken after an underscore, so that wide tables fit on paper."
+    return re.sub("<t[hd]>[^<]*", lambda cell: cell[0].replace("_", "_<wbr>"), page)
+
+
+def _markdown_table(cells):
+    "Markdown of a frame whose cells are markdown already."
+    text = cells.astype(object).rename(columns=escape_markdown)
+    return text.to_markdown(index=False, disable_numparse=True)
 
 
 def _markdown_cell(value):
@@ -90,54 +130,127 @@ def _markdown_cell(value):
     return escape_markdown(value) if isinstance(value, str) else value
 
 # %% ../../nbs/runs/10_report.ipynb #306d56b7
-def _metric_cell(row, metric):
-    "A number with its spread over seeds and its interval, formatted as `0.123 ± 0.010 [0.100, 0.150]`."
-    value, low, high, sd = row[metric], *(row.get(f"{metric}_{end}", math.nan) for end in ("ci_low", "ci_high", "sd"))
-    if value != value:
-        return "–"
-    digits = 1 if metric == "fit_seconds" else 2 if abs(value) >= 2 or metric.startswith("sharpe") else 3
-    spread = f" ± {number_text(sd, digits)}" if sd == sd else ""
-    interval = f" {interval_text(low, high, digits)}" if low == low and high == high else ""
-    return f"{number_text(value, digits)}{spread}{interval}"
+RUN_NOTEBOOK = "train.ipynb"
 
 
-def _best_rows(table, metric):
-    "Row indices of the best model for each data set and horizon."
-    models = table[(table.family != "baseline") & table[metric].notna()]
-    if not metric_sign(metric) or not len(models):
-        return set()
-    return set((models[metric] * metric_sign(metric)).groupby([models.data, models.horizon]).idxmax())
+def run_pages(
+    result: dict,  # result of `comparison`
+    runs: Path,  # the runs folder
+    start: Path | None = None,  # folder of the page with the links; None: the runs folder
+) -> dict[str, str]:  # name of a run folder -> relative link to its notebook
+    "Links to the notebooks of the compared runs; a run without a notebook has no link."
+    names = sorted({name for task in result["tasks"] for model in task["models"] for name in model["runs"]})
+    files = {name: Path(runs).resolve() / name / RUN_NOTEBOOK for name in names}
+    start = Path(start or runs).resolve()
+    return {name: quote(Path(os.path.relpath(f, start)).as_posix()) for name, f in files.items() if f.is_file()}
 
 # %% ../../nbs/runs/10_report.ipynb #610e9d7f
 def leaderboard_table(
     table: pd.DataFrame,  # result of `leaderboard`
     metrics: tuple = LEADERBOARD_METRICS,  # columns to show
+    pages: dict[str, str] | None = None,  # result of `run_pages`; None: no links
 ) -> FormattedTable:
-    "Formats a leaderboard: each cell shows a number, its spread over seeds and its interval."
-    metrics = [m for m in metrics if m in table]
-    seeds = zip(table.model, table.seeds, strict=True)
-    model = [f"{name} ({count_text(int(n), 'seed')})" if n > 1 else name for name, n in seeds]
-    rank = ["" if r != r else f"{r:.0f}" for r in table["rank"]]
-    cells = {m: [_metric_cell(r, m) for _, r in table.iterrows()] for m in metrics}
-    frame = table[["data", "horizon"]].assign(rank=rank, model=model, **cells)
-    return FormattedTable(frame, _leaderboard_html(table, frame, {m: _best_rows(table, m) for m in metrics}))
+    "Formats a leaderboard: one table for each task; each cell shows a number and its interval."
+    metrics, pages = [m for m in metrics if m in table], pages or {}
+    rows = [row for _, row in table.iterrows()]
+    about = dict(model=[_model_text(r) for r in rows], rank=[_rank_text(r) for r in rows], family=table.family)
+    cells = {m: [" ".join(filter(None, _metric_texts(r, m))) for r in rows] for m in metrics}
+    frame = table[["data", "horizon"]].assign(**about, **cells, direction=table.verdict)
+    marked = {m: [_marked(r, m, text) for r, text in zip(rows, cells[m], strict=True)] for m in metrics}
+    linked = frame.map(_markdown_cell).assign(model=[_markdown_model(r, pages) for r in rows], **marked)
+    by_task = table.groupby(["data", "horizon"], sort=False)
+    page = "".join(_task_html(task, metrics, pages) for _, task in by_task)
+    named = linked.rename(columns=dict(directional_skill="directional_skill [corrected interval]"))
+    return FormattedTable(frame, page, _markdown_table(named))
 
 
-def _leaderboard_html(table, frame, best):
-    style = "padding:2px 10px 2px 0;text-align:left;white-space:nowrap;"
-    head_style = f"{style}border-bottom:1px solid #333"
-    head = "".join(f"<th style='{head_style}'>{html.escape(c.replace('_', ' '))}</th>" for c in frame)
-    body, new_task = "", (table.data != table.data.shift()) | (table.horizon != table.horizon.shift())
-    for i, row in frame.iterrows():
-        row_style = style + ("border-top:1px solid #333;" if new_task[i] and i else "")
-        row_style += "color:#7f7f7f;" if table.family[i] == "baseline" else ""
-        body += "<tr style='background:none'>"
-        for c, v in row.items():
-            text = f"<b>{v}</b>" if c in best and i in best[c] else html.escape(str(v))
-            body += f'<td style="{row_style}">{text}</td>'
-        body += "</tr>"
-    table_style = "font-size:12px;font-variant-numeric:tabular-nums;border-collapse:collapse"
-    return f"<table style='{table_style}'><tr style='background:none'>{head}</tr>{body}</table>"
+def _model_text(row):
+    return f"{row.model} ({count_text(int(row.seeds), 'seed')})" if row.seeds > 1 else row.model
+
+
+def _marked(row, metric, text):
+    return f"**{text}**" if row.get(f"{metric}_significant") else text
+
+
+def _rank_text(row):
+    return number_text(row["rank"], 0) if is_defined(row["rank"]) else ""
+
+
+def _metric_texts(row, metric):
+    "A number, such as `0.123`, and its interval, such as `[0.100, 0.150]`, or an empty text without an interval."
+    value, low, high = row[metric], *(row.get(f"{metric}_{end}", math.nan) for end in ("ci_low", "ci_high"))
+    if not is_defined(value):
+        return UNDEFINED, ""
+    digits = 1 if metric == "fit_seconds" else 2 if abs(value) >= 2 or metric.startswith("sharpe") else 3
+    is_corrected = metric != "directional_skill" or row.family != "baseline"  # baselines make no claim
+    has_interval = is_defined(low) and is_defined(high) and is_corrected
+    return number_text(value, digits), interval_text(low, high, digits) if has_interval else ""
+
+# %% ../../nbs/runs/10_report.ipynb #41af1232
+def _model_links(row, pages):
+    "Name of a model, and its links as pairs of text and address: the name itself, or its seeds."
+    links = [(str(seed), pages[run]) for seed, run in row.runs if run in pages]
+    return (row.model, links) if row.seeds > 1 else ("", [(row.model, page) for _, page in links])
+
+
+def _markdown_model(row, pages):
+    name, links = _model_links(row, pages)
+    text = ", ".join(f"[{escape_markdown(text)}]({page})" for text, page in links)
+    return f"{escape_markdown(name)} (seeds {text})" if name and text else text or escape_markdown(_model_text(row))
+
+
+def _html_model(row, pages):
+    name, links = _model_links(row, pages)
+    text = ", ".join(f'<a href="{html.escape(page)}">{html.escape(text)}</a>' for text, page in links)
+    return f"{html.escape(name)} (seeds {text})" if name and text else text or html.escape(_model_text(row))
+
+# %% ../../nbs/runs/10_report.ipynb #5edd884d
+_CELL_STYLE = "padding:2px 12px 2px 0;text-align:left;vertical-align:top;font-weight:normal"
+
+
+def _task_html(task, metrics, pages):
+    "The table of one task; the first column is the head of the row."
+    has_interval = {m: any(_metric_texts(r, m)[1] for _, r in task.iterrows()) for m in metrics}
+    names = {m: "corrected interval" if m == "directional_skill" else "95% interval" for m in metrics}
+    heads = [("model", "", ""), ("rank", "", ""), ("family", "", "")]
+    for m in metrics:
+        order = "desc" if metric_sign(m) > 0 else "asc"
+        heads.append((m.replace("_", " "), f"[{names[m]}]" if has_interval[m] else "", order))
+    head = "".join(_html_head(*columns) for columns in [*heads, ("direction", "", "")])
+    body = "".join(_html_row(row, metrics, pages) for _, row in task.iterrows())
+    caption = f"{task.data.iloc[0]}, horizon {int(task.horizon.iloc[0])}"
+    constant = task.directional_accuracy_constant.median()
+    if is_defined(constant):
+        caption += f": the better constant prediction has a directional accuracy of {number_text(constant)}"
+    style = "font-size:13px;font-variant-numeric:tabular-nums;border-collapse:collapse"
+    caption = f"<caption style='text-align:left;padding:4px 0'>{html.escape(caption)}</caption>"
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<table class='leaderboard' style='{style}'>{caption}{rows}</table>"
+
+
+def _html_head(name, interval, order):
+    style = f"{_CELL_STYLE};vertical-align:bottom;border-bottom:1px solid"
+    detail = f"<br><span style='white-space:nowrap;opacity:.75'>{interval}</span>" if interval else ""
+    data = f" data-order='{order}'" if order else ""
+    return f"<th scope='col' style='{style}'{data}><b>{html.escape(name)}</b>{detail}</th>"
+
+
+def _html_row(row, metrics, pages):
+    name = _html_model(row, pages)
+    name = f"<i>{name}</i>" if row.family == "baseline" else name
+    cells = f"<th scope='row' style='{_CELL_STYLE}'>{name}</th>"
+    cells += _html_cell(_rank_text(row)) + _html_cell(html.escape(row.family))
+    for m in metrics:
+        number, interval = _metric_texts(row, m)
+        number = f"<b>{number}</b>" if row.get(f"{m}_significant") else number
+        interval = f" <span style='display:block;white-space:nowrap;opacity:.75'>{interval}</span>" if interval else ""
+        cells += _html_cell(number + interval, "" if row[m] != row[m] else f"{row[m]:.9g}")
+    return f"<tr style='background:none'>{cells}{_html_cell(html.escape(row.verdict))}</tr>"
+
+
+def _html_cell(text, value=None):
+    data = "" if value is None else f" data-v='{value}'"
+    return f"<td style='{_CELL_STYLE}'{data}>{text}</td>"
 
 # %% ../../nbs/runs/10_report.ipynb #a5ee8c24
 DIRECTION_COLUMNS = dict(
@@ -207,6 +320,50 @@ def best_verdict(
     if all(m["verdict"] in ("too few rows", "no direction") for m in models):
         return "too few rows to test"
     return no_skill_text(models)
+
+# %% ../../nbs/runs/10_report.ipynb #ff11d7ee
+VERDICT_LABELS = dict(
+    direction="directional skill", log_loss="log loss below the class shares", profit="net profit above benchmarks"
+)
+
+
+def task_title(
+    task: dict,  # one of the `tasks` in the result of `comparison`
+) -> str:  # such as `eurusd, horizon 5`
+    "Name of a task: the heading of its section on the page."
+    return f"{task['data']}, horizon {task['horizon']}"
+
+
+def verdict_overview(
+    result: dict,  # result of `comparison`
+) -> FormattedTable:
+    "The verdict on each claim of each task; the word `significant` is bold."
+    titles, verdicts = [task_title(t) for t in result["tasks"]], [task_verdicts(t) for t in result["tasks"]]
+    frame = pd.DataFrame(verdicts, columns=CLAIMS).rename(columns=VERDICT_LABELS)
+    frame.insert(0, "task", titles)
+    marked = frame.map(_markdown_cell)
+    for name in VERDICT_LABELS.values():
+        marked[name] = [re.sub("^significant", "**significant**", text) for text in marked[name]]
+    head = "".join(f"<th scope='col' style='{_CELL_STYLE}'><b>{name}</b></th>" for name in frame)
+    body = "".join(_verdict_row(title, row) for title, row in zip(titles, verdicts, strict=True))
+    table = (
+        f"<table class='verdicts' style='font-size:14px'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+    return FormattedTable(frame, table, _markdown_table(marked))
+
+
+def _verdict_row(title, verdicts):
+    link = f'<a href="#{html.escape(_heading_id(title))}">{html.escape(title)}</a>'
+    cells = f"<th scope='row' style='{_CELL_STYLE};white-space:nowrap'>{link}</th>"
+    for claim, name in VERDICT_LABELS.items():
+        text = re.sub("^significant", "<b>significant</b>", html.escape(verdicts[claim]))
+        cells += f"<td style='{_CELL_STYLE}' data-label='{name}'>{text}</td>"
+    return f"<tr style='background:none'>{cells}</tr>"
+
+
+def _heading_id(title):
+    "The address of a heading, in JupyterLab and on a page made by nbconvert."
+    return quote(title.replace(" ", "-"), safe="?/:@!$&()*+,;=-._~")
 
 # %% ../../nbs/runs/10_report.ipynb #8767dfb5
 _HIDDEN_CLAIM_KEYS = ("n_blocks", "why")

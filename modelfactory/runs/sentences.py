@@ -21,9 +21,9 @@ from modelfactory.words import (
 )
 
 # %% auto #0
-__all__ = ['BENCHMARK_LABELS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe', 'constant_call_text',
-           'no_skill_text', 'claim_figures', 'control_sentences', 'conclusion', 'fold_sentences', 'comparison_notes',
-           'task_notes', 'summary_sentences']
+__all__ = ['BENCHMARK_LABELS', 'CLAIMS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe', 'constant_call_text',
+           'no_skill_text', 'claim_figures', 'task_verdicts', 'control_sentences', 'conclusion', 'fold_sentences',
+           'comparison_notes', 'task_notes', 'task_sentences', 'summary_sentences']
 
 # %% ../../nbs/runs/07_sentences.ipynb #8f29b4b5
 def describe(
@@ -157,6 +157,55 @@ def _profit_sentence(task):
     benchmarks = list_text(not_beaten, "or") if not_beaten else f"{all_benchmarks} at once"
     subject = f"{owner} is not" if len(models) == 1 else "no model's net profit is"
     return f"{subject} significantly better than that of {benchmarks}{details}."
+
+# %% ../../nbs/runs/07_sentences.ipynb #9fbce4fc
+CLAIMS = ("direction", "log_loss", "profit")
+
+
+def task_verdicts(
+    task: dict,  # one task from the result of `comparison`
+) -> dict[str, str]:  # direction, log_loss, profit -> verdict
+    "The verdict on each of the three claims of a task, with the models that it concerns and the p-value."
+    details = dict(direction=_skilled_text(task), log_loss=_leader_text(task), profit=_best_sharpe_text(task))
+    return {claim: _verdict(task, claim, details[claim]) for claim in CLAIMS}
+
+
+def _verdict(task, claim, details):
+    p, significant = task[f"p_{claim}"], task[f"{claim}_significant"]
+    is_tested = p is not None or (claim == "direction" and claim not in task["why"])
+    if not is_tested:
+        return f"not tested: {task['why'].get(claim) or 'too few rows'}"
+    p_value = p_text(p)
+    head = "significant" if significant else "not significant"
+    return f"{head}{': ' if details else ''}{details}{_in_brackets(p_value)}"
+
+
+def _skilled_text(task):
+    "The models with directional skill; otherwise the number of models that are worse than a constant prediction."
+    models = task["models"]
+    skilled = [m["model"] for m in models if m["direction_significant"]]
+    worse = [m["model"] for m in models if m["verdict"] == "worse"]
+    if skilled:
+        return f"{list_text(skilled, most=3)}, {len(skilled)} of {count_text(len(models), 'model')}"
+    if task["direction_significant"]:
+        return "at least one model, none alone"
+    return f"worse than a constant prediction: {list_text(worse, most=3)}" if worse else ""
+
+
+def _leader_text(task):
+    if not task["log_loss_significant"]:
+        return ""
+    others = [m for m in task["not_worse"] or [] if m != task["best"]]
+    verb = "is" if len(others) == 1 else "are"
+    return f"{task['best']} is best" + (
+        f"; {list_text(others, most=3)} {verb} not significantly worse" if others else ""
+    )
+
+
+def _best_sharpe_text(task):
+    if task["sharpe_net"] is None or not task["best_sharpe_model"]:
+        return ""
+    return f"best net Sharpe ratio {number_text(task['sharpe_net'], 1)}, {task['best_sharpe_model']}"
 
 # %% ../../nbs/runs/07_sentences.ipynb #c2edbd41
 def control_sentences(
@@ -490,7 +539,10 @@ def _seed_note(task):
     return [f"{head}; another seed may change the ranking."]
 
 
-def _claims(task):
+def task_sentences(
+    task: dict,  # of `comparison`
+) -> list[str]:  # each begins with the data set and the horizon
+    "All sentences on the claims of a task: direction, log loss, profit, networks against controls, folds."
     return [*describe(task), *control_sentences(task), *fold_sentences(task)]
 
 
@@ -498,5 +550,5 @@ def summary_sentences(
     result: dict,  # of `comparison`
 ) -> list[str]:
     "All sentences of the comparison page: conclusion, claims of each task, notes, uses of the test set."
-    claims = [sentence for task in result["tasks"] for sentence in _claims(task)]
+    claims = [sentence for task in result["tasks"] for sentence in task_sentences(task)]
     return [*conclusion(result), *claims, *comparison_notes(result), *result["test_set_uses"]]
