@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 
 PUBLIC_NAMES = {
     "BaseModel": "models.base",
+    "GridMonitor": "runs.monitor",
     "ModelEvaluator": "evaluation.evaluator",
     "ModelRegistry": "models.registry",
     "TimeSeriesDataset": "data.dataset",

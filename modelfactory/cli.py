@@ -701,15 +701,22 @@ def experiment(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check the grid and its data, list what would run, and train nothing")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the outcomes as JSON")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="print JSON lines: changes of runs as they happen, and the outcomes at the end"),
+    ] = False,
 ) -> None:
     """Run a grid of models and horizons; finished runs are skipped.
+
+    In a terminal, a table shows what is running, with losses and the remaining time, which is estimated from finished
+    runs. In a pipe, each run that begins or ends prints a line.
 
     Exit codes: 0 if every run is either finished or unavailable (a library or checkpoint is missing on this machine);
     1 if a run failed or was stopped by a limit; 2 if the grid or its data are invalid and no run was started; 130
     after Ctrl-C.
 
     Example: modelfactory experiment demo"""
+    from modelfactory.runs.board import JSONBoard
     from modelfactory.runs.grid import run_grid
 
     config = _grid_config(grid, data, models, horizons, seeds, walk_forward)
@@ -719,8 +726,12 @@ def experiment(
         plan = manage.dry_run(config, output)
         _print_rows(plan.to_dict(), as_json, plan)
         return
-    result = run_grid(config, output, workers, timeout, force, memory, engine, address)
-    _print_rows(result.to_frame().to_dict("records"), as_json, result)
+    board = JSONBoard() if as_json else None
+    result = run_grid(config, output, workers, timeout, force, memory, engine, address, board)
+    if board:
+        board.event("end", ok=result.ok, outcomes=result.to_dicts())
+    else:
+        print(result)
     if compare_:
         compare(output, False, [])
     if not result.ok:
@@ -736,14 +747,23 @@ def status(
     horizons: GridHorizons = None,
     seeds: GridSeeds = None,
     walk_forward: WalkForward = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="show changes until no process runs the grid; with --json, as JSON lines")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the state of each run of a grid: done, running, failed or waiting. Give it the options of the experiment.
 
-    Example: modelfactory status demo"""
-    from modelfactory.runs.grid import grid_status
+    Example: modelfactory status demo
+    Example: modelfactory status demo --watch"""
+    from modelfactory.runs.board import make_board
+    from modelfactory.runs.grid import grid_status, watch_grid
 
-    state = grid_status(_grid_config(grid, data, models, horizons, seeds, walk_forward), output)
+    config = _grid_config(grid, data, models, horizons, seeds, walk_forward)
+    if watch:
+        watch_grid(config, output, make_board(as_json))
+        return
+    state = grid_status(config, output)
     _print_rows(list(state), as_json, state)
 
 # %% ../nbs/cli.ipynb #ad6452f4

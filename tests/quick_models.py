@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelfactory.models.callbacks import run_callbacks
 from modelfactory.models.registry import ModelRegistry
 from modelfactory.models.tabular import TabularConfig, TabularModel
 
@@ -52,6 +53,8 @@ class Faulty(Nearest):
         fault, flag = self.config.fault, self.config.flag
         if fault == "hang":
             time.sleep(3600)
+        if fault == "rounds":
+            self._fit_rounds(flag)
         if fault == "grow":
             kept = []
             while True:
@@ -77,6 +80,16 @@ class Faulty(Nearest):
                 worker.kill()  # otherwise the worker has ended already
             time.sleep(3600)  # a fit of milliseconds would be published before the run ends with its worker
         return super().fit(*args, **kw)
+
+    def _fit_rounds(self, flag):
+        "Reports a round every 0.2 s until the file `flag` exists, at most 150 rounds."
+        run_callbacks(self, "on_fit_start", 150)
+        for number in range(150):
+            run_callbacks(self, "on_epoch_end", number, dict(val_loss=1.1))
+            if os.path.exists(flag):
+                break
+            time.sleep(0.2)
+        run_callbacks(self, "on_fit_end", dict(val_loss=[1.1] * (number + 1)))
 
 
 @ModelRegistry.register("faulty_once", family="examples")

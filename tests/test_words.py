@@ -394,7 +394,6 @@ OWN_FORMATS = {
     "figures/tear_sheet.py": {"plot_confusion"},
     "models/base.py": {"divergence_message"},
     "models/calibration.py": {"__repr__"},
-    "models/callbacks.py": {"on_epoch_end"},
     "models/conformal.py": {"__repr__"},
     "models/conformance.py": {
         "__repr__",
@@ -411,7 +410,9 @@ OWN_FORMATS = {
     "runs/engine.py": {"_wait_for_end"},
     "runs/environment.py": {"_gpu", "_machine", "_runs"},
     "runs/export.py": {"_card_onnx"},
-    "runs/grid.py": {"_fit_progress"},
+    "progress.py": {"text"},
+    "runs/board.py": {"loss_text"},
+    "runs/sessions.py": {"start_session"},
     "runs/report.py": {"_html_row"},  # the value that a click on a column sorts by
     "training/null_zoo.py": {"evaluate_planted_market", "main", "plot_claims"},
     "training/selftest.py": {"_compare_predictions"},

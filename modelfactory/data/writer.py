@@ -47,6 +47,7 @@ from modelfactory.data.splits import (
     check_splits,
     column_roles,
 )
+from ..progress import Progress
 from ..verbosity import announce_file
 from ..words import count_text
 
@@ -378,16 +379,21 @@ def bars_to_splits(
     if resample is not None:
         origin["resample"] = dict(resample) if isinstance(resample, dict) else dict(rule=str(resample))
         bars = join_to_longer(bars, origin["resample"])
-    bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
-    table = _bars_table(bars, widths, features, exclude, rolls)
-    if starts is not None:
-        table = table.assign(split=split_at(table["datetime"], starts, shares))
+    with Progress(3, "splits", delay=1.0) as bar:
+        bar.update(0, f"checking {len(bars):,} bars")
+        bars = check_bars(bars, at_least=FEATURE_WARMUP + max(w[2] for w in widths.values()) + 3)
+        bar.update(1, "features and labels")
+        table = _bars_table(bars, widths, features, exclude, rolls)
+        if starts is not None:
+            table = table.assign(split=split_at(table["datetime"], starts, shares))
 
-    def pipeline_of(scaler):
-        recipe = dict(features=normalise_features(features), embargo=embargo.total_seconds(), rolls=rolls, **origin)
-        return make_pipeline(bars, scaler, widths, **recipe)
+        def pipeline_of(scaler):
+            recipe = dict(features=normalise_features(features), embargo=embargo.total_seconds(), rolls=rolls, **origin)
+            return make_pipeline(bars, scaler, widths, **recipe)
 
-    report = _write_and_check(table, out, horizons, shares, embargo, True, (), groups, pipeline_of)
+        bar.update(2, f"writing {len(table):,} rows")
+        report = _write_and_check(table, out, horizons, shares, embargo, True, (), groups, pipeline_of)
+        bar.update(3)
     for text in [*notes, *block_warnings(report.labels), *price_warnings(bars, "bars")]:
         warnings.warn(text, SplitsWarning, stacklevel=2)
     return out

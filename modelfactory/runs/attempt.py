@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,6 +186,7 @@ def _result_values(trainer, resolved):
         pretrained=getattr(trainer.model, "pretrained", None),
         splits=list(trainer.predictions),
         seconds=trainer.seconds,
+        rounds=trainer.rounds,
         **_class_shares(trainer),
         versions=_library_versions(model),
         **_fold_values(trainer),
@@ -448,10 +450,15 @@ def close_attempt(
     run: Path,  # folder of the run
     reason: str = "",  # why the run was not scored
 ) -> None:
-    "Moves the executed notebook into the run, stores the reason if the run is not scored, and removes the attempt."
+    """Moves the executed notebook into the run and removes the attempt.
+
+    Stores the reason if the run is not scored, and for a run of a grid the time that its process took."""
     with contextlib.suppress(OSError):
         notebook, published = attempt / "train.ipynb", open_run(run)
         if notebook.is_file():
             notebook.rename(run / notebook.name)
-        change_manifest(published, run, {} if published.scored else dict(reason=reason), [notebook.name])
+        changes = {} if published.scored else dict(reason=reason)
+        if (attempt / "job.json").is_file():
+            changes |= dict(wall_seconds=round(time.time() - (attempt / "job.json").stat().st_mtime, 1))
+        change_manifest(published, run, changes, [notebook.name])
     shutil.rmtree(attempt, ignore_errors=True)

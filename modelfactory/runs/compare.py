@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from ..configuration import did_you_mean, settings
 from ..data.bundled import data_path
+from ..progress import Progress
 from .comparison import comparison
 from .page import to_html, to_markdown, write_run_pages
 from .report import run_pages
@@ -76,11 +77,16 @@ def compare(
     unfinished = runs / ".compare.ipynb"
     unfinished.unlink(missing_ok=True)
     parameters = dict(runs=str(runs), comparison_file=str(runs / COMPARISON_FILE))
-    execute_notebook(find_notebook("compare.ipynb"), unfinished, parameters)
-    unfinished.replace(runs / "compare.ipynb")
-    to_markdown(runs / "compare.ipynb", runs / "model_comparison.md")
-    notebooks = run_pages(result, runs)
-    pages = write_run_pages(runs, list(notebooks), runs / PAGES_FOLDER)
-    links = {notebooks[name]: f"{PAGES_FOLDER}/{quote(page.name)}" for name, page in pages.items()}
-    to_html(runs / "compare.ipynb", runs / "model_comparison.html", links=links)
+    with Progress(3, "pages of the comparison", delay=1.0) as bar:
+        bar.update(0, "compare.ipynb")
+        execute_notebook(find_notebook("compare.ipynb"), unfinished, parameters)
+        unfinished.replace(runs / "compare.ipynb")
+        bar.update(1, "model_comparison.md")
+        to_markdown(runs / "compare.ipynb", runs / "model_comparison.md")
+        bar.update(2, "model_comparison.html")
+        notebooks = run_pages(result, runs)
+        pages = write_run_pages(runs, list(notebooks), runs / PAGES_FOLDER)
+        links = {notebooks[name]: f"{PAGES_FOLDER}/{quote(page.name)}" for name, page in pages.items()}
+        to_html(runs / "compare.ipynb", runs / "model_comparison.html", links=links)
+        bar.update(3)
     return runs / "model_comparison.html"

@@ -22,6 +22,7 @@ from ..evaluation.permutation import shuffled_direction_confusion
 from ..files import FileError, printable, read_json
 from ..models.base import probability_columns
 from ..models.registry import UnknownModel
+from ..progress import Progress
 from .controls import control_entry
 from .fold_comparison import fold_entry
 from .rescore import score_with_data, score_without_data, scoring_trainer
@@ -315,11 +316,15 @@ def comparison(
     unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
     names, unread, tasks = runs.task_names, list(runs.unread), []
     data_of_task = {names[r.path.name]: runs.data_names[r.data] for r in runs}
-    for data, horizon in sorted({(names[r.path.name], r.horizon) for r in runs.by_horizon() if r.fold is None}):
-        task = read_task(runs, data, horizon, unread=unread)
-        if task.models:
-            entry = _task_entry(task, count_trials(runs, data_of_task[data]))
-            tasks.append(entry | dict(folds=fold_entry(task, runs)))
+    keys = sorted({(names[r.path.name], r.horizon) for r in runs.by_horizon() if r.fold is None})
+    with Progress(len(keys), "comparison", delay=1.0) as bar:
+        for number, (data, horizon) in enumerate(keys):
+            bar.update(number, f"{data} h{horizon}")
+            task = read_task(runs, data, horizon, unread=unread)
+            if task.models:
+                entry = _task_entry(task, count_trials(runs, data_of_task[data]))
+                tasks.append(entry | dict(folds=fold_entry(task, runs)))
+        bar.update(len(keys))
     folders = list(dict.fromkeys([runs.folder] if runs.folder else [r.path.parent for r in runs]))
     return plain_data(
         dict(

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,10 @@ from .run import Run, load_run
 from .run_folder import FAILED_FOLDER, UNSCORED, start_attempt, write_json, write_pid
 
 # %% auto #0
-__all__ = ['GC_THRESHOLD', 'KERNEL_START_CODE', 'MAX_SOCKET_BYTES', 'NO_LIMITS', 'RUN_ENV_VAR', 'EXIT_SECONDS', 'RETRYABLE',
-           'MAX_ATTEMPTS', 'find_notebook', 'import_papermill', 'check_parameters', 'execute_notebook', 'run_attempt',
-           'Outcome', 'Limits', 'run_environment', 'rss_gb', 'kill_run', 'run_outcome', 'run_notebook']
+__all__ = ['GC_THRESHOLD', 'KERNEL_START_CODE', 'MAX_SOCKET_BYTES', 'NO_LIMITS', 'RUN_ENV_VAR', 'CANCELLED_REASON',
+           'EXIT_SECONDS', 'RETRYABLE', 'MAX_ATTEMPTS', 'find_notebook', 'import_papermill', 'check_parameters',
+           'execute_notebook', 'run_attempt', 'Outcome', 'Limits', 'run_environment', 'rss_gb', 'kill_run',
+           'run_outcome', 'keep_failed', 'run_notebook']
 
 # %% ../../nbs/runs/03_engine.ipynb #fe60489e
 def find_notebook(
@@ -225,7 +227,7 @@ class Outcome:
     "How a run ended."
 
     name: str  # name of the run
-    status: str  # ok, skipped, not scored, failed, timeout, killed, interrupted, unavailable
+    status: str  # ok, skipped, not scored, failed, timeout, killed, interrupted, cancelled, unavailable
     reason: str = ""  # reason for a status other than ok, or remarks on the fit, in one line
     path: Path | None = None  # folder of the run or of the failed attempt
     seconds: float = 0.0  # wall-clock time
@@ -283,10 +285,11 @@ def rss_gb(
     return total / 1e9
 
 # %% ../../nbs/runs/03_engine.ipynb #be59b561
+CANCELLED_REASON = "run the grid again to train it"
 EXIT_SECONDS = 60  # maximum time in seconds between the publication of a run and the exit of its process
 
 
-def _wait_for_end(process, limits, stop, is_closed):
+def _wait_for_end(process, limits, stop, is_closed, is_cancelled):
     """Waits for a process; returns a status and a reason if the process must be killed.
 
     Status and reason are empty if the process has exited. They are also empty if the process is still running
@@ -302,6 +305,8 @@ def _wait_for_end(process, limits, stop, is_closed):
             return "", ""
         if stop is not None and stop.is_set():
             return "interrupted", "stopped before the run finished"
+        if closed_at == math.inf and is_cancelled():
+            return "cancelled", CANCELLED_REASON
         if limits.seconds and time.monotonic() - start > limits.seconds:
             return "timeout", f"not done after {limits.seconds:g} s"
         if limits.memory_gb and (used := rss_gb(process.pid)) > limits.memory_gb:
@@ -349,7 +354,7 @@ def _attempt_outcome(attempt, runs, status, reason, start):
     "The outcome of an attempt whose process has ended: a scored run, an unscored run or a failure."
     run = runs / attempt.name
     if not run.is_dir():
-        return _keep_failed(attempt, runs, status, reason, start)
+        return keep_failed(attempt, runs, status, reason, start)
     if attempt.is_dir():
         close_attempt(attempt, run, reason)
     return run_outcome(attempt.name, load_run(run), "ok", reason, time.monotonic() - start)
@@ -369,7 +374,13 @@ def run_outcome(
     return Outcome(title, UNSCORED, reason, run.path, seconds)
 
 
-def _keep_failed(attempt, runs, status, reason, start):
+def keep_failed(
+    attempt: Path,  # folder of an attempt
+    runs: Path,  # the runs folder
+    status: str,  # as in `Outcome`
+    reason: str,
+    start: float,  # value of `time.monotonic` when the attempt began
+) -> Outcome:
     "Moves a failed attempt to `.failed/` and returns its outcome."
     kept = runs / FAILED_FOLDER / attempt.name
     with contextlib.suppress(OSError):
@@ -390,6 +401,7 @@ def run_notebook(
     limits: Limits = NO_LIMITS,
     stop: threading.Event | None = None,  # event that another thread sets to end the run
     grid: str = "",  # name of the grid, stored in the manifest
+    is_cancelled: Callable[[], bool] = lambda: False,  # called every 200 ms; True ends the run
 ) -> Outcome:
     """Trains a model in a separate process, publishes the run and returns its outcome.
 
@@ -403,13 +415,13 @@ def run_notebook(
     if parameters.get("dataset"):
         parameters = parameters | dict(dataset=absolute_paths(parameters["dataset"]))
     for _ in range(MAX_ATTEMPTS):
-        outcome = _attempt(parameters, runs, notebook, limits, stop, grid)
+        outcome = _attempt(parameters, runs, notebook, limits, stop, grid, is_cancelled)
         if outcome.status != "failed" or not RETRYABLE.search(outcome.reason):
             break
     return outcome
 
 # %% ../../nbs/runs/03_engine.ipynb #336f091b
-def _attempt(parameters, runs, notebook, limits, stop, grid):
+def _attempt(parameters, runs, notebook, limits, stop, grid, is_cancelled):
     "Executes the notebook in a new process, waits until the process ends, and returns the outcome."
     attempt, start = start_attempt(runs, parameters), time.monotonic()
     job = dict(notebook=str(notebook), runs=str(runs), grid=grid, parameters=parameters | dict(output=str(attempt)))
@@ -430,7 +442,7 @@ def _attempt(parameters, runs, notebook, limits, stop, grid):
         return (runs / attempt.name).is_dir() and not attempt.is_dir()
 
     try:
-        status, reason = _wait_for_end(process, limits, stop, is_closed)
+        status, reason = _wait_for_end(process, limits, stop, is_closed, is_cancelled)
     except BaseException:
         kill_run(process, attempt.name)
         _attempt_outcome(attempt, runs, "interrupted", "interrupted", start)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -26,9 +27,18 @@ from ..imports import ADDRESS_GRAMMAR, without_module
 from ..models.devices import visible_gpus
 from ..models.errors import ModelUnavailable
 from ..models.params import read_params
-from .engine import NO_LIMITS, Limits, Outcome, run_notebook, run_outcome
+from modelfactory.runs.engine import (
+    CANCELLED_REASON,
+    NO_LIMITS,
+    Limits,
+    Outcome,
+    keep_failed,
+    run_notebook,
+    run_outcome,
+)
 from .run import Run, load_run
-from .run_folder import MANIFEST_FILE, RunError, task_prefix
+from .run_folder import MANIFEST_FILE, RunError, start_attempt, task_prefix, write_json
+from .sessions import Session
 
 # %% auto #0
 __all__ = ['LOCKS_FOLDER', 'MAX_RAY_STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'requested_gpus', 'GPUShares',
@@ -45,6 +55,15 @@ class Job:
     grid: str = ""  # name of the grid to which the job belongs
     resolved_config: dict | None = None  # complete config that the run will store
     fingerprint: str = ""  # hash of the splits
+    session: Session | None = None  # session of the running grid; it says whether the job must wait or was cancelled
+
+    def is_cancelled(self) -> bool:
+        "Whether the job was cancelled in its session."
+        return self.session is not None and self.session.is_cancelled(self.identity)
+
+    def must_wait(self) -> bool:
+        "Whether the session is paused and the job was not cancelled."
+        return self.session is not None and self.session.is_paused and not self.is_cancelled()
 
     @property
     def title(self) -> str:
@@ -92,22 +111,34 @@ def run_job(
     Does not raise exceptions: an error is returned as an outcome with status `failed`."""
     stop = stop or threading.Event()
     try:
+        while job.must_wait() and not stop.wait(0.5):
+            pass
         with _lock(job, runs, stop):
             if stop.is_set():
                 return Outcome(job.title, "interrupted", "stopped before it began")
+            if job.is_cancelled():
+                return replace(_cancelled_outcome(job, runs), name=job.title)
             if not force and (run := finished_run(job, runs)):
                 return _finished_outcome(job.title, run)
-            return replace(run_notebook(job.parameters, runs, limits, stop, job.grid), name=job.title)
+            outcome = run_notebook(job.parameters, runs, limits, stop, job.grid, job.is_cancelled)
+            return replace(outcome, name=job.title)
     except Exception as e:
         return Outcome(job.title, "failed", f"{type(e).__name__}: {e}")
 
 
+def _cancelled_outcome(job, runs):
+    "Stores that a job was cancelled before it began, as a failed attempt that other processes can read."
+    attempt = start_attempt(runs, job.parameters)
+    write_json(attempt / "job.json", dict(grid=job.grid, parameters=job.parameters))
+    return keep_failed(attempt, runs, "cancelled", CANCELLED_REASON, time.monotonic())
+
+
 @contextlib.contextmanager
 def _lock(job, runs, stop):
-    "Acquires the lock for a run's identity and holds it; waits until the lock is free or `stop` is set."
+    "Acquires the lock for a run's identity and holds it; waits until it is free, `stop` is set or the job cancelled."
     (Path(runs) / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(runs) / LOCKS_FOLDER / job.identity)
-    while not stop.is_set():
+    while not stop.is_set() and not job.is_cancelled():
         try:
             lock.acquire(timeout=0.5)
             break

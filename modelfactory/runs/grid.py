@@ -5,13 +5,12 @@
 # %% ../../nbs/runs/05_grid.ipynb #5ced9d9e
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import time
 from collections.abc import Collection
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -36,14 +35,23 @@ from ..data.dataset import DatasetConfig, FoldConfig
 from ..data.prices import check_split_prices
 from ..data.splits import fingerprint, present_splits, read_splits
 from ..evaluation.metrics import has_direction
-from ..files import read_json
 from ..models.registry import ModelRegistry
-from ..progress import Progress, duration
 from .attempt import run_identity
+from modelfactory.runs.board import (
+    ENDED,
+    Board,
+    GridReader,
+    GridState,
+    GridStatus,
+    by_identity,
+    job_states,
+    make_board,
+)
 from .engine import Limits, Outcome, run_outcome
 from .executors import Job, make_engine
 from .run import list_runs
-from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, UNSCORED, clear_partial, is_alive, list_attempts
+from .run_folder import clear_partial
+from .sessions import start_session
 from .stitch import stitch_finished
 from .stored import RunList, StoredRun
 from .tracking import Tracker
@@ -52,8 +60,8 @@ from ..words import count_text
 
 # %% auto #0
 __all__ = ['NULL', 'GridConfig', 'grid_config', 'expand_models', 'grid_jobs', 'fold_numbers', 'plan_grid', 'audit_data',
-           'make_trainer', 'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'GridStatus',
-           'grid_status', 'job_states']
+           'make_trainer', 'GridResult', 'run_grid', 'default_workers', 'trained_by_other_code', 'grid_status',
+           'watch_grid']
 
 # %% ../../nbs/runs/05_grid.ipynb #7765424b
 @dataclass
@@ -258,10 +266,13 @@ class GridResult(list):
         "Whether every run succeeded or was skipped; models unavailable on this machine do not count as failures."
         return all(o.status in ("ok", "skipped", "unavailable") for o in self)
 
+    def to_dicts(self) -> list[dict]:
+        "One dict per run: its name, status, seconds and reason."
+        return [dict(run=o.name, status=o.status, seconds=round(o.seconds, 1), reason=o.reason) for o in self]
+
     def to_frame(self) -> pd.DataFrame:
         "A table with one row per run: its name, status, seconds and reason."
-        rows = [dict(run=o.name, status=o.status, seconds=round(o.seconds, 1), reason=o.reason) for o in self]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(self.to_dicts())
 
     def __repr__(self):
         counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
@@ -288,15 +299,17 @@ def run_grid(
     memory: float | None = None,  # memory limit of a run in GB
     engine: str | None = None,  # such as local or ray; None: the engine of the settings
     address: str | None = None,  # Ray cluster address; None: `address` in settings.ini if its engine is used
+    board: Board | None = None,  # shows the state of the grid; None: `make_board`
 ) -> GridResult:
     """Trains all unfinished runs of a grid; a failed run does not stop the others.
 
-    Raises the errors of `plan_grid` before the first run starts."""
+    Other processes can watch the grid, pause it and cancel its runs (see `watch_grid` and `GridMonitor`). Raises the
+    errors of `plan_grid` before the first run starts."""
     s = settings()
     runs, address = Path(runs or s.runs), address or (s.address if engine in (None, s.engine) else "") or None
     stored = RunList() if force else list_runs(runs)
     warnings: list[str] = []
-    finished = {identity: run for identity, run in _by_identity(stored).items() if run.scored}
+    finished = {identity: run for identity, run in by_identity(stored).items() if run.scored}
     config = grid if isinstance(grid, GridConfig) else grid_config(grid)
     jobs = plan_grid(config, finished, warnings)
     clear_partial(runs)
@@ -304,11 +317,15 @@ def run_grid(
     missing = [j for j in jobs if j.identity not in finished]
     result += [Outcome(j.title, "unavailable", j.unavailable) for j in missing if j.unavailable]
     todo = [j for j in missing if not j.unavailable]
-    if n := len(trained_by_other_code(todo, stored)):
-        print(f"training {count_text(n, 'run')} of this grid again: the code or the defaults have changed")
     if todo:
-        executor = make_engine(engine or s.engine, min(workers or default_workers(), len(todo)), address)
-        result += _run_all(todo, runs, executor, Limits(timeout, memory), force)
+        n_workers = min(workers or default_workers(), len(todo))
+        executor = make_engine(engine or s.engine, n_workers, address)
+        session = start_session(runs, [job.identity for job in todo], n_workers)
+        board = board or make_board()
+        if n := len(trained_by_other_code(todo, stored)):
+            board.say(f"training {count_text(n, 'run')} of this grid again: the code or the defaults have changed")
+        reader = GridReader(jobs, runs)
+        result += _run_all(todo, runs, executor, Limits(timeout, memory), force, session, reader, board)
     if any(fold is not None for fold in fold_numbers(config)):
         result.stitched = stitch_finished(runs, warnings)
     result.warnings = warnings
@@ -318,11 +335,6 @@ def run_grid(
 def default_workers() -> int:
     "The default number of parallel runs: half the cores but at least 2, or 1 on a single-core machine."
     return max(min(2, os.cpu_count() or 1), (os.cpu_count() or 1) // 2)
-
-
-def _by_identity(runs):
-    "Finished runs by identity; if several runs have the same identity, a scored run is preferred."
-    return {r.identity: r for r in sorted(runs, key=lambda r: r.scored)}
 
 # %% ../../nbs/runs/05_grid.ipynb #9bcc4a23
 def trained_by_other_code(
@@ -361,24 +373,28 @@ def _is_same_config(resolved, run):
     return True
 
 # %% ../../nbs/runs/05_grid.ipynb #9574815a
-def _run_all(jobs, runs, engine, limits, force):
+def _run_all(jobs, runs, engine, limits, force, session, reader, board):
     "Executes jobs and returns their outcomes in order of completion; sends successful runs to the tracking server."
-    bar, outcomes, messages, s = Progress(len(jobs), "runs"), GridResult(), [], settings()
-    track = Tracker(s.tracking, s.experiment, say=messages.append)
+    result, outcomes, s = GridResult(), {}, settings()
+    track = Tracker(s.tracking, s.experiment, say=board.say)
     try:
-        futures = {engine.submit(j, runs, limits, force): j for j in jobs}
-        bar.update(0, f"{len(jobs)} to go")
-        for future in as_completed(futures):
-            outcomes.append(_future_outcome(future, futures[future]))
-            bar.update(len(outcomes), _progress_note(outcomes))
-            if outcomes[-1].status == "ok":
-                track(outcomes[-1].path)
+        futures = {engine.submit(replace(j, session=session), runs, limits, force): j for j in jobs}
+        pending = set(futures)
+        while pending:
+            board.show(reader.read(outcomes))
+            ended, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            session.beat()
+            for future in ended:
+                result.append(_future_outcome(future, futures[future]))
+                outcomes[futures[future].identity] = result[-1]
+                if result[-1].status == "ok":
+                    track(result[-1].path)
+        board.show(reader.read(outcomes))
     finally:
         engine.end()
-    bar.close()
-    for line in messages:
-        print(line)
-    return outcomes
+        session.end()
+        board.close()
+    return result
 
 
 def _future_outcome(future, job):
@@ -388,31 +404,6 @@ def _future_outcome(future, job):
     except Exception as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         return Outcome(job.title, "killed", f"its worker was lost ({reason})")
-
-
-def _progress_note(outcomes):
-    "The text beside the progress bar: the name of the last run and the number of failures."
-    failed = [o for o in outcomes if o.status not in ("ok", "skipped")]
-    return f"last: {outcomes[-1].name}" + (f", {len(failed)} failed" if failed else "")
-
-# %% ../../nbs/runs/05_grid.ipynb #3b732dde
-class GridStatus(list):
-    "The state of a grid: one dict per job, with the keys run, status, seconds and note."
-
-    def to_frame(self) -> pd.DataFrame:
-        "A table with one row per job."
-        return pd.DataFrame(self, columns=["run", "status", "seconds", "note"])
-
-    def count(self, status: str) -> int:
-        "The number of jobs with the given status."
-        return sum(row["status"] == status for row in self)
-
-    def __repr__(self):
-        counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(r["status"] for r in self))
-        return counts + "\n" + self.to_frame().to_string(index=False, na_rep="")
-
-    def _repr_html_(self):
-        return self.to_frame().to_html(index=False, border=0, na_rep="")
 
 # %% ../../nbs/runs/05_grid.ipynb #01f0b5ea
 def grid_status(
@@ -425,65 +416,24 @@ def grid_status(
     return job_states(jobs, runs, list_runs(runs))
 
 
-def job_states(
-    jobs: list[Job],  # jobs of a grid
-    runs: Path,  # the runs folder
-    stored: RunList,  # all its runs
-) -> GridStatus:
-    "The state of each job, as in `grid_status`."
-    finished = _by_identity(stored)
-    running, failed = _newest_attempts(runs / PARTIAL_FOLDER), _newest_attempts(runs / FAILED_FOLDER)
-    rows = GridStatus()
-    for job in jobs:
-        key = _parameters_key(job.parameters)
-        status = _job_status(job, finished.get(job.identity), running.get(key), failed.get(key))
-        rows.append(dict(run=job.title, **status))
-    return rows
-
-
-def _parameters_key(parameters):
-    "The parameters of a run as text, without the output folder; equal parameters give equal text."
-    return json.dumps({k: v for k, v in parameters.items() if k != "output"}, sort_keys=True, default=list)
-
-
-def _newest_attempts(folder):
-    "The newest attempt for each set of parameters."
-    attempts = {}
-    for attempt in list_attempts(folder):
-        with contextlib.suppress(OSError, ValueError):
-            attempts[_parameters_key(read_json(attempt / "job.json")["parameters"])] = attempt
-    return attempts
-
-# %% ../../nbs/runs/05_grid.ipynb #3a69ded1
-def _job_status(job, run, running, failed):
-    "Status, seconds and note of a job; the job's run, running attempt and failed attempt may each be None."
-    if run and not run.scored:
-        return dict(status=UNSCORED, seconds=None, note=f"{run.reason} (see {run.path.name})")
-    if run:
-        return dict(status="done", seconds=round(sum(run.manifest["seconds"].values()), 1), note=run.path.name)
-    if running and is_alive(running):
-        return dict(status="running", seconds=_age_seconds(running), note=_fit_progress(running))
-    if job.unavailable:
-        return dict(status="unavailable", seconds=None, note=job.unavailable)
-    if not failed:
-        return dict(status="waiting", seconds=None, note="")
-    with contextlib.suppress(OSError, ValueError):
-        outcome = read_json(failed / "outcome.json")
-        return dict(status=outcome["status"], seconds=None, note=f"{outcome['reason']} (see {failed.name})")
-    return dict(status="failed", seconds=None, note=f"see {failed.name}")
-
-
-def _age_seconds(attempt):
-    return round(time.time() - (attempt / "job.json").stat().st_mtime, 1)
-
-
-def _fit_progress(attempt):
-    "Round, remaining time and losses of a fit in one line; empty if the model reports no progress."
-    with contextlib.suppress(OSError, ValueError):
-        p = read_json(attempt / "progress.json")
-        remaining = ""
-        if p["done"]:
-            remaining = f", at most {duration(p['seconds'] / p['done'] * (p['of'] - p['done']))} left"
-        losses = "".join(f", {k} {v:.4f}" for k, v in p["losses"].items())
-        return f"round {p['done']} of {p['of']}{remaining}{losses}"
-    return ""
+def watch_grid(
+    grid: GridConfig | dict | str | Path,  # see `grid_config`
+    runs: Path | None = None,  # None: the runs folder of the settings
+    board: Board | None = None,  # None: `make_board`
+    every: float = 1.0,  # seconds between two looks
+) -> GridState:  # the last state
+    "Shows the state of a grid that another process runs, until no process runs it."
+    reader = GridReader(grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid)), runs or settings().runs)
+    board = board or make_board()
+    try:
+        while True:
+            state = reader.read()
+            board.show(state)
+            if not state.is_active:
+                break
+            time.sleep(every)
+        if n := sum(run.status not in ENDED for run in state.runs):
+            board.say(f"no process runs this grid; {n} of {len(state.runs)} runs are waiting")
+    finally:
+        board.close()
+    return state

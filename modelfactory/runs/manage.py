@@ -9,7 +9,6 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from ..configuration import settings
@@ -17,8 +16,10 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.tables import format_metric
 from ..files import printable
 from ..progress import duration
+from .board import GridStatus, job_states
 from .comparison import plain_data
-from .grid import GridConfig, GridStatus, grid_config, job_states, plan_grid
+from .costs import Costs, remaining_seconds
+from .grid import GridConfig, grid_config, plan_grid
 from .run import Run, list_runs, load_run
 from modelfactory.runs.run_folder import (
     CHECKPOINT_PREFIX,
@@ -276,11 +277,8 @@ def dry_run(
     stored = list_runs(runs)
     jobs = plan_grid(config, {run.identity for run in stored if run.scored}, warnings)
     status = job_states(jobs, runs, stored)
-    seconds: dict[tuple, list[float]] = {}
-    for run in stored:
-        seconds.setdefault((run.manifest["model"], run.horizon), []).append(sum(run.manifest["seconds"].values()))
-    keys = [(job.parameters["model"], job.parameters["horizon"]) for job in jobs]
-    pending = [key for key, row in zip(keys, status, strict=True) if row["status"] not in ("done", "unavailable")]
-    estimates = [median(seconds[key]) for key in pending if key in seconds]
-    unknown = sorted({model for model, horizon in pending if (model, horizon) not in seconds})
-    return DryRun(status, sum(estimates) if estimates else None, unknown, warnings)
+    pending = [job for job, row in zip(jobs, status, strict=True) if row["status"] not in ("done", "unavailable")]
+    costs = Costs(stored)
+    seconds = {job.identity: costs.estimate(job) for job in pending}
+    unknown = sorted({job.parameters["model"] for job in pending if seconds[job.identity] is None})
+    return DryRun(status, remaining_seconds([], list(seconds.values()), 1) or None, unknown, warnings)

@@ -452,12 +452,11 @@ def run_zoo(
     tasks = [(w, s) for s in range(n_markets) for w in worlds if (w, s) not in done]
     if not tasks:
         return _select_markets(stored, worlds, n_markets)
-    bar = Progress(len(tasks), "null zoo")
-    for n, result in enumerate(_results(tasks, workers), 1):
-        with open(folder / f"{result['world']}.jsonl", "a", encoding="utf8") as file:
-            file.write(json.dumps(result | dict(code=code_hash())) + "\n")
-        bar.update(n, result["world"])
-    bar.close()
+    with Progress(len(tasks), "null zoo") as bar:
+        for n, result in enumerate(_results(tasks, workers), 1):
+            with open(folder / f"{result['world']}.jsonl", "a", encoding="utf8") as file:
+                file.write(json.dumps(result | dict(code=code_hash())) + "\n")
+            bar.update(n, result["world"])
     return _select_markets(read_results(folder, any_code), worlds, n_markets)
 
 

@@ -332,13 +332,12 @@ def selftest(
 ) -> SelfTest:
     "Runs the pipeline on a market without signal; lists a model's exceptions as problems, but raises `UnknownModel`."
     jobs = [(ModelRegistry.get(m).name, h) for m in models for h in horizons]
-    level, bar = 1 - alpha / max(1, len(jobs)), Progress(len(jobs), "self-test")
-    with tempfile.TemporaryDirectory() as d:
+    level = 1 - alpha / max(1, len(jobs))
+    with Progress(len(jobs), "self-test") as bar, tempfile.TemporaryDirectory() as d:
         folder, table = null_splits(Path(d) / "null", tuple(horizons), seed, rows, features), []
         report = audit(read_splits(folder))
         for i, (model, horizon) in enumerate(jobs):
             bar.update(i, f"{model} h{horizon}")
             table.append(_test_model(model, horizon, folder, preset, level, seed))
         bar.update(len(jobs))
-        bar.close()
     return SelfTest(pd.DataFrame(table), report, lookahead_features(features), level, seed)

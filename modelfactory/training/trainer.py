@@ -57,6 +57,7 @@ from ..models.conformal import adapt_sets, label_delay
 from ..models.joint import history_at, horizon_model
 from ..models.params import resolve_config
 from ..models.registry import ModelRegistry
+from ..progress import ShowProgress, is_progress_shown
 from .test_set import record_test_use, runs_folder
 from ..words import count_text, number_text
 
@@ -139,6 +140,7 @@ class Trainer:
         self.predictions: dict[str, PredictionOutput] = {}
         self.metrics: dict[str, Any] = {}  # split -> metrics; for a joint fit, split -> horizon -> metrics
         self.seconds: dict[str, float] = {}
+        self.rounds: dict[str, int] | None = None  # rounds `done` and `of`; None: progress was not shown
         self.robustness_by_split: dict[str, Robustness] = {}
         self.baseline_metrics: dict[str, dict[str, dict]] = {}
         self.folds: list[FoldDatasets] = []
@@ -255,7 +257,9 @@ class Trainer:
         return self.model
 
     def train(self) -> dict:
-        "Fits `model`, building it first if needed; returns the losses of each round, also stored in `history`."
+        """Fits `model`, building it first if needed; returns the losses of each round, also stored in `history`.
+
+        Shows the progress of the fit in a notebook and in a terminal."""
         folds = self.config.data.folds
         if folds is not None and folds.fold is None:
             raise ConfigError(
@@ -267,10 +271,14 @@ class Trainer:
         train, val = self.datasets["train"], self.datasets["val"]
         self._fingerprint, self._learning = self.fingerprint(), None  # before the fit, because files may move later
         self._parts = {}
-        model.callbacks = [*model.callbacks, *self.callbacks]
+        shown = ShowProgress()
+        model.callbacks = [*model.callbacks, *self.callbacks, *[shown] * is_progress_shown()]
         start = time.perf_counter()
-        self.history = model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
-        self.seconds["fit"] = time.perf_counter() - start
+        try:
+            self.history = model.fit(train.X, train.y, val.X, val.y, train.metadata, val.metadata) or {}
+        finally:
+            model.callbacks = [callback for callback in model.callbacks if callback is not shown]
+        self.seconds["fit"], self.rounds = time.perf_counter() - start, shown.rounds
         check_history(model, self.history)
         return self.history
 

@@ -417,14 +417,11 @@ class OptunaModelTuner:
         Raises `TunerError` if all trials fail and `SplitsError` if the data are not valid."""
         if self.objective.splits is None:
             self.objective.prepare_data()
-        with quiet_optuna():
-            study, bar = self.study(), Progress(self.n_trials, f"{self.model} h{horizon_text(self.config.horizon)}")
-            orphans = OrphanedTrials()
-            try:
-                while not is_over(study, self.n_trials, bar, orphans):
-                    self._run_next(study)
-            finally:
-                bar.close()
+        label = f"{self.model} h{horizon_text(self.config.horizon)}"
+        with quiet_optuna(), Progress(self.n_trials, label) as bar:
+            study, orphans = self.study(), OrphanedTrials()
+            while not is_over(study, self.n_trials, bar, orphans):
+                self._run_next(study)
         return TuningResult(study)
 
     def _run_next(self, study):

@@ -222,14 +222,13 @@ class TimesFMEncoder:
         c, bytes_per_row = self.config, self.bytes_per_row()
         batch_size = c.forecast_batch or batch_size_for_memory(bytes_per_row, self.device)
         cache = RowCache(self._cache_folder(past) if c.cache else None, self.width)
-        bar = Progress(len(np.unique(past.ends)), c.model_name)
+        bar = Progress(len(np.unique(past.ends)), f"{c.model_name} embeddings", delay=1.0)
         states = cache.get(
             past.ends,
             lambda rows: self._encode_rows(past, rows, batch_size),
-            lambda done, total: bar.update(done) if c.cache else None,
+            lambda done, total: bar.update(done),
         )
-        if c.cache:
-            bar.close()
+        bar.close()
         return states
 
     def _encode_rows(self, past, rows, batch_size):
