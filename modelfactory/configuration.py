@@ -33,7 +33,8 @@ __all__ = ['MAX_NAMES_SHOWN', 'PositiveInt', 'NonNegativeInt', 'Fraction', 'Posi
            'MAX_YAML_BYTES', 'MAX_YAML_NODES', 'PACKAGE_ROOT', 'RUN_NAME_PATTERN', 'HARMLESS_VALUES', 'ConfigError',
            'SettingsError', 'did_you_mean', 'build_config', 'parse_horizon', 'horizon_tuple', 'horizon_text',
            'field_docs', 'html_table', 'HTMLConfig', 'read_yaml', 'redact', 'TradingSettings', 'TradingRules',
-           'Settings', 'refused_settings', 'settings', 'plugin_files', 'params_folder', 'matrix_settings']
+           'Settings', 'ignored_variables', 'refused_settings', 'settings', 'plugin_files', 'params_folder',
+           'matrix_settings']
 
 # %% ../nbs/00_configuration.ipynb #198bfcc1
 class ConfigError(PrintableError):
@@ -433,10 +434,29 @@ def _read_file(file):
 _NOT_SETTINGS = ("SETTINGS", "STOCKNET")  # the settings file, and the prices that benchmarks/stocknet.ipynb reads
 
 
+# Kubernetes sets variables such as MODELFACTORY_SERVICE_HOST and MODELFACTORY_LAB_PORT_8888_TCP_ADDR in all containers
+# beside a service whose name is `modelfactory` or starts with `modelfactory-`.
+_SERVICE_VARIABLE = re.compile(
+    r"MODELFACTORY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+
+
 def _read_environment():
     prefix = "MODELFACTORY_"
-    variables = {k.removeprefix(prefix): v for k, v in os.environ.items() if k.startswith(prefix)}
+    names = (k for k in os.environ if k.startswith(prefix) and not _SERVICE_VARIABLE.fullmatch(k))
+    variables = {k.removeprefix(prefix): os.environ[k] for k in names}
     return {k.lower(): v for k, v in variables.items() if k not in _NOT_SETTINGS}
+
+
+def ignored_variables() -> str:  # one-line message; empty if there are none
+    "A message that lists the variables that Kubernetes sets for a service, and that are not settings."
+    names = sorted(filter(_SERVICE_VARIABLE.fullmatch, os.environ))
+    if not names:
+        return ""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"{names[0]}{others}: not a setting, ignored: Kubernetes sets it for a service; set enableServiceLinks: false"
+    )
 
 # %% ../nbs/00_configuration.ipynb #efda9338
 HARMLESS_VALUES = dict(

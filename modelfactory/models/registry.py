@@ -21,6 +21,7 @@ from modelfactory.configuration import (
     ConfigError,
     did_you_mean,
     horizon_tuple,
+    ignored_variables,
     parse_horizon,
     plugin_files,
     read_yaml,
@@ -195,6 +196,7 @@ class ModelRegistry:
             for point in _entry_points():
                 cls._load_or_record(point.name, point.load)
         _print_once(refused_settings())
+        _print_once(ignored_variables())
         for file in plugin_files():
             cls._load_or_record(file.stem, partial(load_plugin, file))
 

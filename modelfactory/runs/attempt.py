@@ -383,13 +383,14 @@ def publish(
         result = read_json(attempt / RESULT_FILE)
     except (OSError, FileError):
         raise RunError(f"{attempt}: no {RESULT_FILE}: the training did not reach its end; train again") from None
-    for extra in (RESULT_FILE, "pid", "job.json", "run.log", "progress.json"):
+    for extra in (RESULT_FILE, "job.json", "run.log", "progress.json"):
         (attempt / extra).unlink(missing_ok=True)
-    files = folder_hashes(attempt)
+    files = {name: digest for name, digest in folder_hashes(attempt).items() if name != "pid"}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     scored = all(score_files("val", h)["metrics"] in files for h in score_horizons(result["horizon"]))
     values = dict(schema=SCHEMA_VERSION, status="ok", name=attempt.name, created=created, grid=grid or None)
     write_manifest(attempt, values | result | dict(scored=scored, files=files), own=True)
+    (attempt / "pid").unlink(missing_ok=True)  # until here, it protects the attempt from other processes
     run = attempt.rename(Path(runs) / attempt.name)
     _remove_checkpoints(runs, result.get("identity"))
     return run

@@ -33,8 +33,8 @@ from .run_folder import FAILED_FOLDER, UNSCORED, start_attempt, write_json, writ
 # %% auto #0
 __all__ = ['GC_THRESHOLD', 'KERNEL_START_CODE', 'MAX_SOCKET_BYTES', 'NO_LIMITS', 'RUN_ENV_VAR', 'CANCELLED_REASON',
            'EXIT_SECONDS', 'RETRYABLE', 'MAX_ATTEMPTS', 'find_notebook', 'import_papermill', 'check_parameters',
-           'execute_notebook', 'run_attempt', 'Outcome', 'Limits', 'run_environment', 'rss_gb', 'kill_run',
-           'run_outcome', 'keep_failed', 'run_notebook']
+           'socket_folder', 'execute_notebook', 'run_attempt', 'Outcome', 'Limits', 'run_environment', 'rss_gb',
+           'kill_run', 'run_outcome', 'keep_failed', 'run_notebook']
 
 # %% ../../nbs/runs/03_engine.ipynb #fe60489e
 def find_notebook(
@@ -90,6 +90,15 @@ KERNEL_START_CODE = "; ".join(
 MAX_SOCKET_BYTES = 100  # limit for a socket path without its numeric suffix; macOS allows 103 bytes, Linux 107
 
 
+def socket_folder(
+    room: int,  # bytes that the names of folders and of the socket add to the path
+) -> str:
+    "The temporary folder, or /tmp if its path is too long for sockets; a long TMPDIR is common on clusters."
+    folder = tempfile.gettempdir()
+    is_long = os.name == "posix" and len(os.fsencode(folder)) + room > MAX_SOCKET_BYTES
+    return "/tmp" if is_long and os.access("/tmp", os.W_OK) else folder
+
+
 def _kernel_manager(runtime):
     """A kernel manager class that starts kernels with this interpreter, regardless of the installed kernels.
 
@@ -119,7 +128,7 @@ def execute_notebook(
     "Executes a notebook with papermill in this process; raises the error of a failed cell."
     papermill = import_papermill()
     _throttle_saves()
-    with tempfile.TemporaryDirectory(prefix="mf") as runtime:
+    with tempfile.TemporaryDirectory(prefix="mf", dir=socket_folder(len("/mf01234567/kernel"))) as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime
         papermill.execute_notebook(
             _escape_braces(notebook),
@@ -171,14 +180,12 @@ def _is_parent_alive(parent):
     return os.getppid() == parent if os.name == "posix" else psutil.pid_exists(parent)
 
 
-def _watch_parent(attempt, parent):
-    "Updates `pid` every second; kills this process and its kernel once the process `parent` has ended."
+def _watch_parent(parent):
+    "Kills this process and its kernel once the process `parent` has ended."
     import psutil
 
     while True:
         time.sleep(1)
-        with contextlib.suppress(OSError):
-            os.utime(attempt / "pid")
         if _is_parent_alive(parent):
             continue
         for child in psutil.Process().children(recursive=True):
@@ -196,7 +203,7 @@ def run_attempt(
     gc.set_threshold(GC_THRESHOLD)
     attempt = Path(attempt)
     write_pid(attempt)
-    threading.Thread(target=_watch_parent, args=(attempt, int(parent)), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
     job = json.loads((attempt / "job.json").read_text())
     try:
         execute_notebook(Path(job["notebook"]), attempt / "train.ipynb", job["parameters"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import modelfactory
 from ..builtin import builtin_path, is_checkout
-from ..configuration import Settings, html_table, refused_settings, settings
+from ..configuration import Settings, html_table, ignored_variables, refused_settings, settings
 from ..files import printable
 from ..words import count_text
 
@@ -206,6 +206,13 @@ def _settings(current: Settings):
     return EnvironmentFinding("settings", value, "ok", "modelfactory init writes a project with a settings.ini")
 
 
+def _variables():
+    "Variables of the environment that are named like settings but come from Kubernetes."
+    message = ignored_variables()
+    fix = "set enableServiceLinks: false in the pod, or name the service differently"
+    return [EnvironmentFinding("variables", message, "warn", fix)] if message else []
+
+
 def _plugins(current: Settings):
     "The loaded plugins, and the plugins that a settings file lists but that are not loaded."
     names = ", ".join(_short_path(current, file) for file in current.plugins)
@@ -271,6 +278,7 @@ def check_environment() -> Environment:
             _gpu(),
             _kernel(),
             _settings(current),
+            *_variables(),
             *_plugins(current),
             _data(current),
             _runs(current),

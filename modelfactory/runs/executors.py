@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -35,14 +37,15 @@ from modelfactory.runs.engine import (
     keep_failed,
     run_notebook,
     run_outcome,
+    socket_folder,
 )
 from .run import Run, load_run
 from .run_folder import MANIFEST_FILE, RunError, start_attempt, task_prefix, write_json
 from .sessions import Session
 
 # %% auto #0
-__all__ = ['LOCKS_FOLDER', 'MAX_RAY_STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'requested_gpus', 'GPUShares',
-           'LocalEngine', 'RayEngine', 'make_engine']
+__all__ = ['LOCKS_FOLDER', 'RAY_SOCKET_BYTES', 'MAX_RAY_STARTS', 'ENGINES', 'Job', 'finished_run', 'run_job', 'requested_gpus',
+           'GPUShares', 'LocalEngine', 'RayEngine', 'make_engine']
 
 # %% ../../nbs/runs/04_executors.ipynb #cc3e7d1b
 @dataclass
@@ -270,6 +273,11 @@ class LocalEngine:
             thread.join()
 
 # %% ../../nbs/runs/04_executors.ipynb #869f8ea9
+# Bytes that a local cluster adds to the temporary folder for its sockets, such as
+# /ray/session_2025-01-31_12-00-00_000000_1234567/sockets/plasma_store.
+RAY_SOCKET_BYTES = 70
+
+
 class RayEngine:
     "Trains runs on a Ray cluster; if a worker is lost, its run is reassigned up to three times."
 
@@ -284,6 +292,8 @@ class RayEngine:
             _check_reachable(address)
         self.refs, self.ray = [], _ray()
         local = dict(num_cpus=workers, _node_ip_address="127.0.0.1", include_dashboard=False)
+        if "RAY_TMPDIR" not in os.environ and (folder := socket_folder(RAY_SOCKET_BYTES)) != tempfile.gettempdir():
+            local["_temp_dir"] = f"{folder}/ray"
         _join(self.ray, address, local if address is None else {})
         self.task = self.ray.remote(_run_on_worker)
 
@@ -302,7 +312,9 @@ class RayEngine:
         limits = replace(limits, threads=limits.threads or max(1, math.floor(cpus)))
         environment = {k: v for k, v in os.environ.items() if k.startswith(("MODELFACTORY_", "HF_"))}
         task = self.task.options(num_cpus=cpus, num_gpus=float(gpus), max_retries=3)
-        ref = task.remote(str(settings().root), environment, job, Path(runs).resolve(), limits, force, n_gpus > 0)
+        root = settings().root
+        roots = (str(root), str(root.resolve()))
+        ref = task.remote(roots, environment, job, Path(runs).resolve(), limits, force, n_gpus > 0)
         self.refs.append(ref)
         return ref.future()
 
@@ -313,13 +325,36 @@ class RayEngine:
         self.ray.shutdown()
 
 
-def _run_on_worker(root, environment, job, runs, limits, force, has_gpus):
-    "Trains a run in a worker process, on its GPUs, with the settings folder and the environment of the caller."
+def _run_on_worker(roots, environment, job, runs, limits, force, has_gpus):
+    """Trains a run in a worker process, on its GPUs, with the settings folder and the environment of the caller.
+
+    If the worker sets MODELFACTORY_SETTINGS, the folder of that file takes the place of the caller's settings folder
+    in all paths."""
+    own = os.environ.get("MODELFACTORY_SETTINGS", "")
+    root = str(Path(own).resolve().parent) if own else roots[0]
+    if not os.path.isdir(root):
+        remedy = "mount the project there, or set MODELFACTORY_SETTINGS on the worker to the settings.ini of its mount"
+        return Outcome(job.title, "failed", f"{root}: no such folder on the worker {platform.node()}; {remedy}")
     os.chdir(root)
-    os.environ.update(environment)
+    os.environ.update(_move(environment, roots, root) | (dict(MODELFACTORY_SETTINGS=own) if own else {}))
     if has_gpus:
         limits = replace(limits, gpus=tuple(map(str, _ray().get_gpu_ids())))
-    return run_job(job, runs, limits, None, force)
+    job = replace(job, parameters=_move(job.parameters, roots, root))
+    outcome = run_job(job, Path(_move(str(runs), roots, root)), limits, None, force)
+    return replace(outcome, path=outcome.path and Path(_move(str(outcome.path), (root,), roots[0])))
+
+
+def _move(value, roots, root):
+    "Replaces the first folder in `roots` that contains a path by `root`, in text and in nested dicts and lists."
+    if isinstance(value, dict):
+        return {k: _move(v, roots, root) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_move(v, roots, root) for v in value)
+    if isinstance(value, str) and os.path.isabs(value):
+        for old in roots:
+            if Path(value).is_relative_to(old):
+                return str(Path(root) / Path(value).relative_to(old))
+    return value
 
 
 def _ray():

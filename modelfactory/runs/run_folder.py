@@ -14,6 +14,9 @@ import platform
 import re
 import secrets
 import shutil
+import sys
+import tempfile
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -83,10 +86,28 @@ def start_attempt(
 
 
 def write_pid(attempt: Path) -> None:
-    "Writes the file `pid` of an attempt: process ID, start time of the process, and machine name."
+    """Writes the file `pid` of an attempt: ID and start of this process, and where it runs.
+
+    A thread then updates the file every second until this process ends or the file is removed or replaced."""
     import psutil
 
-    (attempt / "pid").write_text(f"{os.getpid()} {_process_start(psutil.Process())} {platform.node()}")
+    text = f"{os.getpid()} {_process_start(psutil.Process())} {_location()}"
+    replace_text(attempt / "pid", text)
+    threading.Thread(target=_update_pid, args=(attempt / "pid", text), daemon=True).start()
+
+
+def _update_pid(file, text):
+    "Updates the modification time of a file every second, as long as the file contains the text."
+    while True:
+        time.sleep(1)
+        try:
+            if file.read_bytes() != text.encode():
+                return
+            os.utime(file)
+        except FileNotFoundError:
+            return
+        except OSError:  # such as a network folder that does not answer at the moment
+            continue
 
 
 def _process_start(process):
@@ -94,6 +115,22 @@ def _process_start(process):
     import psutil
 
     return process.create_time() - psutil.boot_time()
+
+
+_PROCESS = secrets.token_hex(8)
+
+
+def _location():
+    """The machine's name and, on Linux, the boot ID and the PID namespace: processes in one location see each other.
+
+    Containers may have equal machine names and process IDs, but never the same PID namespace of the same boot."""
+    if sys.platform != "linux":
+        return platform.node()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{platform.node()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # in a sandbox without these files, a process sees no other one
+        return f"{platform.node()}/{_PROCESS}"
 
 # %% ../../nbs/runs/00_run_folder.ipynb #14a7fff3
 def working_folder(
@@ -138,23 +175,55 @@ def _is_recent_fit(folder):
     return False
 
 
-# An attempt on another machine counts as dead after this many seconds without an update of `pid`.
+# An attempt whose process is not visible here counts as dead after this many seconds without an update of `pid`.
 # A live process updates `pid` every second.
 STALE_SECONDS = 120
 
 
 def is_alive(attempt: Path) -> bool:
-    "Whether a live process is working on an attempt."
+    "Whether a live process is working on an attempt; the process may run on another machine or in a container."
     import psutil
 
+    file = attempt / "pid"
     try:
-        pid, started, *where = read_regular(attempt / "pid", 1000).decode().split()
-        if where and where[0] != platform.node():
-            return abs(time.time() - (attempt / "pid").stat().st_mtime) < STALE_SECONDS
+        pid, started, *location = read_regular(file, 1000).decode().split()
+        if (location and location != [_location()]) or _is_hidden(int(pid)):
+            return _is_recent(file)
         process = psutil.Process(int(pid))
         return process.status() != psutil.STATUS_ZOMBIE and abs(_process_start(process) - float(started)) < 1
+    except FileNotFoundError:  # the attempt is being created or published, or there is none
+        return _is_recent(attempt)
+    except psutil.AccessDenied:
+        return _is_recent(file)
     except (OSError, ValueError, psutil.Error):
         return False
+
+
+def _is_hidden(pid):
+    "Whether a process exists that this user cannot see, because /proc is mounted with `hidepid=2`."
+    if os.name != "posix" or Path(f"/proc/{pid}").exists():
+        return False
+    try:
+        os.kill(pid, 0)  # sends no signal
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _is_recent(path):
+    "Whether a path was modified within `STALE_SECONDS`, by the clock of its file system, which may be a server's."
+    with contextlib.suppress(OSError):
+        return abs(_clock(path.parent) - path.stat().st_mtime) < STALE_SECONDS
+    return False
+
+
+def _clock(folder):
+    "The time of a folder's file system, or of this machine where the folder cannot be written."
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as f:
+        return os.fstat(f.fileno()).st_mtime
+    return time.time()
 
 # %% ../../nbs/runs/00_run_folder.ipynb #c0e35b4c
 def write_json(
