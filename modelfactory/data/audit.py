@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 
 from .dataset import TimeSeriesDataset
-from .splits import NO_TARGET, Split, SplitsError, label_reach
+from .splits import COLUMN_CHUNK, NO_TARGET, Split, SplitsError, label_reach
 from ..words import count_text, number_text
 
 # %% auto #0
-__all__ = ['N_BINS', 'SCORE_FUNCTIONS', 'NEXT_BAR', 'RETURN_BARS', 'BAND_BARS', 'RSI_BARS', 'VOLATILITY_BARS', 'VIEWS',
-           'DIRECTION_LIMIT', 'NEUTRALITY_LIMIT', 'WARNING_LIMIT', 'WARNING_ERRORS', 'MIN_ROWS', 'SCORE_COLUMNS',
-           'SCALERS', 'COPY_AUC', 'LeakFound', 'assign_bins', 'class_tables', 'auc_minus_half', 'shift_within_symbol',
-           'score_targets', 'log_returns', 'reference_columns', 'bars_per_day', 'auc_std_error', 'score_columns',
-           'auc_by_shift', 'scaler_residuals', 'find_scaler_leaks', 'LeakFinding', 'find_leaks', 'find_label_copies',
-           'AuditReport', 'audit']
+__all__ = ['N_BINS', 'SCORE_FUNCTIONS', 'NEXT_BAR', 'RETURN_BARS', 'BAND_BARS', 'RSI_BARS', 'VOLATILITY_BARS', 'SCORED_ROWS',
+           'SYMBOL_ROWS', 'VIEWS', 'GATHERED_COLUMNS', 'DIRECTION_LIMIT', 'NEUTRALITY_LIMIT', 'WARNING_LIMIT',
+           'WARNING_ERRORS', 'MIN_ROWS', 'SCORE_COLUMNS', 'SCALERS', 'COPY_AUC', 'LeakFound', 'assign_bins',
+           'class_tables', 'auc_minus_half', 'shift_within_symbol', 'score_targets', 'log_returns', 'reference_columns',
+           'sampled_rows', 'bars_per_day', 'auc_std_error', 'score_columns', 'auc_by_shift', 'scaler_residuals',
+           'find_scaler_leaks', 'LeakFinding', 'find_leaks', 'find_label_copies', 'AuditReport', 'audit']
 
 # %% ../../nbs/data/02_audit.ipynb #7712e7ad
 class LeakFound(SplitsError):
@@ -88,6 +88,16 @@ def shift_within_symbol(
     out[to] = np.where(same_symbol, values[source], empty)
     return out
 
+
+def _shifted(values, codes, rows, shift, empty=np.nan):
+    "`shift_within_symbol` for some of the rows; `values` may have columns."
+    source = rows + shift
+    is_inside = (source >= 0) & (source < len(codes))
+    source = np.where(is_inside, source, 0)
+    out = values[source]
+    out[~is_inside | (codes[source] != codes[rows])] = empty
+    return out
+
 # %% ../../nbs/data/02_audit.ipynb #11825ee9
 NEXT_BAR = "next bar"
 
@@ -113,9 +123,9 @@ def log_returns(
     return np.sign(n) * (close - shift_within_symbol(close, split.codes, -n))
 
 
-def _target_classes(label, codes, shift=0):
-    "Classes (N,) of the labels `shift` rows ahead: 0 down, 1 flat, 2 up, 3 no label."
-    label = shift_within_symbol(label, codes, shift, NO_TARGET)
+def _target_classes(label, codes, rows, shift=0):
+    "Classes (n,) of the labels `shift` rows ahead of some rows: 0 down, 1 flat, 2 up, 3 no label."
+    label = _shifted(label, codes, rows, shift, NO_TARGET)
     return np.where(label == NO_TARGET, 3, label + 1).astype(np.int64)
 
 # %% ../../nbs/data/02_audit.ipynb #28091b2b
@@ -159,18 +169,54 @@ def _band_positions(high, low, close):
         columns[f"volatility {short} {long}"] = near / far
     return {name: x.replace([np.inf, -np.inf], np.nan).to_numpy(float) for name, x in columns.items()}
 
+# %% ../../nbs/data/02_audit.ipynb #dcf34976
+SCORED_ROWS = 200_000  # a larger training split is scored on a sample of about this many rows
+SYMBOL_ROWS = 3_000  # minimum number of sampled rows of a symbol that has as many
+
+
+def sampled_rows(
+    split: Split,  # usually the training split
+) -> np.ndarray:  # (n,) ascending row numbers; all rows if there are at most `SCORED_ROWS`
+    "Rows that the audit scores: each symbol's rows are cut into equal strata in time; one row of each is drawn."
+    n = len(split)
+    if n <= SCORED_ROWS:
+        return np.arange(n)
+    rng, edges = np.random.default_rng(0), np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
+    shares = [max(SYMBOL_ROWS, round(size * SCORED_ROWS / n)) for size in np.diff(edges)]
+    return np.concatenate(
+        [a + _strata_rows(b - a, most, rng) for a, b, most in zip(edges[:-1], edges[1:], shares, strict=True)]
+    )
+
+
+def _strata_rows(n, most, rng):
+    "One of the row numbers 0 to n - 1 from each of `most` strata; all rows if there are not more."
+    bounds = np.arange(min(n, most) + 1) * n // max(1, min(n, most))
+    return rng.integers(bounds[:-1], bounds[1:])
+
 # %% ../../nbs/data/02_audit.ipynb #04119b95
 VIEWS = ("level", "change")
+GATHERED_COLUMNS = 32  # features gathered at a time; a smaller number saves memory, a larger number saves time
 
 
-def _view_bins(x, split, view, first):
-    "Bins of a column's level or of its change."
-    return assign_bins(x if view == "level" else x - shift_within_symbol(x, split.codes, -1), first)
+def _view_bins(values, split, rows, first):
+    "Yields the bins of each column of `values` (N, C) in some of the rows, as a pair: of its level and its change."
+    levels = values[rows]
+    for level, before in zip(levels.T, _shifted(values, split.codes, rows, -1).T, strict=True):
+        level = np.ascontiguousarray(level)
+        yield assign_bins(level, first), assign_bins(level - before, first)
 
 
-def _feature_column(split, j):
-    "Feature `j` as a contiguous array (N,)."
-    return np.ascontiguousarray(split.matrix[:, j])
+def _feature_bins(split, rows, first):
+    "Bins of all features by view; some columns are gathered at a time, because they need more memory than bins."
+    chunks = [split.matrix[:, j : j + GATHERED_COLUMNS] for j in range(0, len(split.features), GATHERED_COLUMNS)]
+    pairs = [pair for chunk in chunks for pair in _view_bins(chunk, split, rows, first)]
+    return dict(zip(VIEWS, map(list, zip(*pairs, strict=True)), strict=True))
+
+
+def _usual_bins(split, rows, first):
+    "Bins of the levels and changes of the reference columns."
+    columns = reference_columns(split).values()
+    return [bins for x in columns for pair in _view_bins(x[:, None], split, rows, first) for bins in pair]
 
 
 def _first_half(split):
@@ -197,10 +243,10 @@ MIN_ROWS = 300  # minimum number of rows of each class in each half
 def auc_std_error(
     a: int,  # rows of one class in the scored half
     b: int,  # rows of the other class
-    horizon: int,  # number of bars over which labels overlap
+    horizon: float,  # number of these rows over which labels overlap; up to 1: they do not overlap
 ) -> float:
     "Standard error of the AUC if there is no skill (Mann and Whitney 1947); `horizon` rows count as one observation."
-    return float(np.sqrt(horizon * (1 / a + 1 / b) / 12))
+    return float(np.sqrt(max(1, horizon) * (1 / a + 1 / b) / 12))
 
 
 def _class_rows(classes, first, kind):
@@ -209,19 +255,19 @@ def _class_rows(classes, first, kind):
     return counts[:, [0, 2]] if kind == "direction" else np.c_[counts[:, 0] + counts[:, 2], counts[:, 1]]
 
 
-def _score_keys(split, first):
+def _score_keys(split, rows, first):
     "Scores to compute, as (target, reach, label, kind, class counts in second half); notes on skipped scores."
     pairs = [(name, h, y, kind) for name, (h, y) in score_targets(split).items() for kind in SCORE_FUNCTIONS]
     scored, skipped = [], []
     for name, h, y, kind in pairs:
         if (name, kind) == (NEXT_BAR, "neutrality"):
             continue
-        rows = _class_rows(_target_classes(y, split.codes), first, kind)
-        if rows.min() >= MIN_ROWS:
-            scored.append((name, h, y, kind, rows[1]))
+        counts = _class_rows(_target_classes(y, split.codes, rows), first, kind)
+        if counts.min() >= MIN_ROWS:
+            scored.append((name, h, y, kind, counts[1]))
         else:
             skipped.append(
-                f"{name}, {kind}: a class has {count_text(int(rows.min()), 'row')} in one half of {split.name}, "
+                f"{name}, {kind}: a class has {count_text(int(counts.min()), 'row')} in one half of {split.name}, "
                 f"fewer than {MIN_ROWS}"
             )
     return scored, skipped
@@ -234,30 +280,30 @@ SCORE_COLUMNS = ["column", "view", "target", "symbol", "horizon", "kind", "size"
 def score_columns(
     split: Split,  # training split
 ) -> pd.DataFrame:  # `SCORE_COLUMNS`; an empty `symbol` means all rows, `horizon` is the reach
-    "Scores of each column for each target, with the usual score and the thresholds for warnings and failures."
-    first, day = _first_half(split), bars_per_day(split)
-    columns = range(len(split.features))
-    bins = {view: [_view_bins(_feature_column(split, j), split, view, first) for j in columns] for view in VIEWS}
-    usual = [_view_bins(x, split, view, first) for x in reference_columns(split).values() for view in VIEWS]
+    "Scores of each column for each target on `sampled_rows`, with the usual score and the thresholds."
+    rows, day = sampled_rows(split), bars_per_day(split)
+    first, codes, count = _first_half(split)[rows], split.codes[rows], np.bincount(split.codes)
+    bins, usual = _feature_bins(split, rows, first), _usual_bins(split, rows, first)
     parts = []
-    for name, h, y, kind, rows in _score_keys(split, first)[0]:
-        classes = [_target_classes(y, split.codes, s) for s in (0, -h, -day * -(-h // day))]
+    for name, h, y, kind, n in _score_keys(split, rows, first)[0]:
+        classes = [_target_classes(y, split.codes, rows, s) for s in (0, -h, -day * -(-h // day))]
         about = dict(column=split.features, target=name, horizon=h, kind=kind)
         for view in VIEWS:
-            table = _score_table(bins[view], usual, first, classes, kind, rows, h)
+            table = _score_table(bins[view], usual, first, classes, kind, n, h * len(rows) / len(split))
             parts.append(table.assign(view=view, symbol="", **about))
-        for symbol, span, n in _symbol_spans(split, first, classes[0], kind):
+        for code, span, n_own in _symbol_spans(split, codes, first, classes[0], kind):
+            overlap = h * (span.stop - span.start) / count[code]
             own_usual, own_classes = [x[span] for x in usual], [classes[0][span]]
             for view in VIEWS:
                 own_bins = [x[span] for x in bins[view]]
-                table = _score_table(own_bins, own_usual, first[span], own_classes, kind, n, h)
-                parts.append(table.assign(view=view, symbol=symbol, **about | dict(limit=np.inf)))
+                table = _score_table(own_bins, own_usual, first[span], own_classes, kind, n_own, overlap)
+                parts.append(table.assign(view=view, symbol=str(split.symbols[code]), **about | dict(limit=np.inf)))
     return pd.concat(parts, ignore_index=True)[SCORE_COLUMNS] if parts else pd.DataFrame(columns=SCORE_COLUMNS)
 
 # %% ../../nbs/data/02_audit.ipynb #971b4414
-def _score_table(bins, usual, first, classes, kind, rows, h):
+def _score_table(bins, usual, first, classes, kind, rows, overlap):
     "Scores and thresholds of columns; `classes` contains the target first, then labels already decided."
-    score, error = SCORE_FUNCTIONS[kind], auc_std_error(*rows, h)
+    score, error = SCORE_FUNCTIONS[kind], auc_std_error(*rows, overlap)
     size, *closed = score(class_tables(bins, first, classes)).T
     past = np.max([np.zeros(len(bins)), *closed], 0)
     best = max(0, score(class_tables(usual, first, classes[:1])).max(initial=0))
@@ -266,19 +312,24 @@ def _score_table(bins, usual, first, classes, kind, rows, h):
         warn = level + NEUTRALITY_LIMIT + 2 * error
         return pd.DataFrame(dict(size=size, past=past, usual=level, warn=warn, limit=np.inf))
     limit = best + DIRECTION_LIMIT + 2 * error
-    warn = min(limit, best + max(WARNING_LIMIT, WARNING_ERRORS * error))
+    warn = min(limit, best + _warning_excess(error))
     return pd.DataFrame(dict(size=size, past=past, usual=best, warn=warn, limit=limit))
 
 
-def _symbol_spans(split, first, classes, kind):
-    "Yields (symbol, slice of rows, class counts in the second half) for symbols with enough rows; direction only."
+def _warning_excess(error):
+    "Excess of the direction score over the usual score beyond which a column is reported."
+    return max(WARNING_LIMIT, WARNING_ERRORS * error)
+
+
+def _symbol_spans(split, codes, first, classes, kind):
+    "Yields (code, slice of rows, class counts in the second half) for symbols with enough rows; direction only."
     if kind != "direction" or len(split.symbols) < 2:
         return
-    edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
-    for symbol, a, b in zip(split.symbols, edges[:-1], edges[1:], strict=True):
+    edges = np.searchsorted(codes, np.arange(len(split.symbols) + 1))
+    for code, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
         rows = _class_rows(classes[a:b], first[a:b], kind)
         if rows.min() >= MIN_ROWS:
-            yield str(symbol), slice(a, b), rows[1]
+            yield code, slice(a, b), rows[1]
 
 # %% ../../nbs/data/02_audit.ipynb #1bc99568
 def auc_by_shift(
@@ -292,9 +343,11 @@ def auc_by_shift(
     "Scores of a column against the label `shift` rows later, for each shift."
     (h, y), first = score_targets(split)[target], _first_half(split)
     shifts = np.arange(1 - h, h + 1)
-    rows = split.codes == split.symbols.index(symbol) if symbol else slice(None)
-    bins = _view_bins(_feature_column(split, split.features.index(column)), split, view, first)[rows]
-    tables = class_tables([bins], first[rows], [_target_classes(y, split.codes, s)[rows] for s in shifts])
+    rows, j = sampled_rows(split), split.features.index(column)
+    (pair,) = _view_bins(split.matrix[:, j : j + 1], split, rows, first[rows])
+    own = split.codes[rows] == split.symbols.index(symbol) if symbol else np.ones(len(rows), bool)
+    bins, rows = pair[VIEWS.index(view)][own], rows[own]
+    tables = class_tables([bins], first[rows], [_target_classes(y, split.codes, rows, s) for s in shifts])
     return pd.Series(SCORE_FUNCTIONS[kind](tables)[0], pd.Index(shifts, name="shift"), name=column)
 
 # %% ../../nbs/data/02_audit.ipynb #df377082
@@ -333,19 +386,25 @@ def find_scaler_leaks(
     "Columns whose scaler was also fitted on later splits; empty for a single split."
     parts = list(splits.values())
     columns = parts[0].features
-    alone = np.array([scaler_residuals(x) for x in parts[0].matrix.T]).reshape(-1, 3)
+    alone = np.array([scaler_residuals(x) for x in _feature_columns(parts[0])]).reshape(-1, 3)
     hits = []
     for k in range(2, len(parts) + 1):
-        pooled = [np.concatenate([s.matrix[:, j] for s in parts[:k]]) for j in range(len(columns))]
+        pooled = map(np.concatenate, zip(*map(_feature_columns, parts[:k]), strict=True))
         hits += [(columns[j], SCALERS[i], alone[j, i]) for j, i in np.argwhere(_scaler_leaks(pooled, alone))]
     return pd.DataFrame(hits, columns=["column", "scaler", "size"]).drop_duplicates("column", ignore_index=True)
 
 
+def _feature_columns(split):
+    "Yields each feature as a contiguous array (N,); the matrix may be on disk, so some are read at a time."
+    for j in range(0, len(split.features), COLUMN_CHUNK):
+        yield from np.ascontiguousarray(split.matrix[:, j : j + COLUMN_CHUNK].T)
+
+
 def _scaler_leaks(pooled, alone):
     "Mask (columns, 3) of statistics that match a scaler in all splits together but not in the first split alone."
-    residuals = np.array([scaler_residuals(x) for x in pooled]).reshape(-1, 3)
-    continuous = np.array([_is_continuous(x) for x in pooled], bool)
-    proof = np.c_[continuous, continuous, [_single_extremes(x) for x in pooled]]
+    rows = [(scaler_residuals(x), _is_continuous(x), _single_extremes(x)) for x in pooled]
+    residuals, continuous, single = map(np.array, zip(*rows, strict=True))
+    proof = np.c_[continuous, continuous, single]
     exact = residuals < 1e-5
     near = (residuals < 0.01) & (residuals < alone / 10)
 
@@ -449,6 +508,8 @@ class AuditReport:
     rows: int  # number of rows in the training split
     skipped: list[str]  # notes on scores with too few rows
     allowed: list[str] = field(default_factory=list)  # columns whose findings were permitted
+    scored: int | None = None  # number of rows in the scored sample; None: all rows
+    detects: float | None = None  # a column's excess over the usual AUC that the sample shows with probability 0.975
 
     @property
     def ok(self) -> bool:
@@ -487,6 +548,10 @@ class AuditReport:
         head = f"leak audit of {count_text(self.columns, 'column')} on {count_text(self.rows, 'row')}: "
         head += f"{count_text(n_fail, 'failure')}, {count_text(n_warn, 'warning')}"
         rest = [f"skipped: {s}" for s in self.skipped]
+        if self.scored is not None:
+            power = f"; an AUC {self.detects:.3f} above the usual one is found with probability 97.5%"
+            sample = f"scored on a sample of {self.scored:,} rows, stratified by symbol and time"
+            rest.append(sample + power * (self.detects is not None))
         if self.allowed:
             rest.append(f"permitted: {', '.join(self.allowed)}")
         if len(self.findings) > 12:
@@ -522,8 +587,19 @@ def audit(
     allowed = {f.column for f in findings if f.column in allow or f.kind in allow}
     kept = {(f.column, f.kind): f for f in findings if f.column not in allowed}
     worst_first = sorted(kept.values(), key=lambda f: f.verdict)
-    skipped = _score_keys(train, _first_half(train))[1]
-    return AuditReport(worst_first, len(train.features), len(train), skipped, sorted(allowed))
+    return AuditReport(worst_first, len(train.features), len(train), *_score_notes(train, sorted(allowed)))
+
+
+def _score_notes(train, allowed):
+    "The last fields of an `AuditReport`: skipped scores, permitted columns, and size and power of the sample."
+    rows = sampled_rows(train)
+    keys, skipped = _score_keys(train, rows, _first_half(train)[rows])
+    if len(rows) == len(train):
+        return skipped, allowed
+    share = len(rows) / len(train)
+    errors = [auc_std_error(*counts, h * share) for _, h, _, kind, counts in keys if kind == "direction"]
+    detects = max((_warning_excess(error) + 2 * error for error in errors), default=None)
+    return skipped, allowed, len(rows), detects
 
 
 def _scaler_finding(row):

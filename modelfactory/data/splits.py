@@ -654,9 +654,16 @@ def _check_finite(split, nan):
         _check_nan([split])
 
 
+def _nan_shares(matrix):
+    "Share of NaNs in each column; the mask is made only if there may be a NaN, because it takes a byte per value."
+    if np.isfinite(np.vdot(matrix, matrix)):
+        return np.zeros(matrix.shape[1])
+    return np.isnan(matrix).mean(0)
+
+
 def _check_nan(splits):
     "Raises a `BadValue` that lists every feature that contains NaNs, with its share of NaNs in each split."
-    shares = {split.name: np.isnan(split.matrix).mean(0) for split in splits}
+    shares = {split.name: _nan_shares(split.matrix) for split in splits}
     of_feature = {}
     for split in splits:
         for j in np.flatnonzero(shares[split.name]):

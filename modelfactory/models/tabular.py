@@ -272,7 +272,19 @@ class TabularModel(BaseModel):
     def _rows(self, X, y, metadata):
         "Checks the input and returns it as `FlatRows`."
         codes = check_y(self, y, len(check_X(self, X)))
-        return FlatRows(self._flat(X), codes, training_weights(self, codes, metadata))
+        return FlatRows(self._fit_rows(X), codes, training_weights(self, codes, metadata))
+
+    def _fit_rows(self, X):
+        "Returns the table (n, C) of all rows; a large one is filled in chunks, and mapped as in `new_matrix`."
+        from modelfactory.data.matrix import new_matrix
+
+        if len(X) <= self.rows_at_once or not hasattr(X, "subset"):
+            return self._flat(X)
+        table = new_matrix((len(X), len(self.columns)))
+        for i in range(0, len(X), self.rows_at_once):
+            rows = slice(i, i + self.rows_at_once)
+            table[rows] = self._flat(X.subset(rows))
+        return table
 
     def _flat(self, X):
         "Returns the table (n, C); raises `ValueError` if it holds NaN and the model does not accept NaN."
