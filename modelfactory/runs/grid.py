@@ -86,9 +86,9 @@ def grid_config(
 ) -> GridConfig:
     "Builds a `GridConfig`, taking missing keys from the settings; raises `ConfigError` on an unknown key or model."
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
-    is_file, s = not isinstance(values, dict), settings()
-    values = read_yaml(Path(where)) if is_file else values
-    _check_null_names(values, Path(where) if is_file else None)
+    file, s = None if isinstance(values, dict) else Path(where), settings()
+    values = values if isinstance(values, dict) else read_yaml(Path(where))
+    _check_null_names(values, file)
     values = values | {key: value for key, value in changes.items() if value is not None}
     given = {k: [v] if k in ("data", "models") and isinstance(v, str) else v for k, v in values.items()}
     defaults = dict(data=[str(s.data)], models=["all"], horizons=s.horizons, seeds=[s.seed], name=Path(where).stem)
