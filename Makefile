@@ -41,7 +41,7 @@ browser: setup  # runs every tutorial in a real JupyterLab; needs Chromium
 	BROWSER_RUNS_ALL=1 $(BIN)/python -m pytest tests/test_lab.py -rs
 
 lab: setup  # opens nbs/index.ipynb in JupyterLab, with the project as the root folder
-	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. nbs/index.ipynb
 
 edit: setup  # opens a notebook as a script in $EDITOR and converts it back: make edit NB=nbs/models/neural/gru.ipynb
 	@test -f "$(NB)" || { echo "make edit NB=nbs/...ipynb: no notebook '$(NB)'"; exit 2; }

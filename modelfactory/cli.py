@@ -69,12 +69,12 @@ app = typer.Typer(
 )
 
 # %% auto #0
-__all__ = ['app', 'AsJson', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder', 'RunsFolder',
-           'Seed', 'HorizonOption', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward', 'models',
-           'init', 'doctor', 'parse_horizons', 'dataset_keys', 'check', 'parse_barriers', 'parse_duration', 'bars',
-           'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs', 'show',
-           'clean', 'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo', 'predict', 'explain',
-           'export_bundle', 'new', 'main']
+__all__ = ['app', 'AsJson', 'SPLITS_HELP', 'Nan', 'Exclude', 'Features', 'Allow', 'Classes', 'Prices', 'Exchange', 'DataFolder',
+           'RunsFolder', 'Seed', 'HorizonOption', 'GridData', 'GridModels', 'GridHorizons', 'GridSeeds', 'WalkForward',
+           'models', 'init', 'doctor', 'parse_horizons', 'dataset_keys', 'check', 'parse_barriers', 'parse_duration',
+           'bars', 'purge', 'recut', 'selftest', 'parse_pairs', 'parse_set', 'train', 'experiment', 'status', 'runs',
+           'show', 'clean', 'compare', 'rescore', 'tune', 'track', 'final_score', 'refresh', 'demo', 'predict',
+           'explain', 'export_bundle', 'new', 'main']
 
 # %% ../nbs/cli.ipynb #fcc26303
 def _print_version(is_asked: bool) -> None:
@@ -155,6 +155,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #e6cd6d46
+SPLITS_HELP = "folder of splits (Phase 1 files: train_scaled.parquet, val_scaled.parquet, test_scaled.parquet)"
 Nan = Annotated[str | None, typer.Option(help="how to treat NaN: median, zero or keep; default: raise an error")]
 Exclude = Annotated[str | None, typer.Option(help="columns to exclude, comma-separated")]
 Features = Annotated[
@@ -243,9 +244,7 @@ def dataset_keys(
 # %% ../nbs/cli.ipynb #d5905801
 @app.command()
 def check(
-    data: Annotated[
-        str, typer.Argument(help=f"folder with Phase 1 splits, or a bundled data set: {', '.join(BUNDLED)}")
-    ],
+    data: Annotated[str, typer.Argument(help=f"{SPLITS_HELP}, or a bundled data set: {', '.join(BUNDLED)}")],
     nan: Nan = None,
     exclude: Exclude = None,
     features: Features = None,
@@ -437,7 +436,7 @@ def bars(
 # %% ../nbs/cli.ipynb #6bbbb55a
 @app.command()
 def purge(
-    data: Annotated[str, typer.Argument(help="folder with Phase 1 splits")],
+    data: Annotated[str, typer.Argument(help=SPLITS_HELP)],
     output: Annotated[Path, typer.Option(help="folder to create", file_okay=False)],
     calendar: Exchange = None,
 ) -> None:
@@ -1027,7 +1026,7 @@ def predict(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     data: Annotated[
-        str, typer.Argument(help="raw bars, bars with features, or a folder with Phase 1 splits; a CSV with --follow")
+        str, typer.Argument(help="raw bars, bars with features, or a folder of splits; a CSV with --follow")
     ],
     split: Annotated[str, typer.Option(help="split to read, if DATA is a folder of splits")] = "test",
     ahead: Annotated[bool, typer.Option("--ahead", help="also predict the next bar of each symbol")] = False,

@@ -7,7 +7,7 @@ from importlib.metadata import distribution
 import pytest
 from conftest import ROOT
 
-PERMITTED = {"MIT", "BSD", "Apache-2.0", "MPL-2.0", "PSF", "NCSA"}
+PERMITTED = {"MIT", "BSD", "Apache-2.0", "MPL-2.0", "PSF", "NCSA", "LGPL-3.0"}
 PATTERNS = {
     "MIT": r"\bMIT\b",
     "BSD": r"\bBSD\b",
@@ -15,6 +15,7 @@ PATTERNS = {
     "MPL-2.0": r"MPL-2\.0",
     "PSF": r"Python Software Foundation",
     "NCSA": r"NCSA",
+    "LGPL-3.0": r"LGPL-3\.0|Lesser General Public License v3",
 }
 NOT_DECLARED = {"skops": "MIT"}  # its metadata names none; the licence is the file LICENSE of its repository
 
