@@ -4341,6 +4341,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'modelfactory/runs/board.py'),
                                          'modelfactory.runs.board.TerminalBoard.__init__': ( 'runs/board.html#terminalboard.__init__',
                                                                                              'modelfactory/runs/board.py'),
+                                         'modelfactory.runs.board.TerminalBoard._cells': ( 'runs/board.html#terminalboard._cells',
+                                                                                           'modelfactory/runs/board.py'),
                                          'modelfactory.runs.board.TerminalBoard._table': ( 'runs/board.html#terminalboard._table',
                                                                                            'modelfactory/runs/board.py'),
                                          'modelfactory.runs.board.TerminalBoard.close': ( 'runs/board.html#terminalboard.close',

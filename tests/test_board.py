@@ -223,9 +223,12 @@ def test_a_terminal_of_80_columns_shows_what_is_running(monkeypatch):
     monkeypatch.setenv("LINES", "24")
     screen = io.StringIO()
     board = TerminalBoard(screen)
-    board.show(states(100))
+    state = states(100)
+    state.runs[3].note = "ValueError: no rows in the data of this split at all, expected some"
+    board.show(state)
     board.close()
     lines = screen.getvalue().rstrip().splitlines()
+    assert all(text in screen.getvalue() for text in ("failed", "1.0500", "10s", "model_0 h5 eurusd fold 0"))
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert "round 12 of 30" in screen.getvalue() and "1h 02m" in screen.getvalue() and "80 more" in screen.getvalue()
 

@@ -466,16 +466,28 @@ class TerminalBoard:
         rows = max(3, self.console.height - 4)
         shown = visible_runs(state.runs, rows)
         hidden = f"; {len(state.runs) - len(shown)} more" if len(shown) < len(state.runs) else ""
-        table = Table(box=None, padding=(0, 1), caption=printable(state.summary() + hidden), caption_justify="left")
-        for name in ("run", "status", "step", "loss", "time", "left"):
+        table = Table(
+            box=None, padding=(0, 2, 0, 0), caption=printable(state.summary() + hidden), caption_justify="left"
+        )
+        cells = [self._cells(run) for run in shown]
+        names = ("run", "status", "step", "loss", "time", "left")
+        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+        room = self.console.width - sum(widths[i] for i in (1, 3, 4, 5)) - 2 * len(names)
+        widths[2] = min(widths[2], max(14, room - widths[0]))  # the step is shortened first, then the run
+        widths[0] = min(widths[0], max(8, room - widths[2]))
+        for name, width in zip(names, widths, strict=True):
             side = "right" if name in ("time", "left") else "left"
-            table.add_column(name, justify=side, overflow="ellipsis", no_wrap=True)
-        for run in shown:
-            times = ["" if s is None else duration(s) for s in (run.seconds, run.seconds_left)]
-            step = run.step or ("" if run.status == "done" else run.note)
-            texts = (run.run, run.status, step, run.loss_text.replace("val_loss ", ""), *times)
-            table.add_row(*(Text(printable(text), style=_STYLES.get(run.status, "")) for text in texts))
+            table.add_column(name, justify=side, overflow="ellipsis", no_wrap=True, width=width)
+        for run, texts in zip(shown, cells, strict=True):
+            table.add_row(*(Text(text, style=_STYLES.get(run.status, "")) for text in texts))
         return table
+
+    def _cells(self, run):
+        "The texts of a row."
+        times = ["" if s is None else duration(s) for s in (run.seconds, run.seconds_left)]
+        step = run.step or ("" if run.status == "done" else run.note)
+        texts = (run.run, run.status, step, run.loss_text.replace("val_loss ", ""), *times)
+        return [" ".join(printable(text).split()) for text in texts]
 
     def say(self, text: str) -> None:
         "Prints a message above the table."
