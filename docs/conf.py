@@ -4,6 +4,7 @@ The build executes no notebooks, and the pages load no external files.
 """
 
 import ast
+import gc
 import inspect
 import io
 import re
@@ -16,7 +17,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 
 from docutils.nodes import SkipNode
-from fastcore.docments import docments
 from latex2mathml.converter import convert
 from sphinx.addnodes import pending_xref
 from sphinx.environment.adapters.toctree import global_toctree_for_doc
@@ -25,6 +25,9 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
 from modelfactory import PUBLIC_NAMES, __version__
+
+gc.set_threshold(100_000, 20, 20)  # a build makes millions of nodes and frees few of them
+sys.modules["rfc3987_syntax"] = None  # jsonschema would spend seconds on a grammar that no notebook needs
 
 ROOT = Path(__file__).resolve().parents[1]
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
@@ -125,10 +128,10 @@ def escaped(text):
 
 def parameters(obj):
     "Fields with the types and the comments of parameters and of the returned value."
-    function = obj.__init__ if inspect.isclass(obj) else obj
+    function = inspect.unwrap(obj.__init__ if inspect.isclass(obj) else obj)
     if not inspect.isfunction(function):
         return
-    comments = field_comments(obj) if is_dataclass(obj) else docments(function, returns=True)
+    comments = field_comments(obj) if is_dataclass(obj) else argument_comments(function)
     signature = inspect.signature(obj)
     for name, parameter in signature.parameters.items():
         yield f":param {name}: {comment_text(comments.get(name))}"
@@ -156,14 +159,32 @@ def source(module):
     return text, ast.parse(text).body, {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
+def definition(obj):
+    "The syntax tree of a function or class; None if the source of a module does not define it at its place."
+    node, body = None, source(obj.__module__)[1]
+    for name in obj.__qualname__.split("."):
+        node = next((n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name), None)
+        body = node.body if node else []
+    return node
+
+
+def argument_comments(function):
+    "The comment beside each argument and beside the returned value of a function of the package."
+    if not function.__module__.startswith("modelfactory.") or not (node := definition(function)):
+        return {}
+    comments, a = source(function.__module__)[2], node.args
+    arguments = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+    texts = {arg.arg: comments.get(arg.lineno) for arg in arguments if arg and arg.lineno > node.lineno}
+    return texts | {"return": comments.get(node.returns.end_lineno) if node.returns else None}
+
+
 def field_comments(cls):
     "The comment of each field of a dataclass, including fields of base classes."
     texts = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("modelfactory."):
-            _, tree, comments = source(base.__module__)
-            [node] = [node for node in tree if isinstance(node, ast.ClassDef) and node.name == base.__name__]
-            fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+            comments = source(base.__module__)[2]
+            fields = [line for line in definition(base).body if isinstance(line, ast.AnnAssign)]
             texts |= {f.target.id: " ".join(comments.get(n, "") for n in lines_of(f)) for f in fields}
     return texts
 
