@@ -5567,8 +5567,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'modelfactory/runs/sessions.py'),
                                             'modelfactory.runs.sessions.Session._values': ( 'runs/sessions.html#session._values',
                                                                                             'modelfactory/runs/sessions.py'),
-                                            'modelfactory.runs.sessions.Session.beat': ( 'runs/sessions.html#session.beat',
-                                                                                         'modelfactory/runs/sessions.py'),
                                             'modelfactory.runs.sessions.Session.cancel': ( 'runs/sessions.html#session.cancel',
                                                                                            'modelfactory/runs/sessions.py'),
                                             'modelfactory.runs.sessions.Session.end': ( 'runs/sessions.html#session.end',

@@ -383,7 +383,6 @@ def _run_all(jobs, runs, engine, limits, force, session, reader, board):
         while pending:
             board.show(reader.read(outcomes))
             ended, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
-            session.beat()
             for future in ended:
                 result.append(_future_outcome(future, futures[future]))
                 outcomes[futures[future].identity] = result[-1]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 import time
@@ -56,11 +55,6 @@ class Session:
     def is_alive(self) -> bool:
         "Whether the process that runs the grid is alive."
         return is_alive(self.folder)
-
-    def beat(self) -> None:
-        "Shows processes on other machines that this process is alive."
-        with contextlib.suppress(OSError):
-            os.utime(self.folder / "pid")
 
     @property
     def is_paused(self) -> bool:
