@@ -7,6 +7,7 @@ import ast
 import gc
 import inspect
 import io
+import logging
 import re
 import sys
 import tokenize
@@ -27,6 +28,7 @@ from sphinx.util.nodes import make_refnode
 from modelfactory import PUBLIC_NAMES, __version__
 
 gc.set_threshold(100_000, 20, 20)  # a build makes millions of nodes and frees few of them
+logging.disable(logging.DEBUG)
 sys.modules["rfc3987_syntax"] = None  # jsonschema would spend seconds on a grammar that no notebook needs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +44,7 @@ nb_code_prompt_show = nb_code_prompt_hide = "source"
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_substitutions = dict(release=release)
+smartquotes = False
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!modelfactory\.).*|.*\._\w+")]  # other libraries, builtins, private names
 autosummary_generate = False
