@@ -114,8 +114,9 @@ def test_an_attempt_of_a_user_whose_processes_are_hidden_is_kept(hidepid, tmp_pa
     require(*hidden)
     shared = tmp_path / "shared"
     shared.mkdir(mode=0o755)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(0o755)
     attempt = start_attempt(shared, dict(model="svm", horizon=5))
     code = "import sys; from pathlib import Path; from modelfactory.runs.run_folder import is_alive; "
     code += "print(is_alive(Path(sys.argv[1])))"

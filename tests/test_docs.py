@@ -164,7 +164,7 @@ def test_the_landing_page_leads_to_the_first_steps(site):
 
 
 def test_the_gallery_shows_executed_pages_and_no_page_names_paths_of_this_machine(site):
-    for name, words in dict(tear_sheet="Directional skill", comparison="Leaderboard").items():
+    for name, words in dict(tear_sheet="Directional skill", comparison="Verdicts").items():
         page = (site / f"gallery/{name}.html").read_text()
         assert words in page and len(re.findall(r"<img [^>]*_images/", page)) >= 5
     for file in [*site.glob("gallery/*.html"), *site.glob("api/*.html")]:

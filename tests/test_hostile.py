@@ -1366,7 +1366,7 @@ def test_server_and_notebook_keys_of_a_received_settings_file_are_ignored(canary
     runs = write_settings_with_plugin(tmp_path / "runs", canary, text)
     monkeypatch.chdir(runs)
     s = settings()
-    assert (s.address, s.engine, s.tracking, s.storage, s.seed) == ("", "local", "", "", 7)
+    assert (s.address, s.engine, s.tracking, s.storage, s.seed) == ("", "local", "sqlite", "", 7)
     assert all(key in refused_settings() for key in ("engine", "address", "tracking", "storage", "notebooks"))
     for name in ("train.ipynb", "compare.ipynb"):
         (runs / name).write_text("evil")

@@ -195,7 +195,7 @@ def test_a_run_on_other_features_says_that_it_takes_no_raw_bars(tmp_path):
         run.predict(NEW)
     test = pd.read_parquet(tmp_path / "own" / "test_scaled.parquet")
     assert len(run.predict(test)) > 100
-    with pytest.raises(SplitsError, match="features are missing"):
+    with pytest.raises(SplitsError, match="1 feature is missing: ret_1"):
         run.predict(test.drop(columns=run.cached_model.feature_columns[0]))
 
 
