@@ -188,6 +188,7 @@ def test_a_run_and_its_files_carry_the_pipeline(runs, folder, tmp_path):
         shutil.copy(run.path / name, changed)
 
 
+@pytest.mark.usefixtures("runs")
 def test_a_run_on_other_features_says_that_it_takes_no_raw_bars(tmp_path):
     run = fitted_run(tmp_path / "runs", dict(model="nearest", horizon=5, data=str(small_splits(tmp_path / "own"))))
     assert run.pipeline is None and run.last_bars is None and PIPELINE_FILE not in run.manifest["files"]
