@@ -4179,6 +4179,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'modelfactory.progress.in_kernel': ('progress.html#in_kernel', 'modelfactory/progress.py'),
                                        'modelfactory.progress.is_progress_shown': ( 'progress.html#is_progress_shown',
                                                                                     'modelfactory/progress.py'),
+                                       'modelfactory.progress.losses_text': ('progress.html#losses_text', 'modelfactory/progress.py'),
                                        'modelfactory.progress.write_progress_to': ( 'progress.html#write_progress_to',
                                                                                     'modelfactory/progress.py')},
             'modelfactory.project': { 'modelfactory.project._copy_files': ('project.html#_copy_files', 'modelfactory/project.py'),

@@ -17,8 +17,8 @@ from pathlib import Path
 from .files import replace_text
 
 # %% auto #0
-__all__ = ['PROGRESS_FILE', 'in_kernel', 'duration', 'write_progress_to', 'is_progress_shown', 'Progress', 'ShowProgress',
-           'early_stop_text']
+__all__ = ['PROGRESS_FILE', 'in_kernel', 'duration', 'losses_text', 'write_progress_to', 'is_progress_shown', 'Progress',
+           'ShowProgress', 'early_stop_text']
 
 # %% ../nbs/01_progress.ipynb #d4036a45
 def in_kernel() -> bool:
@@ -40,6 +40,13 @@ def duration(
 PROGRESS_FILE = "progress.json"  # progress of a run, in the folder of its attempt
 _folder: Path | None = None  # the folder to which this process writes its progress; None: progress is drawn
 _outer: Progress | None = None  # the bar of a `with` statement; other bars are hidden until it ends
+
+
+def losses_text(
+    losses: dict[str, float | None],  # None: not finite
+) -> str:
+    "Losses by name, such as `train_loss 0.8186, val_loss 0.9642`."
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
 
 
 def write_progress_to(
@@ -81,7 +88,7 @@ class Progress:
             remaining = f", {duration(elapsed / self.done * (self.total - self.done))} left"
         percent = 100 if self.ending else 100 * self.done // self.total
         steps = self.ending or f"{self.done}/{self.total}"
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
+        losses = losses_text(self.losses)
         parts = self.label, steps, f"{percent:3}%", f"{duration(elapsed)}{remaining}", self.note, losses
         return " ".join(filter(None, parts))
 

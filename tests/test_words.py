@@ -410,8 +410,7 @@ OWN_FORMATS = {
     "runs/engine.py": {"_wait_for_end"},
     "runs/environment.py": {"_gpu", "_machine", "_runs"},
     "runs/export.py": {"_card_onnx"},
-    "progress.py": {"text"},
-    "runs/board.py": {"loss_text"},
+    "progress.py": {"losses_text"},
     "runs/sessions.py": {"start_session"},
     "runs/report.py": {"_html_row"},  # the value that a click on a column sorts by
     "training/null_zoo.py": {"evaluate_planted_market", "main", "plot_claims"},

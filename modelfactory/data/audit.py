@@ -549,7 +549,7 @@ class AuditReport:
         head += f"{count_text(n_fail, 'failure')}, {count_text(n_warn, 'warning')}"
         rest = [f"skipped: {s}" for s in self.skipped]
         if self.scored is not None:
-            power = f"; an AUC {self.detects:.3f} above the usual one is found with probability 97.5%"
+            power = f"; an AUC {number_text(self.detects)} above the usual one is found with probability 97.5%"
             sample = f"scored on a sample of {self.scored:,} rows, stratified by symbol and time"
             rest.append(sample + power * (self.detects is not None))
         if self.allowed:

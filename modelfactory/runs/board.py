@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from ..files import FileError, printable, read_json
-from ..progress import PROGRESS_FILE, duration, early_stop_text, in_kernel
+from ..progress import PROGRESS_FILE, duration, early_stop_text, in_kernel, losses_text
 from .costs import Costs, remaining_seconds
 from .engine import Outcome
 from .executors import Job
@@ -55,7 +55,7 @@ class RunState:
     def loss_text(self) -> str:
         "The validation loss, or all losses if there is none."
         shown = {k: v for k, v in self.losses.items() if k == "val_loss"} or self.losses
-        return ", ".join(f"{name} {loss:.4f}" for name, loss in shown.items() if loss is not None)
+        return losses_text(shown)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain values for JSON."

@@ -81,10 +81,12 @@ class GridConfig(HTMLConfig):
 
 # %% ../../nbs/runs/05_grid.ipynb #1224e3d1
 def grid_config(
-    values: dict | str | Path,  # keys of `GridConfig`, a YAML file with these keys, or a grid name in params/grids
+    values: GridConfig | dict | str | Path,  # keys of `GridConfig`, a YAML file with them, or a name in params/grids
     **changes: object,  # keys that replace those of `values`; None: no change
 ) -> GridConfig:
     "Builds a `GridConfig`, taking missing keys from the settings; raises `ConfigError` on an unknown key or model."
+    if isinstance(values, GridConfig):
+        return replace(values, **{key: value for key, value in changes.items() if value is not None})
     where = "grid" if isinstance(values, dict) else str(_grid_file(values))
     file, s = None if isinstance(values, dict) else Path(where), settings()
     values = values if isinstance(values, dict) else read_yaml(Path(where))
@@ -310,7 +312,7 @@ def run_grid(
     stored = RunList() if force else list_runs(runs)
     warnings: list[str] = []
     finished = {identity: run for identity, run in by_identity(stored).items() if run.scored}
-    config = grid if isinstance(grid, GridConfig) else grid_config(grid)
+    config = grid_config(grid)
     jobs = plan_grid(config, finished, warnings)
     clear_partial(runs)
     result = GridResult(run_outcome(j.title, run, "skipped") for j in jobs if (run := finished.get(j.identity)))
@@ -411,7 +413,7 @@ def grid_status(
 ) -> GridStatus:
     "The state of each job in a grid: done, running, failed or waiting; raises `ConfigError` on an invalid grid."
     runs = Path(runs or settings().runs)
-    jobs = grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid))
+    jobs = grid_jobs(grid_config(grid))
     return job_states(jobs, runs, list_runs(runs))
 
 
@@ -422,7 +424,7 @@ def watch_grid(
     every: float = 1.0,  # seconds between two looks
 ) -> GridState:  # the last state
     "Shows the state of a grid that another process runs, until no process runs it."
-    reader = GridReader(grid_jobs(grid if isinstance(grid, GridConfig) else grid_config(grid)), runs or settings().runs)
+    reader = GridReader(grid_jobs(grid_config(grid)), runs or settings().runs)
     board = board or make_board()
     try:
         while True:

@@ -273,7 +273,7 @@ def dry_run(
 ) -> DryRun:
     "Checks a grid and its data and lists what `run_grid` would train; raises the errors of `plan_grid`."
     runs, warnings = Path(runs or settings().runs), []
-    config = grid if isinstance(grid, GridConfig) else grid_config(grid)
+    config = grid_config(grid)
     stored = list_runs(runs)
     jobs = plan_grid(config, {run.identity for run in stored if run.scored}, warnings)
     status = job_states(jobs, runs, stored)

@@ -98,7 +98,7 @@ class GridMonitor:
         runs: Path | str | None = None,  # None: the runs folder of the settings
         every: float = 1.0,  # seconds between two updates
     ):
-        self.config = grid if isinstance(grid, GridConfig) else grid_config(grid)
+        self.config = grid_config(grid)
         self.runs, self.every = Path(runs or settings().runs), every
         self.reader = GridReader(grid_jobs(self.config), self.runs)
         self.state: GridState = self.reader.read()
