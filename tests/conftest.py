@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def finish(process, seconds=PATIENCE):
     except subprocess.TimeoutExpired as e:
         process.kill()
         pytest.fail(f"{process.args} did not end within {seconds} s; it wrote {e.stdout} {e.stderr}")
+
+
+def read_line(process, seconds=PATIENCE):
+    "The next line that a process writes; a process that writes none within `seconds` is killed, which ends the wait."
+    limit = threading.Timer(seconds, process.kill)
+    limit.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        limit.cancel()
 
 
 @pytest.hookimpl(trylast=True)

@@ -8,6 +8,7 @@ Other faults: a full disk, a folder that cannot be written, a limit on file size
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -185,9 +186,8 @@ def check_failure(grid, code, output):
     assert code in (1, 2) and "Traceback" not in output and output.strip(), (code, output)
     grid.check({})
     assert grid.scored_manifests() == {}
-    for line in output.splitlines():
-        if "(see " in line:
-            assert Path(line.rpartition("(see ")[2].rstrip(")")).exists(), f"the path does not exist: {line}"
+    for path in re.findall(r"\(see ([^)]+)\)", output):
+        assert (grid.runs / path).exists(), f"the path does not exist: {path} in {output}"
     return output
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import jsonschema
 import psutil
 import pytest
-from conftest import finish, interruptible, until
+from conftest import PATIENCE, finish, interruptible, read_line, until
 from hypothesis import given
 from hypothesis import strategies as st
 from quick import quick_models, small_splits
@@ -195,7 +195,7 @@ def test_a_session_of_a_dead_process_is_ignored_and_removed(tmp_path):
     dead = tmp_path / SESSIONS_FOLDER / "1.0_a"
     dead.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
+    process.wait(PATIENCE)
     (dead / "pid").write_text(f"{process.pid} 1.0")
     assert live_sessions(tmp_path, {"a"}) == []
     session = start_session(tmp_path, ["a"])
@@ -377,14 +377,14 @@ def test_one_run_is_cancelled_the_other_waits_while_paused_and_a_watch_ends_with
         assert [run.status for run in other.refresh().runs] == ["running", "waiting"]
         command = [sys.executable, "-m", "modelfactory", "status", file, "--output", runs, "--watch", "--json"]
         watch = interruptible(command)
-        first_line = watch.stdout.readline()
+        first_line = read_line(watch)
         other.pause()
         other.cancel("faulty h5 small")
         until(lambda: other.refresh().runs[0].status == "cancelled", "the first run to end")
         assert run_processes() == [] and other.state.runs[1].status == "paused" and list_runs(runs) == []
         assert json.loads((other.state.runs[0].folder / "outcome.json").read_text())["status"] == "cancelled"
         other.resume()
-        state = monitor.wait()
+        state = monitor.wait(PATIENCE)
         assert [run.status for run in state.runs] == ["cancelled", "done"] and monitor.error is None
         assert monitor.result.count("ok") == 1 and not monitor.result.ok
     finally:
@@ -412,7 +412,7 @@ def test_piped_output_has_a_line_for_each_run_and_json_lines_have_their_schema(m
         lines.append(line)
         if '"round ' in line and json.loads(line)["losses"]:
             flag.touch()
-    process.wait()
+    process.wait(PATIENCE)
     events = checked_lines("".join(lines))
     steps = [line["step"] for line in events if line["event"] == "run"]
     assert "stopped early at" in steps[-1] and " of 150" in steps[-1] and any(s.startswith("round ") for s in steps)

@@ -12,7 +12,7 @@ from functools import cache
 
 import psutil
 import pytest
-from conftest import PATIENCE, ROOT, finish, until
+from conftest import PATIENCE, ROOT, finish, read_line, until
 
 from modelfactory.configuration import SettingsError, ignored_variables, settings
 from modelfactory.runs import environment, executors, run_folder
@@ -41,7 +41,8 @@ print(clear_partial(Path(sys.argv[1])))
 @cache
 def require(*command):
     "Skips a test, in words, where the system does not permit a command."
-    if os.name != "posix" or shutil.which(command[0]) is None or subprocess.run([*command, "true"]).returncode:
+    is_installed = os.name == "posix" and shutil.which(command[0]) is not None
+    if not is_installed or subprocess.run([*command, "true"], timeout=PATIENCE).returncode:
         pytest.skip(f"NOT CHECKED: this system does not permit `{' '.join(command)}`")
 
 
@@ -57,9 +58,9 @@ def container(tmp_path):
     "An attempt in a container, and the container, which ends after the test."
     require(*CONTAINER)
     process = python(HOLD, tmp_path, within=CONTAINER)
-    yield tmp_path / PARTIAL_FOLDER / os.path.basename(process.stdout.readline().strip()), process
+    yield tmp_path / PARTIAL_FOLDER / os.path.basename(read_line(process).strip()), process
     process.kill()
-    process.wait()
+    process.wait(PATIENCE)
 
 
 def make_old(file):
@@ -76,7 +77,7 @@ def test_an_attempt_in_a_container_is_kept_by_others_until_it_is_killed(containe
 
     inside = psutil.Process(process.pid).children(recursive=True)
     process.kill()  # --kill-child ends the container with it
-    process.wait()
+    process.wait(PATIENCE)
     assert not psutil.wait_procs(inside, PATIENCE)[1]
     assert is_alive(attempt)  # its process cannot be seen from here, so its file decides
     make_old(attempt / "pid")
@@ -89,13 +90,13 @@ def test_containers_with_equal_process_ids_do_not_take_each_other_for_dead(conta
     first, _ = container
     second = python(HOLD, tmp_path, within=CONTAINER)
     try:
-        other = tmp_path / PARTIAL_FOLDER / os.path.basename(second.stdout.readline().strip())
+        other = tmp_path / PARTIAL_FOLDER / os.path.basename(read_line(second).strip())
         ids = [(attempt / "pid").read_text().split()[0] for attempt in (first, other)]
         assert ids[0] == ids[1]
         assert clear_partial(tmp_path) == [] and first.is_dir() and other.is_dir()
     finally:
         second.kill()
-        second.wait()
+        second.wait(PATIENCE)
 
 
 def test_an_attempt_that_is_not_in_a_container_is_kept_by_a_container(tmp_path):

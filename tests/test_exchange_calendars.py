@@ -127,7 +127,7 @@ def test_bars_outside_the_sessions_are_counted_or_refused():
     early = report(lambda t: t.append(t[:3] - pd.Timedelta("8h")).sort_values())
     assert "train: 3 of 703 bars lie outside the sessions of XNYS, first A 2024-01-02 06:30:00+00:00" in early[0]
     gaps = report(lambda t: t[(t.day != 9) | (t.month != 1)])
-    assert "train: 1 of 54 sessions of XNYS have no bar of A, first 2024-01-09: check for missing data" in gaps
+    assert "train: 1 of 54 sessions of XNYS has no bar of A, first 2024-01-09: check for missing data" in gaps
     with pytest.raises(CalendarError, match="100% would lie inside if these clock times were in UTC"):
         report(lambda t: t.tz_localize(None))
     with pytest.raises(CalendarError, match="100% lie within the sessions of XNYS: name this exchange"):

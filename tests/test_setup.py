@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE, ROOT, finish, until
+from conftest import PATIENCE, ROOT, finish, read_line, until
 
 VENV = """
 import sys
@@ -68,7 +68,7 @@ def test_two_setups_at_once_install_once_and_a_third_has_nothing_to_do(project):
     first = start(project)
     until(lambda: calls(project), "the first pip")
     second = start(project)
-    assert "waiting" in second.stdout.readline()
+    assert "waiting" in read_line(second)
     (project / "release").touch()
     output = finish(first)[0]
     assert "3.7 GB" in output and "torch-1-any.whl (900.5 MB)" in output and "six" not in output

@@ -123,10 +123,11 @@ def _ended_state(job, run, failed):
     elif job.unavailable:
         state.status, state.note = "unavailable", job.unavailable
     elif failed is not None:
-        state.status, state.note, state.folder = "failed", f"see {failed.name}", failed
+        place = f"{failed.parent.name}/{failed.name}"  # below the runs folder
+        state.status, state.note, state.folder = "failed", f"see {place}", failed
         with contextlib.suppress(OSError, FileError, KeyError, TypeError):
             outcome = read_json(failed / "outcome.json")
-            state.status, state.note = str(outcome["status"]), f"{outcome['reason']} (see {failed.name})"
+            state.status, state.note = str(outcome["status"]), f"{outcome['reason']} (see {place})"
     else:
         return None
     return state
