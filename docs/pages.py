@@ -13,6 +13,9 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote
+
+from docutils.nodes import make_id
 
 os.environ.setdefault("MODELFACTORY_TRACKING", "")  # the runs of the gallery are not logged to MLflow
 
@@ -224,10 +227,13 @@ def make_gallery(folder):
 
 
 def write_gallery(runs, folder):
-    "Writes the executed notebooks without the paths of this machine, with their code folded or, in reports, removed."
+    """Writes the executed notebooks without the paths of this machine, with their code folded or, in reports, removed.
+
+    Links to headings get the addresses that docutils gives to headings."""
     for name, (pattern, tag, about) in GALLERY_PAGES.items():
         [file] = runs.glob(pattern)
-        first, *cells = json.loads(file.read_text().replace(f"{runs}/", "runs/").replace(f"{ROOT}/", ""))["cells"]
+        text = file.read_text().replace(f"{runs}/", "runs/").replace(f"{ROOT}/", "")
+        first, *cells = json.loads(re.sub(r'(?<=href=\\"#)[^"\\]+', lambda to: make_id(unquote(to[0])), text))["cells"]
         for cell in cells:
             cell["metadata"] = dict(tags=[tag])
         notebook = dict(cells=[first | dict(source=about), *cells], metadata=dict(language_info=dict(name="python")))

@@ -174,6 +174,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'modelfactory/data/audit.py'),
                                          'modelfactory.data.audit._copy_finding': ( 'data/audit.html#_copy_finding',
                                                                                     'modelfactory/data/audit.py'),
+                                         'modelfactory.data.audit._exact_limit': ( 'data/audit.html#_exact_limit',
+                                                                                   'modelfactory/data/audit.py'),
                                          'modelfactory.data.audit._feature_bins': ( 'data/audit.html#_feature_bins',
                                                                                     'modelfactory/data/audit.py'),
                                          'modelfactory.data.audit._feature_columns': ( 'data/audit.html#_feature_columns',

@@ -400,12 +400,17 @@ def _feature_columns(split):
         yield from np.ascontiguousarray(split.matrix[:, j : j + COLUMN_CHUNK].T)
 
 
+def _exact_limit(n):
+    "Residual below which statistics of n rows match a scaler exactly; above 100,000 rows, chance comes closer."
+    return 1e-5 * np.minimum(1, (100_000 / n) ** 0.5)
+
+
 def _scaler_leaks(pooled, alone):
     "Mask (columns, 3) of statistics that match a scaler in all splits together but not in the first split alone."
-    rows = [(scaler_residuals(x), _is_continuous(x), _single_extremes(x)) for x in pooled]
-    residuals, continuous, single = map(np.array, zip(*rows, strict=True))
+    rows = [(scaler_residuals(x), _is_continuous(x), _single_extremes(x), len(x)) for x in pooled]
+    residuals, continuous, single, n = map(np.array, zip(*rows, strict=True))
     proof = np.c_[continuous, continuous, single]
-    exact = residuals < 1e-5
+    exact = residuals < _exact_limit(n)[:, None]
     near = (residuals < 0.01) & (residuals < alone / 10)
 
     def agrees(mask):
