@@ -66,6 +66,14 @@ def read_line(process, seconds=PATIENCE):
         limit.cancel()
 
 
+def pytest_collection_modifyitems(items):
+    "Coverage counts the quick tests and the notebooks. It would make the other tests a third slower."
+    for item in items:
+        is_slow = any(item.get_closest_marker(name) for name in ("slow", "browser", "network", "faults"))
+        if is_slow and item.path.stem != "test_notebooks":
+            item.add_marker("no_cover")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node):
     "Starts the time limit again after a failed test, because its fixtures can hang when they end."
