@@ -4,31 +4,29 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONDONTWRITEBYTECODE :=  # each run imports the package in a new process, so its bytecode is cached
 
-.PHONY: setup lock audit demo check test soak browser lab edit hooks bench gpu readme picture docs
+.PHONY: setup lock update audit demo check test soak browser lab edit hooks bench gpu readme picture docs
 setup: .venv/.done
 
-.venv/.done: pyproject.toml constraints.txt $(wildcard locks/*.txt)
+.venv/.done: pyproject.toml constraints.txt $(wildcard lock.txt)
 	@$(PYTHON) tools/environment.py
 
-# Hashes of all packages, for `make setup` with uv. TORCH=cu128: with CUDA, which takes 3 GB more.
-TORCH ?= cpu
-lock:  # writes locks/SYSTEM-PYTHON.txt for this Python and three systems; needs uv
-	@mkdir -p locks
-	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && for system in linux macos windows; do \
-		name=$$(echo $$system | sed 's/macos/darwin/; s/windows/win32/'); \
-		MACOSX_DEPLOYMENT_TARGET=14.0 uv pip compile -q --generate-hashes --torch-backend $(TORCH) --python-version $$version \
-			--python-platform $$system --extra dev -c constraints.txt pyproject.toml -o locks/$$name-$$version.txt || exit 1; done
+lock: setup  # writes lock.txt: the versions in constraints.txt with hashes, for all systems and Pythons
+	@$(BIN)/python tools/versions.py lock
 
-audit: setup  # compares the tested versions with the index's database of vulnerabilities; needs pip-audit
-	@if command -v pip-audit > /dev/null; then pip-audit --strict --no-deps --disable-pip -r constraints.txt; \
-	else echo 'NOT AUDITED: pip-audit is not installed (pip install pip-audit)'; fi
+# The check runs in a clone; if it fails, nothing changes. For some packages only: make update PACKAGES='pandas pyarrow'
+update: setup  # tries the newest versions that pyproject.toml permits, and writes them into constraints.txt and lock.txt
+	@$(BIN)/python tools/versions.py update $(PACKAGES)
+
+audit: setup  # compares the tested versions with a database of vulnerabilities; needs pip-audit
+	@$(BIN)/python tools/versions.py audit
 
 demo: setup  # trains six models on three data sets, compares them and summarises the comparison
 	$(BIN)/modelfactory demo
 
-check: setup  # runs lint, export, unit tests and one model of each kind; takes two minutes on two cores
+check: setup  # runs lint, export, unit tests, one model of each kind and the audit; takes two minutes on two cores
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q . && $(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not network and not faults"
+	@$(BIN)/python tools/versions.py audit
 
 # Many tests wait for processes, so three workers keep two cores busy.
 test: setup  # runs the cells of every notebook and all tests, which must cover at least 90% of the package's lines and branches

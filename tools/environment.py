@@ -2,23 +2,22 @@
 
 Two calls at once wait for each other, because the file .venv.lock is locked. The system releases the lock when a
 process ends, however it ends. An interrupted call is continued by the next one: .venv/.done is written last, and
-contains the hash of the files that decide which packages are installed. If `uv` is on the path and `make lock` has
-written a lock for this system, the packages are those of the lock. Otherwise pip installs torch and uv, and uv the
-other packages, which takes a quarter of pip's CPU time; where uv cannot reach an index that pip knows, pip installs
-them all.
+contains the hash of the files that decide which packages are installed. pip installs torch and uv, and uv the other
+packages, which takes a quarter of pip's CPU time; where uv cannot reach an index that pip knows, pip installs them all.
+If lock.txt exists, only files with its hashes are installed. It does not contain torch, whose builds for CPUs and for
+CUDA differ. A lock without a version of constraints.txt is older than that file, and is not used.
 """
 
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import deque
 from pathlib import Path
 
 VENV, OLDEST_PYTHON = Path(".venv"), (3, 11)
-LOCK = Path("locks", f"{sys.platform}-{sys.version_info[0]}.{sys.version_info[1]}.txt")
+CONSTRAINTS, LOCK = Path("constraints.txt"), Path("lock.txt")
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OVERRIDES = '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}\n'  # JupyterLab asks no question
 SIZES = "the environment takes 3.7 GB with torch for CPUs, 6.7 GB with torch for CUDA"
@@ -26,7 +25,7 @@ SIZES = "the environment takes 3.7 GB with torch for CPUs, 6.7 GB with torch for
 
 def wanted_state():
     "The hash of the files that decide which packages are installed."
-    texts = [file.read_bytes() for file in (Path("pyproject.toml"), Path("constraints.txt"), LOCK) if file.is_file()]
+    texts = [file.read_bytes() for file in (Path("pyproject.toml"), CONSTRAINTS, LOCK) if file.is_file()]
     return hashlib.sha256(b"\0".join([*texts, sys.version.encode()])).hexdigest()
 
 
@@ -64,19 +63,28 @@ def run_with_progress(command, may_fail=False):
     return not process.returncode
 
 
-def install(uv):
-    "Installs the packages, and the project in editable form; `uv`: its path if the lock is used, otherwise None."
-    target = ["--python", str(PYTHON)]
-    if uv:
-        run_with_progress([uv, "pip", "sync", *target, "--require-hashes", str(LOCK)])
-        run_with_progress([uv, "pip", "install", *target, "--no-deps", "-e", "."])
-        return
-    pip = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off", "-c", "constraints.txt"]
-    run_with_progress([*pip, "torch", "uv"])
-    project = ["-c", "constraints.txt", "-e", ".[dev]"]
-    if not run_with_progress([str(PYTHON), "-m", "uv", "pip", "install", *target, *project], may_fail=True):
-        print("setup: uv failed; installing with pip", flush=True)
-        run_with_progress([*pip, "-e", ".[dev]"])
+def is_current(lock):
+    "Whether a lock exists and has the versions of constraints.txt; reports a lock that has another version."
+    if not lock.is_file():
+        return False
+    locked, tested = (dict(re.findall(r"^([\w.-]+)==([^\s;\\]+)", f.read_text(), re.M)) for f in (lock, CONSTRAINTS))
+    tested = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in tested.items()}
+    changed = [name for name, version in locked.items() if tested.get(name, version) != version]
+    if changed:
+        print(f"setup: {lock} is not used: {', '.join(changed)} differ in {CONSTRAINTS}; make lock", flush=True)
+    return not changed
+
+
+def install():
+    "Installs torch and uv, then the other packages, and the project in editable form."
+    pip = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off"]
+    uv = [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON)]
+    run_with_progress([*pip, "-c", str(CONSTRAINTS), "torch", "uv"])
+    locked = [["--require-hashes", "--no-deps", "-r", str(LOCK)]] if is_current(LOCK) else []
+    for step in [*locked, ["-c", str(CONSTRAINTS), "-e", ".[dev]"]]:
+        if not run_with_progress([*uv, *step], may_fail=True):
+            print("setup: uv failed; installing with pip", flush=True)
+            run_with_progress([*pip, *step])
 
 
 def main():
@@ -91,7 +99,7 @@ def main():
         done.unlink(missing_ok=True)
         print(f"setup: installing about 300 packages; {SIZES}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-        install(LOCK.is_file() and shutil.which("uv"))
+        install()
         overrides = VENV / "share/jupyter/lab/settings/overrides.json"
         overrides.parent.mkdir(parents=True, exist_ok=True)
         overrides.write_text(OVERRIDES)
