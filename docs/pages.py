@@ -33,6 +33,7 @@ TEXTS = (
     "benchmarks.md",
     "development.md",
     "licences.md",
+    "versions.md",
     "api/index.rst",
     "gallery/index.md",
 )

@@ -153,3 +153,19 @@ def test_paths_of_the_package_are_valid_on_windows():
     assert len(names) == len(set(names)) and not [n for n in names if re.search(r'[<>:"|?*\\]', n)]
     reserved = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
     assert not [name for name in names if Path(name).stem in reserved]
+
+
+def platforms():
+    "Python version -> column -> run or resolved, from the table of docs/versions.md."
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "docs/versions.md").read_text(), re.M)
+    (_, *systems), *cells = (row.split(" | ") for row in rows if re.match(r"Python|3\.\d+ ", row))
+    return {version: dict(zip(systems, states, strict=True)) for version, *states in cells}
+
+
+def test_the_page_of_platforms_lists_the_classified_versions_and_what_was_run():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table = platforms()
+    assert list(table) == re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    run = {(version, system) for version, row in table.items() for system, state in row.items() if state == "run"}
+    listed = re.findall(r"^- \*\*Python (3\.\d+)\.\d+ on (\w+)\*\*", (ROOT / "docs/versions.md").read_text(), re.M)
+    assert {state for row in table.values() for state in row.values()} == {"run", "resolved"} and run == set(listed)

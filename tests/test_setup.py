@@ -19,8 +19,9 @@ folder.mkdir(parents=True, exist_ok=True)
 PIP = """
 import sys, time
 from pathlib import Path
+HASHED = {"--require-hashes"}.intersection(sys.argv)
 with open("calls", "a") as log:
-    print("start", *sys.argv[1:3], file=log)
+    print("start", *sys.argv[1:3], *HASHED, file=log)
 while not Path("release").exists():
     time.sleep(0.05)
 print("Downloading torch-1-any.whl (900.5 MB)", "Downloading six-1-any.whl (11 kB)", sep="\\n")
@@ -32,11 +33,13 @@ with open("calls", "a") as log:
 UV = """
 import sys
 from pathlib import Path
+HASHED = {"--require-hashes"}.intersection(sys.argv)
 with open("calls", "a") as log:
-    print("uv", *sys.argv[1:3], file=log)
+    print("uv", *sys.argv[1:3], *HASHED, file=log)
 sys.exit(Path("no index").exists())
 """
 INSTALLED = ["start install --progress-bar", "end", "uv pip install"]
+UV_LOCK, PIP_LOCK = "uv pip install --require-hashes", "start install --progress-bar --require-hashes"
 
 
 @pytest.fixture
@@ -111,19 +114,28 @@ def test_pip_installs_all_packages_where_uv_finds_no_index(project):
     assert calls(project) == [*INSTALLED, *INSTALLED[:2]] and (project / ".venv/.done").is_file()
 
 
-def test_uv_installs_a_lock_if_both_exist(project):
-    (project / "bin").mkdir()
-    uv = project / "bin/uv"
-    uv.write_text('#!/bin/sh\necho "uv $*" >> calls\n')
-    uv.chmod(0o755)
+def test_a_lock_is_installed_with_its_hashes_unless_its_versions_are_others(project):
     (project / "release").touch()
-    finish(start(project, str(project / "bin")))
-    assert calls(project) == INSTALLED  # no lock
-    lock = project / "locks" / "{}-{}.{}.txt".format(sys.platform, *sys.version_info[:2])
-    lock.parent.mkdir()
-    lock.write_text("six==1.0 --hash=sha256:00\n")
-    finish(start(project, str(project / "bin")))
-    assert "--require-hashes" in calls(project)[3] and calls(project)[4].endswith("--no-deps -e .")
+    (project / "constraints.txt").write_text("PyYAML==1.0\nsix==1.0\nbenchmark==2.0\n")
+    (project / "lock.txt").write_text(
+        "pyyaml==1.0 \\\n    --hash=sha256:00\nwindows-only==3.0 \\\n    --hash=sha256:00\n"
+    )
+    finish(start(project))
+    assert calls(project) == [*INSTALLED[:2], UV_LOCK, INSTALLED[2]]
+    with open(project / "constraints.txt", "a") as file:
+        file.write("windows-only==3.1\n")
+    assert "lock.txt is not used: windows-only" in finish(start(project))[0]
+    assert calls(project)[4:] == INSTALLED
+
+
+def test_pip_compares_the_hashes_of_a_lock_where_uv_fails(project):
+    (project / "release").touch()
+    (project / "no index").touch()
+    (project / "constraints.txt").write_text("six==1.0\n")
+    (project / "lock.txt").write_text("six==1.0 \\\n    --hash=sha256:00\n")
+    setup = start(project)
+    assert finish(setup)[0].count("uv failed") == 2 and setup.returncode == 0
+    assert calls(project) == [*INSTALLED[:2], UV_LOCK, PIP_LOCK, "end", INSTALLED[2], *INSTALLED[:2]]
 
 
 def test_an_old_python_is_refused_before_anything_is_written(project):

@@ -134,8 +134,8 @@ def audit():
     for name, version, identity, fixes in reports:
         print(f"{name} {version}: {identity}:", f"fixed in {', '.join(fixes)}" if fixes else "no version fixes it")
     if names := sorted({name for name, _, _, fixes in reports if fixes}):
-        sys.exit(f"{len(names)} packages have fixed vulnerabilities: make update PACKAGES='{' '.join(names)}'")
-    print(f"{len(packages)} packages have {len(reports)} known vulnerabilities; none of them has a fix")
+        sys.exit(f"newer versions fix vulnerabilities: make update PACKAGES='{' '.join(names)}'")
+    print(f"audit: packages: {len(packages)}; known vulnerabilities: {len(reports)}, none with a fix")
 
 
 if __name__ == "__main__":
