@@ -155,7 +155,7 @@ def test_states_come_from_the_files_of_attempts(fabricated):
     state = fabricated.reader.read()
     assert [run.status for run in state.runs] == ["running", "timeout", "waiting"]
     assert state.runs[0].step == "round 12 of 30" and state.runs[0].losses == dict(train_loss=1.2, val_loss=None)
-    assert state.is_active and "no finished run of gru, mlp" in state.summary() or "at least" in state.summary()
+    assert state.is_active and "2 models have no finished run yet" in state.summary()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"done": "x"}', '{"done": 1, "of": 2, "seconds": 1, "losses": 3}'])

@@ -346,7 +346,7 @@ def test_the_verdict_names_all_other_models_with_skill():
         (a_task(MODELS["all"], direction_significant=True, p_direction=0.01), ["3 of 3 models have directional skill"]),
         (
             a_task(MODELS["two"], direction_significant=True, p_direction=0.01),
-            ["at least one of 2 models has directional skill", "none is significant alone"],
+            ["at least one of 2 models has directional skill", ", but none is significant alone."],
         ),
         (
             a_task([a_model(constant_class=-1, directional_accuracy_constant=0.6), a_model("b", skill=-1.0)]),
@@ -411,6 +411,23 @@ def test_the_conclusion_of_each_kind_of_data(models):
     no_claim = ("differs significantly", "is better than", "not tested")
     assert any(text in sentences[2] for text in no_claim) != skilled
     assert ("at 2 horizons" in sentences[2]) == (models not in ("nothing", "undirected"))
+
+
+@pytest.mark.parametrize("data, ceiling", [("bars", None), ("null", 0.5), ("planted", 0.7)])
+def test_skill_that_no_single_model_has_is_called_the_same_everywhere(data, ceiling):
+    "The conclusion, the sentence of the task and its verdict name models that are significant only together."
+    from modelfactory.runs.sentences import NONE_ALONE, task_verdicts
+
+    bound = dict(directional_accuracy=dict(null_score=0.5, one_row_policy=0.5, ceiling=ceiling))
+    market = dict(data=data, ceiling=bound if ceiling else None)
+    joint = a_task(MODELS["two"], direction_significant=True, p_direction=0.01, **market)
+    other = a_task(MODELS["two"], horizon=joint["horizon"] + 1, **market)
+    for tasks, where in (([joint], ""), ([joint, other], f" at horizon {joint['horizon']}")):
+        [sentence] = conclusion(dict(tasks=tasks))
+        assert f"at least one of 2 models has directional skill{where}, but {NONE_ALONE}" in sentence
+        assert ("false positive" in sentence) == (data == "null")
+    texts = describe(joint)[0], task_verdicts(joint)["direction"]
+    assert all("at least one of 2 models" in text and f", but {NONE_ALONE}" in text for text in texts)
 
 
 def a_task_with_controls(beaten, models=("dlinear", "logistic_regression"), missing=()):

@@ -11,10 +11,11 @@ import nbformat
 import pandas as pd
 import pytest
 from fabricate import bars, make_run
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from modelfactory.evaluation.tables import metrics_table
 from modelfactory.runs.compare import PAGES_FOLDER, compare
-from modelfactory.runs.page import write_run_pages
+from modelfactory.runs.page import to_html, write_run_pages
 from modelfactory.runs.report import FormattedTable, leaderboard, leaderboard_table, run_pages, verdict_overview
 from modelfactory.runs.run import list_runs
 
@@ -190,6 +191,19 @@ def test_pages_of_runs_are_made_once_and_removed_with_their_run(tmp_path):
     assert pages["a"].stat().st_mtime_ns == before
 
 
+def test_the_page_of_a_run_is_headed_by_its_name(tmp_path):
+    "The text that explains the notebook is no part of the page; a notebook without such a text keeps all its cells."
+    for name, cells in dict(a=[new_markdown_cell("# Training\n\nhow to use")], b=[]).items():
+        (tmp_path / name).mkdir()
+        executed = notebook(f"results of {name}")
+        executed.cells[:0] = cells
+        nbformat.write(executed, tmp_path / name / "train.ipynb")
+    for name, file in write_run_pages(tmp_path, ["a", "b"], tmp_path / "pages").items():
+        page = file.read_text()
+        assert re.search(rf"<h1[^>]*>{name}<", page) and f"results of {name}" in page
+        assert "Training" not in page and "how to use" not in page
+
+
 def test_a_link_in_place_of_the_folder_of_pages_is_removed(tmp_path):
     "A received runs folder may hold a link to a folder of the user."
     (tmp_path / "mine").mkdir()
@@ -309,6 +323,22 @@ def test_links_lead_to_the_pages_of_runs(opened):
     page.go_back()
     task.locator("tr", has_text="gru").get_by_role("link", name="2", exact=True).click()
     page.wait_for_url("**/gru_h5_*.html")
+
+
+@pytest.mark.browser
+def test_text_beside_numbers_is_not_squeezed_on_a_narrow_screen(browser, tmp_path):
+    "A table of metrics scrolls; the column of their meanings stays wide enough for a few words in a line."
+    table = metrics_table(dict(log_loss=1.0, directional_skill=0.1, sharpe_net=-5.2, turnover=3.3))
+    output = new_output("display_data", {"text/html": table})
+    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=[output])]), tmp_path / "train.ipynb")
+    to_html(tmp_path / "train.ipynb", tmp_path / "page.html")
+    context = browser.new_context(viewport=dict(width=390, height=800))
+    page = context.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    heights = [row.bounding_box()["height"] for row in page.locator("tr").all()]
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    context.close()
+    assert len(heights) == 5 and max(heights) < 80 and wide <= 390
 
 
 @pytest.mark.browser

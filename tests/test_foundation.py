@@ -237,7 +237,7 @@ def test_a_grid_reports_missing_weights_and_continues(tmp_path, data):
     environment = dict(HF_HOME=str(tmp_path), MODELFACTORY_PLUGINS=quick_models(tmp_path), MODELFACTORY_TRACKING="")
     done = cli("experiment", grid, "--output", tmp_path / "runs", **environment)
     reason = "checkpoint google/timesfm-2.0-500m-pytorch is not on this machine; get it with `hf download"
-    assert done.returncode == 0 and "1 ok" in done.stdout.replace("unavailable", "")
+    assert done.returncode == 0 and "1 done" in done.stdout.replace("unavailable", "")
     assert f"timesfm h5 small: unavailable: {reason}" in done.stdout
     train = f"train --model timesfm --horizon 5 --data {data} --output"
     alone = cli(train, tmp_path / "runs", HF_HOME=str(tmp_path))

@@ -150,7 +150,7 @@ def demo(python, bundled, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_first_four_runs_of_the_demo_in_a_new_project(demo):
-    assert "\n4 ok\n" in demo.trained and "xgboost" in demo.models
+    assert "\n4 done\n" in demo.trained and "xgboost" in demo.models
     runs = [re.sub(r"_indices_.*", "", path.name) for path in (demo.project / "runs").glob("*_indices_*")]
     assert sorted(runs) == sorted(f"{model}_h5" for model in MODELS)
     assert "model_comparison.html" in demo.compared and (demo.project / "runs/model_comparison.html").is_file()

@@ -68,7 +68,7 @@ def test_each_run_is_trained_once_though_one_of_two_containers_is_killed(start, 
     finish(victim)
     (tmp_path / "flag").touch()
     output, _ = finish(survivor)
-    assert survivor.returncode == 0 and "2 ok" in output, output
+    assert survivor.returncode == 0 and "2 done" in output, output
 
     stored = list_runs(runs)
     assert sorted(run.seed for run in stored if run.path != earlier) == [0, 1]

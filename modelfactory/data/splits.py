@@ -1147,6 +1147,28 @@ def excluded_by_reason(
     )
     return counts.set_axis(["columns", "such as"], axis=1).reset_index()
 
+# %% ../../nbs/data/00_splits.ipynb #72cad591
+_TERMINAL_WIDTH = 79
+
+
+def _terminal_text(table):
+    "A table as text for a terminal: columns that do not fit continue below, after the first two; long lines are cut."
+
+    def lines(columns):
+        return table[columns].to_string(index=False).split("\n")
+
+    first, blocks = list(table.columns[:2]), [[]]
+    for column in table.columns[2:]:
+        if blocks[-1] and len(lines([*first, *blocks[-1], column])[0]) > _TERMINAL_WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+    texts = ["\n".join(map(_cut, lines([*first, *block]))) for block in blocks]
+    return "\n\n".join(texts)
+
+
+def _cut(line):
+    return line if len(line) <= _TERMINAL_WIDTH else line[: _TERMINAL_WIDTH - 1] + "…"
+
 # %% ../../nbs/data/00_splits.ipynb #253ef7f5
 @dataclass
 class SplitsReport:
@@ -1190,7 +1212,8 @@ class SplitsReport:
         }
 
     def __repr__(self):
-        text = "\n\n".join(f"{k}\n{t.to_string(index=False)}" for k, t in self._parts().items())
+        parts = {k: t.drop(columns="role", errors="ignore") for k, t in self._parts().items()}
+        text = "\n\n".join(f"{k}\n{_terminal_text(t)}" for k, t in parts.items())
         return text + "".join(f"\n\nwarning: {w}" for w in self.warnings)
 
     def _repr_html_(self):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..evaluation.metrics import confidence_bins, metric_sign
 from ..evaluation.significance import row_losses, stacked_models
 from ..figure_text import draw_plain_text, rows_height
 from . import tear_sheet
+from ..words import count_text, number_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,9 +25,9 @@ if TYPE_CHECKING:
     from modelfactory.runs.task import Task
 
 # %% auto #0
-__all__ = ['FAMILY_STYLE', 'PAGE_WIDTH', 'family_style', 'plot_forest', 'null_score', 'plot_benchmark', 'prediction_correlations',
-           'error_overlap', 'plot_agreement', 'null_band', 'plot_equities', 'plot_reliabilities',
-           'plot_time_against_score']
+__all__ = ['FAMILY_STYLE', 'PAGE_WIDTH', 'family_style', 'plot_forest', 'null_score', 'plot_benchmark', 'benchmark_scores',
+           'prediction_correlations', 'error_overlap', 'plot_agreement', 'null_band', 'plot_equities',
+           'plot_reliabilities', 'plot_time_against_score']
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #62339603
 _FAMILIES = ("boosting", "timeseries", "classical", "foundation", "neural", "ensemble", "baseline")
@@ -117,34 +119,49 @@ def _plot_scores(ax, rows, metric, title):
     ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #0f0f5bbb
+_BENCHMARK_WIDTH = 5.2  # inches
+
+
 def plot_benchmark(
-    result: dict,  # result of `comparison`
+    result: dict,  # result of `comparison` or of `benchmark_scores`
     data: str,  # name of a data set
-    note: str = "",  # line above the legend, for example on presets and early stopping
-) -> Figure:  # one panel per horizon
-    """Log loss of each model with its spread over seeds, the known optimum, and groups that cannot be told apart.
+    note: str = "",  # text above the legend, for example on presets and early stopping
+) -> Figure:  # one panel per horizon, one below the other
+    """Log loss of each model with its spread over seeds, the known optimum, and the models not worse than the best.
 
     Raises `ValueError` if no run used the data set."""
     from matplotlib import pyplot as plt
 
-    tasks = [t for t in result["tasks"] if t["data"] == data]
-    if not tasks:
-        names = ", ".join(sorted({t["data"] for t in result["tasks"]}))
-        raise ValueError(f"no run on {data!r}, expected one of the compared data sets: {names}")
-    n = max(len(t["models"]) for t in tasks)
-    size = dict(figsize=(6.4 * len(tasks), 0.27 * n + 1.7), dpi=100, facecolor="white", layout="constrained")
-    fig, axes = plt.subplots(1, len(tasks), squeeze=False, **size)
-    for ax, task in zip(axes[0], tasks, strict=True):
+    tasks = _tasks_on(result, data)
+    rows = [len(t["models"]) for t in tasks]
+    size = dict(figsize=(_BENCHMARK_WIDTH, sum(0.19 * n + 1.0 for n in rows) + 1.7), dpi=100, layout="constrained")
+    fig, axes = plt.subplots(len(tasks), squeeze=False, height_ratios=[n + 3 for n in rows], facecolor="white", **size)
+    for ax, task in zip(axes[:, 0], tasks, strict=True):
         _plot_seeds(ax, task["models"])
         _plot_bounds(ax, task)
-        _plot_groups(ax, [m["model"] for m in task["models"]], task.get("groups") or [])
-        ax.set_title(f"{data}, horizon {task['horizon']}", fontsize=9, pad=18)
-    families = dict.fromkeys(m["family"] for t in tasks for m in t["models"])
-    handles = [plt.Line2D([], [], ls="", label=f, **family_style(f)) for f in families]
-    look = dict(frameon=False, fontsize=8, title=note or None, title_fontsize=8, loc="outside lower center")
-    fig.legend(handles=[*handles, *_seed_handles()], ncols=5, **look)
+        _shade_not_worse(ax, task)
+        title = f"{count_text(len(task['models']), 'model')}, {data}, horizon {task['horizon']}"
+        ax.set_title(title, fontsize=9, fontweight="bold", pad=17)
+    _benchmark_legend(fig, tasks, note)
     draw_plain_text(fig)
     return fig
+
+
+def _tasks_on(result, data):
+    if tasks := [t for t in result["tasks"] if t["data"] == data]:
+        return tasks
+    names = ", ".join(sorted({t["data"] for t in result["tasks"]}))
+    raise ValueError(f"no run on {data!r}, expected one of the compared data sets: {names}")
+
+
+def _benchmark_legend(fig, tasks, note):
+    "A legend below the panels, under the note: families, and the marks of a row."
+    from matplotlib import pyplot as plt
+
+    families = dict.fromkeys(m["family"] for t in tasks for m in t["models"])
+    handles = [plt.Line2D([], [], ls="", label=f"{f} models", **family_style(f)) for f in families]
+    look = dict(frameon=False, fontsize=9, title=textwrap.fill(note, 64) or None, title_fontsize=9)
+    fig.legend(handles=[*handles, *_row_handles()], ncols=2, loc="outside lower center", **look)
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #a53df7dc
 def _plot_seeds(ax, models):
@@ -158,9 +175,9 @@ def _plot_seeds(ax, models):
             )
             ax.plot(m["averaged"]["log_loss"], y, "D", ms=5.5, mfc="white", mec=color)
         ax.plot(m["log_loss"], y, ms=4, **family_style(m["family"]))
-    ax.set_yticks(range(len(models))[::-1], map(_model_label, models), fontsize=8)
+    ax.set_yticks(range(len(models))[::-1], map(_model_label, models), fontsize=9)
     ax.set_ylim(-0.6, len(models) - 0.4)
-    ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(axis="x", labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -173,7 +190,7 @@ def _model_label(m):
     return f"{m['model']}, {span} {'rounds' if m['family'] == 'boosting' else 'epochs'}"
 
 
-def _seed_handles():
+def _row_handles():
     from matplotlib import pyplot as plt
 
     grey = dict(color="#555555")
@@ -181,36 +198,69 @@ def _seed_handles():
         plt.Line2D([], [], marker="o", ms=4, lw=0.9, label="mean over seeds, 95% interval", **grey),
         plt.Line2D([], [], lw=6, alpha=0.35, label="lowest to highest seed", **grey),
         plt.Line2D([], [], ls="", marker="D", mfc="white", label="averaged probabilities", **grey),
-        plt.Line2D([], [], lw=1.5, color="black", label="bracket: not significantly different"),
+        plt.Rectangle((0, 0), 1, 1, color="#0072B2", alpha=0.12, label="not worse than the best"),
     ]
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #9ccb98e8
 def _plot_bounds(ax, task):
-    "Lines at the Bayes optimum, if it is known, and at the class shares, if a model is near them; the axis names both."
+    "Named lines at the Bayes optimum, if it is known, and at the log loss of the class shares."
     prior = next((b["log_loss"] for b in task["baselines"] if b["model"] == "prior"), None)
-    ax.set_xlabel("log loss" if prior is None else f"log loss (training class shares: {prior:.3f})", fontsize=9)
+    ax.set_xlabel("log loss (lower is better)", fontsize=9)
     if task["ceiling"]:
-        optimum = task["ceiling"]["log_loss"]["ceiling"]
-        ax.axvline(optimum, color="black", lw=0.9)
-        place = dict(xycoords=("data", "axes fraction"), textcoords="offset points", ha="left")
-        ax.annotate(f"Bayes optimum {optimum:.3f}", (optimum, 1), (-2, 3), fontsize=8, **place)
-    limits = ax.get_xlim()
-    if prior is not None and prior < limits[1]:
-        ax.axvline(prior, color="black", ls="--", lw=0.9)
+        _name_line(ax, task["ceiling"]["log_loss"]["ceiling"], "Bayes optimum", "left", "-")
+    if prior is not None:
+        _name_line(ax, prior, "no skill", "right", "--")
 
 
-def _plot_groups(ax, models, groups):
-    "A bracket beside each group, in the first column that is free; the group of the best model is shaded."
-    columns: list[int] = []  # last row of the lowest bracket in each column
-    for group in groups:
-        first, last = models.index(group[0]), models.index(group[-1])
-        column = next((c for c, end in enumerate(columns) if end < first), len(columns))
-        columns[column : column + 1] = [last]
-        x, ends = 1.015 + 0.02 * column, [len(models) - 1 - first + 0.3, len(models) - 1 - last - 0.3]
-        style = dict(transform=ax.get_yaxis_transform(), clip_on=False, color="black", lw=1.5)
-        ax.plot([x - 0.008, x, x, x - 0.008], [ends[0], *ends, ends[1]], **style)
-        if first == 0:
-            ax.axhspan(*ends, color="#0072B2", alpha=0.07, lw=0)
+def _name_line(ax, x, name, side, dash):
+    "A vertical line with its name and value above the axes."
+    ax.axvline(x, color="black", ls=dash, lw=0.9)
+    place = dict(xycoords=("data", "axes fraction"), textcoords="offset points", ha=side)
+    ax.annotate(f"{name} {number_text(x)}", (x, 1), (-2 if side == "left" else 2, 3), fontsize=9, **place)
+
+
+def _shade_not_worse(ax, task):
+    "Shades the rows of the models that are not significantly worse than the best one, if a test says which."
+    for y, m in zip(range(len(task["models"]))[::-1], task["models"], strict=True):
+        if m["model"] in (task["not_worse"] or []):
+            ax.axhspan(y - 0.5, y + 0.5, color="#0072B2", alpha=0.12, lw=0)
+
+# %% ../../nbs/figures/02_model_comparison.ipynb #937c72a6
+_SCORES = ("log_loss", "log_loss_ci_low", "log_loss_ci_high", "log_loss_min", "log_loss_max")
+
+
+def benchmark_scores(
+    result: dict,  # result of `comparison`
+    data: str,  # name of a data set
+    decimals: int = 5,  # of each score
+) -> dict:  # for JSON; `plot_benchmark` draws it
+    """The scores of a comparison that `plot_benchmark` draws.
+
+    Raises `ValueError` if no run used the data set."""
+    return dict(tasks=[_task_scores(task, decimals) for task in _tasks_on(result, data)])
+
+
+def _task_scores(task, decimals):
+    priors = [b for b in task["baselines"] if b["model"] == "prior"]
+    ceiling = {"log_loss": _rounded(task["ceiling"]["log_loss"], ("ceiling",), decimals)} if task["ceiling"] else None
+    return dict(
+        data=task["data"],
+        horizon=task["horizon"],
+        not_worse=task["not_worse"],
+        ceiling=ceiling,
+        baselines=[dict(model=b["model"]) | _rounded(b, ("log_loss",), decimals) for b in priors],
+        models=[_model_scores(m, decimals) for m in task["models"]],
+    )
+
+
+def _model_scores(m, decimals):
+    averaged = _rounded(m["averaged"], ("log_loss",), decimals) if m["averaged"] else None
+    about = {key: m.get(key, []) for key in ("model", "family", "seeds", "epochs")}
+    return about | _rounded(m, _SCORES, decimals) | dict(averaged=averaged)
+
+
+def _rounded(scores, names, decimals):
+    return {name: round(scores[name], decimals) for name in names if scores.get(name) is not None}
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #5cb0b22e
 def prediction_correlations(

@@ -27,6 +27,7 @@ from .run import list_runs
 from .run_folder import FAILED_FOLDER, PARTIAL_FOLDER, UNSCORED, is_alive, list_attempts
 from .sessions import Session, live_sessions
 from .stored import RunList
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['ENDED', 'Board', 'RunState', 'GridStatus', 'GridState', 'GridReader', 'by_identity', 'parameters_key',
@@ -171,9 +172,10 @@ class GridState:
         "The remaining time with what it leaves out, such as `about 3m 05s left`; empty if nothing is left."
         if all(state.status in ENDED for state in self.runs):
             return ""
-        missing = f"no finished run of {', '.join(self.unknown)} to estimate from" if self.unknown else ""
+        unknown = count_text(len(self.unknown), "model has", "models have")
+        missing = f"{unknown} no finished run yet" if self.unknown else ""
         if self.seconds_left is None:
-            return missing or "remaining time unknown"
+            return "remaining time unknown" + (f": {missing}" if missing else "")
         most = "at least" if missing else "about"
         return f"{most} {duration(self.seconds_left)} left" + (f" ({missing})" if missing else "")
 

@@ -277,7 +277,8 @@ class GridResult(list):
         return pd.DataFrame(self.to_dicts())
 
     def __repr__(self):
-        counts = ", ".join(f"{self.count(s)} {s}" for s in dict.fromkeys(o.status for o in self))
+        names = {"ok": "done"}  # as on the board
+        counts = ", ".join(f"{self.count(s)} {names.get(s, s)}" for s in dict.fromkeys(o.status for o in self))
         lines = [f"{o.name}: {o.status}: {o.reason}" + (f" (see {o.path})" if o.path else "") for o in self if o.reason]
         if self.count("skipped"):
             lines.append(

@@ -25,7 +25,8 @@ body{color:CanvasText;background:Canvas}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:2px 12px 2px 0;text-align:left;vertical-align:top}
 tbody tr:hover :is(td,th){background:color-mix(in srgb,CanvasText 7%,Canvas)}
-img{width:100%;height:auto}
+img{max-width:100%;height:auto}
+h1{overflow-wrap:anywhere}
 a.anchor-link{display:none}
 div.output_area{overflow-x:auto}
 table.leaderboard :is(th,td):first-child{position:sticky;left:0;background:Canvas}
@@ -38,7 +39,11 @@ th[aria-sort=descending] button::after{content:" \\25bc";opacity:1}
 .filter :is(input,button){font:inherit;padding:.1em .6em}
 .filter button[aria-pressed=true]{font-weight:bold}
 @media screen and (max-width:700px){
-img{width:900px;max-width:none}
+img{max-width:900px}
+table{width:max-content}
+td,th{max-width:20em}
+table.verdicts{width:auto}
+table.verdicts td{max-width:none}
 table.verdicts :is(tr,th,td){display:block}
 table.verdicts thead{display:none}
 table.verdicts td::before{content:attr(data-label) ": ";opacity:.75}
@@ -133,6 +138,7 @@ def to_html(
     output: Path,
     title: str = "Model comparison",
     links: dict[str, str] | None = None,  # address in the notebook -> address on the page
+    heading: str | None = None,  # replaces a text in the first cell, which explains how the notebook is used
 ) -> None:
     "Writes an executed notebook as a self-contained HTML page without code; tables can be sorted and filtered."
     import nbformat
@@ -141,7 +147,11 @@ def to_html(
     exporter = HTMLExporter(
         template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
     )
-    page, _ = exporter.from_notebook_node(nbformat.read(notebook, 4))
+    executed = nbformat.read(notebook, 4)
+    if heading:
+        has_text = any(cell.cell_type == "markdown" for cell in executed.cells[:1])
+        executed.cells[:has_text] = [nbformat.v4.new_markdown_cell(f"# {escape_markdown(heading)}")]
+    page, _ = exporter.from_notebook_node(executed)
     for address, target in (links or {}).items():
         page = page.replace(f'href="{address}"', f'href="{target}"')
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
@@ -211,7 +221,7 @@ def _write_run_page(notebook, page, name):
         return True
     page.parent.mkdir(exist_ok=True)
     try:
-        to_html(notebook, page, name)
+        to_html(notebook, page, name, heading=name)
     except Exception:  # a received run may have any file as its notebook
         return False
     return True

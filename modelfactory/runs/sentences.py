@@ -21,9 +21,9 @@ from modelfactory.words import (
 )
 
 # %% auto #0
-__all__ = ['BENCHMARK_LABELS', 'CLAIMS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe', 'constant_call_text',
-           'no_skill_text', 'claim_figures', 'task_verdicts', 'control_sentences', 'conclusion', 'fold_sentences',
-           'comparison_notes', 'task_notes', 'task_sentences', 'summary_sentences']
+__all__ = ['NONE_ALONE', 'BENCHMARK_LABELS', 'CLAIMS', 'MIN_CEILING_GAP', 'FOLD_SCALING_NOTE', 'MAX_LISTED', 'describe',
+           'constant_call_text', 'no_skill_text', 'claim_figures', 'task_verdicts', 'control_sentences', 'conclusion',
+           'fold_sentences', 'comparison_notes', 'task_notes', 'task_sentences', 'summary_sentences']
 
 # %% ../../nbs/runs/07_sentences.ipynb #8f29b4b5
 def describe(
@@ -33,6 +33,9 @@ def describe(
     head = f"{task['data']}, horizon {task['horizon']}: "
     sentences = _direction_sentence(task), _log_loss_sentence(task), _profit_sentence(task)
     return [head + sentence for sentence in sentences]
+
+
+NONE_ALONE = "none is significant alone"  # of models that are significant only together
 
 
 def _trials_text(task):
@@ -96,7 +99,7 @@ def _direction_sentence(task):
         return f"{len(skilled)} of {len(models)} models {verb} directional skill{details}."
     if task["direction_significant"]:
         details = _in_brackets(p_text(p), _trials_text(task))
-        return f"at least one of {len(models):,} models has directional skill{details}; none is significant alone."
+        return f"at least one of {len(models):,} models has directional skill{details}, but {NONE_ALONE}."
     details = _in_brackets(constant_call_text(best), p_text(p), _trials_text(task))
     return no_skill_text(models) + f"{details}."
 
@@ -188,7 +191,7 @@ def _skilled_text(task):
     if skilled:
         return f"{list_text(skilled, most=3)}, {len(skilled)} of {count_text(len(models), 'model')}"
     if task["direction_significant"]:
-        return "at least one model, none alone"
+        return f"at least one of {count_text(len(models), 'model')}, but {NONE_ALONE}"
     return f"worse than a constant prediction: {list_text(worse, most=3)}" if worse else ""
 
 
@@ -286,8 +289,17 @@ def _horizons_text(tasks):
     return f" at {count_text(n_horizons, 'horizon')}" if n_horizons > 1 else ""
 
 
+def _jointly_significant(tasks):
+    "The tasks with significant directional skill, which may be that of no single model."
+    return [task for task in tasks if task["direction_significant"]]
+
+
 def _skill_text(tasks, skilled):
-    "A clause that states how many of the tested models have directional skill."
+    "A clause that states how many of the tested models have directional skill, alone or only together."
+    if not skilled and (joint := _jointly_significant(tasks)):
+        horizons = f" at {plural(len(joint), 'horizon', 'horizons')} {list_text([str(t['horizon']) for t in joint])}"
+        where = horizons if len(tasks) > 1 else ""
+        return f"at least one of {count_text(_n_tested(joint), 'model')} has directional skill{where}, but {NONE_ALONE}"
     if not skilled:
         return f"{_none_text(tasks)} has directional skill"
     verb = plural(_n_models(skilled), "has", "have")
@@ -324,10 +336,10 @@ def _attained_text(fractions, n_models):
 
 def _null_sentence(tasks, skilled):
     head = f"{tasks[0]['data']}: the simulated market has no signal; "
-    if not skilled:
+    if not skilled and not _jointly_significant(tasks):
         return head + f"{_none_text(tasks)} has significant directional skill."
     warning = "Find the cause of this false positive before you trust the pipeline."
-    return f"{head}{_skill_text(tasks, skilled)} ({_names(skilled)}). {warning}"
+    return f"{head}{_skill_text(tasks, skilled)}{_in_brackets(_names(skilled))}. {warning}"
 
 # %% ../../nbs/runs/07_sentences.ipynb #06b7cae7
 def _interval_text(model):
@@ -344,8 +356,9 @@ def _real_sentence(tasks, skilled):
         return head + _not_tested(tasks[0], "direction", "directional skill")
     task, best = max(tested, key=lambda pair: _skill(pair[1]))
     figure = f"best: {best['model']} h{task['horizon']}, directional skill {_interval_text(best)}"
-    if skilled:
-        return f"{head}{_skill_text(tasks, skilled)}, {_trials_text(task)} ({_names(skilled)}; {figure})."
+    if skilled or _jointly_significant(tasks):
+        details = "; ".join(filter(None, (_names(skilled), figure)))
+        return f"{head}{_skill_text(tasks, skilled)}, {_trials_text(task)} ({details})."
     constant = f"; {text}" if (text := constant_call_text(best)) else ""
     text = no_skill_text([m for _, m in tested], _none_text(tasks))
     return head + f"{text}, {_trials_text(task)} ({figure}{constant})."
