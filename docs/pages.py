@@ -125,6 +125,8 @@ def processed(notebook, module=None, tables=False):
         if not source.strip() or "hide" in directives or "lab" in cell["metadata"].get("tags", []):
             continue
         cell["source"] = source
+        if alternative := alternative_text(directives):
+            cell["metadata"]["mystnb"] = dict(image=dict(alt=alternative))
         if tables and is_code and all(output["output_type"] != "stream" for output in cell["outputs"]):
             add_tag(cell, "hide-input")
         cells.append(cell)
@@ -141,6 +143,11 @@ def split(source):
     lines = source.split("\n")
     rest = "\n".join(line for line in lines if not line.startswith("#|"))
     return [line[2:].strip() for line in lines if line.startswith("#|")], rest
+
+
+def alternative_text(directives):
+    "The alternative text of a figure, as in `#| fig-alt: text`; empty if the cell has none."
+    return next((d.removeprefix("fig-alt:").strip() for d in directives if d.startswith("fig-alt:")), "")
 
 
 def add_tag(cell, tag):

@@ -157,6 +157,13 @@ def test_each_page_of_the_sidebar_is_marked_as_the_current_one(site):
     assert 'current"><a class="reference internal" href="../../notebooks.html"' in sidebar("nbs/data/00_splits")
 
 
+def test_each_figure_of_a_tutorial_has_an_alternative_text(site):
+    pages = [file.read_text() for file in sorted(site.glob("nbs/tutorials/*.html"))]
+    images = [image for page in pages for image in re.findall("<img [^>]+>", page)]
+    without = [image for image in images if not re.search(r'alt="\w+ [^"]+ [^"]+"', image)]
+    assert len(images) >= 10 and without == [], "begin the cell with `#| fig-alt: text`"
+
+
 def test_the_landing_page_leads_to_the_first_steps(site):
     text = (site / "index.html").read_text()
     assert f"modelfactory {__version__}" in text and 'href="CHANGELOG.html"' in text

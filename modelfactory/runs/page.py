@@ -41,7 +41,7 @@ th[aria-sort=descending] button::after{content:" \\25bc";opacity:1}
 @media screen and (max-width:700px){
 img{max-width:900px}
 table{width:max-content}
-td,th{max-width:20em}
+td,th{max-width:30em}
 table.verdicts{width:auto}
 table.verdicts td{max-width:none}
 table.verdicts :is(tr,th,td){display:block}
