@@ -108,7 +108,8 @@ class Demo:
 
     def __init__(self, python, bundled, home):
         self.project, self.home, self.program = home / "project", home, python.with_name("modelfactory")
-        self.environment = dict(HOME=str(home), TMPDIR=str(home / "tmp"), MODELFACTORY_BUNDLED=str(bundled))
+        self.environment = dict(HOME=str(home), TMPDIR=str(home / "tmp"))
+        self.environment |= dict(MODELFACTORY_BUNDLED=str(bundled), MODELFACTORY_TRACKING="")
         (home / "tmp").mkdir()
         if as_second_user():
             for folder in (home, home / "tmp"):

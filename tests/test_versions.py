@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 open("{log}", "a").write(" ".join(sys.argv[1:]) + "\\n")
 if "--universal" in sys.argv:
-    pins = Path("constraints.txt").read_text().split()
+    pins = [*Path("constraints.txt").read_text().split(), "gamma==0.1", "windows-only==1.0"]
     text = "".join(f"{{pin}} \\\\\\n    --hash=sha256:00\\n" for pin in pins)
 elif Path("{new}").exists():
     text = Path("{new}").read_text()
@@ -84,12 +84,12 @@ def is_unchanged(project):
 
 
 def test_an_update_that_passes_the_check_is_written_with_a_table(project):
-    (project.parent / "new").write_text("alpha==1.1\nbeta-x==2.0\ngamma==0.1\n")
+    (project.parent / "new").write_text("alpha==1.1\nbeta-x==2.0\ngamma==0.1\nnvidia-cuda==13.0\n")
     done = update(project)
     assert done.returncode == 0, done.stdout + done.stderr
     new = "alpha==1.1\nbenchmark==3.0\nBeta_x==2.0\ngamma==0.1\n"
     assert (project / "constraints.txt").read_text() == (project.parent / "seen").read_text() == new
-    assert (project / "lock.txt").read_text().count("--hash=") == 4
+    assert (project / "lock.txt").read_text().count("--hash=") == 5
     table = (project / "docs/_build/update.md").read_text()
     assert "| alpha | 1.0 | 1.1 |\n| gamma | none | 0.1 |\n" in table and table in done.stdout
     resolve, lock = (project.parent / "calls").read_text().splitlines()
@@ -124,7 +124,9 @@ def test_a_mistake_is_reported_before_anything_changes(project, mistake):
     if mistake == "not committed":
         (project / "pyproject.toml").write_text("[project]\n")
     done = update(project, *names)
-    words = dict([("an unknown name", "alhpa"), ("no index", "No solution found"), ("not committed", "commit first")])
+    words = dict(
+        [("an unknown name", "alhpa"), ("no index", "No solution found"), ("not committed", "commit the changes first")]
+    )
     assert done.returncode == 1 and words[mistake] in done.stderr and is_unchanged(project)
 
 

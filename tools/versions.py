@@ -3,8 +3,8 @@
 constraints.txt names one version of each package, and lock.txt also the hashes of its files, for all systems and
 Pythons. `make lock`, `make update` and `make audit` call this script."""
 
+import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -51,18 +51,28 @@ def lock():
     print(f"{LOCK}: {len(pins(LOCK))} packages with hashes")
 
 
-def resolve_newest(names):
-    """Writes the newest permitted versions into constraints.txt; with names, only those of these packages.
+def write_pins(versions):
+    lines = sorted((f"{name}=={version}\n" for name, version in versions.items()), key=str.casefold)
+    CONSTRAINTS.write_text("".join(lines))
 
-    Keeps the spelling of names, and the lines of packages that the project does not require, such as the libraries of
-    benchmarks, which are installed without their dependencies."""
+
+def resolve_newest(names):
+    """Writes the newest permitted versions into constraints.txt and lock.txt; with names, only those of these packages.
+
+    Keeps the spelling of names. Keeps packages that the project does not require, such as the libraries of benchmarks,
+    which are installed without their dependencies. New packages are added if they are in the lock; the libraries of
+    CUDA, which torch requires on some indexes, are not."""
     old = pins(CONSTRAINTS)
     spelling = {normalised(name): name for name in old}
     upgrades = [f"--upgrade-package={name}" for name in names] or ["--upgrade"]
     compile_with_uv(*upgrades, "--no-header", output=CONSTRAINTS)
-    new = old | {spelling.get(normalised(name), name): version for name, version in pins(CONSTRAINTS).items()}
-    lines = sorted((f"{name}=={version}\n" for name, version in new.items()), key=str.casefold)
-    CONSTRAINTS.write_text("".join(lines))
+    newest = pins(CONSTRAINTS)
+    new = old | {spelling[name]: version for name, version in newest.items() if name in spelling}
+    write_pins(new)
+    if new != old:
+        lock()
+        added = {name: version for name, version in pins(LOCK).items() if name in newest.keys() - spelling.keys()}
+        write_pins(new | added)
 
 
 def changes_table(old, new):
@@ -72,32 +82,42 @@ def changes_table(old, new):
     return "".join(["| package | tested before | tested now |\n|---|---|---|\n", *rows]) if rows else ""
 
 
+def check_request(names):
+    "Ends with an error if a name has no pin, or if the files to be changed differ from the last commit."
+    if unknown := {normalised(name) for name in names} - {normalised(name) for name in pins(CONSTRAINTS)}:
+        sys.exit(f"found {', '.join(sorted(unknown))}, expected names in {CONSTRAINTS}")
+    files = ["pyproject.toml", str(CONSTRAINTS)]
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *files]).returncode:
+        sys.exit(
+            f"{' or '.join(files)} differs from the last commit, which is what is tested: commit the changes first"
+        )
+
+
+def try_newest(names):
+    "Runs `make check` with the newest versions in the working folder; returns the table of changes, empty without any."
+    old = pins(CONSTRAINTS)
+    resolve_newest(names)
+    table = changes_table(old, pins(CONSTRAINTS))
+    print(table or "no newer version is permitted by pyproject.toml", flush=True)
+    if table and subprocess.run(["make", "check"]).returncode:
+        sys.exit(f"make check failed with these versions, so nothing has changed; {SEPARATELY}")
+    return table
+
+
 def update(names):
     """Tries newer versions in a clone of the last commit; replaces constraints.txt and lock.txt if `make check` passes.
 
     Writes a table of the changes. If the check fails, nothing in this folder changes."""
+    check_request(names)
     root = Path.cwd()
-    old = pins(CONSTRAINTS)
-    if unknown := {normalised(name) for name in names} - {normalised(name) for name in old}:
-        sys.exit(f"found {', '.join(sorted(unknown))}, expected names in {CONSTRAINTS}")
-    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "pyproject.toml", str(CONSTRAINTS)]).returncode:
-        sys.exit(f"pyproject.toml or {CONSTRAINTS} differs from the last commit, which is what is tested: commit first")
     with tempfile.TemporaryDirectory(prefix="update") as clone:
         subprocess.run(["git", "clone", "-q", str(root), clone], check=True)
-        os.chdir(clone)
-        try:
-            resolve_newest(names)
-            table = changes_table(old, pins(CONSTRAINTS))
-            if not table:
-                return print("no newer version is permitted by pyproject.toml")
-            print(table, "update: make check", sep="\n", flush=True)
-            lock()
-            if subprocess.run(["make", "check"]).returncode:
-                sys.exit(f"make check failed with these versions, so nothing has changed; {SEPARATELY}")
-            for file in (CONSTRAINTS, LOCK):
-                shutil.copyfile(file, root / file)
-        finally:
-            os.chdir(root)
+        with contextlib.chdir(clone):
+            table = try_newest(names)
+        if not table:
+            return
+        for file in (CONSTRAINTS, LOCK):
+            shutil.copyfile(Path(clone, file), file)
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(table)
     print(f"{CONSTRAINTS} and {LOCK} are new; {TABLE} has the table for the commit or pull request")
