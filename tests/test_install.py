@@ -114,6 +114,9 @@ class Demo:
         if as_second_user():
             for folder in (home, home / "tmp"):
                 os.chown(folder, NOBODY, NOBODY)
+            for folder in home.parents:  # `os.access` follows the permissions of folders alone
+                if not folder.stat().st_mode & 0o001:
+                    folder.chmod(0o755)
         self.models = self("models", folder=home)
         self.init = self("init", "project", folder=home)
         self.files = contents(self.project)

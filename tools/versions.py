@@ -52,8 +52,9 @@ def lock():
 
 
 def write_pins(versions):
-    lines = sorted((f"{name}=={version}\n" for name, version in versions.items()), key=str.casefold)
-    CONSTRAINTS.write_text("".join(lines))
+    "Writes constraints.txt, sorted by the names as the index writes them."
+    lines = [f"{name}=={version}\n" for name, version in versions.items()]
+    CONSTRAINTS.write_text("".join(sorted(lines, key=lambda line: line.lower().replace("_", "-"))))
 
 
 def resolve_newest(names):
