@@ -30,12 +30,12 @@ from .run import list_runs
 from .run_folder import FAILED_FOLDER, UNSCORED, RunError, list_attempts
 from .sentences import MIN_CEILING_GAP, claim_figures
 from .stored import RunList
-from .task import count_trials, read_task, stored_daily, task_significance
+from .task import MAX_MODELS, count_trials, read_task, stored_daily, task_significance
 from ..training.test_set import test_set_uses
 
 # %% auto #0
-__all__ = ['CLAIM_KEYS', 'LEADERBOARD_METRICS', 'seed_statistics', 'variance_split', 'ceiling_scores', 'entry_log_loss',
-           'comparison', 'plain_data', 'read_comparison', 'failed_runs']
+__all__ = ['UNTESTED', 'CLAIM_KEYS', 'LEADERBOARD_METRICS', 'seed_statistics', 'variance_split', 'ceiling_scores',
+           'entry_log_loss', 'comparison', 'plain_data', 'read_comparison', 'failed_runs']
 
 # %% ../../nbs/runs/09_comparison.ipynb #0d54e7c3
 def _task_scores(task):
@@ -193,6 +193,11 @@ def _n_epochs(run):
     return len(losses) if isinstance(losses, list) else None
 
 
+def _about_model(model, runs):
+    about = dict(model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs])
+    return about | dict(folds=len(runs[-1].manifest.get("stitched") or [None]), joint=list(runs[-1].joint_horizons))
+
+
 def _model_entry(task, model, metrics, tests):
     runs, claimed = task.models[model], _direction_figures(tests["claims"][model])
     values = seed_statistics([metrics[r.path.name] for r in runs])
@@ -201,10 +206,20 @@ def _model_entry(task, model, metrics, tests):
         values = dict.fromkeys(claimed, math.nan) | values | dict(constant_class=claimed["constant_class"])
     else:
         averaged, values = None, values | claimed
-    about = dict(model=model, family=runs[-1].family, seeds=[r.seed for r in runs], runs=[r.path.name for r in runs])
-    about |= dict(folds=len(runs[-1].manifest.get("stitched") or [None]), epochs=[_n_epochs(r) for r in runs])
-    about |= dict(joint=list(runs[-1].joint_horizons))
+    about = _about_model(model, runs) | dict(epochs=[_n_epochs(r) for r in runs])
     return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
+
+# %% ../../nbs/runs/09_comparison.ipynb #841d2dfe
+UNTESTED = "not tested"  # verdict on a model whose predictions are not read
+
+
+def _untested_entry(task, model):
+    "The stored scores of a model beyond `MAX_MODELS`; without a corrected interval of its skill."
+    runs = task.untested[model]
+    names = {"n_samples", "f1_null"} | {m + end for m in LEADERBOARD_METRICS for end in ("", "_ci_low", "_ci_high")}
+    names -= {"directional_skill_ci_low", "directional_skill_ci_high"}
+    values = seed_statistics([{name: r.metrics[name] for name in names & r.metrics.keys()} for r in runs])
+    return _about_model(model, runs) | values | dict(averaged=None, verdict=UNTESTED, direction_significant=False)
 
 # %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
 def _averaged(task, model):
@@ -258,8 +273,8 @@ def _task_entry(task, trials):
     metrics, baselines, daily, reason = _task_scores(task)
     tests = task_significance(task, trials, daily, reason)
     models = sorted((_model_entry(task, m, metrics, tests) for m in task.models), key=entry_log_loss)
-    for rank, entry in enumerate(models, 1):
-        entry["rank"] = rank
+    untested = sorted((_untested_entry(task, m) for m in task.untested), key=entry_log_loss)
+    _rank(models, untested)
     ceiling = _ceiling(task, baselines["prior"]["log_loss"], claim_figures(models[0])["directional_accuracy_constant"])
     for entry in models if ceiling else ():
         entry["fraction_of_ceiling"] = _fractions(entry, ceiling, "ceiling")
@@ -270,9 +285,23 @@ def _task_entry(task, trials):
         ceiling=ceiling,
         variance=_variance(task, metrics),
         models=models,
+        untested=untested,
         baselines=[_baseline_entry(name, values) for name, values in baselines.items()],
     )
     return about | {k: tests[k] for k in CLAIM_KEYS} | _task_limits(task) | scores
+
+
+def _rank(models, untested):
+    "Ranks all models by log loss; an untested model, whose rows may differ, is never before the best tested one."
+    best = entry_log_loss(models[0])
+
+    def loss(entry):
+        value = entry_log_loss(entry)
+        return max(value, best) if math.isfinite(value) else math.inf
+
+    ranked = sorted([*models, *untested], key=loss)
+    for rank, entry in enumerate(ranked, 1):
+        entry["rank"] = rank
 
 
 def _baseline_entry(name, values):
@@ -320,7 +349,7 @@ def comparison(
     with Progress(len(keys), "comparison", delay=1.0) as bar:
         for number, (data, horizon) in enumerate(keys):
             bar.update(number, f"{data} h{horizon}")
-            task = read_task(runs, data, horizon, unread=unread)
+            task = read_task(runs, data, horizon, unread=unread, most=MAX_MODELS)
             if task.models:
                 entry = _task_entry(task, count_trials(runs, data_of_task[data]))
                 tasks.append(entry | dict(folds=fold_entry(task, runs)))

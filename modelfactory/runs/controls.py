@@ -8,15 +8,12 @@ from __future__ import annotations
 from ..data.splits import MIN_BLOCKS
 from ..evaluation.significance import control_tests, indistinct_groups, row_losses
 from ..models.registry import ModelRegistry, UnknownModel
-from .task import Task
+from .task import CONTROLS, Task
 
 # %% auto #0
-__all__ = ['CONTROLS', 'is_network', 'control_entry']
+__all__ = ['is_network', 'control_entry']
 
 # %% ../../nbs/runs/28_controls.ipynb #871ee7d3
-CONTROLS = ("dlinear", "logistic_regression")
-
-
 def is_network(
     model: str,  # name of a model
 ) -> bool:

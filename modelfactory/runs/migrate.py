@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 SCHEMA_VERSION = 2  # version of the manifest format; releases before 0.2 wrote version 1
 
@@ -25,6 +26,7 @@ def read_metrics(
     return {name: math.nan if value is None else value for name, value in renamed.items() if name}
 
 
+@lru_cache(4096)
 def _current_name(name):
     "The current name of a stored metric; None if the metric was removed."
     base = name.removesuffix("_ci_low").removesuffix("_ci_high")

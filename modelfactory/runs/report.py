@@ -42,13 +42,17 @@ def leaderboard(
     pd.DataFrame
 ):  # data, horizon, rank, model, family, seeds, runs, verdict, metrics with their interval ends and spread
     "Models and baselines by data set and horizon, sorted by log loss from best to worst."
-    rows = [_row(task, entry, metrics) for task in result["tasks"] for entry in task["models"] + task["baselines"]]
+    rows = [_row(task, entry, metrics) for task in result["tasks"] for entry in _all_entries(task)]
     if not rows:
         return pd.DataFrame(columns=["rank", "seeds", *_NOT_NUMBERS, *metrics])
     table = pd.DataFrame(rows)
     numbers = table.columns.difference(_NOT_NUMBERS, sort=False)
     table[numbers] = table[numbers].astype(float)
     return table.sort_values(["data", "horizon", "loss"], kind="stable").drop(columns="loss").reset_index(drop=True)
+
+
+def _all_entries(task):
+    return task["models"] + task.get("untested", []) + task["baselines"]
 
 
 def _row(task, entry, metrics):

@@ -5,9 +5,11 @@
 # %% ../../nbs/runs/01_stored.ipynb #13296ed1
 from __future__ import annotations
 
+import contextlib
 import copy
 import hmac
 import html
+import json
 import math
 import os
 import re
@@ -34,6 +36,7 @@ from ..models.joint import history_at
 from ..models.loading import load_model
 from ..models.persistence import current_config, file_hash
 from ..models.registry import check_name
+from .index import RunIndex, inner_folders, run_stamp
 from .migrate import SCHEMA_VERSION, read_metrics
 from modelfactory.runs.run_folder import (
     FEATURES_FILE,
@@ -59,10 +62,11 @@ if TYPE_CHECKING:
     from modelfactory.models.base import BaseModel
 
 # %% auto #0
-__all__ = ['ShortText', 'MAX_MANIFEST_BYTES', 'MAX_TABLE_VALUES', 'Manifest', 'read_manifest', 'StoredRun', 'open_run',
-           'name_data', 'check_data', 'RunList', 'stored_runs']
+__all__ = ['CONFIG_FILE', 'ShortText', 'MAX_MANIFEST_BYTES', 'MAX_TABLE_VALUES', 'Manifest', 'read_manifest', 'StoredRun',
+           'open_run', 'name_data', 'check_data', 'RunList', 'stored_runs']
 
 # %% ../../nbs/runs/01_stored.ipynb #d77c57ba
+CONFIG_FILE = "config.yaml"
 ShortText = Annotated[str, MaxLen(4096)]
 
 
@@ -136,7 +140,16 @@ def read_manifest(
     Raises `RunError` if the manifest is damaged or lists a file outside the run. Also raises `RunError` if the
     run folder contains a link or anything else that is neither a file nor a folder."""
     folder = Path(folder)
-    stored, file = _stored_manifest(folder), folder / MANIFEST_FILE
+    manifest = _checked_manifest(_stored_manifest(folder), folder / MANIFEST_FILE)
+    try:
+        check_tree(folder)
+    except (FileError, OSError) as e:
+        raise RunError(str(e)) from None
+    return manifest
+
+
+def _checked_manifest(stored, file):
+    "The stored fields of a manifest after validation."
     typed = {f.name: stored[f.name] for f in fields(Manifest) if f.name in stored}
     checked = build_config(Manifest, typed, f"{file}: not a manifest of this kit", RunError)
     manifest = stored | {name: getattr(checked, name) for name in {"splits", "seconds", "versions", *typed}}
@@ -159,10 +172,6 @@ def read_manifest(
             raise RunError(f"{file}: lists the file {name[:100]!r}, expected a path inside the run") from None
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise RunError(f"{file}: no valid hash of {name!r}, expected 64 hex digits (SHA-256)")
-    try:
-        check_tree(folder)
-    except (FileError, OSError) as e:
-        raise RunError(str(e)) from None
     return manifest
 
 # %% ../../nbs/runs/01_stored.ipynb #91776549
@@ -177,8 +186,9 @@ class StoredRun:
         self,
         path: Path,  # folder of the run
         isolated: bool = False,  # whether `model` loads the checkpoint in a separate process
+        documents: dict[str, str] | None = None,  # name of a file -> its content as JSON, from the index
     ):
-        self.path, self.isolated = Path(path), isolated
+        self.path, self.isolated, self._documents = Path(path), isolated, documents or {}
         horizon = self.manifest["horizon"]  # raises `RunError` if the folder is not a finished run
         if isinstance(horizon, tuple):
             self.joint_horizons = horizon
@@ -245,7 +255,14 @@ class StoredRun:
     @cached_property
     def manifest(self) -> dict:
         "The validated manifest; raises `RunError` if it is missing or damaged."
+        if text := self._documents.get(MANIFEST_FILE):
+            return _checked_manifest(json.loads(text), self.path / MANIFEST_FILE)
         return read_manifest(self.path)
+
+    @property
+    def files(self) -> dict[str, str]:
+        "The name and SHA-256 hash of each file, from the manifest file even if the run was listed from an index."
+        return read_manifest(self.path)["files"]
 
     @cached_property
     def is_own(self) -> bool:
@@ -306,6 +323,8 @@ class StoredRun:
         name: str,  # path relative to the run folder
     ) -> dict:
         "The content of a JSON file in the run; raises `RunError` if the file does not contain a JSON object."
+        if text := self._documents.get(name):
+            return json.loads(text)
         file = self.file(name)
         try:
             values = read_json(file, links=False)
@@ -376,9 +395,10 @@ class StoredRun:
     @cached_property
     def config(self) -> dict:
         "The config that reproduces the run; raises `RunConfigError` if it is damaged or names no valid model."
-        file = self.file("config.yaml")
+        file = self.file(CONFIG_FILE)
         try:
-            config = read_yaml(file)
+            text = self._documents.get(CONFIG_FILE)
+            config = json.loads(text) if text else read_yaml(file)
             if isinstance(config.get("config"), dict):
                 config["config"] = current_config(config["config"])
             check_name(str(config.get("model", "")).rpartition(":")[2])
@@ -393,7 +413,11 @@ class StoredRun:
                 config["config"] |= dict(horizon=self.horizon)
         return config
 
-    def predictions(self, split: str = "val") -> pd.DataFrame:
+    def predictions(
+        self,
+        split: str = "val",
+        columns: list[str] | None = None,  # columns to read; None: all; a missing one is left out
+    ) -> pd.DataFrame:
         """Predictions of a split: datetime, symbol, horizon, y_true, prediction, and one probability for each class.
 
         Raises `RunError` if the run has no predictions for the split."""
@@ -401,12 +425,12 @@ class StoredRun:
         if not file.is_file():
             splits = ", ".join(self.manifest["splits"])
             raise RunError(f"{self.path.name}: no predictions of {split!r}; predicted splits: {splits}")
-        table = _read_table(file)
         if not self.joint_horizons or self.joint_horizons == self.horizon:
-            return table
+            return _read_table(file, columns)
+        table = _read_table(file, columns and list({*columns, "horizon"}))
         if "horizon" not in table:
             raise RunError(f"{file}: no column 'horizon'; train the run again")
-        return table[table["horizon"] == self.horizon].reset_index(drop=True)
+        return table[table["horizon"] == self.horizon].filter(columns or list(table)).reset_index(drop=True)
 
     @cached_property
     def cached_model(self) -> BaseModel:
@@ -471,8 +495,8 @@ class StoredRun:
         self,
         under: str = "",  # prefix of the file names to check; empty: all files
     ) -> None:
-        "Raises `RunError` if a file is missing or does not match its hash."
-        for name, digest in self.manifest["files"].items():
+        "Raises `RunError` if a file is missing or does not match its hash in the manifest file."
+        for name, digest in self.files.items():
             if not name.startswith(under):
                 continue
             file = self.file(name)
@@ -486,7 +510,7 @@ class StoredRun:
 
         If `isolated` is True, the model predicts in a separate process."""
         self.verify("checkpoints/")
-        listed = {name for name in self.manifest["files"] if name.startswith("checkpoints/")}
+        listed = {name for name in self.files if name.startswith("checkpoints/")}
         for file in self.file("checkpoints").rglob("*"):
             if not file.is_dir() and file.relative_to(self.path).as_posix() not in listed:
                 raise RunError(f"{file}: not listed in the manifest; remove the file")
@@ -527,7 +551,7 @@ _CACHED_BY_HORIZON = {
 MAX_TABLE_VALUES = 1 << 30  # maximum number of values (rows times columns) in a table
 
 
-def _read_table(file):
+def _read_table(file, columns=None):
     "Reads a Parquet table without pandas' slow search for partitions; raises `RunError` if the file is unreadable."
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -538,7 +562,8 @@ def _read_table(file):
         n_values = table.metadata.num_rows * table.metadata.num_columns
         if n_values > MAX_TABLE_VALUES:
             raise RunError(f"{file}: {n_values:,} values, expected at most {MAX_TABLE_VALUES:,}")
-        return table.read(use_threads=False).to_pandas()
+        names = columns and [name for name in columns if name in table.schema_arrow.names]
+        return table.read(names, use_threads=False).to_pandas()
     except RunError:
         raise
     except (OSError, ValueError, ArrowException, MemoryError, TypeError, KeyError) as e:
@@ -683,23 +708,54 @@ def stored_runs(
     "The finished runs in a folder, oldest first, excluding bundles; `.unread` lists the unreadable folders."
     folder, finished, unread = Path(runs or settings().runs), [], []
     finish_swaps(folder)
-    for path in sorted(f for f in folder.glob("*") if not f.name.startswith(".")):
+    paths = sorted(f for f in folder.glob("*") if not f.name.startswith("."))
+    index = RunIndex(folder, len(paths))
+    for path in paths:
         try:
-            finished += _listed(path, kind)
+            finished += _listed(path, kind, index)
         except (RunError, OSError) as e:
             reason = " ".join(str(e).replace(f"{folder}{os.sep}", "").split())
             unread.append(dict(folder=printable(path.name), reason=printable(reason)))
+    index.save()
     result = RunList(sorted(finished, key=lambda r: (r.created, r.path.name)))
     result.folder, result.unread = folder, unread
     name_data(result)
     return result
 
 
-def _listed(path, kind):
+def _listed(path, kind, index):
     "A list that contains the run stored in a folder; empty if the folder contains a bundle or no run."
+    if documents := index.documents(path):
+        with contextlib.suppress(RunError, ValueError, TypeError):  # an index with other content is ignored
+            return _without_bundle(kind(path, documents=documents))
     if not os.path.lexists(path / MANIFEST_FILE):
         if (path / "config.yaml").is_file():
             raise RunError(f"{path}: no {MANIFEST_FILE}; remove the folder or copy the run again")
         return []
+    stamp = run_stamp(path, [*inner_folders(path), *_indexed_files(path)]) if index.is_used else []
     run = kind(path)
+    if index.is_used:
+        index.add(path, _documents(run), stamp)
+    return _without_bundle(run)
+
+
+def _without_bundle(run):
     return [] if "bundle_of" in run.manifest else [run]
+
+
+def _indexed_files(path):
+    "The names of the files of a run that the index holds."
+    metrics = (file.relative_to(path).as_posix() for file in path.glob("metrics/*metrics.json"))
+    return [name for name in (MANIFEST_FILE, CONFIG_FILE, *metrics) if (path / name).is_file()]
+
+
+def _documents(run):
+    "The content of the files of a run that lists and leaderboards need; a damaged file is left out, and is read again."
+    documents = {MANIFEST_FILE: _stored_manifest(run.path)}
+    with contextlib.suppress(ConfigError):
+        documents[CONFIG_FILE] = read_yaml(run.path / CONFIG_FILE)
+    for part in run.parts() if run.scored else ():
+        name = f"metrics/{part._score_name('metrics.json')}"
+        with contextlib.suppress(RunError):
+            documents[name] = run.read_json(name)
+    return documents

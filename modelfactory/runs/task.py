@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SEED_KEYS', 'RESCORE_HINT', 'task_runs', 'common_rows', 'mean_predictions', 'Task', 'read_task', 'stack_predictions',
-           'count_trials', 'trials_so_far', 'daily_profit', 'stored_daily', 'task_significance',
-           'plot_task_differences']
+__all__ = ['SEED_KEYS', 'MAX_MODELS', 'CONTROLS', 'RESCORE_HINT', 'task_runs', 'common_rows', 'mean_predictions', 'Task',
+           'best_models', 'read_task', 'stack_predictions', 'count_trials', 'trials_so_far', 'daily_profit',
+           'stored_daily', 'task_significance', 'plot_task_differences']
 
 # %% ../../nbs/runs/06_task.ipynb #10ef5f95
 def task_runs(
@@ -111,6 +111,7 @@ class Task:
     models: dict[str, list[StoredRun]]  # name of the model, such as gru or gru (joint) -> its runs, one per seed
     tables: dict[str, pd.DataFrame]  # name of a run folder -> predictions of the run
     n_left_out: int = 0  # number of rows that only some of the runs predicted
+    untested: dict[str, list[StoredRun]] = field(default_factory=dict)  # models whose predictions are not read
 
     @cached_property
     def predictions(self) -> dict[str, pd.DataFrame]:
@@ -141,37 +142,98 @@ class Task:
         return None if net.isna().all(axis=None) else net.fillna(0.0)
 
 # %% ../../nbs/runs/06_task.ipynb #bd200705
+MAX_MODELS = 30  # models of a task that a comparison tests and draws
+CONTROLS = ("dlinear", "logistic_regression")  # simple models with which networks are compared
+
+
+def best_models(
+    models: dict[str, list[StoredRun]],  # from `task_runs`
+    most: int | None = MAX_MODELS,  # number of models; None: all
+) -> list[str]:  # names, in the order of `models`
+    """The models with the lowest log loss, and the controls: those that a comparison tests and draws.
+
+    The log loss is the stored one, averaged over seeds. Models with other classes or other data than the newest run
+    come last, because their log loss is not comparable."""
+    if most is None or len(models) <= most:
+        return list(models)
+    newest = max((run for runs in models.values() for run in runs), key=lambda r: (r.created, r.path.name))
+
+    def order(model):
+        run, loss = models[model][-1], np.mean([r.metrics["log_loss"] for r in models[model]])
+        is_other = _classes(run) != _classes(newest), _version(run) != _version(newest)
+        return *is_other, model not in CONTROLS, not np.isfinite(loss), loss
+
+    chosen = set(sorted(models, key=order)[:most])
+    return [model for model in models if model in chosen]
+
+# %% ../../nbs/runs/06_task.ipynb #20abfab6
+class _TaskReader:
+    "Reads the runs of a task; a run that cannot be read is excluded, and an older run takes its place."
+
+    def __init__(self, split, unread):
+        self.split, self.unread = split, unread
+        self.stored: dict[str, tuple[StoredRun, pd.DataFrame]] = {}  # name of a run folder -> run and predictions
+        self.setups: dict[str, str | None] = {}  # name of a run folder -> setup of its model; None: excluded
+
+    def exclude(self, run, reason):
+        if self.unread is None:
+            raise RunError(reason)
+        self.stored.pop(run.path.name, None)
+        self.setups[run.path.name] = None
+        self.unread.append(dict(folder=run.path.name, reason=reason))
+
+    def setup(self, run):
+        "The setup of a run from its record; None if the run is excluded."
+        name = run.path.name
+        if name not in self.setups:
+            try:
+                self.setups[name] = _checked_setup(run)
+            except (RunError, ConfigError) as e:
+                self.exclude(run, str(e))
+        return self.setups[name]
+
+    def read(self, runs):
+        "Reads the predictions of runs; returns whether all could be read."
+        for run in runs:
+            try:
+                self.stored[run.path.name] = run, _scored_predictions(run, self.split)
+            except (RunError, ConfigError) as e:
+                self.exclude(run, str(e))
+        return all(run.path.name in self.stored for run in runs)
+
+    def kept(self, models):
+        "The models with those of their runs that are not excluded."
+        runs = {model: [r for r in seeds if self.setups[r.path.name]] for model, seeds in models.items()}
+        return {model: seeds for model, seeds in runs.items() if seeds}
+
+# %% ../../nbs/runs/06_task.ipynb #098f82f9
 def read_task(
     runs: RunList,
     data: str,  # data set name, as in `RunList.data_names`
     horizon: int,  # bars ahead
     split: str = "val",
     unread: list | None = None,  # list that receives the folder and reason of each unreadable run; None: raise an error
+    most: int | None = None,  # number of models whose predictions are read, see `best_models`; None: all
 ) -> Task:  # task, without models if no run can be read
     "Reads a task with its predictions; raises `RunError` if a run cannot be read and `unread` is None."
-    stored: dict[str, tuple[StoredRun, pd.DataFrame]] = {}
-
-    def exclude(run, reason):
-        if unread is None:
-            raise RunError(reason)
-        stored.pop(run.path.name, None)
-        unread.append(dict(folder=run.path.name, reason=reason))
-
-    def read(run):
-        try:
-            stored[run.path.name] = run, _scored_predictions(run, split)
-        except (RunError, ConfigError) as e:
-            return exclude(run, str(e))
-        return _shared_setup(run)
-
-    by_model = _runs_by_model(runs, data, horizon, read)
+    reader, is_complete = _TaskReader(split, unread), False
+    while not is_complete:
+        by_model = _runs_by_model(runs, data, horizon, reader.setup)
+        chosen = best_models(by_model, most)
+        tested = {run.path.name: run for model in chosen for run in by_model[model]}
+        is_complete = reader.read([run for name, run in tested.items() if name not in reader.stored])
+    stored = {name: reader.stored[name] for name in tested}
     for run, reason in _incomparable_runs(stored):
-        exclude(run, reason)
-    by_model = {model: [r for r in seeds if r.path.name in stored] for model, seeds in by_model.items()}
-    classes = next((_classes(run) for run, _ in stored.values()), ())
-    tables = {r.path.name: stored[r.path.name][1] for seeds in by_model.values() for r in seeds}
+        reader.exclude(run, reason)
+    models = reader.kept({model: by_model[model] for model in chosen})
+    classes = next((_classes(seeds[0]) for seeds in models.values()), ())
+    untested = {model: seeds for model, seeds in by_model.items() if model not in chosen}
+    for run in (run for seeds in untested.values() for run in seeds):
+        if _classes(run) != classes:
+            reader.exclude(run, _other_classes(run, classes))
+    tables = {r.path.name: stored[r.path.name][1] for seeds in models.values() for r in seeds}
     tables, n_excluded = common_rows(tables) if tables else ({}, 0)
-    return Task(data, horizon, classes, {model: s for model, s in by_model.items() if s}, tables, n_excluded)
+    return Task(data, horizon, classes, models, tables, n_excluded, reader.kept(untested))
 
 # %% ../../nbs/runs/06_task.ipynb #4df43f28
 def _incomparable_runs(stored):
@@ -184,8 +246,7 @@ def _incomparable_runs(stored):
         if _classes(run) == _classes(newest):
             comparable[name] = run, table
         else:
-            classes = f"classes {list(_classes(run))}, expected {list(_classes(newest))} as in the newest run"
-            excluded.append((run, f"{run.path.name}: {classes}"))
+            excluded.append((run, _other_classes(run, _classes(newest))))
     return excluded + _without_common_rows(comparable, newest)
 
 
@@ -194,18 +255,15 @@ def _without_common_rows(stored, newest):
     if len(common_rows({name: table for name, (_, table) in stored.items()})[0][newest.path.name]):
         return []
 
-    def version(run):
-        return run.manifest.get("data_fingerprint")
-
     order = sorted(stored.values(), key=lambda pair: (pair[0].created, pair[0].path.name), reverse=True)
-    order.sort(key=lambda pair: (pair[0] is not newest, version(pair[0]) != version(newest)))
+    order.sort(key=lambda pair: (pair[0] is not newest, _version(pair[0]) != _version(newest)))
     shared, excluded = order[0][1][LABELLED_ROW], []
     for run, table in order[1:]:
-        rows = shared.merge(table[LABELLED_ROW], on=LABELLED_ROW) if version(run) == version(newest) else shared[:0]
+        rows = shared.merge(table[LABELLED_ROW], on=LABELLED_ROW) if _version(run) == _version(newest) else shared[:0]
         if len(rows):
             shared = rows
         else:
-            which = "version" if version(run) != version(newest) else "part"
+            which = "version" if _version(run) != _version(newest) else "part"
             reason = f"another {which} of the data, with no rows in common with the newest run"
             excluded.append((run, f"{run.path.name}: {reason}"))
     return excluded
@@ -214,9 +272,19 @@ def _without_common_rows(stored, newest):
 def _classes(run):
     return tuple(run.config["data"]["classes"])
 
+
+def _version(run):
+    "The version of the data of a run."
+    return run.manifest.get("data_fingerprint")
+
+
+def _other_classes(run, expected):
+    "Why a run with other classes is not compared."
+    return f"{run.path.name}: classes {list(_classes(run))}, expected {list(expected)} as in the newest run"
+
 # %% ../../nbs/runs/06_task.ipynb #903ed44a
-def _scored_predictions(run, split):
-    "Predictions of a run; raises `RunError` if the run lacks information that a comparison needs."
+def _checked_setup(run):
+    "The setup that all seeds of a model share; raises `RunError` if the run lacks what a comparison needs."
     name = run.path.name
     if missing := {"family", "train_shares"} - set(run.manifest):
         raise RunError(f"{name}: its manifest has no {sorted(missing)[0]!r}; train the run again")
@@ -226,9 +294,18 @@ def _scored_predictions(run, split):
         raise RunError(f"{name}: config.yaml has no {e}; train the run again") from None
     if len(run.manifest["train_shares"] or ()) != len(classes):
         raise RunError(f"{name}: its manifest has no class shares of the training split; train the run again")
-    _check_log_losses(run)
-    table = run.predictions(split)
-    if missing := {*LABELLED_ROW, "prediction", *probability_columns(classes)} - set(table):
+    _check_log_loss(run, run.metrics, "metrics.json")
+    return _shared_setup(run)
+
+
+def _scored_predictions(run, split):
+    "Predictions of a run with a checked setup; raises `RunError` if its files lack what a comparison needs."
+    name, columns = run.path.name, [*LABELLED_ROW, "prediction", *probability_columns(_classes(run))]
+    if "prior" not in run.baselines:
+        raise RunError(f"{name}: baselines.json has no 'prior'; run `modelfactory rescore` on it")
+    _check_log_loss(run, run.baselines["prior"], "baselines.json")
+    table = run.predictions(split, columns)
+    if missing := set(columns) - set(table):
         raise RunError(f"{name}: its predictions have no column {sorted(missing)[0]!r}; train the run again")
     if not len(table):
         raise RunError(f"{name}: its predictions have no rows; train the run again")
@@ -236,14 +313,10 @@ def _scored_predictions(run, split):
     return table
 
 
-def _check_log_losses(run):
-    "Raises `RunError` if the log loss of a run or of its class-share baseline is missing."
-    name = run.path.name
-    if "prior" not in run.baselines:
-        raise RunError(f"{name}: baselines.json has no 'prior'; run `modelfactory rescore` on it")
-    for values, file in ((run.metrics, "metrics.json"), (run.baselines["prior"], "baselines.json")):
-        if not isinstance(values.get("log_loss"), (int, float)):
-            raise RunError(f"{name}: {file} has no log loss; run `modelfactory rescore` on it")
+def _check_log_loss(run, values, file):
+    "Raises `RunError` if metrics have no log loss."
+    if not isinstance(values.get("log_loss"), (int, float)):
+        raise RunError(f"{run.path.name}: {file} has no log loss; run `modelfactory rescore` on it")
 
 # %% ../../nbs/runs/06_task.ipynb #da1ac100
 def stack_predictions(
