@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from ..files import replace_text
-from .report import RUN_NOTEBOOK, escape_markdown
+from .report import CELL_STYLE, RUN_NOTEBOOK, escape_markdown
 
 # %% auto #0
 __all__ = ['PAGE_STYLE', 'PAGE_SCRIPT', 'to_html', 'to_markdown', 'write_run_pages']
@@ -24,6 +24,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding
 body{color:CanvasText;background:Canvas}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:2px 12px 2px 0;text-align:left;vertical-align:top}
+tbody th{font-weight:normal}
 tbody tr:hover :is(td,th){background:color-mix(in srgb,CanvasText 7%,Canvas)}
 img{max-width:100%;height:auto}
 h1{overflow-wrap:anywhere}
@@ -152,6 +153,7 @@ def to_html(
         has_text = any(cell.cell_type == "markdown" for cell in executed.cells[:1])
         executed.cells[:has_text] = [nbformat.v4.new_markdown_cell(f"# {escape_markdown(heading)}")]
     page, _ = exporter.from_notebook_node(executed)
+    page = page.replace(f" style='{CELL_STYLE}'", "")  # the style sheet of the page has these rules
     for address, target in (links or {}).items():
         page = page.replace(f'href="{address}"', f'href="{target}"')
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()

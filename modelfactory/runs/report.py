@@ -9,6 +9,7 @@ import html
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -17,17 +18,20 @@ import pandas as pd
 
 from ..evaluation.metrics import metric_sign
 from ..files import printable
-from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, entry_log_loss
+from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, UNTESTED, entry_log_loss
 from .fold_comparison import fold_scores
 from .sentences import CLAIMS, MIN_CEILING_GAP, claim_figures, no_skill_text, task_verdicts
+from .task import MAX_MODELS
 from ..words import UNDEFINED, count_text, interval_text, is_defined, number_text, percent_text
 
 # %% auto #0
-__all__ = ['TESTED_METRICS', 'RUN_NOTEBOOK', 'DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_LABELS', 'VERDICT_COLUMNS',
-           'FRACTION_COLUMNS', 'BOUND_LABELS', 'leaderboard', 'escape_markdown', 'FormattedTable', 'run_pages',
-           'leaderboard_table', 'direction_tests', 'best_per_horizon', 'best_verdict', 'task_title', 'verdict_overview',
-           'verdict_table', 'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table', 'seconds_table',
-           'excluded_table', 'fold_summary', 'fold_variance']
+__all__ = ['TESTED_METRICS', 'RUN_NOTEBOOK', 'CELL_STYLE', 'DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_LABELS',
+           'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'MAX_PAGE_ROWS', 'MAX_FIGURE_BYTES',
+           'MAX_LISTED_ROWS', 'leaderboard', 'escape_markdown', 'FormattedTable', 'run_pages', 'leaderboard_table',
+           'direction_tests', 'best_per_horizon', 'best_verdict', 'task_title', 'verdict_overview', 'verdict_table',
+           'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table', 'seconds_table', 'excluded_table',
+           'shown_tasks', 'n_table_rows', 'figure_bytes', 'table_rows', 'scope_sentence', 'fold_summary',
+           'fold_variance']
 
 # %% ../../nbs/runs/10_report.ipynb #b09da8bb
 _INTERVAL_ENDS = ("_ci_low", "_ci_high", "_sd", "_min", "_max")
@@ -209,7 +213,7 @@ def _html_model(row, pages):
     return f"{html.escape(name)} (seeds {text})" if name and text else text or html.escape(_model_text(row))
 
 # %% ../../nbs/runs/10_report.ipynb #5edd884d
-_CELL_STYLE = "padding:2px 12px 2px 0;text-align:left;vertical-align:top;font-weight:normal"
+CELL_STYLE = "padding:2px 12px 2px 0;text-align:left;vertical-align:top;font-weight:normal"
 
 
 def _task_html(task, metrics, pages):
@@ -233,7 +237,7 @@ def _task_html(task, metrics, pages):
 
 
 def _html_head(name, interval, order):
-    style = f"{_CELL_STYLE};vertical-align:bottom;border-bottom:1px solid"
+    style = f"{CELL_STYLE};vertical-align:bottom;border-bottom:1px solid"
     detail = f"<br><span style='white-space:nowrap;opacity:.75'>{interval}</span>" if interval else ""
     data = f" data-order='{order}'" if order else ""
     return f"<th scope='col' style='{style}'{data}><b>{html.escape(name)}</b>{detail}</th>"
@@ -242,7 +246,7 @@ def _html_head(name, interval, order):
 def _html_row(row, metrics, pages):
     name = _html_model(row, pages)
     name = f"<i>{name}</i>" if row.family == "baseline" else name
-    cells = f"<th scope='row' style='{_CELL_STYLE}'>{name}</th>"
+    cells = f"<th scope='row' style='{CELL_STYLE}'>{name}</th>"
     cells += _html_cell(_rank_text(row)) + _html_cell(html.escape(row.family))
     for m in metrics:
         number, interval = _metric_texts(row, m)
@@ -254,7 +258,7 @@ def _html_row(row, metrics, pages):
 
 def _html_cell(text, value=None):
     data = "" if value is None else f" data-v='{value}'"
-    return f"<td style='{_CELL_STYLE}'{data}>{text}</td>"
+    return f"<td style='{CELL_STYLE}'{data}>{text}</td>"
 
 # %% ../../nbs/runs/10_report.ipynb #a5ee8c24
 DIRECTION_COLUMNS = dict(
@@ -348,7 +352,7 @@ def verdict_overview(
     marked = frame.map(_markdown_cell)
     for name in VERDICT_LABELS.values():
         marked[name] = [re.sub("^significant", "**significant**", text) for text in marked[name]]
-    head = "".join(f"<th scope='col' style='{_CELL_STYLE}'><b>{name}</b></th>" for name in frame)
+    head = "".join(f"<th scope='col' style='{CELL_STYLE}'><b>{name}</b></th>" for name in frame)
     body = "".join(_verdict_row(title, row) for title, row in zip(titles, verdicts, strict=True))
     table = (
         f"<table class='verdicts' style='font-size:14px'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -358,10 +362,10 @@ def verdict_overview(
 
 def _verdict_row(title, verdicts):
     link = f'<a href="#{html.escape(_heading_id(title))}">{html.escape(title)}</a>'
-    cells = f"<th scope='row' style='{_CELL_STYLE};white-space:nowrap'>{link}</th>"
+    cells = f"<th scope='row' style='{CELL_STYLE};white-space:nowrap'>{link}</th>"
     for claim, name in VERDICT_LABELS.items():
         text = re.sub("^significant", "<b>significant</b>", html.escape(verdicts[claim]))
-        cells += f"<td style='{_CELL_STYLE}' data-label='{name}'>{text}</td>"
+        cells += f"<td style='{CELL_STYLE}' data-label='{name}'>{text}</td>"
     return f"<tr style='background:none'>{cells}</tr>"
 
 
@@ -506,6 +510,66 @@ def excluded_table(
     ]
     columns = ["data", "role", "reason", "count", "examples"]
     return FormattedTable(pd.DataFrame(result["excluded"] + unread, columns=columns))
+
+# %% ../../nbs/runs/10_report.ipynb #589e0001
+MAX_PAGE_ROWS = 600  # rows of all leaderboards on a page
+MAX_FIGURE_BYTES = 1_300_000  # of all figures on a page
+MAX_LISTED_ROWS = 60  # rows of any other table on a page, and sentences of a list
+
+
+def shown_tasks(
+    result: dict,  # result of `comparison`
+    limit: float,  # sum of the costs
+    cost: Callable[[dict], float],  # cost of a task
+) -> list[dict]:  # at least one, if there is one
+    "The tasks that fit into a limit; those with the smallest p-values of directional skill are chosen first."
+    tasks, chosen = result["tasks"], []
+    p_values = [1.0 if task["p_direction"] is None else task["p_direction"] for task in tasks]
+    for number in sorted(range(len(tasks)), key=p_values.__getitem__):
+        limit -= cost(tasks[number])
+        if chosen and limit < 0:
+            break
+        chosen.append(number)
+    return [tasks[number] for number in sorted(chosen)]
+
+
+def n_table_rows(task: dict) -> int:
+    "The number of tested models and baselines of a task, which its table always shows."
+    return len(task["models"]) + len(task["baselines"])
+
+
+def figure_bytes(task: dict) -> int:
+    "An estimate of the size of all figures of a task, from measured pages."
+    return 45_000 + 13_000 * len(task["models"])
+
+# %% ../../nbs/runs/10_report.ipynb #1645aede
+def table_rows(
+    table: pd.DataFrame,  # rows of one task in a leaderboard
+    most: int,  # number of rows
+) -> tuple[pd.DataFrame, str]:  # rows to show, and a sentence on the others; empty if all are shown
+    "All tested models and baselines of a task, and the best of the untested models."
+    is_untested = table.verdict == UNTESTED
+    n_shown = max(most - int((~is_untested).sum()), 0)
+    shown = table[~is_untested | (is_untested.cumsum() <= n_shown)]
+    if not (n := len(table) - len(shown)):
+        return shown, ""
+    return shown, f"{count_text(n, 'more model is', 'more models are')} in model_comparison.json."
+
+
+def scope_sentence(
+    result: dict,  # result of `comparison`
+    drawn: list[dict],  # tasks with figures
+) -> str:  # empty if nothing is left out
+    "Which models are tested and drawn, and which tasks are drawn."
+    n_untested, parts = sum(len(task.get("untested", ())) for task in result["tasks"]), []
+    if n_untested:
+        others = count_text(n_untested, "other model is", "other models are")
+        models = f"the {MAX_MODELS} models of a task with the lowest log loss, simple controls included"
+        parts.append(f"Tests and figures cover {models}; {others} only in the tables.")
+    if (n_tasks := len(result["tasks"])) > len(drawn):
+        which = "those with the smallest p-values of directional skill"
+        parts.append(f"Figures cover {len(drawn)} of {count_text(n_tasks, 'task')}, {which}.")
+    return " ".join(parts)
 
 # %% ../../nbs/runs/10_report.ipynb #a1e9b92a
 def fold_summary(
