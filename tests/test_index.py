@@ -345,6 +345,18 @@ def test_hashes_come_from_the_manifest_even_if_the_index_is_forged(runs):
         listed.verify()
 
 
+def test_a_run_is_no_own_run_if_the_index_says_other_things_than_its_manifest(made, tmp_path):
+    run = shutil.copytree(made, tmp_path / "runs" / made.name)
+    until(lambda: list_runs(run.parent) and read_index(run.parent), "the run in the index")
+    assert list_runs(run.parent)[0].is_own
+    row = read_index(run.parent)[run.name]
+    forged_manifest = json.loads(row.documents[MANIFEST_FILE]) | dict(seed=7)
+    documents = row.documents | {MANIFEST_FILE: json.dumps(forged_manifest)}
+    write_index(run.parent, {run.name: index.IndexRow(row.stamp, documents)})
+    listed = list_runs(run.parent)[0]
+    assert listed.seed == 7 and not listed.is_own
+
+
 def test_the_columns_can_be_read_by_pandas(runs):
     table, listed = pd.read_parquet(runs / INDEX_FILE).set_index("run"), list_runs(runs)
     for run in listed:

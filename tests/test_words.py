@@ -129,6 +129,10 @@ def of_report(n, x):
     model = dict(data="d", horizon=5.0, model="a", rank=x, family="f", seeds=n, runs=[], verdict="none")
     table = pd.DataFrame([model | numbers | dict(directional_accuracy_constant=x)])
     yield re.sub(r"<[^>]*>", "; ", report.leaderboard_table(table, metrics)._repr_html_())
+    tasks = [dict(untested=range(n)), *({} for _ in range(min(n, 3)))]
+    yield report.scope_sentence(dict(tasks=tasks), tasks[:1])
+    untested = pd.DataFrame(dict(verdict=["", *[report.UNTESTED] * min(n, 3)]))
+    yield report.table_rows(untested, 1)[1]
     rows = [dict(model="a", log_loss=x), dict(model="a", log_loss=None)]
     folds = dict(ranks=dict(log_loss=None), decay=dict(a=dict(first_half=x, second_half=None)), rows=rows)
     folds |= dict(skilled_folds=dict(a=[1]), n_folds=n, better_than_simple={})

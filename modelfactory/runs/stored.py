@@ -271,6 +271,8 @@ class StoredRun:
         mark = stored.get(OWNER_MARK)
         if not key or not isinstance(mark, str) or not mark.isascii():
             return False
+        if (listed := self._documents.get(MANIFEST_FILE)) and json.loads(listed) != stored:
+            return False  # the index is forged, or the run has changed since it was listed
         return hmac.compare_digest(owner_mark(stored, key), mark)
 
     @property
