@@ -110,6 +110,7 @@ class Demo:
         self.project, self.home, self.program = home / "project", home, python.with_name("modelfactory")
         self.environment = dict(HOME=str(home), TMPDIR=str(home / "tmp"))
         self.environment |= dict(MODELFACTORY_BUNDLED=str(bundled), MODELFACTORY_TRACKING="")
+        self.environment |= dict(JUPYTER_PATH=str(Path(sys.prefix, "share/jupyter")))  # templates of nbconvert
         (home / "tmp").mkdir()
         if as_second_user():
             for folder in (home, home / "tmp"):
