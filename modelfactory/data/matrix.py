@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import numpy as np
 from ..configuration import ConfigError, matrix_settings
 
 # %% auto #0
-__all__ = ['CGROUP_LIMITS', 'MIN_MAPPED_BYTES', 'memory_bytes', 'new_matrix', 'is_mapped']
+__all__ = ['CGROUP_LIMITS', 'MIN_MAPPED_BYTES', 'ABANDONED_SECONDS', 'memory_bytes', 'new_matrix', 'is_large', 'is_mapped',
+           'stored_matrix']
 
 # %% ../../nbs/data/00_matrix.ipynb #c550989b
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -44,27 +48,42 @@ def new_matrix(
 ) -> np.ndarray:  # C-contiguous, values not set
     "A new matrix, in memory or in a mapped file; raises `ConfigError` if there is no space for the file."
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return _mapped_matrix(n_bytes, shape, dtype) if is_large(n_bytes) else np.empty(shape, dtype)
+
+
+def is_large(
+    n_bytes: int,
+) -> bool:
+    "Whether values of this size are kept in a file."
     if n_bytes < MIN_MAPPED_BYTES:
-        return np.empty(shape, dtype)
-    share, folder = matrix_settings()
-    if share == 1 or n_bytes <= share * memory_bytes():
-        return np.empty(shape, dtype)
-    return _mapped_matrix(folder, n_bytes, shape, dtype)
+        return False
+    share, _ = matrix_settings()
+    return share < 1 and n_bytes > share * memory_bytes()
 
 
-def _mapped_matrix(folder, n_bytes, shape, dtype):
-    "A matrix in a file without a name in `folder`."
+def _mapped_matrix(n_bytes, shape, dtype):
+    "A matrix in a file without a name in the folder of the settings."
+    _, folder = matrix_settings()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            if n_bytes and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            _reserve(file, n_bytes)
             return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
     except OSError as e:
-        raise ConfigError(
-            f"{folder}: no file of {n_bytes / 1e9:.2f} GB for a feature matrix ({e.strerror or e}); free some space, "
-            "set scratch= to a folder on another disk, or raise memory_share= in settings.ini"
-        ) from None
+        raise _space_error(folder, n_bytes, e) from None
+
+
+def _reserve(file, n_bytes):
+    "Reserves the space of a file, because a full disk would end the process at a later write."
+    if n_bytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+
+
+def _space_error(folder, n_bytes, error):
+    return ConfigError(
+        f"{folder}: no file of {n_bytes / 1e9:.2f} GB for a feature matrix ({error.strerror or error}); free some "
+        "space, set scratch= to a folder on another disk, or raise memory_share= in settings.ini"
+    )
 
 
 def is_mapped(
@@ -74,3 +93,63 @@ def is_mapped(
     while matrix is not None and not isinstance(matrix, np.memmap):
         matrix = getattr(matrix, "base", None)
     return matrix is not None
+
+# %% ../../nbs/data/00_matrix.ipynb #d06be57c
+ABANDONED_SECONDS = 86_400  # an incomplete file that was last written longer ago belongs to no process
+
+
+def stored_matrix(
+    shape: tuple[int, ...],
+    key: tuple[str, str, str],  # hashes of the source's path, of its content, and of what is read from it
+    fill: Callable[[np.ndarray], None],  # sets all values of the matrix; not called if the file exists
+) -> np.ndarray:  # C-contiguous float32, mapped; changes are not written to the file
+    "A matrix that is written to a file once; raises `ConfigError` if there is no space for it."
+    folder = matrix_settings()[1] / "matrices"
+    file = folder / f"{'-'.join(key)}.npy"
+    matrix = _open_stored(file, shape)
+    if matrix is None:
+        _write_stored(file, shape, fill)
+        _delete_outdated(folder, key)
+        matrix = _open_stored(file, shape)
+    return matrix
+
+
+def _open_stored(file, shape):
+    "The matrix of a complete file; None if there is none."
+    with suppress(OSError, ValueError, EOFError):  # missing or incomplete
+        matrix = np.load(file, mmap_mode="c")
+        if matrix.shape == shape and matrix.dtype == np.float32:
+            return np.asarray(matrix)
+    return None
+
+# %% ../../nbs/data/00_matrix.ipynb #d00d2c20
+def _write_stored(file, shape, fill):
+    "Writes a matrix under a temporary name and renames the complete file."
+    partial, n_bytes = file.with_name(f".{secrets.token_hex(6)}.partial"), 4 * int(np.prod(shape, dtype=np.int64))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            matrix = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+            with open(partial, "r+b") as f:
+                _reserve(f, os.fstat(f.fileno()).st_size)
+        except OSError as e:
+            raise _space_error(file.parent, n_bytes, e) from None
+        fill(matrix)
+        matrix.flush()
+        del matrix
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _delete_outdated(folder, key):
+    "Deletes the matrices of the same source with other content, and incomplete files of ended processes."
+    source, content, _ = key
+    old = [file for file in folder.glob(f"{source}-*.npy") if not file.name.startswith(f"{source}-{content}-")]
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError):
+            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                old.append(partial)
+    for file in old:
+        with suppress(OSError):  # Windows deletes no file that is mapped
+            file.unlink()

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -33,7 +34,7 @@ from modelfactory.data.calendars import (
     session_bars_between,
 )
 from .categories import KEY_CATEGORIES, category_codes, category_text, code_names, fit_categories
-from .matrix import new_matrix
+from .matrix import is_large, new_matrix, stored_matrix
 from .uniqueness import average_uniqueness, effective_samples
 from ..verbosity import announce_file
 from ..words import count_text, list_text, percent_text, plural, rounded_text
@@ -229,9 +230,10 @@ def _plain_array(column):
 class _Reader:
     "Reader that decodes the columns of a table, a file or a folder of parts into plain types."
 
-    def __init__(self, schema, read):
+    def __init__(self, schema, read, path=None):
         self.schema = pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
         self._read = read  # function: list of column names -> pa.Table
+        self.path = path  # parquet file or folder of parts; None: values in memory
 
     def read(self, columns):
         table = self._read(columns)
@@ -324,7 +326,7 @@ def _parts_reader(folder):
     def read(columns):
         return pa.concat_tables([part.read(columns) for part in parts.values()], promote_options="permissive")
 
-    return _Reader(schema, read)
+    return _Reader(schema, read, folder)
 
 # %% ../../nbs/data/00_splits.ipynb #42a43382
 def _part_reader(folder, file):
@@ -401,7 +403,7 @@ def _open_source(source, name):
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e:
         raise UnreadableFile(_not_parquet_text(path, e)) from None
-    return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns)), path.name
+    return _Reader(file.schema_arrow, lambda columns: file.read(columns=columns), path), path.name
 
 # %% ../../nbs/data/00_splits.ipynb #0f2178a0
 SPLIT_ORDER = ("train", "val", "test")  # in time order
@@ -627,11 +629,34 @@ class Split:
 COLUMN_CHUNK = 8  # columns read at a time; a smaller number saves memory, a larger number saves time
 
 
+def _read_matrix(source, columns, n, order, is_filled=False):
+    "Float32 matrix (n, len(columns)) with its rows in `order`; a large one is stored, unless its NaNs will be filled."
+    shape = n, len(columns)
+    if source.path is None or is_filled or not is_large(4 * n * len(columns)):
+        matrix = new_matrix(shape)
+        _fill_matrix(matrix, source, columns, order)
+        return matrix
+    key = _matrix_key(source.path, columns)
+
+    def fill(matrix):
+        _fill_matrix(matrix, source, columns, order)
+        if _matrix_key(source.path, columns) != key:
+            raise UnreadableFile(f"{source.path.name}: has changed while it was read; read it again")
+
+    return stored_matrix(shape, key, fill)
+
+
+def _matrix_key(path, columns):
+    "Hashes of the path, of the content and of the columns."
+    names = "\n".join(columns).encode()
+    parts = str(path.resolve()).encode(), _source_digest(path), names
+    return tuple(hashlib.blake2b(part, digest_size=8).hexdigest() for part in parts)
+
+
 @np.errstate(over="ignore")  # values too large for float32 become infinity, which `_check_finite` reports
-def _read_matrix(source, columns, n, order):
-    "Float32 matrix (n, len(columns)) with its rows in `order`."
-    matrix = new_matrix((n, len(columns)))
-    rows = np.empty((COLUMN_CHUNK, n), np.float32)
+def _fill_matrix(matrix, source, columns, order):
+    "Copies columns into a matrix, with their rows in `order`."
+    rows = np.empty((COLUMN_CHUNK, len(matrix)), np.float32)
     for j in range(0, len(columns), COLUMN_CHUNK):
         part = source.read(columns=columns[j : j + COLUMN_CHUNK])
         for row, column in zip(rows, part.columns, strict=False):
@@ -639,7 +664,6 @@ def _read_matrix(source, columns, n, order):
                 column = column.cast(pa.float64(), safe=False)
             np.concatenate([c.to_numpy(zero_copy_only=False) for c in column.chunks], out=row, casting="unsafe")
         matrix[:, j : j + COLUMN_CHUNK] = (rows if order is None else rows[:, order])[: part.num_columns].T
-    return matrix
 
 # %% ../../nbs/data/00_splits.ipynb #50c2ad4c
 def _check_finite(split, nan):
@@ -891,7 +915,8 @@ def _build_split(reader, file, name, horizons, features, classes, nan, categorie
         return {h: numbers(column) for h, column in columns.items() if column in small.column_names}
 
     labels = {h: _parse_labels(small[f"label_h{h}"], f"label_h{h}", classes, file) for h in horizons}
-    matrix = _read_matrix(reader, [f for f in features if f not in categories], small.num_rows, order)
+    is_filled = nan in ("median", "zero")
+    matrix = _read_matrix(reader, [f for f in features if f not in categories], small.num_rows, order, is_filled)
     if coded := [f for f in features if f in categories]:
         values = {f: _category_values(reader, f.removesuffix("_code"), file) for f in coded}
         codes_of = {f: pick(category_codes(values[f], categories[f])) for f in coded}
@@ -1553,9 +1578,22 @@ def _source_digest(source):
 
 
 def _digest_file(file):
-    "Hash of a file's bytes."
+    "Hash of a file's bytes; that of a large file is computed once in a process, unless the file changes."
+    status = os.stat(file)
+    if not is_large(status.st_size):
+        return _digest_bytes(file)
+    return _digest_version(str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _digest_bytes(file):
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "blake2b").digest()
+
+
+@lru_cache(maxsize=64)
+def _digest_version(file, *version):
+    "Hash of a file's bytes while its size, times and inode are the same."
+    return _digest_bytes(file)
 
 
 def _digest_frame(frame):
