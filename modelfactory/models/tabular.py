@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import os
 import types
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SUMMARY', 'SUMMARY_CELLS', 'ROWS_PER_LEAF', 'LARGE_TABLE_MIB', 'MANY_COLUMNS', 'TabularConfig', 'n_threads',
-           'summarise_windows', 'TableColumns', 'window_columns', 'FlatRows', 'leaf_size', 'flatten_windows',
-           'last_values', 'TabularModel', 'import_skops', 'repeated_rows', 'SklearnModel']
+           'summarise_windows', 'TableColumns', 'window_columns', 'FlatRows', 'RowChunks', 'leaf_size',
+           'flatten_windows', 'last_values', 'TabularModel', 'import_skops', 'repeated_rows', 'SklearnModel']
 
 # %% ../../nbs/models/05_tabular.ipynb #6a83adb7
 @dataclass
@@ -169,9 +170,32 @@ def window_columns(
 class FlatRows:
     "`n` flat rows with class codes and weights, in the form that a library takes."
 
-    X: np.ndarray  # (n, C) float32, in the order of `TabularModel.columns`
+    X: np.ndarray | RowChunks  # (n, C) float32, in the order of `TabularModel.columns`
     y: np.ndarray  # (n,) int64 class codes
     weight: np.ndarray | None  # (n,) float32 with mean 1; None if rows have no weights
+
+
+@dataclass
+class RowChunks:
+    "A table (n, C) that is never in memory as a whole: rows are made of windows when they are read."
+
+    model: TabularModel  # decides which columns a window becomes
+    windows: Windows  # n windows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.windows), len(self.model.columns)
+
+    def __len__(self):
+        return len(self.windows)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self.model._flat(self.windows.subset(rows))
+
+    def slices(self) -> Iterator[slice]:
+        "Yields consecutive slices of at most `rows_at_once` rows."
+        for i in range(0, len(self), self.model.rows_at_once):
+            yield slice(i, i + self.model.rows_at_once)
 
 
 ROWS_PER_LEAF = 20  # `leaf_size` divides the rows per class by this number
@@ -212,6 +236,7 @@ class TabularModel(BaseModel):
     Config = TabularConfig
     supported_weights = ("column", "uniqueness")
     rows_at_once = 65_536  # number of rows per chunk in `predict`
+    reads_chunks = False  # whether `fit_rows` accepts `RowChunks` in place of a table
     one_hot = False  # whether category codes become one column per code
     supports_monotone = False  # whether the config key `monotone` has an effect
     score_unit = "log-odds"  # unit of the raw score that `row_contributions` splits
@@ -275,15 +300,17 @@ class TabularModel(BaseModel):
         return FlatRows(self._fit_rows(X), codes, training_weights(self, codes, metadata))
 
     def _fit_rows(self, X):
-        "Returns the table (n, C) of all rows; a large one is filled in chunks, and mapped as in `new_matrix`."
-        from modelfactory.data.matrix import new_matrix
+        "Returns the table (n, C) of all rows: in memory, mapped as in `new_matrix`, or as `RowChunks`."
+        from modelfactory.data.matrix import is_large, new_matrix
 
         if len(X) <= self.rows_at_once or not hasattr(X, "subset"):
             return self._flat(X)
-        table = new_matrix((len(X), len(self.columns)))
-        for i in range(0, len(X), self.rows_at_once):
-            rows = slice(i, i + self.rows_at_once)
-            table[rows] = self._flat(X.subset(rows))
+        chunks = RowChunks(self, X)
+        if self.reads_chunks and is_large(4 * math.prod(chunks.shape) + X.base.nbytes):
+            return chunks
+        table = new_matrix(chunks.shape)
+        for rows in chunks.slices():
+            table[rows] = chunks[rows]
         return table
 
     def _flat(self, X):

@@ -18,7 +18,7 @@ from ..callbacks import run_callbacks
 from ..devices import Device, library_device
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, leaf_size, n_threads
+from ..tabular import RowChunks, TabularConfig, leaf_size, n_threads
 
 # %% auto #0
 __all__ = ['LightGBMConfig', 'LightGBMModel']
@@ -78,7 +78,7 @@ _SET_BY_KIT = dict(
 class LightGBMModel(BoostedModel):
     "Gradient boosted trees that grow leaf by leaf, with early stopping on validation log loss."
 
-    Config, requires = LightGBMConfig, ("lightgbm",)
+    Config, requires, reads_chunks = LightGBMConfig, ("lightgbm",), True
 
     def parameters(self) -> dict:
         "Parameters passed to the library's `train` function."
@@ -106,9 +106,9 @@ class LightGBMModel(BoostedModel):
         run_callbacks(self, "on_fit_start", c.n_rounds)
         codes = self.code_positions
         train_set = lgb.Dataset(
-            train.X, train.y, weight=train.weight, params=parameters, categorical_feature=codes or "auto"
+            _table(train.X), train.y, weight=train.weight, params=parameters, categorical_feature=codes or "auto"
         )
-        val_set = lgb.Dataset(val.X, val.y, weight=val.weight, reference=train_set)
+        val_set = lgb.Dataset(_table(val.X), val.y, weight=val.weight, reference=train_set)
         stop = [lgb.early_stopping(c.patience, verbose=False)] if c.early_stopping else []
         self.booster = lgb.train(
             parameters,
@@ -170,6 +170,30 @@ def _build_problem():
     except lgb.basic.LightGBMError as e:
         return f"the installed lightgbm cannot use it ({str(e).splitlines()[0].rstrip('.')})"
     return ""
+
+
+def _table(X):
+    "A table as it is; rows in chunks as LightGBM reads them."
+    import lightgbm as lgb
+
+    if not isinstance(X, RowChunks):
+        return X
+
+    class Chunks(lgb.Sequence):
+        batch_size, first, chunk = X.model.rows_at_once, None, None
+
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, rows):
+            if isinstance(rows, slice):
+                return X[rows]
+            first = int(rows) // self.batch_size * self.batch_size  # a sample of rows is read one by one, in order
+            if first != self.first:
+                self.first, self.chunk = first, X[first : first + self.batch_size]
+            return self.chunk[rows - first].astype(float)
+
+    return Chunks()
 
 
 def _adapter(model):

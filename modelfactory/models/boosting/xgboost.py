@@ -17,7 +17,7 @@ from ..callbacks import run_callbacks
 from ..devices import Device, library_device
 from ..persistence import checkpoint_errors
 from ..registry import ModelRegistry
-from ..tabular import TabularConfig, leaf_size, n_threads
+from ..tabular import RowChunks, TabularConfig, leaf_size, n_threads
 
 # %% auto #0
 __all__ = ['XGBoostConfig', 'XGBoostModel']
@@ -86,7 +86,7 @@ def _parameter_names(config):
 class XGBoostModel(BoostedModel):
     "Gradient boosted trees on histograms, with early stopping on validation log loss."
 
-    Config, requires = XGBoostConfig, ("xgboost",)
+    Config, requires, reads_chunks = XGBoostConfig, ("xgboost",), True
 
     def parameters(self) -> dict:
         "Parameters passed to the library's `train` function."
@@ -107,6 +107,9 @@ class XGBoostModel(BoostedModel):
         if codes := self.code_positions:
             types = np.where(np.isin(np.arange(rows.X.shape[1]), codes), "c", "q").tolist()
             binning |= dict(feature_types=types, enable_categorical=True)
+        if isinstance(rows.X, RowChunks):
+            types = binning.pop("feature_types", None)
+            return xgb.QuantileDMatrix(_chunk_iterator(rows, types), **binning)
         return xgb.QuantileDMatrix(rows.X, rows.y, weight=rows.weight, **binning)
 
     def fit_rows(self, train, val):
@@ -165,6 +168,25 @@ def _build_problem():
     import xgboost as xgb
 
     return "" if xgb.build_info().get("USE_CUDA") else "the installed xgboost was built without CUDA"
+
+
+def _chunk_iterator(rows, types):
+    "Iterator from which XGBoost reads rows in chunks; it reads all of them several times."
+    import xgboost as xgb
+
+    class Chunks(xgb.DataIter):
+        def reset(self):
+            self.slices = rows.X.slices()
+
+        def next(self, input_data):
+            part = next(self.slices, None)
+            if part is None:
+                return False
+            weight = None if rows.weight is None else rows.weight[part]
+            input_data(data=rows.X[part], label=rows.y[part], weight=weight, feature_types=types)
+            return True
+
+    return Chunks()
 
 
 def _adapter(model):
