@@ -135,39 +135,50 @@ RSI_BARS = (7, 14, 28)  # lengths of the RSI, in bars
 VOLATILITY_BARS = ((1, 20), (5, 60), (20, 120))  # lengths of the short and long averages in volatility ratios, in bars
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def reference_columns(
     split: Split,  # usually the training split
-) -> dict[str, np.ndarray]:  # name -> (N,) float64
+    rows: np.ndarray | None = None,  # (n,) ascending row numbers; None: all rows
+) -> dict[str, np.ndarray]:  # name -> (n,) float64
     "Causal columns that define the usual score; only time and symbol if the split has no closes."
-    minutes = split.datetimes.hour * 60 + split.datetimes.minute
-    columns = dict(time=minutes.to_numpy(float), symbol=split.codes.astype(float))
+    rows = np.arange(len(split)) if rows is None else rows
+    times = split.datetimes[rows]
+    columns = dict(time=(times.hour * 60 + times.minute).to_numpy(float), symbol=split.codes[rows].astype(float))
     if split.close is None:
         return columns
-    columns |= {f"move {n}": log_returns(split, n) for n in RETURN_BARS}
-    edges = np.searchsorted(split.codes, np.arange(len(split.symbols) + 1))
+    columns |= {f"move {n}": log_returns(split, n)[rows] for n in RETURN_BARS}
     prices = [split.market.get(c, split.close) for c in ("high", "low", "close")]
-    parts = [_band_positions(*(p[a:b] for p in prices)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return columns | {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    edges = np.arange(len(split.symbols) + 1)
+    starts, firsts = np.searchsorted(split.codes, edges), np.searchsorted(split.codes[rows], edges)
+    parts: dict[str, list] = {}
+    for k in range(len(split.symbols)):
+        own, bars = rows[firsts[k] : firsts[k + 1]] - starts[k], slice(starts[k], starts[k + 1])
+        for name, x in _band_positions(*(p[bars] for p in prices)):
+            parts.setdefault(name, []).append(x.to_numpy(float)[own])
+    return columns | {name: _without_infinity(np.concatenate(part)) for name, part in parts.items()}
 
 
-@np.errstate(divide="ignore", invalid="ignore")
+def _without_infinity(x):
+    return np.where(np.isinf(x), np.nan, x)
+
+
 def _band_positions(high, low, close):
-    "Reference columns computed from the prices of one symbol."
+    "Yields the names and values of reference columns that are computed from the prices of one symbol."
     high, low, close = map(pd.Series, (high, low, close))
     change = close.diff()
-    columns = dict(level=np.log(close), place=(close - low) / (high - low))
+    yield "level", np.log(close)
+    yield "place", (close - low) / (high - low)
     for n in BAND_BARS:
         past = close.rolling(n, min_periods=2)
         lowest, highest = low.rolling(n, min_periods=1).min(), high.rolling(n, min_periods=1).max()
-        columns[f"bollinger {n}"] = (close - past.mean()) / past.std()
-        columns[f"stochastic {n}"] = (close - lowest) / (highest - lowest)
+        yield f"bollinger {n}", (close - past.mean()) / past.std()
+        yield f"stochastic {n}", (close - lowest) / (highest - lowest)
     for n in RSI_BARS:
         rise, fall = (x.ewm(alpha=1 / n, adjust=False).mean() for x in (change.clip(lower=0), -change.clip(upper=0)))
-        columns[f"rsi {n}"] = rise / (rise + fall)
+        yield f"rsi {n}", rise / (rise + fall)
     for short, long in VOLATILITY_BARS:
         near, far = (change.abs().rolling(n, min_periods=1).mean() for n in (short, long))
-        columns[f"volatility {short} {long}"] = near / far
-    return {name: x.replace([np.inf, -np.inf], np.nan).to_numpy(float) for name, x in columns.items()}
+        yield f"volatility {short} {long}", near / far
 
 # %% ../../nbs/data/02_audit.ipynb #dcf34976
 SCORED_ROWS = 200_000  # a larger training split is scored on a sample of about this many rows
@@ -198,10 +209,10 @@ VIEWS = ("level", "change")
 GATHERED_COLUMNS = 32  # features gathered at a time; a smaller number saves memory, a larger number saves time
 
 
-def _view_bins(values, split, rows, first):
+def _view_bins(values, codes, rows, first):
     "Yields the bins of each column of `values` (N, C) in some of the rows, as a pair: of its level and its change."
     levels = values[rows]
-    for level, before in zip(levels.T, _shifted(values, split.codes, rows, -1).T, strict=True):
+    for level, before in zip(levels.T, _shifted(values, codes, rows, -1).T, strict=True):
         level = np.ascontiguousarray(level)
         yield assign_bins(level, first), assign_bins(level - before, first)
 
@@ -209,14 +220,16 @@ def _view_bins(values, split, rows, first):
 def _feature_bins(split, rows, first):
     "Bins of all features by view; some columns are gathered at a time, because they need more memory than bins."
     chunks = [split.matrix[:, j : j + GATHERED_COLUMNS] for j in range(0, len(split.features), GATHERED_COLUMNS)]
-    pairs = [pair for chunk in chunks for pair in _view_bins(chunk, split, rows, first)]
+    pairs = [pair for chunk in chunks for pair in _view_bins(chunk, split.codes, rows, first)]
     return dict(zip(VIEWS, map(list, zip(*pairs, strict=True)), strict=True))
 
 
 def _usual_bins(split, rows, first):
     "Bins of the levels and changes of the reference columns."
-    columns = reference_columns(split).values()
-    return [bins for x in columns for pair in _view_bins(x[:, None], split, rows, first) for bins in pair]
+    needed = np.union1d(rows, np.maximum(rows - 1, 0))  # a change needs the row before
+    columns, places = reference_columns(split, needed).values(), np.searchsorted(needed, rows)
+    codes = split.codes[needed]
+    return [bins for x in columns for pair in _view_bins(x[:, None], codes, places, first) for bins in pair]
 
 
 def _first_half(split):
@@ -344,7 +357,7 @@ def auc_by_shift(
     (h, y), first = score_targets(split)[target], _first_half(split)
     shifts = np.arange(1 - h, h + 1)
     rows, j = sampled_rows(split), split.features.index(column)
-    (pair,) = _view_bins(split.matrix[:, j : j + 1], split, rows, first[rows])
+    (pair,) = _view_bins(split.matrix[:, j : j + 1], split.codes, rows, first[rows])
     own = split.codes[rows] == split.symbols.index(symbol) if symbol else np.ones(len(rows), bool)
     bins, rows = pair[VIEWS.index(view)][own], rows[own]
     tables = class_tables([bins], first[rows], [_target_classes(y, split.codes, rows, s) for s in shifts])

@@ -80,10 +80,11 @@ class LabelSpans:
 
     def _beyond(self, bars):
         "Nanoseconds (n,) by which each label extends beyond its symbol's last bar."
-        code, nanoseconds = self.codes[self.rows], np.zeros(self.n, np.int64)
-        for c, k in np.unique(np.c_[code, bars][bars > 0], axis=0):
-            times = self.times[self.firsts[c] : self.lasts[c] + 1]
-            nanoseconds[(code == c) & (bars == k)] = max_duration(times, k)
+        beyond, nanoseconds = np.flatnonzero(bars > 0), np.zeros(self.n, np.int64)
+        pairs = np.c_[self.codes[self.rows[beyond]], bars[beyond]]
+        pairs, which = np.unique(pairs, axis=0, return_inverse=True)
+        spans = [max_duration(self.times[self.firsts[c] : self.lasts[c] + 1], k) for c, k in pairs]
+        nanoseconds[beyond] = np.array(spans, np.int64)[which.ravel()]
         return nanoseconds
 
     def bars_until(
