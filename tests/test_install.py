@@ -29,8 +29,8 @@ BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, f'
 def finished(command, folder, text_in=None, **environment):
     "A process that has ended with code 0; it imports neither the checkout nor modules of the working folder."
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MODELFACTORY_", "PYTHON"))}
-    options = dict(capture_output=True, text=True, timeout=PATIENCE, input=text_in)
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=kept | environment, **options)
+    options = dict(cwd=folder, env=kept | environment, capture_output=True, text=True, input=text_in)
+    done = subprocess.run(list(map(str, command)), timeout=PATIENCE, **options)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done
 

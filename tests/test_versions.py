@@ -72,8 +72,8 @@ def update(project, *names):
     environment = os.environ | {k: str(v) for k, v in paths.items()}
     environment["PATH"] = f"{above / 'bin'}{os.pathsep}{environment['PATH']}"
     command = [sys.executable, "tools/versions.py", "update", *names]
-    options = dict(capture_output=True, text=True, timeout=PATIENCE, env=environment)
-    done = subprocess.run(command, cwd=project, **options)
+    options = dict(cwd=project, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=PATIENCE, **options)
     assert list((above / "temporary").iterdir()) == []
     return done
 
