@@ -69,9 +69,9 @@ readme: setup  # executes nbs/index.ipynb again and writes README.md from it
 	$(BIN)/nbdev-clean --fname nbs/index.ipynb
 	cd tests && ../$(BIN)/python -c 'from test_house import readme; print(readme(), end="")' > ../README.md
 
-picture: setup  # draws docs/comparison.png: every model on the simulated market with known Bayes optimum
+picture: setup  # trains every model on the simulated market, stores the scores, and draws docs/comparison.png; takes an hour
 	$(BIN)/modelfactory experiment picture --output docs/_build/runs
-	$(BIN)/python -c "from modelfactory.figures.model_comparison import plot_benchmark; from modelfactory.runs.comparison import comparison; plot_benchmark(comparison('docs/_build/runs'), 'planted', 'preset quick, three seeds; networks read 16 bars and stop after 4 epochs without a lower validation loss').savefig('docs/comparison.png', bbox_inches='tight')"
+	$(BIN)/python tools/picture.py docs/_build/runs
 
 docs: setup  # builds the site in docs/_build/html; trains the runs of the gallery if they are missing
 	$(BIN)/python docs/pages.py
