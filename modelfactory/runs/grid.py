@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -82,7 +83,7 @@ class GridConfig(HTMLConfig):
 # %% ../../nbs/runs/05_grid.ipynb #1224e3d1
 def grid_config(
     values: GridConfig | dict | str | Path,  # keys of `GridConfig`, a YAML file with them, or a name in params/grids
-    **changes: object,  # keys that replace those of `values`; None: no change
+    **changes: Any,  # keys that replace those of `values`; None: no change
 ) -> GridConfig:
     "Builds a `GridConfig`, taking missing keys from the settings; raises `ConfigError` on an unknown key or model."
     if isinstance(values, GridConfig):
