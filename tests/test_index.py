@@ -103,7 +103,8 @@ def act(action, runs, made, number):
     elif action == "touch":
         os.utime(run / MANIFEST_FILE, ns=(1, 1))
     elif action == "link":
-        (run / "metrics" / f"link_{number}").symlink_to("/etc/hostname")
+        (link := run / "metrics" / f"link_{number}").unlink(missing_ok=True)
+        link.symlink_to("/etc/hostname")
     elif action == "damage":
         (run / ("metrics/metrics.json" if number % 2 else MANIFEST_FILE)).write_text("{")
     elif action == "config":
@@ -279,6 +280,7 @@ def test_a_run_that_is_published_while_the_index_is_written_is_listed_next_time(
         return write(folder, rows)
 
     monkeypatch.setattr(index, "write_index", publish_first)
+    monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)  # the index holds the next run at once
     copy(made, runs, 98)
     assert len(list_runs(runs)) == 7
     assert len(list_runs(runs)) == 8 and describe(list_runs(runs)) == without_index(runs, monkeypatch)
