@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import time
 import zipfile
 from functools import cache
@@ -115,9 +116,6 @@ class Demo:
         if as_second_user():
             for folder in (home, home / "tmp"):
                 os.chown(folder, NOBODY, NOBODY)
-            for folder in home.parents:  # `os.access` follows the permissions of folders alone
-                if not folder.stat().st_mode & 0o001:
-                    folder.chmod(0o755)
         self.models = self("models", folder=home)
         self.init = self("init", "project", folder=home)
         self.files = contents(self.project)
@@ -140,14 +138,22 @@ def state(folder):
 
 
 @pytest.fixture(scope="module")
-def demo(python, bundled, tmp_path_factory):
+def home():
+    "A home of the second user that `os.access` finds, because pytest closes its own temporary folder to others."
+    with tempfile.TemporaryDirectory(prefix="second_user") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def demo(python, bundled, home):
     started, before = time.time(), state(python.parents[1])
-    demo = Demo(python, bundled, tmp_path_factory.mktemp("home"))
+    shutil.copy(bundled / "indices/test_scaled.parquet", home / "bars.parquet")
+    demo = Demo(python, bundled, home)
     demo.compared = demo("compare")
     demo("export", next((demo.project / "runs").glob("xgboost_h5_indices_*")), "--output", "bundle")
-    demo("predict", "bundle", bundled / "indices/test_scaled.parquet", "--output", "p.csv")
+    demo("predict", "bundle", home / "bars.parquet", "--output", "p.csv")
     places = [place for place in map(Path, ("/tmp", "/var/tmp", "/dev/shm")) if place.is_dir()]
-    of_user = [p for place in places for p in place.iterdir() if p.lstat().st_uid == NOBODY]
+    of_user = [p for place in places for p in place.iterdir() if p.lstat().st_uid == NOBODY and p != home]
     demo.left = [str(path) for path in of_user if path.lstat().st_ctime > started]
     demo.changed = sorted(before.items() ^ state(python.parents[1]).items())
     return demo
