@@ -160,7 +160,7 @@ def test_each_page_of_the_sidebar_is_marked_as_the_current_one(site):
 def test_each_figure_of_a_tutorial_has_an_alternative_text(site):
     pages = [file.read_text() for file in sorted(site.glob("nbs/tutorials/*.html"))]
     images = [image for page in pages for image in re.findall("<img [^>]+>", page)]
-    without = [image for image in images if not re.search(r'alt="\w+ [^"]+ [^"]+"', image)]
+    without = [image for image in images if not re.search(r"""alt=(["'])\w+ [^"']+ [^"']+\1""", image)]
     assert len(images) >= 10 and without == [], "begin the cell with `#| fig-alt: text`"
 
 
