@@ -216,7 +216,7 @@ def test_search_from_files_finds_a_public_name(site, page):
     link.wait_for()
     assert "modelfactory.Trainer" in page.locator("#search-results li a").all_text_contents()[:2]
     link.click()
-    assert page.locator("dt[id='modelfactory.training.trainer.Trainer']").is_visible()
+    page.locator("dt[id='modelfactory.training.trainer.Trainer']").wait_for()
     assert page.asked == []
 
 
