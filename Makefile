@@ -29,7 +29,7 @@ check: setup  # runs lint, export, unit tests, one model of each kind and the au
 	@$(BIN)/python tools/versions.py audit
 
 # Many tests wait for processes, so three workers keep two cores busy.
-test: setup  # runs the cells of each notebook and all tests; quick tests and notebooks must cover at least 90% of lines and branches
+test: setup  # runs the cells of each notebook and all tests, which must cover at least 90% of the package's lines and branches
 	$(BIN)/python -m pytest -n 3 --dist worksteal --cov --cov-fail-under=90 --cov-report=term:skip-covered
 
 soak: setup  # injects a hundred faults into real grids at random moments, as well as failing disks and kernels; takes 15 minutes
