@@ -58,8 +58,8 @@ def test_the_best_models_and_the_controls_are_tested_and_all_are_in_the_tables(r
     assert sorted(m["rank"] for m in entry["models"] + entry["untested"]) == [1, 2, 3, 4, 5, 6]
     table = report.leaderboard(result)
     assert set(table.model) >= set(MODELS)
-    assert (table[table.verdict == comparison.UNTESTED].model == ["mlp", "tcn", "knn"]).all()
-    assert not table[table.verdict == comparison.UNTESTED].directional_skill_significant.any()
+    assert (table[table.verdict == comparison.NOT_TESTED].model == ["mlp", "tcn", "knn"]).all()
+    assert not table[table.verdict == comparison.NOT_TESTED].directional_skill_significant.any()
     page = report.leaderboard_table(table)
     assert "knn" in page.page and "corrected interval" in page.page
     sentence = report.scope_sentence(result, result["tasks"])
@@ -134,7 +134,7 @@ def test_tasks_with_the_smallest_p_values_are_shown_within_the_limit():
 
 
 def test_a_table_keeps_all_tested_models_and_the_best_of_the_others():
-    verdicts = ["not significant"] * 3 + [comparison.UNTESTED] * 5 + [""]
+    verdicts = ["not significant"] * 3 + [comparison.NOT_TESTED] * 5 + [""]
     table = pd.DataFrame(dict(verdict=verdicts, model=range(9)))
     shown, sentence = report.table_rows(table, 6)
     assert shown.model.tolist() == [0, 1, 2, 3, 4, 8]

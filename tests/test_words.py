@@ -131,7 +131,7 @@ def of_report(n, x):
     yield re.sub(r"<[^>]*>", "; ", report.leaderboard_table(table, metrics)._repr_html_())
     tasks = [dict(untested=range(n)), *({} for _ in range(min(n, 3)))]
     yield report.scope_sentence(dict(tasks=tasks), tasks[:1])
-    untested = pd.DataFrame(dict(verdict=["", *[report.UNTESTED] * min(n, 3)]))
+    untested = pd.DataFrame(dict(verdict=["", *[report.NOT_TESTED] * min(n, 3)]))
     yield report.table_rows(untested, 1)[1]
     rows = [dict(model="a", log_loss=x), dict(model="a", log_loss=None)]
     folds = dict(ranks=dict(log_loss=None), decay=dict(a=dict(first_half=x, second_half=None)), rows=rows)
@@ -388,6 +388,7 @@ OWN_FORMATS = {
     "data/dataset.py": {"__repr__", "_class_shares"},
     "data/explore.py": {"plot_drift"},
     "data/feature_groups.py": {"features"},
+    "data/matrix.py": {"_space_error"},
     "data/pipeline.py": {"break_reason"},
     "data/plausibility.py": {"_ratio_text", "_stale_warnings", "feature_warnings"},
     "data/readers.py": {"_widen_low_high"},

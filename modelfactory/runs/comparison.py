@@ -34,7 +34,7 @@ from .task import MAX_MODELS, count_trials, read_task, stored_daily, task_signif
 from ..training.test_set import test_set_uses
 
 # %% auto #0
-__all__ = ['UNTESTED', 'CLAIM_KEYS', 'LEADERBOARD_METRICS', 'seed_statistics', 'variance_split', 'ceiling_scores',
+__all__ = ['NOT_TESTED', 'CLAIM_KEYS', 'LEADERBOARD_METRICS', 'seed_statistics', 'variance_split', 'ceiling_scores',
            'entry_log_loss', 'comparison', 'plain_data', 'read_comparison', 'failed_runs']
 
 # %% ../../nbs/runs/09_comparison.ipynb #0d54e7c3
@@ -210,7 +210,7 @@ def _model_entry(task, model, metrics, tests):
     return about | values | dict(n_samples=len(task.predictions[model]), averaged=averaged) | _claim(tests, model)
 
 # %% ../../nbs/runs/09_comparison.ipynb #841d2dfe
-UNTESTED = "not tested"  # verdict on a model whose predictions are not read
+NOT_TESTED = "not tested"  # verdict on a model whose predictions are not read
 
 
 def _untested_entry(task, model):
@@ -219,7 +219,7 @@ def _untested_entry(task, model):
     names = {"n_samples", "f1_null"} | {m + end for m in LEADERBOARD_METRICS for end in ("", "_ci_low", "_ci_high")}
     names -= {"directional_skill_ci_low", "directional_skill_ci_high"}
     values = seed_statistics([{name: r.metrics[name] for name in names & r.metrics.keys()} for r in runs])
-    return _about_model(model, runs) | values | dict(averaged=None, verdict=UNTESTED, direction_significant=False)
+    return _about_model(model, runs) | values | dict(averaged=None, verdict=NOT_TESTED, direction_significant=False)
 
 # %% ../../nbs/runs/09_comparison.ipynb #bcc269bc
 def _averaged(task, model):

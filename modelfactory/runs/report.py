@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..evaluation.metrics import metric_sign
 from ..files import printable
-from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, UNTESTED, entry_log_loss
+from .comparison import CLAIM_KEYS, LEADERBOARD_METRICS, NOT_TESTED, entry_log_loss
 from .fold_comparison import fold_scores
 from .sentences import CLAIMS, MIN_CEILING_GAP, claim_figures, no_skill_text, task_verdicts
 from .task import MAX_MODELS
@@ -26,7 +26,7 @@ from ..words import UNDEFINED, count_text, interval_text, is_defined, number_tex
 
 # %% auto #0
 __all__ = ['TESTED_METRICS', 'RUN_NOTEBOOK', 'CELL_STYLE', 'DIRECTION_COLUMNS', 'BEST_COLUMNS', 'VERDICT_LABELS',
-           'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'MAX_PAGE_ROWS', 'MAX_FIGURE_BYTES',
+           'VERDICT_COLUMNS', 'FRACTION_COLUMNS', 'BOUND_LABELS', 'MAX_PAGE_ROWS', 'MAX_PAGE_FIGURE_BYTES',
            'MAX_LISTED_ROWS', 'leaderboard', 'escape_markdown', 'FormattedTable', 'run_pages', 'leaderboard_table',
            'direction_tests', 'best_per_horizon', 'best_verdict', 'task_title', 'verdict_overview', 'verdict_table',
            'seed_table', 'variance_table', 'fraction_of_ceiling', 'ceiling_table', 'seconds_table', 'excluded_table',
@@ -513,7 +513,7 @@ def excluded_table(
 
 # %% ../../nbs/runs/10_report.ipynb #589e0001
 MAX_PAGE_ROWS = 600  # rows of all leaderboards on a page
-MAX_FIGURE_BYTES = 1_300_000  # of all figures on a page
+MAX_PAGE_FIGURE_BYTES = 1_300_000  # of all figures on a page
 MAX_LISTED_ROWS = 60  # rows of any other table on a page, and sentences of a list
 
 
@@ -548,7 +548,7 @@ def table_rows(
     most: int,  # number of rows
 ) -> tuple[pd.DataFrame, str]:  # rows to show, and a sentence on the others; empty if all are shown
     "All tested models and baselines of a task, and the best of the untested models."
-    is_untested = table.verdict == UNTESTED
+    is_untested = table.verdict == NOT_TESTED
     n_shown = max(most - int((~is_untested).sum()), 0)
     shown = table[~is_untested | (is_untested.cumsum() <= n_shown)]
     if not (n := len(table) - len(shown)):
