@@ -241,6 +241,8 @@ def write_gallery(runs, folder):
     for name, (pattern, tag, about) in GALLERY_PAGES.items():
         [file] = runs.glob(pattern)
         text = file.read_text().replace(f"{runs}/", "runs/").replace(f"{ROOT}/", "")
+        link = r'<a href=\\"[^"\\]+/train\.ipynb\\">([^<]*)</a>'  # to a run, which has no page on the site
+        text = re.sub(link, r"\1", text)
         first, *cells = json.loads(re.sub(r'(?<=href=\\"#)[^"\\]+', lambda to: make_id(unquote(to[0])), text))["cells"]
         for cell in cells:
             cell["metadata"] = dict(tags=[tag])
