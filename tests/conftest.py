@@ -103,6 +103,17 @@ def restored_state(monkeypatch):
     logging.disable(logging.NOTSET)
 
 
+@pytest.fixture
+def always_mapped(monkeypatch, tmp_path):
+    "Every matrix is mapped from a file in an empty folder, which is returned."
+    from modelfactory.data import matrix
+
+    monkeypatch.setattr(matrix, "MIN_MAPPED_BYTES", 0)
+    monkeypatch.setenv("MODELFACTORY_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("MODELFACTORY_MEMORY_SHARE", "0")
+    return tmp_path / "scratch"
+
+
 def pytest_terminal_summary(terminalreporter):
     "Lists the reasons of skipped tests that start with NOT, once each."
     skipped = terminalreporter.stats.get("skipped", [])

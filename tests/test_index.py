@@ -1,6 +1,4 @@
-"""The index of a runs folder holds what a full read of the folder gives, whatever happens to the folder.
-
-Comparisons of many models: the models that are tested, the tables that hold all models, and the size of the page."""
+"The index of a runs folder holds what a full read of the folder gives, whatever happens to the folder."
 
 import contextlib
 import hashlib
@@ -37,7 +35,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_folders_have_an_index(monkeypatch):
-    "Runs of the tests are young: the file systems of the tests have fine clocks, and small folders have an index."
+    "Small folders have an index too, and it holds runs that were changed a moment ago."
     monkeypatch.setattr(index, "MIN_INDEXED", 1)
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.02)
     index._unwritten.clear()

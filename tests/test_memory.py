@@ -54,15 +54,6 @@ def test_nan_is_found_in_windows_only(windows, row):
     assert has_nan(windows) == np.isnan(windows[:]).any() == (row in used_rows(windows))
 
 
-@pytest.fixture
-def always_mapped(monkeypatch, tmp_path):
-    "Every matrix is mapped from a file in an empty folder, which is returned."
-    monkeypatch.setattr(matrix, "MIN_MAPPED_BYTES", 0)
-    monkeypatch.setenv("MODELFACTORY_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setenv("MODELFACTORY_MEMORY_SHARE", "0")
-    return tmp_path / "scratch"
-
-
 def trained(data, model, config):
     "Datasets, base matrix that the fit used, and predictions of a model that is trained on them."
     seq_len = config.get("sequence_length", 1)

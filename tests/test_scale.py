@@ -95,12 +95,9 @@ def test_all_rows_are_scored_in_a_small_split(train):
 
 
 @pytest.fixture
-def always_mapped(monkeypatch, tmp_path):
-    "Every matrix is mapped from a file; returns the folder of the matrices that are kept."
-    monkeypatch.setattr(matrix, "MIN_MAPPED_BYTES", 0)
-    monkeypatch.setenv("MODELFACTORY_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setenv("MODELFACTORY_MEMORY_SHARE", "0")
-    return tmp_path / "scratch/matrices"
+def always_mapped(always_mapped):
+    "The folder of the matrices that are kept, while every matrix is mapped from a file."
+    return always_mapped / "matrices"
 
 
 # model -> its config, and the largest difference of a probability if the rows are read in chunks

@@ -414,7 +414,7 @@ def _feature_columns(split):
 
 
 def _exact_limit(n):
-    "Residual below which statistics of n rows match a scaler exactly; above 100,000 rows, chance comes closer."
+    "Residual below which the statistics of n rows match a scaler exactly; it shrinks above 100,000 rows."
     return 1e-5 * np.minimum(1, (100_000 / n) ** 0.5)
 
 
