@@ -82,14 +82,15 @@ ACTIONS = "add", "remove", "rename", "swap", "score", "edit", "touch", "link", "
 def act(action, runs, made, number):
     "Changes a runs folder in one way; a folder without runs is only added to."
     folders = sorted(f for f in runs.glob("gru_*") if (f / MANIFEST_FILE).is_file())
+    unused = max([int(f.name[-6:], 16) for f in runs.glob("gru_*")], default=0) + 1
     if action == "add" or not folders:
-        copy(made, runs, max([int(f.name[-6:], 16) for f in folders], default=0) + 1)
+        copy(made, runs, unused)
         return
     run, last = folders[number % len(folders)], folders[-1]
     if action == "remove":
         shutil.rmtree(run)
     elif action == "rename":
-        run.rename(runs / f"gru_renamed_{number:06x}")
+        run.rename(runs / f"gru_renamed_{unused:06x}")
     elif action == "swap" and run != last:
         run.rename(runs / ".aside")
         last.rename(run)
