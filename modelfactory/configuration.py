@@ -431,7 +431,7 @@ def _read_file(file):
     return dict(ini["modelfactory"]) if ini.has_section("modelfactory") else {}
 
 
-_NOT_SETTINGS = ("SETTINGS", "STOCKNET")  # the settings file, and the prices that benchmarks/stocknet.ipynb reads
+_NOT_SETTINGS = ("SETTINGS", "STOCKNET", "SCALE_ROWS")  # the settings file, and what pages in nbs/benchmarks read
 
 
 # Kubernetes sets variables such as MODELFACTORY_SERVICE_HOST and MODELFACTORY_LAB_PORT_8888_TCP_ADDR in all containers

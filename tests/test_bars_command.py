@@ -47,8 +47,7 @@ def run(*arguments):
     return end.value.code
 
 
-def test_two_commands_lead_from_an_export_to_a_comparison_page(export, tmp_path, monkeypatch):
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
+def test_two_commands_lead_from_an_export_to_a_comparison_page(export, tmp_path):
     done = call("bars", export, "--output", "data/eurusd", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "read as MetaTrader 5 export" in done.stdout and "EURUSD: 2,000 bars from 2017-01-01" in done.stdout

@@ -338,7 +338,6 @@ def marked(monkeypatch, tmp_path_factory):
     "Marks the processes of this test, and adds the models of the tests."
     monkeypatch.setenv("BOARD_TEST", uuid.uuid4().hex)
     monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path_factory.mktemp("models")))
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
 
 
 def run_processes():

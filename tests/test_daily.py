@@ -1,12 +1,15 @@
 "Daily data sets: StockNet's protocol against a loop, and bundled sets from stub packages where the real are missing."
 
 import importlib.util
+import re
+from dataclasses import fields
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
-from modelfactory.configuration import SettingsError, settings
+from modelfactory.configuration import Settings, SettingsError, settings
 from modelfactory.data.bundled import BUNDLED
 from modelfactory.data.daily import (
     DAILY_STARTS,
@@ -181,8 +184,14 @@ def test_the_real_packages_hold_what_is_described(read, package, rows):
     assert len(bars) == rows and not bars.isna().any(axis=None)
 
 
-def test_the_variable_of_the_prices_is_no_setting(monkeypatch):
-    monkeypatch.setenv("MODELFACTORY_STOCKNET", "/nowhere")
+def test_variables_of_the_benchmarks_are_no_settings(monkeypatch):
+    pages = "".join(page.read_text() for page in (ROOT / "nbs/benchmarks").glob("*.ipynb"))
+    names = set(re.findall(r"MODELFACTORY_[A-Z]+(?:_[A-Z]+)*", pages))
+    assert {"MODELFACTORY_STOCKNET", "MODELFACTORY_SCALE_ROWS"} <= names
+    for name in names:
+        key = name.removeprefix("MODELFACTORY_").lower()
+        if key not in {field.name for field in fields(Settings)}:
+            monkeypatch.setenv(name, "/nowhere")
     assert settings().seed >= 0
     monkeypatch.setenv("MODELFACTORY_STOCKNETS", "/nowhere")
     with pytest.raises(SettingsError, match="unknown key 'stocknets'"):

@@ -198,7 +198,6 @@ def test_without_gpus_the_environment_is_left_alone_and_too_many_fail_at_once(mo
 def test_a_gpu_is_free_again_after_its_run_was_killed(monkeypatch, tmp_path):
     fake_nvidia_smi(monkeypatch, tmp_path, cards(1))
     monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path))
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     monkeypatch.setattr(executors, "read_params", lambda name: ModelParams(resources=dict(gpus=1)))
     data, flag = small_splits(tmp_path / "data"), tmp_path / "visible"
     task = dict(model="faulty", horizon=5, data=str(data), preset=None)

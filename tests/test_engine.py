@@ -46,7 +46,6 @@ def process_mark(monkeypatch, tmp_path_factory):
     "Marks the processes of this test, since other tests run at the same time, and adds the models of the tests."
     monkeypatch.setenv("ENGINE_TEST", uuid.uuid4().hex)
     monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path_factory.mktemp("models")))
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
 
 
 def run_processes():

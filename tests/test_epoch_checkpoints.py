@@ -65,7 +65,6 @@ def plugin(tmp_path, monkeypatch):
     nbformat.write(notebook, tmp_path / "notebooks/train.ipynb")
     monkeypatch.setenv("MODELFACTORY_NOTEBOOKS", str(tmp_path / "notebooks"))
     monkeypatch.setenv("MODELFACTORY_PLUGINS", str(tmp_path / "killed_once.py"))
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     return "linear_killed_once"
 
 

@@ -122,7 +122,6 @@ def test_a_model_from_outside_the_package(tmp_path, data, monkeypatch):
     for f in package_files:
         if f.is_file() and f.suffix in (".py", ".ipynb", ".yaml"):
             before[f] = sha256(f.read_bytes()).hexdigest()
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     made = call("new", "mymodel", "--family", "myfamily", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     (tmp_path / "grid.yaml").write_text(f"data: {data}\nmodels: [mymodel, lightgbm]\nhorizons: [5]\npreset: quick\n")
@@ -139,20 +138,20 @@ def test_a_model_from_outside_the_package(tmp_path, data, monkeypatch):
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, data):
-    "The folder of a grid in which one of two models cannot be trained, and the result of the command."
+    "The folder of a tracked grid in which one of two models cannot be trained, and the result of the command."
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.yaml").write_text(
         f"data: {data}\nmodels: [svm, lightgbm]\nhorizons: [5]\npreset: quick\n"
         "overrides: {svm: {exact: true, max_exact_rows: 10}}\n"
     )
-    return folder, call("experiment", folder / "grid.yaml", "--output", folder / "runs")
+    return folder, call("experiment", folder / "grid.yaml", "--output", folder / "runs", MODELFACTORY_TRACKING="sqlite")
 
 
 def test_a_failed_run_does_not_stop_the_others(grid):
     folder, done = grid
     assert done.returncode == 1 and "1 done, 1 failed" in done.stdout.replace("1 failed, 1 done", "1 done, 1 failed")
     assert "at most 10" in done.stdout and len(list_runs(folder / "runs")) == 1
-    assert (folder / "runs/mlflow.db").is_file(), "the grid was not tracked with the settings of the package"
+    assert (folder / "runs/mlflow.db").is_file(), "the grid was not tracked"
 
 
 def test_a_run_is_not_trained_twice_and_is_reproduced_from_its_config(grid, data, tmp_path):
@@ -174,7 +173,7 @@ def test_a_run_is_not_trained_twice_and_is_reproduced_from_its_config(grid, data
 
 def test_train_and_predict_by_command(tmp_path, data):
     task = f"--model xgboost --horizon 5 --data {data} --preset quick --set n_rounds=20".split()
-    done = call("train", *task, "--output", tmp_path / "runs", "--test", MODELFACTORY_TRACKING="")
+    done = call("train", *task, "--output", tmp_path / "runs", "--test")
     assert done.returncode == 0, done.stderr
     run = list_runs(tmp_path / "runs")[0]
     assert run.config["config"]["n_rounds"] == 20 and run.manifest["splits"] == ["val", "test"]
@@ -211,7 +210,6 @@ def test_the_demo_grid_gives_a_sentence_for_each_data_set(parameters, tmp_path, 
 
     names, runs = ["indices", "planted", "null"], tmp_path / "runs"
     monkeypatch.setenv("MODELFACTORY_BUNDLED", str(small_bundled(tmp_path / "bundled", names)))
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     assert run_grid(dict(data=names, models=["nearest"], horizons=[5]), runs).ok
     sentences = conclusion(comparison(runs))
     assert [s.split(":")[0] for s in sentences] == ["planted", "null", "indices"]

@@ -151,6 +151,8 @@ TRACK = "import sys; from modelfactory.runs.tracking import track_runs; print(tr
 
 
 def test_mlflow_shows_the_values_and_files_of_the_run(tmp_path, capfd):
+    import mlflow  # before the environment is read, because an import of polars changes it
+
     run = make_run(tmp_path, grid="demo 3f", commit="a1b2c3")
     before, handlers, files = dict(os.environ), list(logging.getLogger().handlers), set(Path().iterdir())
     run_id = track_run(run)
@@ -209,8 +211,6 @@ def test_mlflow_shows_the_values_and_files_of_the_run(tmp_path, capfd):
             "predictions/val_predictions.parquet",
         )
     }
-    import mlflow
-
     assert mlflow.active_run() is None
 
 
@@ -329,7 +329,8 @@ def test_credentials_are_not_shown(text):
     assert "hunter2" not in redact(text) and "***" in redact(text)
 
 
-def test_a_broken_store_gives_a_one_line_error(tmp_path):
+def test_a_broken_store_gives_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # MLflow waits 100 s for a server of a database
     run = make_run(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
     for uri in (

@@ -75,7 +75,6 @@ def run(*arguments):
 
 def test_from_upstream_files_to_a_comparison_by_the_command_line_alone(upstream, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MODELFACTORY_PLUGINS", quick_models(tmp_path))
-    monkeypatch.setenv("MODELFACTORY_TRACKING", "")
     purged, runs = tmp_path / "purged", tmp_path / "runs"
     assert run("check", upstream) == 2
     advice = capsys.readouterr().err
