@@ -101,6 +101,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'modelfactory/configuration.py'),
                                             'modelfactory.configuration._holds_runs': ( 'configuration.html#_holds_runs',
                                                                                         'modelfactory/configuration.py'),
+                                            'modelfactory.configuration._parsed_ini': ( 'configuration.html#_parsed_ini',
+                                                                                        'modelfactory/configuration.py'),
                                             'modelfactory.configuration._raw_settings': ( 'configuration.html#_raw_settings',
                                                                                           'modelfactory/configuration.py'),
                                             'modelfactory.configuration._read_environment': ( 'configuration.html#_read_environment',

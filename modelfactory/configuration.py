@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from html import escape
 from pathlib import Path
 from types import UnionType
@@ -423,11 +423,16 @@ def _within_runs(folder):
 
 # %% ../nbs/00_configuration.ipynb #6b3dc4d0
 def _read_file(file):
-    ini = configparser.ConfigParser(interpolation=None)
     try:
-        ini.read_string(file.read_text(), source=str(file))
+        return dict(_parsed_ini(file.read_text(), str(file)))
     except (OSError, UnicodeDecodeError, configparser.Error) as e:
         raise SettingsError(f"{file}: {' '.join(str(e).split())[:200]}") from None
+
+
+@lru_cache
+def _parsed_ini(text, source):
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read_string(text, source=source)
     return dict(ini["modelfactory"]) if ini.has_section("modelfactory") else {}
 
 

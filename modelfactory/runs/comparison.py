@@ -343,8 +343,8 @@ def comparison(
     "All results of a comparison as plain values, from which every table and sentence is made."
     runs = runs if isinstance(runs, RunList) else list_runs(runs)
     unscored = {r.path.name: _unscored_row(r) for r in runs if not r.scored}
-    names, unread, tasks = runs.task_names, list(runs.unread), []
-    data_of_task = {names[r.path.name]: runs.data_names[r.data] for r in runs}
+    names, data_names, unread, tasks = runs.task_names, runs.data_names, list(runs.unread), []
+    data_of_task = {names[r.path.name]: data_names[r.data] for r in runs}
     keys = sorted({(names[r.path.name], r.horizon) for r in runs.by_horizon() if r.fold is None})
     with Progress(len(keys), "comparison", delay=1.0) as bar:
         for number, (data, horizon) in enumerate(keys):
@@ -448,12 +448,12 @@ def failed_runs(
     runs: Path,  # the runs folder
 ) -> list[dict]:  # run, status, reason, folder
     "The newest failure for each combination of model, data set, horizon, seed and fold that has no finished run."
-    finished = set()
-    for run in list_runs(runs):
+    attempts, finished = list_attempts(Path(runs) / FAILED_FOLDER), set()
+    for run in list_runs(runs) if attempts else ():
         fold = run.folds, run.fold
         finished |= {_job_key(data, run.manifest, fold) for data in (run.data, run.manifest["data"])}
     failed = {}
-    for attempt in list_attempts(Path(runs) / FAILED_FOLDER):
+    for attempt in attempts:
         try:
             job, outcome = read_json(attempt / "job.json")["parameters"], read_json(attempt / "outcome.json")
             values = (job.get("dataset") or {}).get("folds")
