@@ -198,7 +198,7 @@ def _row_handles():
         plt.Line2D([], [], marker="o", ms=4, lw=0.9, label="mean over seeds, 95% interval", **grey),
         plt.Line2D([], [], lw=6, alpha=0.35, label="lowest to highest seed", **grey),
         plt.Line2D([], [], ls="", marker="D", mfc="white", label="averaged probabilities", **grey),
-        plt.Rectangle((0, 0), 1, 1, color="#0072B2", alpha=0.12, label="not worse than the best"),
+        plt.Rectangle((0, 0), 1, 1, color="#0072B2", alpha=0.12, label="not significantly worse"),
     ]
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #9ccb98e8
@@ -220,9 +220,10 @@ def _name_line(ax, x, name, side, dash):
 
 
 def _shade_not_worse(ax, task):
-    "Shades the rows of the models that are not significantly worse than the best one, if a test says which."
+    "Shades the rows of the best model and of those that are not significantly worse, if a test says which."
+    shaded = [] if task["not_worse"] is None else [task["best"], *task["not_worse"]]
     for y, m in zip(range(len(task["models"]))[::-1], task["models"], strict=True):
-        if m["model"] in (task["not_worse"] or []):
+        if m["model"] in shaded:
             ax.axhspan(y - 0.5, y + 0.5, color="#0072B2", alpha=0.12, lw=0)
 
 # %% ../../nbs/figures/02_model_comparison.ipynb #937c72a6
@@ -246,6 +247,7 @@ def _task_scores(task, decimals):
     return dict(
         data=task["data"],
         horizon=task["horizon"],
+        best=task["best"],
         not_worse=task["not_worse"],
         ceiling=ceiling,
         baselines=[dict(model=b["model"]) | _rounded(b, ("log_loss",), decimals) for b in priors],
