@@ -291,16 +291,17 @@ def plot_folds(
 ) -> Figure:
     "Plot the training, embargoed, purged and test samples over time, with one horizontal bar per fold."
     from matplotlib import pyplot as plt
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
     fig, ax = plt.subplots(figsize=(7, 0.32 * len(folds) + 0.9), dpi=100, facecolor="white", layout="constrained")
     for i, fold in enumerate(folds, 1):
         for state, (starts, widths) in _fold_segments(fold, folds.ds).items():
             ax.broken_barh(list(zip(starts, widths, strict=True)), (i - 0.36, 0.72), color=FOLD_COLOURS[state], lw=0)
-    ax.xaxis_date()
+    ax.xaxis.set_major_locator(dates := AutoDateLocator(minticks=3, maxticks=8))
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(dates))
     ax.set(yticks=range(1, len(folds) + 1), ylabel="fold")
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    fig.autofmt_xdate(rotation=0, ha="center")
     fig.legend(
         handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=s) for s, c in FOLD_COLOURS.items()],
         ncols=4,
