@@ -231,7 +231,9 @@ def _task_html(task, metrics, pages):
     if is_defined(constant):
         caption += f": the better constant prediction has a directional accuracy of {number_text(constant)}"
     style = "font-size:13px;font-variant-numeric:tabular-nums;border-collapse:collapse"
-    caption = f"<caption style='text-align:left;padding:4px 0'>{html.escape(caption)}</caption>"
+    # The caption stays within a narrow window when the table is scrolled.
+    caption = f"<span style='position:sticky;left:0;display:inline-block;max-width:90vw'>{html.escape(caption)}</span>"
+    caption = f"<caption style='text-align:left;padding:4px 0'>{caption}</caption>"
     rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f"<table class='leaderboard' style='{style}'>{caption}{rows}</table>"
 
