@@ -123,8 +123,8 @@ def stocknet_frames(
 ) -> dict[str, pd.DataFrame]:  # train, val, test: keys, close, labels and features
     """Splits of the published protocol for `Trainer(data=...)`; the dates are those of the predicted day.
 
-    Earlier rows are context of train without labels. A label that is known only on the first day of the next split is
-    removed from train and val."""
+    Earlier rows are context for train and have no labels. A label that is known only on the first day of the next
+    split is removed from train and val."""
     first, *later, end = (pd.Timestamp(day) for day in starts)
     labels = movement_labels(bars)
     table = pd.concat([bars[["datetime", "symbol", "close"]], labels, stocknet_features(bars)], axis=1)

@@ -307,8 +307,8 @@ def _check_context(split, context):
 class TimeSeriesDataset:
     """Samples of one split: windows `X`, labels `y`, and `metadata` with one row per sample.
 
-    With several horizons, a sample is a row with a label at one of them or more, y has one column for each horizon, and
-    a label that is not defined is `NO_TARGET`."""
+    With several horizons, a sample is a row with a label at one or more of them. `y` then has one column for each
+    horizon, with `NO_TARGET` where a label is missing."""
 
     def __init__(
         self,
@@ -358,7 +358,7 @@ class TimeSeriesDataset:
         self,
         horizon: int,  # one of `horizons`
     ) -> TimeSeriesDataset:  # over the same matrix
-        "The samples with a label at one horizon: the same as the dataset of this horizon alone."
+        "The samples with a label at one horizon; equal to the dataset of this horizon alone."
         if self.horizon == horizon:
             return self
         k = self.horizons.index(horizon)
@@ -394,8 +394,8 @@ class TimeSeriesDataset:
     def _metadata(self):
         """One row per sample: datetime, symbol, horizon, bar, label_bars, and optionally sample_weight and close.
 
-        With several horizons, `horizon` and `label_bars` are the longest, so that whatever purges rows is safe for all
-        labels; label_bars and sample_weight of each horizon have columns such as label_bars_h5."""
+        With several horizons, `horizon` and `label_bars` are the largest, so that purging by them is safe for all
+        labels. Columns such as label_bars_h5 and sample_weight_h5 contain the values of each horizon."""
         s, rows, is_joint = self.split, self.rows, len(self.horizons) > 1
         ends = {h: label_bars(s, h)[rows] for h in self.horizons}
         columns = dict(
@@ -500,12 +500,12 @@ class DatasetConfig(HTMLConfig):
 
     @property
     def reading(self) -> dict:
-        "The arguments of `read_splits` that the config decides."
+        "The arguments of `read_splits` that the config sets."
         keys = ("features", "exclude", "nan", "classes", "calendar", "rolls", "categorical")
         return {key: getattr(self, key) for key in keys}
 
     def stored(self) -> dict:
-        "All keys as plain data; an unset calendar, rolls and categories are left out, as in runs made before them."
+        "All keys as plain data, without unset calendar, rolls and categories, as in runs of earlier versions."
         return {k: v for k, v in asdict(self).items() if v or k not in ("calendar", "rolls", "categorical")}
 
 # %% ../../nbs/data/01_dataset.ipynb #6e2a1e02

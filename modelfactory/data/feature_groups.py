@@ -938,4 +938,4 @@ class CrossSection(Group):
             yield Feature(f"cs_residual_{n}", residual, "std", n + 1, lambda b, n=n: _residual(b, n))
 
 # %% ../../nbs/data/18_feature_groups.ipynb #259e6c82
-OPTIONAL_GROUPS = ("fractional", "cross_section")  # computed only where they are asked for
+OPTIONAL_GROUPS = ("fractional", "cross_section")  # computed only if a choice names them

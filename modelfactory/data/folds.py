@@ -218,7 +218,7 @@ def walk_forward(
     test: int | pd.DateOffset | None = None,  # length of a test part, in timestamps or time; None: equal parts
     window: int | pd.DateOffset | None = None,  # length of a training part, in timestamps or time; None: all rows
 ) -> Folds:
-    "Purged folds in which the training part precedes the test part, which ends where the next begins; `FoldsError`."
+    "Purged folds: training precedes testing, and the next test part follows directly; raises `FoldsError`."
     labels, embargo = LabelSpans(ds), _parse_embargo(embargo, ds)
     T = len(labels.stamps)
     _check_count(n_folds, "n_folds", 1, T - 1, f"the dataset has {count_text(T, 'timestamp')}")

@@ -332,7 +332,7 @@ _BY_NAME = Layout("bars, by the names of the columns", file=_ALPHA_FILE)
 def find_layout(
     table: pd.DataFrame,  # names of columns as in the source; 0, 1, 2, ... if it has none
 ) -> Layout:
-    "The known layout of a table, or the one that reads columns by name; raises `BarsError` if it has no names either."
+    "The known layout of a table, or the one that reads columns by name; raises `BarsError` without column names."
     if not len(table) or not _lacks_names(table):
         names = [plain_name(c) for c in table.columns]
         spelled = {*names, *(str(c).lower() for c in table.columns)}
@@ -510,7 +510,7 @@ def _symbol_of(file, layout):
 
 # %% ../../nbs/data/15_layouts.ipynb #4ce0cd16
 def _volume(table, layout, names):
-    "The volume, and a note if the layout has two kinds; the second kind where the first is 0 in all rows."
+    "The volume, and a note if the layout has two kinds; the second kind is used if the first is 0 in all rows."
     if not names:
         return pd.Series(0.0, table.index), ["volume set to 0"]
     kinds = [c for n in layout.columns.get("volume", ()) if (c := _find_column(list(table.columns), [n])) is not None]

@@ -500,7 +500,7 @@ def _fit_column_count(market, features, horizons):
 
 # %% ../../nbs/data/07_market.ipynb #6c9e15e8
 def _log_pause(bars):
-    "The feature `log_pause`, in thousands of minutes as all stored results of `GENERATOR_VERSION` 1 have it."
+    "The feature `log_pause` in thousands of minutes, its unit in all stored results of `GENERATOR_VERSION` 1."
     pause = bars.groupby("symbol", sort=False)["datetime"].diff() / pd.Timedelta(minutes=1000)
     return np.log1p(pause).astype(np.float32)
 

@@ -95,7 +95,7 @@ def is_mapped(
     return matrix is not None
 
 # %% ../../nbs/data/00_matrix.ipynb #d06be57c
-ABANDONED_SECONDS = 86_400  # an incomplete file that was last written longer ago belongs to no process
+ABANDONED_SECONDS = 86_400  # incomplete files that were last written longer ago are deleted
 
 
 def stored_matrix(

@@ -194,12 +194,12 @@ def late_start(
     longer: pd.DataFrame,  # the longer bars that they make
     resample: dict,  # arguments of `resample_bars`
 ) -> str:  # empty if the bars begin with a longer bar, or if the time of a longer bar is not its start
-    "Says that bars begin within a longer bar, which is then wrong if bars before them exist."
+    "A note if the bars begin within a longer bar: the longer bar is wrong if earlier bars exist."
     start, first = longer["datetime"].iloc[0], bars["datetime"].iloc[0]
     if resample.get("stamp", "open") != "open" or first <= start:  # by volume and dollars, `start` is never earlier
         return ""
     symbol = bars["symbol"].iloc[0]
-    return f"{symbol}: THE BARS BEGIN AT {first}, within the bar of {start}: if earlier ones of it exist, pass them too"
+    return f"{symbol}: THE BARS BEGIN AT {first}, within the bar of {start}: if earlier bars of it exist, pass them too"
 
 
 def _read_options(pipeline, source):
@@ -417,7 +417,7 @@ def grown_bar(
     old: pd.DataFrame,  # stored bars of one symbol
     new: pd.DataFrame,  # new bars of the symbol
 ) -> pd.Timestamp | None:  # its time; None: the last bar is equal, differs otherwise, or is not in the new bars
-    "The last stored bar, if it was not over when it was stored: the new one has its open, and contains it."
+    "Time of the last stored bar, if it was incomplete when stored: the new bar has its open and contains its range."
     a, b = old.iloc[-1], new[new["datetime"] == old["datetime"].iloc[-1]]
     if not len(b):
         return None

@@ -113,7 +113,7 @@ def large_moves(
     bars: pd.DataFrame,  # datetime, symbol, close of one symbol, in time order
     n_new: int,  # number of last bars that are checked
 ) -> list[str]:  # symbol, time and size of each large move
-    "Large moves of the last bars, as in `price_warnings`; a bar of another symbol or unit makes one."
+    "Large moves of the last bars, as in `price_warnings`; a bar of another symbol or unit causes such a move."
     moves = np.diff(np.log(bars["close"].to_numpy(float)))
     if not len(moves):
         return []

@@ -143,7 +143,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
 TABLE_SUFFIXES = (".parquet", ".feather", ".arrow")
 BAR_SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".gz", ".zip")
 MAX_UNPACKED_BYTES = 4 << 30  # largest size of a file after decompression
-MAX_UNPACKED_RATIO = 200  # largest ratio of the two sizes; files of up to 64 MiB may have any
+MAX_UNPACKED_RATIO = 200  # largest ratio of unpacked to packed size; up to 64 MiB are unpacked at any ratio
 
 
 def _open_files(file):
@@ -159,7 +159,7 @@ def _open_files(file):
 
 # %% ../../nbs/data/03_readers.ipynb #2821de67
 def _check_suffix(name, file):
-    "The name, if its suffix is one of a table; raises `BarsError`."
+    "The name, if its suffix is that of a table; raises `BarsError` otherwise."
     if name.suffix.lower() not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES):
         kinds = ", ".join(BAR_SUFFIXES[:-1])
         raise BarsError(f"{file}: found {name.suffix or 'no suffix'!r}, expected {kinds} or .zip")

@@ -1177,7 +1177,7 @@ _TERMINAL_WIDTH = 79
 
 
 def _terminal_text(table):
-    "A table as text for a terminal: columns that do not fit continue below, after the first two; long lines are cut."
+    "A table as text: columns that do not fit follow below, each time beside the first two columns; long lines are cut."
 
     def lines(columns):
         return table[columns].to_string(index=False).split("\n")
@@ -1360,7 +1360,7 @@ def _roll_notes(read):
         if len(at):
             first = f"{split.symbols[split.codes[at[0]]]} {split.datetimes[at[0]]}"
             text = f"{count_text(len(at), 'bar is a roll', 'bars are rolls')}, first {first}"
-            sentences.append(f"{split.name}: {text}; positions are closed over rolls")
+            sentences.append(f"{split.name}: {text}; no position is held over a roll")
     return sentences
 
 # %% ../../nbs/data/00_splits.ipynb #d33d180b
@@ -1578,7 +1578,7 @@ def _source_digest(source):
 
 
 def _digest_file(file):
-    "Hash of a file's bytes; that of a large file is computed once in a process, unless the file changes."
+    "Hash of a file's bytes; the hash of a large file is kept in the process until the file changes."
     status = os.stat(file)
     if not is_large(status.st_size):
         return _digest_bytes(file)
@@ -1592,7 +1592,7 @@ def _digest_bytes(file):
 
 @lru_cache(maxsize=64)
 def _digest_version(file, *version):
-    "Hash of a file's bytes while its size, times and inode are the same."
+    "Hash of a file's bytes, kept as long as its size, times and inode stay the same."
     return _digest_bytes(file)
 
 

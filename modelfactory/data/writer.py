@@ -85,7 +85,7 @@ def _parse_start(start, zone):
 
 
 def _start_of_later(datetimes, earlier, later):
-    "Start of the later of two parts of the timestamps, whose sizes are as `earlier` to `later`."
+    "Start of the later of two parts of the timestamps; their sizes have the ratio `earlier` to `later`."
     times = np.unique(pd.DatetimeIndex(datetimes))
     if len(times) < 2:
         raise BarsError(
