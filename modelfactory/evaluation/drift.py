@@ -144,7 +144,7 @@ class DriftTest:
         n = math.ceil(len(self.path) / self.within)
         return (
             f"Without a change, the test gives an alarm with a probability of {rounded_text(self.alpha)} within "
-            f"{count_text(self.within, 'live bar')} (the validation record has {self.n_validation:,})"
+            f"{count_text(self.within, 'live bar')} (the validation record has {count_text(self.n_validation, 'bar')})"
             f"{f', and in each of the {n:,} stretches of this length' * (n > 1)}."
         )
 

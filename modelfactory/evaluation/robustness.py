@@ -287,7 +287,7 @@ def _months_text(months):
 
 
 def _best_month_text(share):
-    "The best month's share of the profit; nothing without a profit."
+    "The best month's share of the profit; empty without a profit."
     if not is_defined(share):
         return []
     return ["the other months lose money"] if share > 1 else [f"the best month has {percent_text(share)} of the profit"]

@@ -24,7 +24,7 @@ def format_metric(
 ) -> str:
     """Text such as `0.388 [0.367, 0.409]`, the value alone if it has no interval, or a dash if the value is undefined.
 
-    An interval with an undefined bound, for example of few days, is `[not estimable]`."""
+    An interval with an undefined bound, for example because there are few days, is `[not estimable]`."""
     value = metrics.get(name)
     low, high = metrics.get(f"{name}_ci_low"), metrics.get(f"{name}_ci_high")
     if isinstance(value, str):

@@ -82,7 +82,7 @@ def plot_explanation(
     unit: str,  # of the importance
     rest: dict | None = None,  # n, importance, low and high of the groups after the first `N_BARS`, together
 ) -> Figure:
-    "Picture of an explanation; raises `EvaluationError` for a table without the columns of `by`."
+    "Figure of an explanation; raises `EvaluationError` for a table without the columns of `by`."
     missing = [name for name in (*by.split(" x "), "importance", "low", "high", "p") if name not in table]
     if missing:
         raise EvaluationError(f"by is {by!r}, but the table has no column {missing[0]!r}, found {list(table)}")
