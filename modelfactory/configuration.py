@@ -531,7 +531,7 @@ def params_folder() -> Path:
 
 
 def matrix_settings() -> tuple[float, Path]:
-    "Returns `memory_share` and `scratch` without checking the other settings, because the check takes 10 MB."
+    "Returns `memory_share` and `scratch` without checking the other settings, because it takes 10 MB of memory."
     _, root, values = _raw_settings()
     share = values.get("memory_share", Settings.memory_share)
     with suppress(ValueError):

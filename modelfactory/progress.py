@@ -143,7 +143,7 @@ class Progress:
     def _write(self, file):
         values = dict(label=self.label, done=self.done, of=self.total, seconds=round(self._drawn - self.start, 1))
         losses = {name: float(loss) if math.isfinite(loss) else None for name, loss in self.losses.items()}
-        with contextlib.suppress(OSError):  # such as a full disk, which must not cost the fit
+        with contextlib.suppress(OSError):  # an error such as a full disk must not end the fit
             replace_text(file, json.dumps(values | dict(losses=losses, ended=self.closed, ending=self.ending)))
 
     def _draw_html(self):
