@@ -527,7 +527,7 @@ class AuditReport:
     skipped: list[str]  # notes on scores with too few rows
     allowed: list[str] = field(default_factory=list)  # columns whose findings were permitted
     scored: int | None = None  # number of rows in the scored sample; None: all rows
-    detects: float | None = None  # a column's excess over the usual AUC that the sample shows with probability 0.975
+    detects: float | None = None  # excess over the usual AUC that the sample detects with probability 0.975
 
     @property
     def ok(self) -> bool:

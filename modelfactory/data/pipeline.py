@@ -26,6 +26,7 @@ from .plausibility import join_first, large_moves, moves_text
 from .readers import OHLCV, BarsError, check_bars, nanoseconds, read_bars, symbol_spans
 from .splits import NO_LABEL, SplitsError, present_splits, read_columns, split_files
 from ..files import FileError, PrintableError, read_json, replace_text
+from ..words import count_text
 
 # %% auto #0
 __all__ = ['PIPELINE_FILE', 'PIPELINE_VERSION', 'RESAMPLE_OPTIONS', 'READ_OPTIONS', 'MAX_PIPELINE_BYTES', 'LAST_BARS_FILE',
@@ -455,9 +456,16 @@ def joint_notes(
         pause = bars["datetime"].iloc[first] - bars["datetime"].iloc[first - 1]
         if pause > pd.Timedelta(seconds=pipeline.interval):
             pauses.append(f"{symbol} {pause}")
-    texts = [*grown[:3], *([f"so do those of {len(grown) - 3} more symbols"] if len(grown) > 3 else [])]
+    texts = [
+        *grown[:3],
+        *(
+            [f"stored bars of {count_text(len(grown) - 3, 'more symbol')} are replaced as well"]
+            if len(grown) > 3
+            else []
+        ),
+    ]
     if pauses:
-        texts.append(f"pause after the last stored bar: {join_first(pauses)}; no bar may be missing in it")
+        texts.append(f"pause after the last stored bar: {join_first(pauses)}; check that no bar is missing in it")
     return [*texts, *moves_text(moves)]
 
 
