@@ -456,14 +456,9 @@ def joint_notes(
         pause = bars["datetime"].iloc[first] - bars["datetime"].iloc[first - 1]
         if pause > pd.Timedelta(seconds=pipeline.interval):
             pauses.append(f"{symbol} {pause}")
-    texts = [
-        *grown[:3],
-        *(
-            [f"stored bars of {count_text(len(grown) - 3, 'more symbol')} are replaced as well"]
-            if len(grown) > 3
-            else []
-        ),
-    ]
+    n_more = len(grown) - 3
+    more = [f"stored bars of {count_text(n_more, 'more symbol')} are replaced as well"] if n_more > 0 else []
+    texts = [*grown[:3], *more]
     if pauses:
         texts.append(f"pause after the last stored bar: {join_first(pauses)}; check that no bar is missing in it")
     return [*texts, *moves_text(moves)]
