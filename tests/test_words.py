@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_comparison import a_model, a_task, a_task_with_controls
 
 from modelfactory.configuration import TradingRules
-from modelfactory.data import audit, plausibility, splits
+from modelfactory.data import audit, pipeline, plausibility, splits
 from modelfactory.evaluation import backtest, bootstrap, drift, information, robustness, significance, tables
 from modelfactory.evaluation.examples import example_market
 from modelfactory.runs import contributions, explain, manage, predict, refresh, report, sentences
@@ -294,6 +294,18 @@ def of_information(n, x):
     frame = pd.DataFrame()
     series = pd.Series(dtype=float)
     yield information.InformationReport(n, True, n, frame, frame, frame, frame, series, None)._title()
+
+
+def of_replaced_bars(n, x):
+    "Stored bars that new bars replace, of more symbols than are named."
+    symbols = some(3 + min(n, 2))
+    bars = pd.DataFrame(dict(symbol=np.repeat(symbols, 2), open=1.0, high=2.0, low=1.0, close=1.0, volume=1.0))
+    bars.insert(0, "datetime", [pd.Timestamp("2024-01-02 10:00"), pd.Timestamp("2024-01-02 11:00")] * len(symbols))
+    is_new = np.tile([False, True], len(symbols))
+    grown = bars.assign(high=np.where(is_new, 2.5, 2.0))
+    notes = pipeline.joint_notes(SimpleNamespace(interval=3600.0), bars, grown, is_new)
+    assert len(notes) == min(len(symbols), 4)
+    yield from notes
 
 
 GENERATORS = [value for name, value in list(globals().items()) if name.startswith("of_")] + [
