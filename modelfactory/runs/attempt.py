@@ -142,8 +142,8 @@ def write_record(
 def _write_pipeline(trainer, folder):
     """Copies the pipeline of the data and writes the last bars of each symbol; nothing if the data have no pipeline.
 
-    A damaged pipeline, features that are not registered in this process, or data that were moved must not cost a
-    fitted model."""
+    A damaged pipeline, features that are not registered in this process, or data that were moved must not prevent
+    the publication of a fitted model."""
     from modelfactory.data.bundled import resolve_data
     from modelfactory.data.pipeline import LAST_BARS_FILE, last_bars_of_splits, read_pipeline
     from modelfactory.data.splits import SplitsError
@@ -295,7 +295,7 @@ CHECKPOINT_SHARE = 0.02  # maximum share of the time of a fit that is spent on c
 
 
 class RunCheckpoint(Callback):
-    "Writes checkpoints of a network's fit in a runs folder and goes on from those of a killed attempt."
+    "Writes checkpoints of a network's fit in a runs folder and continues from those of a killed attempt."
 
     max_share: float | None = CHECKPOINT_SHARE  # as in `Checkpoint`
     checkpoint: Checkpoint | None = None  # None: the model is not a network, or this fit writes no checkpoints
@@ -336,7 +336,7 @@ class RunCheckpoint(Callback):
             self.checkpoint = None
 
     def _has_lock(self):
-        "Whether this process alone writes the checkpoints of the run; it keeps the lock until it ends."
+        "Whether this process holds the lock on the checkpoints of the run, which it keeps until it ends."
         from filelock import Timeout
 
         Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +349,7 @@ def checkpoint_fit(
     trainer: Trainer,  # trainer before the fit
     attempt: Path | None = None,  # folder of the attempt; None: the runs folder of the settings is used
 ) -> None:
-    "Makes the fit of a network write checkpoints and go on from those of a killed attempt with the same identity."
+    "Makes the fit of a network write checkpoints and continue from those of a killed attempt with the same identity."
     runs = settings().runs if attempt is None else runs_folder(attempt)
     identity = run_identity(json.loads(json.dumps(trainer.resolved_config())), trainer.fingerprint())
     trainer.callbacks.append(RunCheckpoint(runs, identity))
@@ -390,7 +390,7 @@ def publish(
     scored = all(score_files("val", h)["metrics"] in files for h in score_horizons(result["horizon"]))
     values = dict(schema=SCHEMA_VERSION, status="ok", name=attempt.name, created=created, grid=grid or None)
     write_manifest(attempt, values | result | dict(scored=scored, files=files), own=True)
-    (attempt / "pid").unlink(missing_ok=True)  # until here, it protects the attempt from other processes
+    (attempt / "pid").unlink(missing_ok=True)  # until now, the file protected the attempt from other processes
     run = attempt.rename(Path(runs) / attempt.name)
     _remove_checkpoints(runs, result.get("identity"))
     return run
@@ -453,7 +453,7 @@ def close_attempt(
 ) -> None:
     """Moves the executed notebook into the run and removes the attempt.
 
-    Stores the reason if the run is not scored, and for a run of a grid the time that its process took."""
+    Stores the reason if the run is not scored, and the wall-clock time of its process if it belongs to a grid."""
     with contextlib.suppress(OSError):
         notebook, published = attempt / "train.ipynb", open_run(run)
         if notebook.is_file():

@@ -140,7 +140,7 @@ class GridState:
 
     runs: list[RunState]
     seconds_left: float | None  # expected time until all runs have ended; None: unknown
-    unknown: list[str]  # models of unfinished runs without a measured cost, which `seconds_left` leaves out
+    unknown: list[str]  # models of unfinished runs that have no estimate; `seconds_left` excludes these runs
     sessions: list[Session]  # of the processes that run this grid
 
     @property
@@ -169,7 +169,7 @@ class GridState:
         return "; ".join(filter(None, parts))
 
     def left_text(self) -> str:
-        "The remaining time with what it leaves out, such as `about 3m 05s left`; empty if nothing is left."
+        "The remaining time and the models that it excludes, such as `about 3m 05s left`; empty if nothing is left."
         if all(state.status in ENDED for state in self.runs):
             return ""
         unknown = count_text(len(self.unknown), "model has", "models have")
@@ -217,7 +217,7 @@ class GridReader:
                 self._times = times
                 self._keep(list_runs(self.runs))
             states = self._states(sessions, outcomes or {})
-            if self._folder_times() == times:  # otherwise a run has ended meanwhile, and may appear nowhere
+            if self._folder_times() == times:  # otherwise a run has ended meanwhile, and may be missing from all lists
                 break
         seconds, unknown = self._left(states, sessions)
         return GridState(states, seconds, unknown, sessions)
@@ -440,7 +440,7 @@ def visible_runs(
     states: list[RunState],
     rows: int,  # maximum number of runs
 ) -> list[RunState]:  # in the order of the grid
-    "The runs to show if not all fit: running, failed, the next that wait, then the last that are done."
+    "The runs to show if not all fit; running runs have priority, followed by failed, waiting and finished runs."
     order = {"running": 0, "cancelling": 0, "waiting": 2, "paused": 2, "done": 3}
     ranked = sorted(range(len(states)), key=lambda i: (order.get(states[i].status, 1), i))
     kept = set(ranked[:rows])

@@ -214,7 +214,7 @@ NOT_TESTED = "not tested"  # verdict on a model whose predictions are not read
 
 
 def _untested_entry(task, model):
-    "The stored scores of a model beyond `MAX_MODELS`; without a corrected interval of its skill."
+    "The stored scores of a model beyond `MAX_MODELS`, without a corrected interval of its skill."
     runs = task.untested[model]
     names = {"n_samples", "f1_null"} | {m + end for m in LEADERBOARD_METRICS for end in ("", "_ci_low", "_ci_high")}
     names -= {"directional_skill_ci_low", "directional_skill_ci_high"}

@@ -104,7 +104,7 @@ def prediction_contributions(
 
 
 def _own_by_chunk(run, X):
-    "The contributions of a model by feature, (n, K, 1, F); says the cost if it is more than ten seconds."
+    "The contributions of a model by feature, (n, K, 1, F); prints the expected time if it exceeds ten seconds."
     if not is_in_process(run) or not has_contributions(run.cached_model, X.subset(np.arange(min(1, len(X))))):
         return None
     parts = []

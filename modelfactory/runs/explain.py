@@ -166,10 +166,10 @@ class Explanation:
     horizon: int  # bars
     split: str
     n_rows: int  # explained rows
-    cost: str  # what the explanation costs, as it was said before
+    cost: str  # expected time, as printed before the computation
     level: float = 0.95  # coverage of each interval
     rest: dict = field(default_factory=dict)  # the groups after the first `TOP` together: n, importance, low, high
-    skill: float = np.nan  # log loss of constant probabilities, the class shares of the rows, minus that of the model
+    skill: float = np.nan  # log loss of the class shares of the rows, minus that of the model
     clusters: dict[str, list[str]] = field(default_factory=dict)  # name of a cluster -> its features
     interpretation: dict[str, pd.DataFrame] = field(default_factory=dict)  # tables that the model itself provides
 
@@ -355,7 +355,7 @@ def _log_losses(p, codes):
 
 
 def _measure(task, repeats):
-    "Measures what an explanation costs; returns the sentence, and the log loss of each row for a permutation."
+    "The expected time of an explanation as a sentence, and the log loss of each row for a permutation."
     n, G = len(task.codes), len(task.groups)
     if task.method == "permutation":
         p, seconds = timed(task.probabilities)
@@ -413,7 +413,7 @@ def explain_cost(
     lag_step: int = 1,  # as in `explain`
     threshold: float = CLUSTER_THRESHOLD,  # as in `explain`
 ) -> str:  # one line
-    "Says what `explain` with these arguments would cost; reads the data and predicts once."
+    "The expected time of `explain` with these arguments; reads the data and predicts once."
     run = run if isinstance(run, Run) else load_run(Path(run))
     task, *_ = _make_task(run, split, by, method, horizon, features, max_rows, lag_step, threshold)
     return _measure(task, repeats)[0]
@@ -432,9 +432,9 @@ def explain(
     threshold: float = CLUSTER_THRESHOLD,  # absolute rank correlation from which features are in one cluster
     level: float = 0.95,  # coverage of each interval
     seed: int = 42,
-    verbose: bool = True,  # whether to print the cost before it is paid
+    verbose: bool = True,  # whether to print the expected time first
 ) -> Explanation:
-    """Explains the predictions of a run; prints what that costs before it is paid.
+    """Explains the predictions of a run; prints the expected time first.
 
     Raises `RunError` if an argument is not valid or the data of the run have changed.
     """

@@ -182,9 +182,9 @@ READER_PACKAGES = ("pydantic", "annotated-types", "pyyaml")  # needed to read a 
 
 def requirements(
     run: Run,
-    onnx: bool = False,  # the bundle has an ONNX file and needs no package
+    onnx: bool = False,  # whether the bundle has an ONNX file, so that it needs neither modelfactory nor the library
 ) -> str:  # text of requirements.txt
-    "The packages that a bundle needs, with the versions of the training where the run stores them."
+    "The packages that a bundle needs, with the versions used in training if the run stores them."
     resample = run.pipeline.resample if run.pipeline else None
     in_sessions = isinstance(resample, dict) and resample.get("calendar")
     shared = [*BUNDLE_PACKAGES, *(["exchange_calendars"] if in_sessions else [])]
@@ -253,7 +253,7 @@ COPIED_FILES = ("config.yaml", "splits.json", FEATURES_FILE, PIPELINE_FILE, LAST
 def export_run(
     run: Path,  # folder of a finished run
     output: Path | None = None,  # folder to create; None: `<name>_bundle` beside the run
-    onnx: bool = False,  # also write `model.onnx`, and a script that needs no package, see `write_onnx`
+    onnx: bool = False,  # also write `model.onnx`, and a script that does not need modelfactory, see `write_onnx`
 ) -> Path:  # output
     """Exports a run as a bundle.
 
@@ -287,7 +287,7 @@ def export_run(
 
 
 def _takes_raw_bars(run):
-    "Whether the bundle can compute the model's features from bars: they are the package's own, not a user's."
+    "Whether the bundle can compute the model's features from bars; features that a user registered are not copied."
     pipeline = run.pipeline
     if pipeline is None or set(pipeline.features or ()) - set(GROUPS):
         return False

@@ -334,7 +334,7 @@ def prediction_rows(
     return [{name: None if value is pd.NaT else value for name, value in row.items()} for row in rows]
 
 # %% ../../nbs/runs/25_follow.ipynb #1a30ff68
-POLL_SECONDS = 0.2  # time between two looks at a file that has not grown
+POLL_SECONDS = 0.2  # seconds between two reads of a file that has not grown
 
 
 def _is_bar(line):
@@ -402,7 +402,7 @@ def _was_replaced(file, source):
 
 # %% ../../nbs/runs/25_follow.ipynb #3517d9fb
 def follow_file(
-    run: StoredRun | Follower | Path | str,  # a run, its folder, or a follower that goes on
+    run: StoredRun | Follower | Path | str,  # a run, its folder, or an existing follower
     source: Path | str,  # text file of bars, named pipe, or - for standard input
     on_note: Callable[[str], Any] = _warn,  # as in `follow`
     wait: Callable[[], Any] | None = None,  # as in `new_lines`

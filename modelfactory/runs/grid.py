@@ -423,7 +423,7 @@ def watch_grid(
     grid: GridConfig | dict | str | Path,  # see `grid_config`
     runs: Path | None = None,  # None: the runs folder of the settings
     board: Board | None = None,  # None: `make_board`
-    every: float = 1.0,  # seconds between two looks
+    every: float = 1.0,  # seconds between two reads of the state
 ) -> GridState:  # the last state
     "Shows the state of a grid that another process runs, until no process runs it."
     reader = GridReader(grid_jobs(grid_config(grid)), runs or settings().runs)

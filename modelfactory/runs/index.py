@@ -50,7 +50,7 @@ SETTLED_SECONDS = 2.0  # resolution of the times of the coarsest file system (FA
 
 @dataclass(frozen=True)
 class IndexRow:
-    "What the index holds of one run."
+    "The stamp and the indexed files of one run."
 
     stamp: str  # JSON, see `run_stamp`
     documents: dict[str, str]  # name of a file, such as manifest.json -> its content as JSON
@@ -72,7 +72,7 @@ def index_row(
     documents: dict[str, object],  # name of a file -> its content, read after `stamp` was made
     stamp: list[list],  # from `run_stamp`
 ) -> IndexRow | None:  # None if the run was changed only a moment ago, or if its manifest is not plain JSON
-    "The row of a run; a document that JSON does not reproduce is left out, and is read from the run."
+    "The row of a run, without documents that JSON cannot reproduce; these are read from the run folder."
     newest = max(max(changes) for _, *changes, _ in stamp)
     texts = {name: json.dumps(content, default=str) for name, content in documents.items()}
     texts = {name: text for name, text in texts.items() if json.loads(text) == documents[name]}
@@ -124,8 +124,8 @@ def _table(rows: dict[str, IndexRow]) -> pa.Table:
 
 # %% ../../nbs/runs/01_index.ipynb #448e4542
 INDEX_FILE = "index.parquet"
-INDEX_VERSION = "1"  # of the layout; an index of another version is written again
-MIN_INDEXED = 100  # fewer folders are read as fast without an index
+INDEX_VERSION = "1"  # version of the layout; an index of another version is written again
+MIN_INDEXED = 100  # minimum number of folders; fewer are read as fast without an index
 MAX_INDEX_BYTES = 1 << 30
 _VERSION_KEY = b"modelfactory.index"
 _unwritten: dict[Path, dict[str, IndexRow]] = {}  # runs folder -> rows that could not be written
@@ -134,7 +134,7 @@ _unwritten: dict[Path, dict[str, IndexRow]] = {}  # runs folder -> rows that cou
 def read_index(
     runs: Path,  # the runs folder
 ) -> dict[str, IndexRow]:  # name of a run folder -> row; empty if the file is missing, damaged or of another version
-    "The rows of an index as they were written; `IndexRow.is_current` tells whether a row still holds."
+    "The rows of an index as they were written; `IndexRow.is_current` tells whether a row is still valid."
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -197,7 +197,7 @@ class RunIndex:
         self,
         run: Path,  # folder of a run
     ) -> dict[str, str] | None:  # name of a file -> its content as JSON; None if the run has to be read
-        "What the index holds of a run that has not changed."
+        "The indexed files of a run that has not changed."
         row = self._stored.get(run.name)
         if row is None or not row.is_current(run):
             return None

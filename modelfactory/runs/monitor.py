@@ -102,8 +102,8 @@ class GridMonitor:
         self.runs, self.every = Path(runs or settings().runs), every
         self.reader = GridReader(grid_jobs(self.config), self.runs)
         self.state: GridState = self.reader.read()
-        self.result: GridResult | None = None  # of a grid that `start` has started, once it has ended
-        self.error: BaseException | None = None  # that ended this grid
+        self.result: GridResult | None = None  # result of the grid that `start` has started, once it has ended
+        self.error: BaseException | None = None  # error that ended this grid
         self._name, self._log, self._handle = f"monitor-{secrets.token_hex(4)}", "", None
         self._clicks: Any = None
         self._grid: threading.Thread | None = None
@@ -186,7 +186,7 @@ class GridMonitor:
         return self.state
 
     def _follow(self):
-        "The thread that updates the output; it is started unless it is running."
+        "Starts the thread that updates the output, unless it is running, and returns it."
         if self._watch is None or not self._watch.is_alive():
             self._watch = threading.Thread(target=self._update, daemon=True)
             self._watch.start()
@@ -199,7 +199,7 @@ class GridMonitor:
         self.refresh()
 
     def _click(self, action, run):
-        "Does what a button asks for; a run may have ended meanwhile."
+        "Performs the action of a button; the run may have ended meanwhile."
         with contextlib.suppress(ConfigError):
             if action in ("pause", "resume"):
                 getattr(self, action)()
@@ -242,7 +242,7 @@ class GridMonitor:
 
 
 class _Page:
-    "The HTML of a monitor, which itself would be displayed with its widget again."
+    "The HTML of a monitor without its widget, which would otherwise be displayed again."
 
     def __init__(self, monitor):
         self.monitor = monitor

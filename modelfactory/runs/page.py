@@ -218,7 +218,7 @@ def write_run_pages(
 
 
 def _write_run_page(notebook, page, name):
-    "Whether there is a page: an earlier one that is not older than the notebook, or a new one."
+    "Writes a page unless it is newer than the notebook; returns whether there is a page."
     if page.is_file() and page.stat().st_mtime >= notebook.stat().st_mtime:
         return True
     page.parent.mkdir(exist_ok=True)

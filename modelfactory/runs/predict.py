@@ -89,7 +89,7 @@ def predict_run(
     A joint fit gives all rows of its first horizon, then of the next. The attribute `.attrs` of the frame holds:
 
     - `skipped`: symbol -> number of bars without a full window
-    - `history`: raw bars only: symbol -> number of new bars that are not predicted, because they are history
+    - `history`: raw bars only: symbol -> number of new bars that are not predicted and only precede predicted bars
     - `needs`: raw bars only: the number of bars that a prediction needs, as a sentence
     - `notes`: raw bars only: sentences on how the bars were read
     - `unseen`: symbols that are not in train
@@ -289,7 +289,7 @@ def unknown_symbol_text(
     symbol: str,
     symbols: Collection[str],  # symbols of the splits
 ) -> str:
-    "Says that a symbol is not in the splits, and how bars get another symbol."
+    "A sentence that a symbol is not in the splits, and how to name the symbol of the bars."
     listed = join_first(symbols, 5)
     return f"{symbol} is not a symbol of the splits ({listed}); pass symbol= (--symbol) if it is one of them"
 

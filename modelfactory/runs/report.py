@@ -523,7 +523,7 @@ def shown_tasks(
     result: dict,  # result of `comparison`
     limit: float,  # sum of the costs
     cost: Callable[[dict], float],  # cost of a task
-) -> list[dict]:  # at least one, if there is one
+) -> list[dict]:  # at least one, unless there are no tasks
     "The tasks that fit into a limit; those with the smallest p-values of directional skill are chosen first."
     tasks, chosen = result["tasks"], []
     p_values = [1.0 if task["p_direction"] is None else task["p_direction"] for task in tasks]

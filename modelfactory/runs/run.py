@@ -45,7 +45,7 @@ class Run(StoredRun):
         bars: Iterable,  # raw bars in time order, one by one or in tables; see `runs.follow`
         **options: Any,  # other arguments of `runs.follow.follow`
     ) -> Iterator[dict]:  # one dict for each prediction
-        "Predicts raw bars as an iterable yields them, and keeps the earlier bars between them."
+        "Predicts raw bars as an iterable yields them, and keeps the earlier bars that the next predictions need."
         from modelfactory.runs.follow import follow
 
         return follow(self, bars, **options)

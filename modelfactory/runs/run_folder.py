@@ -129,7 +129,7 @@ def _location():
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # in a sandbox without these files, a process sees no other one
+    except OSError:  # in a sandbox without these files, a process cannot see other processes
         return f"{platform.node()}/{_PROCESS}"
 
 # %% ../../nbs/runs/00_run_folder.ipynb #14a7fff3
@@ -166,7 +166,7 @@ def clear_partial(
 
 
 def _is_recent_fit(folder):
-    "Whether a folder holds checkpoints from which the next attempt of the same run may go on."
+    "Whether a folder holds checkpoints from which the next attempt of the same run can continue."
     with contextlib.suppress(OSError):
         return (
             folder.name.startswith(CHECKPOINT_PREFIX)
@@ -220,7 +220,7 @@ def _is_recent(path):
 
 
 def _clock(folder):
-    "The time of a folder's file system, or of this machine where the folder cannot be written."
+    "The current time by the clock of a folder's file system, or by this machine's if the folder cannot be written."
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as f:
         return os.fstat(f.fileno()).st_mtime
     return time.time()

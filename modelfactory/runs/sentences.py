@@ -230,7 +230,7 @@ def control_sentences(
 
 
 def _control_sentence(controls):
-    "A clause on the networks that do not beat all controls; those that fail on the same controls are named together."
+    "A clause on the networks that do not beat all controls; those that miss the same controls are named together."
     names, networks, n_tests = controls["models"], controls["networks"], len(controls["tests"])
     corrected = "" if n_tests == 1 else f", corrected for {count_text(n_tests, 'comparison')}"
     details = f"(paired test of log loss{corrected})"
@@ -290,7 +290,7 @@ def _horizons_text(tasks):
 
 
 def _jointly_significant(tasks):
-    "The tasks with significant directional skill, which may be that of no single model."
+    "The tasks with significant directional skill, even if no single model is significant."
     return [task for task in tasks if task["direction_significant"]]
 
 
@@ -497,8 +497,8 @@ def comparison_notes(
 
 
 FOLD_SCALING_NOTE = (
-    "Folds take the features as they are: a scaler that was fitted on all of train before the data reached the kit "
-    "has seen rows after the training part of early folds; models that standardise do so on the fold."
+    "Folds use the stored features. If their scaler was fitted on all of train, it has seen rows that come after the "
+    "training part of early folds. Models that standardise features fit their own scaler on each fold."
 )
 
 

@@ -82,7 +82,7 @@ class Session:
     def end(self) -> None:
         "Removes the session with its requests."
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds another session
+        with contextlib.suppress(OSError):  # the folder holds another session
             self.folder.parent.rmdir()
 
 # %% ../../nbs/runs/03_sessions.ipynb #c85b25b1

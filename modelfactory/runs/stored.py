@@ -205,7 +205,7 @@ class StoredRun:
         self,
         horizon: int,  # one of the horizons of a joint fit
     ) -> Self:
-        "The part of a joint fit that predicts one horizon, with its metrics and predictions, like a run of its own."
+        "The part of a joint fit that predicts one horizon, with its metrics and predictions, like a separate run."
         if self.horizon == horizon:
             return self
         if self.horizon != self.joint_horizons or horizon not in self.joint_horizons:
@@ -235,7 +235,7 @@ class StoredRun:
 
     @property
     def model_name(self) -> str:
-        "The model of the run as a comparison names it: a joint fit is marked, because it is another fit of the model."
+        "The model's name in a comparison; a joint fit is marked, because it is a different fit of the model."
         return f"{self.manifest['model']} (joint)" if self.joint_horizons else self.manifest["model"]
 
     def _score_name(self, name):
@@ -297,7 +297,7 @@ class StoredRun:
 
     @property
     def notes(self) -> list[str]:
-        "Remarks on the fit, for example that the model has not learnt anything; those of a part on its own horizon."
+        "Remarks on the fit, such as that the model has not learnt anything; a part has only those on its horizon."
         notes, others = self.manifest.get("notes") or [], set(self.joint_horizons) - set(horizon_tuple(self.horizon))
         return [note for note in notes if not note.startswith(tuple(f"Horizon {h}:" for h in others))]
 
@@ -654,7 +654,7 @@ class RunList(list):
         return pd.DataFrame([_list_row(part) for r in self for part in r.parts()])
 
     def by_horizon(self) -> RunList:
-        "The same runs, with the parts of each joint fit in its place."
+        "The same runs, but with each joint fit replaced by its parts, one for each horizon."
         listed = RunList(part for run in self for part in run.parts())
         listed.folder, listed.unread = self.folder, self.unread
         return listed

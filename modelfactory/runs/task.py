@@ -150,9 +150,9 @@ def best_models(
     models: dict[str, list[StoredRun]],  # from `task_runs`
     most: int | None = MAX_MODELS,  # number of models; None: all
 ) -> list[str]:  # names, in the order of `models`
-    """The models with the lowest log loss, and the controls: those that a comparison tests and draws.
+    """The models that a comparison tests and draws: those with the lowest log loss, and the controls.
 
-    The log loss is the stored one, averaged over seeds. Models with other classes or other data than the newest run
+    The stored log loss is used, averaged over seeds. Models with other classes or other data than the newest run
     come last, because their log loss is not comparable."""
     if most is None or len(models) <= most:
         return list(models)
@@ -365,7 +365,7 @@ def count_trials(
 ) -> int:
     """The number of distinct runs on a data set plus the number of configurations tried in tuning studies on it.
 
-    A joint fit counts once for each of its horizons, like models that are trained apart."""
+    A joint fit counts once for each of its horizons, like models that are trained separately."""
     names = runs.data_names
     listed = [r for r in runs.by_horizon() if horizon in (None, r.horizon)]
     on_data = [r for r in listed if names[r.data] == data and not r.is_stitched]
