@@ -55,7 +55,7 @@ class BoostedModel(TabularModel):
     @property
     def code_positions(self) -> list[int]:
         "Positions of the columns that hold category codes."
-        if not self.config.categorical:  # without naming all columns of a window, which live predictions would feel
+        if not self.config.categorical:  # naming all columns of a window would slow down live predictions
             return []
         return [j for j, statistic in enumerate(self.columns.statistic) if statistic == "code"]
 
@@ -136,7 +136,7 @@ class BoostedModel(TabularModel):
 
 # %% ../../nbs/models/18_boosted.ipynb #576f8b79
 def _check_no_checkpoint(model):
-    "Raises `ValueError` if a callback would save one of the binary models in place of the whole."
+    "Raises `ValueError` if a callback would save one of the binary models in place of the whole model."
     from modelfactory.models.callbacks import Checkpoint
 
     if any(isinstance(callback, Checkpoint) for callback in model.callbacks):

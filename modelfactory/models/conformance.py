@@ -155,7 +155,7 @@ class ModelFixture:
         self.task = planted_task(seq_len=seq_len)
         self.model, self.history = self._fit(self.task, ())
         epochs = max(2, getattr(self.model.config, "max_epochs", 0) // 4)
-        # overrides for checks that compare two fits; calibration takes out much of a difference between brief fits
+        # overrides for checks that compare two fits; calibration removes much of a difference between brief fits
         self.brief = dict(max_epochs=epochs) if self.is_network and not self.model.config.calibration else {}
 
     def new(self, task: SampleTask, **config: object) -> BaseModel:

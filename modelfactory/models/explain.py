@@ -90,7 +90,7 @@ def integrated_gradients(
 ) -> tuple[np.ndarray, np.ndarray]:  # (b, K, T, F) contributions, and (K,) outputs at the baseline
     """Integrated gradients of a network's outputs; raises `ModelUnavailable` if captum is missing.
 
-    The error is the largest difference between an output and the sum of its contributions; `MAX_GAP` is aimed at."""
+    The error is the largest difference between an output and the sum of its contributions; the aim is `MAX_GAP`."""
     import torch
 
     try:

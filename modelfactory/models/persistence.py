@@ -57,7 +57,7 @@ def _is_pickle(head):
     """Whether a file that begins with `head` may be a pickle of protocol 2 or later.
 
     A safetensors file begins with the length of its header (8 bytes) and a brace; a length of 128 looks like a pickle's
-    first byte, but the zeros that follow are no instruction of a pickle."""
+    first byte, but the zeros that follow are not a valid pickle instruction."""
     return head[:1] == b"\x80" and head[1:2] <= b"\x05" and head[3:] != b"\0\0\0\0\0{"
 
 

@@ -108,7 +108,7 @@ def embedding_size(
 def code_scale(
     largest: int,  # largest code
 ) -> float:
-    "Returns the smallest power of two, at least 1, by which all codes divided are at most 8."
+    "Returns the smallest power of two, at least 1, such that all codes divided by it are at most 8."
     return float(2 ** max(0, math.ceil(math.log2(max(largest, 1) / 8))))
 
 
@@ -283,7 +283,7 @@ class NetworkModel(BaseModel):
         if not self.fitted:
             raise NotFittedError(f"{self.name}: save before fit or load; there is nothing to save")
         state = dict(facts=self.get_extra_state()) | (dict(codes=self.codes) if self.codes else {})
-        with contextlib.suppress(Exception):  # an importance that cannot be computed does not cost the model
+        with contextlib.suppress(Exception):  # an importance that cannot be computed must not make the fit fail
             state["importance"] = self.feature_importance()
         save_header(self, path, mean=self.mean.tolist(), scale=self.scale.tolist(), **state)
         save_file(trainable_state_dict(self.net), Path(path) / "network.safetensors")

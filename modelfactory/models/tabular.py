@@ -108,7 +108,7 @@ def summarise_windows(
 
 # %% ../../nbs/models/05_tabular.ipynb #c29e80e6
 def _statistics(x):
-    "The statistics (n, F, 6) of windows (n, T, F); windows with NaN are computed apart, at about five times the cost."
+    "The statistics (n, F, 6) of windows (n, T, F); windows with NaN are computed separately, five times as slowly."
     T, d = x.shape[1], x.astype(np.float64)
     t, mean = np.arange(T) - (T - 1) / 2, d.sum(1) / T
     d -= mean[:, None]
@@ -348,7 +348,7 @@ class TabularModel(BaseModel):
 
     def save(self, path):
         if self.fitted:
-            with contextlib.suppress(Exception):  # an importance that cannot be computed does not cost the model
+            with contextlib.suppress(Exception):  # an importance that cannot be computed must not make the fit fail
                 self.feature_importance()  # sets `importance` if the model has no importance of its own
             Path(path).mkdir(parents=True, exist_ok=True)
             self.write(Path(path))

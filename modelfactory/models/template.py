@@ -150,7 +150,7 @@ the rows whose label is defined. Early stopping and the reported losses always u
         """#| export
 @ModelRegistry.register("{name}", family="{family}")
 class {Class}(SequenceClassifier):
-    "GRU with a focal loss, which counts rows less that the network already gets right."
+    "GRU with a focal loss, which gives less weight to rows that the network already predicts well."
 
     Config = {Class}Config
 
@@ -174,8 +174,8 @@ class {Class}(SequenceClassifier):
         "markdown",
         """## Other losses and steps
 
-An ordinal loss, which costs more the farther the predicted class is from the true one: the squared difference of the
-cumulative probabilities (the ranked probability score):
+An ordinal loss grows with the distance between the predicted and the true class. This one is the squared difference of
+the cumulative probabilities (the ranked probability score):
 
 ```python
 def loss(self, outputs, codes, weight=None):
@@ -186,8 +186,8 @@ def loss(self, outputs, codes, weight=None):
     return losses.mean() if weight is None else (losses * weight).mean()
 ```
 
-A loss per member, for a network that returns the logits (B, members, n_classes) of several members in training mode
-and their mean (B, n_classes) in evaluation mode:
+The following loss per member is for a network that returns the logits (B, members, n_classes) of several members in
+training mode and their mean (B, n_classes) in evaluation mode:
 
 ```python
 def loss(self, outputs, codes, weight=None):
@@ -197,8 +197,8 @@ def loss(self, outputs, codes, weight=None):
     return total / outputs.shape[1]
 ```
 
-An optimiser step of one's own: `step` gets the state of the fit, a batch of windows, the class codes and the weights,
-and returns the loss. This one adds noise to the windows:
+For a custom optimiser step, `step` gets the state of the fit, a batch of windows, the class codes and the weights, and
+returns the loss. This one adds noise to the windows:
 
 ```python
 def step(self, training, x, codes, weight=None):

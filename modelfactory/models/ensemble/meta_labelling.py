@@ -296,7 +296,7 @@ class MetaLabellingModel(CompositeModel):
         return constant, shares
 
     def feature_importance(self):
-        "Importances of the second model; what it gives to the outputs of the first one is divided as by the first one."
+        "Importances of the second model; the importance of the first model's outputs is divided as in the first model."
         side = self.config.side_column
         primary = {side: 1.0} if "primary" not in self.members else self.members["primary"].feature_importance() or {}
         secondary = self.members["secondary"].feature_importance() if "secondary" in self.members else {}

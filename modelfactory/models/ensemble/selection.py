@@ -26,7 +26,7 @@ def greedy_votes(
     n_init: int = 3,  # maximum number of best members at the start
     n_steps: int = 50,  # number of votes that are added one at a time
 ) -> np.ndarray:  # (M,) number of votes
-    "Returns the votes of the members with the lowest log loss on the way of the greedy search."
+    "Returns the votes of the members at the step of the greedy search with the lowest log loss."
     of_class = np.maximum(p[:, np.arange(len(y)), y], 1e-15)  # (M, n): only these probabilities count
     rows = np.ones(len(y)) if row_weight is None else np.asarray(row_weight, float)
 
