@@ -121,7 +121,7 @@ def trainer_config(
 class Trainer:
     """Trains and evaluates one model for one horizon, or for several horizons in a joint fit.
 
-    The scores of a joint fit are those of its horizons: `at` returns the trainer of one of them."""
+    A joint fit is scored separately for each horizon: `at` returns the trainer of one of them."""
 
     def __init__(
         self,
