@@ -281,8 +281,9 @@ def needs_text(
 ) -> str:
     "The number of bars that a prediction needs, in words."
     n_bars, by_day = pipeline.needs
-    days = f", the first of them with its day from the start ({', '.join(by_day[:3])})" if by_day else ""
-    return f"a prediction needs {count_text(n_bars + context_rows, 'bar')} of its symbol, itself included{days}"
+    days = f", and all earlier bars of the first bar's day (for {', '.join(by_day[:3])})" if by_day else ""
+    bars = count_text(n_bars + context_rows, "bar")
+    return f"a prediction needs {bars} of its symbol, including the predicted bar{days}"
 
 
 def unknown_symbol_text(
