@@ -162,7 +162,7 @@ def horizon_rows(
     horizons: tuple[int, ...],  # horizons of the model that made it
     horizon: int,  # one of them
 ) -> PredictionOutput:
-    "Returns the rows of one horizon; all rows if the model has one horizon, whatever the metadata name."
+    "Returns the rows of one horizon, or all rows if the model has only one horizon."
     return output.at(horizon) if len(horizons) > 1 else output
 
 

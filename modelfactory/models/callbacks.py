@@ -24,7 +24,7 @@ class Callback:
     def on_fit_start(self, model: BaseModel, n_rounds: int) -> bool | None:
         """Called before the first of at most `n_rounds` rounds or epochs.
 
-        A true return value says that a resumed fit was complete; networks then train no further epoch."""
+        A true return value means that a resumed fit was complete; networks then train no further epoch."""
 
     def on_epoch_end(self, model: BaseModel, epoch: int, logs: dict[str, float]) -> bool | None:
         "Called after round `epoch` (counted from 0) with its losses; a true return value stops the fit."

@@ -331,7 +331,7 @@ class RunCheckpoint(Callback):
         try:
             if self.checkpoint:
                 self.checkpoint.on_epoch_end(model, epoch, logs)
-        except Exception as e:  # such as a full disk, which must not cost the fit
+        except Exception as e:  # such as a full disk, which must not stop the fit
             print(f"{model.name}: no further checkpoints, because one cannot be written: {e}")
             self.checkpoint = None
 

@@ -300,7 +300,7 @@ def fold_entry(
     task: Task,  # task whose models are stitched records
     runs: RunList,  # all runs of the folder
 ) -> dict | None:  # None without folds; only label and why if a run on a fold cannot be read
-    "Everything that the comparison says about the folds of a task, as plain values."
+    "All results of a comparison on the folds of a task, as plain values."
     records = [record for model in task.models.values() for record in model]
     if not all(record.is_stitched for record in records):
         return None

@@ -306,7 +306,7 @@ def _code(source, names):
 def write_package(
     folder: Path,  # existing; gets the folder `modelfactory_bundle`
 ) -> None:
-    "Writes the code that `predict_bundle` needs as a package of its own."
+    "Writes the code that `predict_bundle` needs as a separate package."
     head = f"# From modelfactory {modelfactory.__version__} (Apache-2.0): only what this bundle uses.\n"
     package = folder / BUNDLED_PACKAGE
     for module, code in needed_code([("modelfactory.runs.standalone", "predict_bundle")]).items():

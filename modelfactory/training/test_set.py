@@ -140,6 +140,6 @@ test_set_uses.__test__ = False  # otherwise pytest would collect the function as
 
 
 def _use_sentence(data, n_uses, n_models):
-    "A sentence that says how often the test set of one data set was used."
+    "A sentence that states how often the test set of one data set was used."
     warning = "" if n_uses == 1 else ": its scores are no longer those of a single use"
     return f"{data}: the test set was used {count_text(n_uses, 'time')}, for {count_text(n_models, 'model')}{warning}."

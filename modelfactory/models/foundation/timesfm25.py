@@ -80,7 +80,7 @@ class TimesFM25Encoder(TimesFMEncoder):
     max_context = 16_384  # points
 
     def load(self, folder: Path) -> nn.Module:
-        "Returns the frozen network; the mode `zero_shot` also encodes the mirrored series if the checkpoint says so."
+        "Returns the frozen network; in the mode `zero_shot`, the config of the checkpoint may add the mirrored series."
         from transformers import TimesFm2_5ModelForPrediction
 
         model = load_pretrained(TimesFm2_5ModelForPrediction, folder)
