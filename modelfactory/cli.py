@@ -990,7 +990,10 @@ def refresh(
     split: Annotated[str, typer.Option(help="split to read, if DATA is a folder")] = "test",
     alpha: Annotated[float, typer.Option(help="probability of a false alarm of the drift test")] = 0.05,
     within: Annotated[
-        int | None, typer.Option(min=1, help="live bars of that probability; default: as many as the validation has")
+        int | None,
+        typer.Option(
+            min=1, help="number of live bars for which this probability holds; default: as many as validation has"
+        ),
     ] = None,
     holdout: Annotated[float, typer.Option(help="share of the new bars that is kept to compare both models")] = 0.25,
 ) -> None:

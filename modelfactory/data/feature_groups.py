@@ -306,7 +306,7 @@ class Trend(Group):
     "Distances from moving averages, their slopes, MACD, directional movement and efficiency."
 
     sma: SampleLengths = (20, 50, 100)  # bars of the means from which the close's distance is taken
-    ema: SampleLengths = (8, 21, 50)  # bars of the exponential averages, likewise
+    ema: SampleLengths = (8, 21, 50)  # bars of the exponential averages from which the distance of the close is taken
     slope: Lengths = (20, 50)  # bars of the means whose change over 5 bars is taken
     macd: tuple[Bars, Bars, Bars] = (12, 26, 9)  # bars of the fast and slow averages, and of the signal line
     directional: tuple[Bars, Bars] = (14, 27)  # bars of the directional averages, and of the average in ADX
