@@ -222,12 +222,13 @@ def flatten_windows(
 
 def last_values(
     X: Windows | np.ndarray,  # (n, T, F) or (n, F)
-) -> np.ndarray:  # (n, F)
+    feature: int | slice = slice(None),  # position of one feature; by default all
+) -> np.ndarray:  # (n, F), or (n,) for one feature
     "Returns the last row of each window, without gathering the windows."
     if hasattr(X, "ends"):
-        return X.base[X.ends]
+        return X.base[X.ends, feature]
     X = np.asarray(X)
-    return X if X.ndim == 2 else X[:, -1]
+    return X[..., feature] if X.ndim == 2 else X[:, -1, feature]
 
 # %% ../../nbs/models/05_tabular.ipynb #c1680f0d
 class TabularModel(BaseModel):
@@ -284,8 +285,9 @@ class TabularModel(BaseModel):
 
     def fit(self, X_train, y_train, X_val, y_val, metadata_train=None, metadata_val=None) -> dict:
         check_y(self, y_train, len(check_X(self, X_train)))
-        last, names = last_values(X_train), self.config.categorical
-        self.codes = {name: present_codes(self, name, last[:, self.feature_columns.index(name)]) for name in names}
+        for name in self.config.categorical:  # one column at a time, because a copy of all can be larger than memory
+            values = last_values(X_train, self.feature_columns.index(name))
+            self.codes[name] = present_codes(self, name, values)
         _warn_if_large(self, len(X_train))
         train = self._rows(X_train, y_train, metadata_train)
         check_two_classes(self, train.y)

@@ -216,7 +216,7 @@ class MetaLabellingModel(CompositeModel):
         if "primary" in self.configs:
             cut = cut_windows(X, self.configs["primary"]["sequence_length"])
             return sides_from_probabilities(self.members["primary"].predict(cut, metadata).probabilities, self.flat)
-        values = last_values(X)[:, self.feature_columns.index(c.side_column)]
+        values = last_values(X, self.feature_columns.index(c.side_column))
         if np.isnan(values).any():
             raise_on_nan(self)
         return sides_from_column(values, c.side_zero, self.classes), None
