@@ -158,7 +158,7 @@ def _psi(counts, shares, bars):
 
 
 def _padded_shares(b):
-    "Training shares (12,), with 0 for the outer bins and for bins that the feature does not have."
+    "Share of the training rows in each of 12 bins; 0 for outer bins and for bins that the feature does not have."
     return np.r_[0.0, b["shares"], np.zeros(11 - len(b["shares"]))].astype(np.float32)
 
 # %% ../../nbs/data/10_explore.ipynb #b2aa6002

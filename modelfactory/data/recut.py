@@ -606,7 +606,7 @@ class RecutReport:
 
 # %% ../../nbs/data/19_recut.ipynb #c6d7ca69
 def _scaler_warnings(labelled, split):
-    "Sentence on the share of the new val and test rows that the scaler was fitted on."
+    "Warning that states which share of the new val rows, and of the new test rows, the scaler was fitted on."
     if labelled.scaler is None:
         return []
     if labelled.fitted_on is None:

@@ -50,7 +50,7 @@ class ModelEvaluator(TradingRules):
         y_true: np.ndarray | None = None,  # (n,) true class values, used if there are no prices
         returns_source: str | None = None,  # source of the prices: close or file
     ) -> Backtest | None:  # None if classes have no direction
-        "Backtest of the predicted signs; raises `BacktestError`, or `EvaluationError` with neither prices nor labels."
+        "Backtest of the predicted signs; raises `BacktestError`, or `EvaluationError` without prices and labels."
         if not has_direction(self.classes):
             return None
         return self.backtest_positions(predictions, np.sign(predictions.predictions), prices, y_true, returns_source)

@@ -529,7 +529,7 @@ def rank_stability(
 
 
 def _turnover(rows, now, before, lag):
-    "Share of the rows in a bin that were not in it before; across symbols, averaged over timestamps."
+    "Share of a bin's rows whose symbol was in another bin `lag` bars earlier; across symbols, the mean over time."
     count = np.bincount(rows.stamp, now, len(rows.times))
     if not rows.across:
         return Pairing(rows, (now & ~before).astype(float), np.ones(len(now)), count, lag, predictive=False)

@@ -694,7 +694,7 @@ def information_gains(
     frame: pd.DataFrame,  # stacked table
     classes: tuple = (-1, 0, 1),
 ) -> pd.DataFrame:  # (n, models)
-    "Sum over classes of outcome times log probability, each minus its symbol mean, for each row and model."
+    "For each row and model: the sum over classes of outcome times log probability, both less their symbol means."
     codes, symbols = class_codes(frame["y_true"], classes, "y_true"), frame["symbol"].to_numpy()
 
     def demean(x):

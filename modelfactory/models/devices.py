@@ -93,6 +93,6 @@ def library_device(
 
 
 def _hint():
-    "The value of `CUDA_VISIBLE_DEVICES` where it hides GPUs."
+    "Text with the value of `CUDA_VISIBLE_DEVICES` if this variable may hide GPUs; otherwise empty."
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return f" (CUDA_VISIBLE_DEVICES is {chosen!r})" if chosen is not None and machine_gpus() else ""

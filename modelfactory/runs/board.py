@@ -486,7 +486,7 @@ class TerminalBoard:
         return table
 
     def _cells(self, run):
-        "The texts of a row."
+        "The cells of a run's row, as text."
         times = ["" if s is None else duration(s) for s in (run.seconds, run.seconds_left)]
         step = run.step or ("" if run.status == "done" else run.note)
         texts = (run.run, run.status, step, run.loss_text.replace("val_loss ", ""), *times)

@@ -138,7 +138,7 @@ def _cancelled_outcome(job, runs):
 
 @contextlib.contextmanager
 def _lock(job, runs, stop):
-    "Acquires the lock for a run's identity and holds it; waits until it is free, `stop` is set or the job cancelled."
+    "Holds the lock for a run's identity; waits for it, but no longer if `stop` is set or the job is cancelled."
     (Path(runs) / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(runs) / LOCKS_FOLDER / job.identity)
     while not stop.is_set() and not job.is_cancelled():
@@ -345,7 +345,7 @@ def _run_on_worker(roots, environment, job, runs, limits, force, has_gpus):
 
 
 def _move(value, roots, root):
-    "Replaces the first folder in `roots` that contains a path by `root`, in text and in nested dicts and lists."
+    "Replaces the first folder of `roots` that contains a path with `root`; also in nested dicts and lists."
     if isinstance(value, dict):
         return {k: _move(v, roots, root) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -261,7 +261,7 @@ def _labelled(ds, model, horizon):
 
 
 def _thinned(ds, codes, n_max):
-    "At most about `n_max` samples: those of every k-th timestamp; their codes; and k."
+    "Returns about `n_max` samples or fewer (those of every k-th timestamp), their codes, and k."
     step = max(1, -(-len(ds) // n_max))
     numbers = np.unique(ds.metadata["datetime"].to_numpy(), return_inverse=True)[1]
     rows = np.flatnonzero(numbers % step == 0)

@@ -202,7 +202,7 @@ def _changed(statements):
 
 
 def _imported(statement, importer):
-    "{name: (module, name there)} of an import; the second is None if the name is a module."
+    "For each name that an import defines: its module, and its name in that module, or None for `import module`."
     if isinstance(statement, ast.Import):
         return {
             a.asname or a.name.split(".")[0]: (a.name if a.asname else a.name.split(".")[0], None)
