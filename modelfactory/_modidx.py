@@ -1495,6 +1495,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._label_row': ( 'data/splits.html#_label_row',
                                                                                    'modelfactory/data/splits.py'),
+                                          'modelfactory.data.splits._lines': ('data/splits.html#_lines', 'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._matrix_key': ( 'data/splits.html#_matrix_key',
                                                                                     'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._may_be_number': ( 'data/splits.html#_may_be_number',

@@ -1179,16 +1179,24 @@ _TERMINAL_WIDTH = 79
 def _terminal_text(table):
     "A table as text: columns that do not fit follow below, each time beside the first two columns; long lines are cut."
 
-    def lines(columns):
-        return table[columns].to_string(index=False).split("\n")
-
     first, blocks = list(table.columns[:2]), [[]]
     for column in table.columns[2:]:
-        if blocks[-1] and len(lines([*first, *blocks[-1], column])[0]) > _TERMINAL_WIDTH:
+        if blocks[-1] and len(_lines(table[[*first, *blocks[-1], column]])[0]) > _TERMINAL_WIDTH:
             blocks.append([])
         blocks[-1].append(column)
-    texts = ["\n".join(map(_cut, lines([*first, *block]))) for block in blocks]
-    return "\n\n".join(texts)
+    return "\n\n".join("\n".join(map(_cut, _lines(table[[*first, *block]]))) for block in blocks)
+
+
+def _lines(table):
+    "The lines of a table; if they are too long, the last column is aligned to the left, so that only its ends are cut."
+    lines, last = table.to_string(index=False).split("\n"), table.columns[-1]
+    if len(lines[0]) <= _TERMINAL_WIDTH:
+        return lines
+    texts = [last, *table[last].map(str)]
+    width = max(map(len, texts))
+    name, *cells = [text.ljust(width) for text in texts]
+    lines = table.drop(columns=last).assign(**{name: cells}).to_string(index=False).split("\n")
+    return [line.rstrip() for line in lines]
 
 
 def _cut(line):
