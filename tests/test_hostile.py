@@ -1366,6 +1366,7 @@ def test_server_and_notebook_keys_of_a_received_settings_file_are_ignored(canary
     keys = ("address = ray://evil:1", "engine = ray", "tracking = http://evil", "storage = postgresql://evil/x")
     text = "\n".join([*keys, "notebooks = .", ""])
     runs = write_settings_with_plugin(tmp_path / "runs", canary, text)
+    monkeypatch.delenv("MODELFACTORY_TRACKING")  # the environment would have priority over the file
     monkeypatch.chdir(runs)
     s = settings()
     assert (s.address, s.engine, s.tracking, s.storage, s.seed) == ("", "local", "sqlite", "", 7)
