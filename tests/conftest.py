@@ -67,10 +67,13 @@ def read_line(process, seconds=PATIENCE):
         limit.cancel()
 
 
+NOT_TRACED = ("test_docs", "test_install", "test_lab", "test_null_worlds", "test_onnx", "test_permutation")
+
+
 def pytest_collection_modifyitems(items):
-    "Leaves slow tests, but for the notebooks, out of the coverage: tracing makes them a third slower."
+    "Leaves slow tests out of the coverage if other tests execute the same lines."
     for item in items:
-        if item.get_closest_marker("slow") and item.path.stem != "test_notebooks":
+        if item.path.stem in NOT_TRACED and item.get_closest_marker("slow"):
             item.add_marker("no_cover")
 
 
