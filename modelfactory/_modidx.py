@@ -1421,6 +1421,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._bars_until': ( 'data/splits.html#_bars_until',
                                                                                     'modelfactory/data/splits.py'),
+                                          'modelfactory.data.splits._block_text': ( 'data/splits.html#_block_text',
+                                                                                    'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._build_report': ( 'data/splits.html#_build_report',
                                                                                       'modelfactory/data/splits.py'),
                                           'modelfactory.data.splits._build_split': ( 'data/splits.html#_build_split',

@@ -297,6 +297,7 @@ def plot_folds(
     for i, fold in enumerate(folds, 1):
         for state, (starts, widths) in _fold_segments(fold, folds.ds).items():
             ax.broken_barh(list(zip(starts, widths, strict=True)), (i - 0.36, 0.72), color=FOLD_COLOURS[state], lw=0)
+    # as in `figures.tear_sheet.date_axis`, which this package may not import
     ax.xaxis.set_major_locator(dates := AutoDateLocator(minticks=3, maxticks=8))
     ax.xaxis.set_major_formatter(ConciseDateFormatter(dates))
     ax.set(yticks=range(1, len(folds) + 1), ylabel="fold")

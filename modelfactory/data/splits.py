@@ -1184,19 +1184,20 @@ def _terminal_text(table):
         if blocks[-1] and len(_lines(table[[*first, *blocks[-1], column]])[0]) > _TERMINAL_WIDTH:
             blocks.append([])
         blocks[-1].append(column)
-    return "\n\n".join("\n".join(map(_cut, _lines(table[[*first, *block]]))) for block in blocks)
+    return "\n\n".join(_block_text(table[[*first, *block]]) for block in blocks)
 
 
 def _lines(table):
-    "The lines of a table; if they are too long, the last column is aligned to the left, so that only its ends are cut."
-    lines, last = table.to_string(index=False).split("\n"), table.columns[-1]
-    if len(lines[0]) <= _TERMINAL_WIDTH:
-        return lines
-    texts = [last, *table[last].map(str)]
-    width = max(map(len, texts))
-    name, *cells = [text.ljust(width) for text in texts]
-    lines = table.drop(columns=last).assign(**{name: cells}).to_string(index=False).split("\n")
-    return [line.rstrip() for line in lines]
+    return table.to_string(index=False).split("\n")
+
+
+def _block_text(table):
+    "A table as text; if it is too wide, its last column is aligned to the left, so that only the ends are cut."
+    lines, last = _lines(table), table.columns[-1]
+    if len(lines[0]) > _TERMINAL_WIDTH:
+        texts = [last, *table[last].map(str)]
+        lines = [f"{line} {text}" for line, text in zip(_lines(table.drop(columns=last)), texts, strict=True)]
+    return "\n".join(map(_cut, lines))
 
 
 def _cut(line):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..figure_text import rows_height
+from .tear_sheet import date_axis
 from ..words import count_text
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def plot_fold_scores(
     figure.legend(
         handles=[*handles[-2::-1], handles[-1]], ncols=4, frameon=False, fontsize=8, loc="outside lower center"
     )
-    figure.autofmt_xdate(rotation=0, ha="center")
+    date_axis(axes[-1])
     return figure
 
 
