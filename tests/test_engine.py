@@ -286,6 +286,17 @@ def test_a_grid_is_planned_and_started_without_the_slow_grammar_of_addresses():
     assert output == "True False\n"
 
 
+def test_papermill_is_imported_without_a_grammar_of_addresses_that_is_installed(tmp_path):
+    "The tested version of jsonschema does not import it, later ones do: stub modules stand for both."
+    (tmp_path / "rfc3987_syntax.py").write_text("")
+    stub = "try:\n    import rfc3987_syntax\nexcept ImportError:\n    print('not imported')\n"
+    (tmp_path / "papermill.py").write_text(stub)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += "from modelfactory.runs.engine import import_papermill; import_papermill()"
+    options = dict(capture_output=True, text=True, cwd="/")
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE, **options).stdout == "not imported\n"
+
+
 def test_the_local_engine_does_not_import_ray():
     code = "import modelfactory.runs.grid, sys; print('ray' in sys.modules)"
     options = dict(capture_output=True, text=True, cwd="/")

@@ -10,14 +10,12 @@ from pathlib import Path
 
 from modelfactory.figures.model_comparison import benchmark_scores, plot_benchmark
 from modelfactory.figures.tear_sheet import figure_png
+from modelfactory.words import count_text, list_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCORES = DOCS / "comparison.json"
 DATA = "planted"
-NOTE = (
-    "Preset quick. Networks read 16 bars and stop after 4 epochs without a lower validation loss. "
-    "Three seeds, but one of tft, timesnet and wavenet."
-)
+NOTE = "Preset quick. Networks read 16 bars and stop after 4 epochs without a lower validation loss."
 
 
 def store_scores(runs):
@@ -27,9 +25,17 @@ def store_scores(runs):
     SCORES.write_text(json.dumps(benchmark_scores(comparison(runs), DATA), indent=1) + "\n")
 
 
+def seeds_note(tasks):
+    "The number of seeds, and the models that have fewer."
+    seeds = {m["model"]: len(m["seeds"]) for task in tasks for m in task["models"]}
+    fewer = list_text(model for model, n in seeds.items() if n < max(seeds.values()))
+    return f"{count_text(max(seeds.values()), 'seed')} for each model{fewer and f', fewer for {fewer}'}."
+
+
 def draw():
     "Draws the stored scores."
-    figure = plot_benchmark(json.loads(SCORES.read_text()), DATA, NOTE)
+    scores = json.loads(SCORES.read_text())
+    figure = plot_benchmark(scores, DATA, f"{NOTE} {seeds_note(scores['tasks'])}")
     return figure_png(figure, colors=256, dpi=150, bbox_inches="tight")
 
 
